@@ -1,0 +1,201 @@
+"""The notebooks' housekeeping: run them and keep what they show, make README.md, test everything.
+
+    python nbs/_build.py run [NAME ...]     all notebooks, or those whose path starts with a NAME (06, studies/)
+    python nbs/_build.py readme             README.md from index.ipynb
+    python nbs/_build.py test [--all]       notebooks, then tests; --all adds the long tests
+"""
+import argparse
+import os
+import posixpath
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS = ROOT/"nbs"
+FLAGS = {"slow", "gpu"} # as in `tst_flags`: cells that only run when someone asks
+PROGRESS = re.compile(r"\[\d\d:\d\d[<,]") # how every tqdm bar ends
+PRIVATE = re.compile(r"0x7f[0-9a-f]+|(?<![\w.:/])/(?:home|root|Users|tmp|private|var)/[\w.]+")
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+# Notebooks and cells
+
+def notebooks(*names: str) -> list[Path]:
+    "The notebooks of the project, or those whose path below nbs/ starts with one of `names`"
+    found = [p.relative_to(NBS) for p in sorted(NBS.rglob("*.ipynb"))]
+    return [NBS/p for p in found if not any(part[0] in "._" for part in p.parts) and str(p).startswith(names or "")]
+
+
+def directives(cell) -> set[str]:
+    "The `#|` lines at the top of a cell, without the mark"
+    lines = cell.source.splitlines() if cell.cell_type == "code" else []
+    return {" ".join(line[2:].split()) for line in lines if line.startswith("#|")}
+
+
+def skipped(cell) -> bool:
+    "Whether a cell only runs when someone asks for it"
+    return bool(directives(cell) & (FLAGS | {"eval: false"}))
+
+
+# Run
+
+def fallback(output):
+    "An output without its live widget and its progress bar; None where nothing remains"
+    data = output.get("data", {})
+    if WIDGET in data: del data[WIDGET]
+    if PROGRESS.search(output.get("text", data.get("text/plain", ""))): return None
+    return output if data or output.output_type in ("stream", "error") else None
+
+
+def leaks(nb) -> list[str]:
+    "What no committed output may hold: warnings, memory addresses, paths of one machine"
+    found = []
+    for i, output in ((i, o) for i, c in enumerate(nb.cells) for o in c.get("outputs", [])):
+        texts = [v for k, v in output.get("data", {}).items() if k.startswith("text/")] + [output.get("text", "")]
+        private = [m for t in texts for m in PRIVATE.findall(t) + [str(ROOT)]*(str(ROOT) in t)]
+        if private: found.append(f"cell {i} shows {private[0]}")
+        if output.get("name") == "stderr": found.append(f"cell {i} writes to stderr: {output.text.strip()}")
+    return found
+
+
+def kernel_env() -> dict[str, str]:
+    "Surroundings in which a second run gives the same bytes: no hash order, no dates, inline figures"
+    return os.environ | {"PYTHONHASHSEED": "0", "SOURCE_DATE_EPOCH": "0",
+                         "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+
+
+def executed(path: Path):
+    "The notebook at `path`, run in a kernel of its own and cleaned; the cells that `skipped` names keep their outputs"
+    from nbclient import NotebookClient
+    from nbdev.clean import clean_nb
+    nb = nbformat.read(path, as_version=4)
+    for cell in nb.cells: cell.metadata["tags"] = ["skip-execution"]*skipped(cell)
+    NotebookClient(nb, timeout=None, kernel_name="python3", store_widget_state=False, coalesce_streams=True,
+                   extra_arguments=["--log-level=ERROR"],
+                   resources={"metadata": {"path": str(path.parent)}}).execute(env=kernel_env())
+    for cell in nb.cells:
+        if "outputs" in cell: cell.outputs = [o for o in map(fallback, cell.outputs) if o]
+    nb.metadata.pop("widgets", None)
+    clean_nb(nb)
+    return nb
+
+
+def run(names: list[str]) -> int:
+    "Run notebooks and keep their outputs; the first that fails stops the run and stays as it was"
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
+    chosen = notebooks(*names)
+    if not chosen: sys.exit(f"no notebook's path starts with {' or '.join(names)}")
+    for path in chosen:
+        start = time.time()
+        try: nb = executed(path)
+        except (CellExecutionError, DeadKernelError) as e: sys.exit(f"\n{path.relative_to(ROOT)} failed and was left as it was\n{e}")
+        if found := leaks(nb): sys.exit(f"\n{path.relative_to(ROOT)} was left as it was:\n  " + "\n  ".join(found))
+        nbformat.write(nb, path)
+        print(f"{path.relative_to(ROOT)}  {time.time() - start:.0f} s", flush=True)
+    return 0
+
+
+# README.md
+
+def from_root(text: str) -> str:
+    "Markdown whose relative links start at nbs/, made to start at the root"
+    return re.sub(r"(\]\()(?![a-z]+:|[#/])([^)\s]+)", lambda m: m[1] + posixpath.normpath(f"nbs/{m[2]}"), text)
+
+
+def readme() -> int:
+    "README.md from index.ipynb; pictures among its outputs go to nbs/images"
+    from nbconvert import MarkdownExporter
+    nb = nbformat.read(NBS/"index.ipynb", as_version=4)
+    nb.metadata["language_info"] = {"name": "python"}
+    nb.cells = [c for c in nb.cells if "hide" not in directives(c)]
+    for cell in nb.cells: cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
+    text, resources = MarkdownExporter().from_notebook_node(nb, {"unique_key": "index", "output_files_dir": "images"})
+    for old in NBS.glob("images/index_*"): old.unlink()
+    for name, data in resources["outputs"].items():
+        (NBS/name).parent.mkdir(exist_ok=True)
+        (NBS/name).write_bytes(data)
+    text = re.sub(r"\n\s*\n(?=\S)", "\n\n", from_root(text)).strip()
+    (ROOT/"README.md").write_text(f"<!-- made from nbs/index.ipynb: edit that, then `make notebooks` -->\n\n{text}\n")
+    return 0
+
+
+# Test
+
+@dataclass
+class Tally:
+    "How many passed, failed and were skipped"
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+    def __add__(self, other): return Tally(*map(sum, zip(astuple(self), astuple(other))))
+    def __str__(self): return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
+
+
+def stream(*command: str) -> tuple[int, str]:
+    "Run a command of this environment, show what it says as it says it; its status and output"
+    command = (str(Path(sys.executable).with_name(command[0])), *command[1:])
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          env=os.environ | {"PYTHONUNBUFFERED": "1"}) as p:
+        lines = []
+        for line in p.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+    return p.returncode, "".join(lines)
+
+
+def test_notebooks() -> Tally:
+    "nbdev_test in one worker, which imports torch once: two were slower on two cores"
+    status, text = stream("nbdev_test", "--n_workers", "1", "--do_print")
+    n = len(notebooks())
+    bad = len(re.findall(r"^\t\S+\.ipynb$", text.partition("Failed On The Following Notebooks")[2], re.M))
+    if status: bad = bad or n
+    return Tally(n - bad, bad)
+
+
+def test_modules(long: bool) -> Tally:
+    "pytest over tests/"
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder)/"report.xml"
+        status, _ = stream("pytest", f"--junitxml={report}", "--durations=5", "-o", "junit_logging=no", *([] if long else ["-m", "not long"]))
+        if not report.exists(): return Tally(failed=1)
+        suite = ElementTree.parse(report).getroot().find("testsuite")
+    tests, failures, errors, skips = (int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped"))
+    bad = failures + errors or int(status != 0)
+    return Tally(max(0, tests - bad - skips), bad, skips)
+
+
+def test(long: bool) -> int:
+    "Every part, whatever the ones before it gave; one summary; 1 if anything failed"
+    total, rows = Tally(), []
+    for name, part in {"notebooks": test_notebooks, "tests": lambda: test_modules(long)}.items():
+        print(f"\n== {name}", flush=True)
+        start = time.time()
+        total += (tally := part())
+        rows.append(f"{name:<10} {tally}  ({time.time() - start:.0f} s)")
+    print("\n== summary", *rows, total, sep="\n", flush=True)
+    return total.failed > 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("run").add_argument("names", nargs="*", metavar="NAME")
+    commands.add_parser("readme")
+    commands.add_parser("test").add_argument("--all", action="store_true")
+    args = parser.parse_args()
+    match args.command:
+        case "run": return run(args.names)
+        case "readme": return readme()
+        case "test": return test(args.all)
+
+
+if __name__ == "__main__": sys.exit(main())

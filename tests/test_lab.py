@@ -1,0 +1,188 @@
+"The notebooks in a real JupyterLab, in a real browser"
+import os
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.request import urlopen
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium on the path")
+
+ROOT = Path(__file__).parents[1]
+build = runpy.run_path(str(ROOT/"nbs/_build.py"))
+PAGES = [str(p.relative_to(ROOT)) for p in build["notebooks"]()]
+QUICK = "nbs/00_core.ipynb"
+SETTINGS = {"@jupyterlab/apputils-extension/notification": '{"fetchNews": "false"}',
+            "@jupyterlab/notebook-extension/tracker": '{"windowingMode": "none"}'}
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
+READY = """async () => {
+  const w = jupyterapp.shell.currentWidget
+  await w.revealed; await w.context.ready; await w.sessionContext.ready; await w.sessionContext.session.kernel.info
+}"""
+RUN = "() => jupyterapp.commands.execute('notebook:run-all-cells')"
+CLOSE = """async () => {
+  const w = jupyterapp.shell.currentWidget
+  await w.context.save(); await w.sessionContext.shutdown()
+}"""
+KERNEL = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+SLIDER = """
+import io
+import ipywidgets as w
+import matplotlib.pyplot as plt
+
+def png(T):
+    fig, ax = plt.subplots(figsize=(3, 2))
+    ax.plot([0, T])
+    buffer = io.BytesIO()
+    fig.savefig(buffer)
+    plt.close(fig)
+    return buffer.getvalue()
+
+T = w.FloatSlider(1, min=.5, max=10)
+image = w.Image(format='png')
+def draw(T): image.value = png(T)
+w.VBox([T, image, w.interactive_output(draw, {'T': T})])
+"""
+
+
+def write_copy(folder: Path) -> None:
+    "A copy of the pages, cells that only run when asked emptied, and one page with a slider"
+    shutil.copytree(ROOT/"nbs", folder/"nbs")
+    shutil.copy(ROOT/"settings.ini", folder)
+    for name in PAGES:
+        nb = nbformat.read(folder/name, as_version=4)
+        for cell in filter(build["skipped"], nb.cells): cell.source = ""
+        nbformat.write(nb, folder/name)
+    nbformat.write(new_notebook(cells=[new_code_cell(SLIDER)], metadata=KERNEL), folder/"slider.ipynb")
+
+
+def lab_env(folder: Path) -> dict[str, str]:
+    "An environment in which JupyterLab reads and writes nothing of its user's"
+    names = {f"{n}_DIR": folder/n.lower() for n in ("JUPYTER_CONFIG", "JUPYTER_RUNTIME", "JUPYTERLAB_SETTINGS", "JUPYTERLAB_WORKSPACES")}
+    for plugin, text in SETTINGS.items():
+        file = names["JUPYTERLAB_SETTINGS_DIR"]/f"{plugin}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return os.environ | {k: str(v) for k, v in names.items()}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def wait_until_up(url: str, server: subprocess.Popen, log: Path) -> None:
+    "Return once the server answers; show its log if it does not within a minute"
+    for _ in range(120):
+        try: return urlopen(f"{url}/api", timeout=5).close()
+        except OSError: time.sleep(.5)
+        if server.poll() is not None: break
+    pytest.fail(f"JupyterLab did not start:\n{log.read_text()}")
+
+
+@contextmanager
+def serving(folder: Path, root: Path):
+    "The address of a JupyterLab on `root`, stopped at the end"
+    port, log = free_port(), folder/"server.log"
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
+               "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={root}"]
+    with log.open("w") as out, subprocess.Popen(command, cwd=root, env=lab_env(folder), stdout=out, stderr=out) as server:
+        try:
+            wait_until_up(url := f"http://127.0.0.1:{port}", server, log)
+            yield url
+        finally: server.terminate()
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    "Address of a JupyterLab on a copy of the notebooks"
+    folder = tmp_path_factory.mktemp("lab")
+    write_copy(root := folder/"root")
+    with serving(folder, root) as url: yield url
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    "A Chromium with a profile of its own"
+    with playwright.sync_playwright() as p:
+        context = p.chromium.launch_persistent_context(tmp_path_factory.mktemp("profile"), executable_path=CHROMIUM, args=FLAGS,
+                                                       viewport={"width": 1280, "height": 1600})
+        yield context
+        context.close()
+
+
+def act(page, script: str, seconds: float = 60) -> None:
+    "Run an async function in the page (an awaited evaluate would wait for ever)"
+    page.evaluate(f"() => {{ window.done = false; void ({script})().finally(() => {{ window.done = true }}) }}")
+    page.wait_for_function("() => window.done", timeout=1000*seconds)
+
+
+@pytest.fixture
+def page(lab, browser):
+    "A tab of its own; the kernel stops at the end"
+    tab = browser.new_page()
+    tab.lab = lab
+    yield tab
+    if tab.url.startswith(lab): act(tab, CLOSE)
+    tab.close()
+
+
+def screenshot(page, folder: Path, name: str) -> None:
+    "Keep what the page looks like, in `$KDC_SCREENSHOTS` where that is set"
+    folder = Path(os.environ.get("KDC_SCREENSHOTS", folder))
+    page.screenshot(path=folder/f"{name.replace('/', '_').removesuffix('.ipynb')}.png")
+
+
+def errors(page) -> list[str]:
+    "Everything on the page that says something went wrong"
+    kinds = ("stderr", "error")
+    return page.locator(", ".join(f'.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.{k}"]' for k in kinds)).all_inner_texts()
+
+
+def run_all(page, notebook: str, folder: Path, minutes: float = 10) -> None:
+    "Open a notebook, run all its cells, and fail with what any of them complained of"
+    page.goto(f"{page.lab}/lab/tree/{notebook}?reset")
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+    act(page, READY)
+    act(page, RUN, minutes*60)
+    screenshot(page, folder, notebook)
+    assert not errors(page)
+
+
+def move_slider(page, nth: int, value: float) -> None:
+    "Type a value into a slider's readout and wait for another picture"
+    image = page.locator(".jp-OutputArea-output img").first
+    image.scroll_into_view_if_needed()
+    before = image.get_attribute("src")
+    page.locator(".widget-readout").nth(nth).click()
+    page.keyboard.press("Control+A")
+    page.keyboard.type(str(value))
+    page.keyboard.press("Enter")
+    playwright.expect(image).not_to_have_attribute("src", before, timeout=30_000)
+    assert not errors(page)
+
+
+def test_a_page_runs(page, tmp_path): run_all(page, QUICK, tmp_path)
+
+
+def test_a_slider_draws(page, tmp_path):
+    run_all(page, "slider.ipynb", tmp_path)
+    for value in (3, 7.5): move_slider(page, 0, value)
+    screenshot(page, tmp_path, "slider_moved")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("notebook", PAGES)
+def test_every_page_runs(page, notebook, tmp_path): run_all(page, notebook, tmp_path)

@@ -1,0 +1,438 @@
+"""Metrics: by hand, at the edges, against the reference libraries, and on data whose truth is known."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import minimize_scalar
+
+from kdc_nb.core import decode, encode
+from kdc_nb.metrics import (MEANS, RULES, Estimate, Evaluation, ace, as_outputs, brier, chernoff, classwise_ace, ece, evaluate,
+                            fit_temperature, interval, kl_to_truth, ks, load_outputs, mass_bins, mce, mean_estimate, nll, null_band, null_draws,
+                            reliability_bins, sce, softmax64, top1, true_calibration_error, width_bins, wilson)
+
+BINNED = dict(ece=ece, ace=ace, mce=mce, sce=sce, classwise_ace=classwise_ace)
+ALL = BINNED | dict(ks=ks, brier=brier, nll=nll, top1=top1)
+
+
+def made(n=600, c=5, factor=1., sharpness=2., seed=0):
+    "Logits of a model off by `factor`, labels, and the true posterior"
+    g = torch.Generator().manual_seed(seed)
+    z = sharpness*torch.randn(n, c, generator=g, dtype=torch.float64)
+    return factor*z, z.softmax(1).multinomial(1, generator=g).squeeze(1), z.softmax(1)
+
+
+def binary(conf, right):
+    "Two-class probabilities with these confidences of the top label, and labels that make it right or wrong"
+    return [[c, 1 - c] for c in conf], [0 if r else 1 for r in right]
+
+
+# -- by hand ------------------------------------------------------------------
+
+def test_two_bins_by_hand():
+    p, y = binary([.9, .9, .9, .9, .6, .6], [1, 1, 0, 0, 1, 1])
+    assert ece(p, y, kind="probs") == pytest.approx(4/6*.4 + 2/6*.4)
+    assert mce(p, y, kind="probs") == pytest.approx(.4)
+    assert ks(p, y, kind="probs") == pytest.approx(.8/6) # -.8/6 after the two .6, +.8/6 at the end
+    assert sce(p, y, kind="probs") == pytest.approx(ece(p, y, kind="probs")) # two classes mirror each other
+    assert top1(p, y, kind="probs") == pytest.approx(4/6)
+    assert brier(p, y, kind="probs") == pytest.approx(2*(2*.01 + 2*.81 + 2*.16)/6)
+    assert nll(p, y, kind="probs") == pytest.approx(-(2*math.log(.9) + 2*math.log(.1) + 2*math.log(.6))/6)
+
+
+def test_ace_by_hand():
+    p, y = binary([.6, .7, .8, .9], [0, 1, 1, 1])
+    assert ace(p, y, n_bins=2, kind="probs") == pytest.approx(abs(1.3 - 1)/4 + abs(1.7 - 2)/4)
+    assert ace(p, y, n_bins=4, kind="probs") == pytest.approx((.6 + .3 + .2 + .1)/4)
+
+
+def test_sce_averages_over_absent_classes():
+    p, y = [[.9, .1, 0.], [.2, .8, 0.]], [0, 1]
+    assert sce(p, y, kind="probs") == pytest.approx(((.1 + .2) + (.1 + .2) + 0)/2/3)
+
+
+# -- bins ---------------------------------------------------------------------
+
+def test_bin_edges_belong_to_the_bin_below():
+    edges = torch.arange(16, dtype=torch.float64)[:, None]/15
+    assert width_bins(edges, 15).flatten().tolist() == [0, *range(15)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 14, 15, 16, 100, 1000])
+def test_mass_bins_differ_by_one_at_most_and_drop_none(n):
+    p = torch.rand(n, 1, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    counts = torch.bincount(mass_bins(p, 15).flatten(), minlength=15)
+    assert counts.sum() == n and counts.max() - counts.min() <= 1
+
+
+def test_the_smallest_confidence_counts():
+    p, y = binary([.7], [0])
+    assert ace(p, y, kind="probs") == ece(p, y, kind="probs") == pytest.approx(.7)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([.5, .6, .75, .75000001, 1.]), st.booleans()), min_size=1, max_size=40), st.randoms())
+def test_order_of_images_does_not_matter_with_ties(images, rng):
+    shuffled = images[:]
+    rng.shuffle(shuffled)
+    one, two = (binary(*zip(*i)) for i in (images, shuffled))
+    for name, f in ALL.items():
+        a, b = f(*one, kind="probs"), f(*two, kind="probs")
+        assert a == b or a == pytest.approx(b, abs=1e-12), name
+
+
+# -- properties ---------------------------------------------------------------
+
+outputs = st.tuples(st.integers(1, 60), st.integers(2, 6), st.integers(0, 10**6)).map(lambda a: made(a[0], a[1], 1.5, seed=a[2])[:2])
+
+
+@settings(max_examples=30, deadline=None)
+@given(outputs, st.integers(1, 20))
+def test_properties(data, n_bins):
+    z, y = data
+    scores = {k: f(z, y, n_bins) for k, f in BINNED.items()} | {"ks": ks(z, y)}
+    gap = abs(float(z.softmax(1).amax(1).mean()) - top1(z, y))
+    assert all(0 <= s <= 1 for s in scores.values())
+    assert scores["sce"] <= 2/z.shape[1] + 1e-12 # a row of |p - onehot| sums to 2 at most
+    assert scores["ece"] <= scores["mce"] + 1e-12
+    assert min(scores["ece"], scores["ace"], scores["ks"]) >= gap - 1e-12 # bins can only undo cancelling
+    assert 0 <= brier(z, y) <= 2
+    assert ece(z, y, 1) == pytest.approx(gap, abs=1e-12)
+    for k, f in BINNED.items(): # logits or their probabilities
+        assert f(z.softmax(1), y, n_bins, kind="probs") == pytest.approx(scores[k], abs=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(outputs)
+def test_duplicates_and_permuted_classes_change_nothing(data):
+    z, y = data
+    order = torch.randperm(z.shape[1], generator=torch.Generator().manual_seed(len(y)))
+    for name, f in ALL.items():
+        assert f(z.repeat(3, 1), y.repeat(3)) == pytest.approx(f(z, y), abs=1e-9), name
+        assert f(z[:, order], order.argsort()[y]) == pytest.approx(f(z, y), abs=1e-9), name
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_certain_outputs_and_tiny_sets_are_defined(n):
+    p = torch.eye(3, dtype=torch.float64)[:n % 3 + 1].repeat(n, 1)[:n]
+    for wrong in (False, True):
+        y = (p.argmax(1) + wrong) % 3
+        for name in BINNED | {"ks": ks}:
+            assert ALL[name](p, y, kind="probs") == pytest.approx(0 if not wrong else {"sce": 2/3, "classwise_ace": 2/3}.get(name, 1)), name
+        assert nll(p, y, kind="probs") == (math.inf if wrong else 0)
+        e = evaluate(p, y, n_boot=20, kind="probs")
+        assert all(v.low <= v.high for v in e.raw.values() if v.low is not None)
+        assert "nan" not in repr(e)
+        json.dumps(encode(e), allow_nan=False)
+
+
+def test_extreme_logits_are_finite():
+    z = torch.tensor([[1e4, -1e4, 0], [-1e4, 1e4, 0], [0, 0, 0.]])
+    y = [1, 1, 2]
+    assert all(math.isfinite(f(z, y)) for f in ALL.values())
+    assert nll(z, y) == pytest.approx((2e4 + math.log(3))/3)
+    assert .01 <= fit_temperature(z, y) <= 100
+
+
+@pytest.mark.parametrize("x, y, kind, says", [
+    ([[1., 2.]], [0, 1], "logits", "labels: got 2 of them, expected 1"),
+    (np.zeros((0, 3)), [], "logits", "shape (0, 3)"),
+    ([[1.]], [0], "logits", "C of at least 2"),
+    ([1., 2.], [0], "logits", "shape (2,)"),
+    ([[1., math.inf]], [0], "logits", "NaN or infinity"),
+    ([[math.nan, 0.]], [0], "probs", "NaN or infinity"),
+    ([[.5, .6]], [0], "probs", "sum 1 within 1e-4"),
+    ([[1.5, -.5]], [0], "probs", "between 0 and 1"),
+    ([[1., 2.]], [-1], "logits", "labels: got -1 to -1, expected 0 to 1"),
+    ([[1., 2.]], [.5], "logits", "whole numbers"),
+    ([[1., 2.]], [math.nan], "logits", "whole numbers"),
+    ([[1., 2.]], [[0]], "logits", "labels: got shape (1, 1)"),
+    ([["a", "b"]], [0], "logits", "no table of numbers"),
+    ([[1., 2.], [1.]], [0, 0], "logits", "no table of numbers"),
+    ([[1., 2.]], [0], "odds", "kind: got 'odds'"),
+])
+def test_bad_input_is_refused_in_words(x, y, kind, says):
+    for f in (as_outputs, evaluate):
+        with pytest.raises(ValueError) as error: f(x, y, kind=kind)
+        assert says in str(error.value)
+
+
+def test_other_bad_input():
+    z, y, _ = made(30)
+    with pytest.raises(ValueError, match="n_bins"): ece(z, y, 0)
+    with pytest.raises(ValueError, match="one of ace, classwise_ace, ece"): null_draws(z, "ecee")
+    with pytest.raises(ValueError, match="level"): null_band(z, "ece", level=95)
+    with pytest.raises(ValueError, match="valid_labels"): evaluate(z, y, z)
+    with pytest.raises(ValueError, match="valid_logits"): evaluate(z, y, z[:, :4], y.clamp(max=3))
+    with pytest.raises(ValueError, match="posterior"): kl_to_truth(softmax64(z), softmax64(z)[:9])
+
+
+def test_probabilities_read_as_logits_are_warned_of():
+    with pytest.warns(UserWarning, match="kind='probs'"): ece([[.9, .1]], [0])
+
+
+@pytest.mark.parametrize("as_type", [np.asarray, lambda t: t.tolist(), lambda t: t.float(), lambda t: t.clone().requires_grad_()])
+def test_what_numpy_can_read(as_type):
+    z, y, _ = made(40)
+    z = z.round(decimals=3)
+    assert ece(as_type(z), np.asarray(y)) == pytest.approx(ece(z, y), abs=1e-6)
+
+
+# -- reference libraries ------------------------------------------------------
+
+SIZES = [(990, 10), (60, 3), (300, 2)] # multiples of 15: on others the libraries cut unequal bins in ways of their own
+
+
+@pytest.mark.parametrize("n, c", SIZES)
+def test_torchmetrics(n, c):
+    "The same on ordinary data, in float32"
+    ref = pytest.importorskip("torchmetrics.classification").MulticlassCalibrationError
+    z, y, _ = made(n, c, 1.3)
+    assert float(ref(c, n_bins=15, norm="l1")(z.softmax(1), y)) == pytest.approx(ece(z, y), abs=1e-5)
+    assert float(ref(c, n_bins=15, norm="max")(z.softmax(1), y)) == pytest.approx(mce(z, y), abs=1e-5)
+
+
+def test_torchmetrics_cuts_at_the_other_side():
+    "Its bins are [lo, hi): a confidence of exactly .75 goes up, and 1.0 into a bin of its own, where ours keep (lo, hi]"
+    ref = pytest.importorskip("torchmetrics.classification").MulticlassCalibrationError
+    conf, right = [.7, .75, .8, 1.], [1, 0, 1, 0]
+    p, y = binary(conf, right)
+    theirs = float(ref(2, n_bins=4, norm="l1")(torch.tensor(p), torch.tensor(y)))
+    assert ece(p, y, 4, kind="probs") == pytest.approx((abs(1.45 - 1) + abs(1.8 - 1))/4)
+    assert theirs == pytest.approx((.3 + abs(1.55 - 1) + 1.)/4, abs=1e-6)
+
+
+@pytest.mark.parametrize("n, c", SIZES)
+def test_netcal(n, c):
+    "ECE, MCE and ECE with equal-mass bins agree for C > 2; its class `ACE` is a third thing, the UNWEIGHTED mean of the bins' gaps"
+    ref = pytest.importorskip("netcal.metrics")
+    z, y, _ = made(n, c, 1.3)
+    p, labels = z.softmax(1).numpy(), y.numpy()
+    if c == 2: p, labels = p.max(1), (p.argmax(1) == labels).astype(int) # else it would score the positive class: see below
+    assert ref.ECE(15).measure(p, labels) == pytest.approx(ece(z, y), abs=1e-6)
+    assert ref.MCE(15).measure(p, labels) == pytest.approx(mce(z, y), abs=1e-6)
+    b = reliability_bins(z, y, n_boot=2)
+    assert ref.ACE(15).measure(p, labels) == pytest.approx(np.nanmean(abs(b.confidence - b.accuracy)), abs=1e-6)
+
+
+def test_netcal_scores_the_positive_class_of_two():
+    "With C = 2 it takes p(class 1) as the claim: the class-wise error, since two classes mirror each other"
+    ref = pytest.importorskip("netcal.metrics")
+    z, y, _ = made(300, 2, 1.3)
+    theirs = ref.ECE(15).measure(z.softmax(1).numpy(), y.numpy())
+    assert theirs == pytest.approx(sce(z, y), abs=1e-6) and abs(theirs - ece(z, y)) > 1e-3
+
+
+@pytest.mark.parametrize("n, c", SIZES)
+def test_uncertainty_calibration(n, c):
+    "All four agree. Mind its names: `get_equal_prob_bins` has equal WIDTH, `get_equal_bins` has equal mass"
+    ref = pytest.importorskip("calibration")
+    z, y, _ = made(n, c, 1.3)
+    p, labels = z.softmax(1).numpy(), y.numpy()
+    def theirs(mode, bins): return ref.lower_bound_scaling_ce(p, labels, p=1, debias=False, num_bins=15, mode=mode, binning_scheme=bins)
+    assert ref.get_ece(p, labels) == pytest.approx(ece(z, y), abs=1e-9)
+    assert theirs("marginal", ref.get_equal_prob_bins) == pytest.approx(sce(z, y), abs=1e-9)
+    assert theirs("top-label", ref.get_equal_bins) == pytest.approx(ace(z, y), abs=1e-9)
+    assert theirs("marginal", ref.get_equal_bins) == pytest.approx(classwise_ace(z, y), abs=1e-9)
+
+
+# -- temperature --------------------------------------------------------------
+
+@pytest.mark.parametrize("factor", [.3, 1., 2.5, 30.])
+def test_temperature_is_the_minimum(factor):
+    z, y, _ = made(800, 6, factor)
+    T = fit_temperature(z, y)
+    found = minimize_scalar(lambda u: nll(u*z, y), bracket=(.5/factor, 1/factor), options=dict(xtol=1e-12))
+    assert 1/T == pytest.approx(found.x, rel=1e-6) # a search by values finds the place to half the digits only
+    assert nll(z/T, y) <= found.fun + 1e-15
+    assert fit_temperature(z/T, y) == pytest.approx(1, rel=1e-12)
+    assert top1(z/T, y) == top1(z, y)
+    assert fit_temperature(z.softmax(1), y, kind="probs") == pytest.approx(T, rel=1e-9)
+
+
+def test_temperature_at_the_ends():
+    z, y, _ = made(50)
+    assert fit_temperature(z, z.argmax(1)) < .2 # separable: as cold as float64 can tell
+    assert fit_temperature(10*z, z.argmin(1)) == 100
+    assert fit_temperature(torch.zeros(3, 2), [0, 1, 0]) == 100 # no T matters
+    assert fit_temperature(1e4*z, y) == 100
+    assert fit_temperature([[0., 1.]], [1]) == .01
+
+
+# -- noise --------------------------------------------------------------------
+
+def test_null_draws_are_what_the_metrics_score():
+    "Labels drawn one set at a time and scored by the public functions have the law that the fast path simulates"
+    z, _, p = made(150, 4, sharpness=1.)
+    g = torch.Generator().manual_seed(1)
+    fast = null_draws(z, n_boot=2000, seed=2)
+    slow = [p.multinomial(1, generator=g).squeeze(1) for _ in range(150)]
+    for name in RULES:
+        scores = torch.tensor([ALL[name](z, y) for y in slow])
+        assert fast[name].mean() == pytest.approx(float(scores.mean()), rel=.08), name
+        assert fast[name].std() == pytest.approx(float(scores.std()), rel=.25), name
+
+
+def test_null_band_has_its_level():
+    inside = dict.fromkeys(RULES, 0)
+    for seed in range(60):
+        z, y, _ = made(300, 4, seed=seed)
+        for k, b in null_band(z, n_boot=200, seed=seed).items(): inside[k] += b.low <= ALL[k](z, y) <= b.high
+    assert min(inside.values()) >= 50, inside
+
+
+def test_noise_floor_of_a_usual_network():
+    "C = 100, accuracy 77%, N = 10,000: a perfect model's ECE is near .8%, its 95% near .5 to 1.2%"
+    z, y, _ = made(10_000, 100, sharpness=4.55)
+    assert top1(z, y) == pytest.approx(.77, abs=.03)
+    b = null_band(z, "ece", n_boot=400)["ece"]
+    assert b.mean == pytest.approx(.0084, abs=.0015)
+    assert b.low == pytest.approx(.0052, abs=.0015) and b.high == pytest.approx(.0115, abs=.0025)
+
+
+def test_null_band_shrinks_with_the_images_and_widens_with_the_level():
+    means = [null_band(made(n)[0], "ece", n_boot=200)["ece"].mean for n in (100, 1000, 10_000)]
+    assert means[0] > 2*means[1] > 4*means[2]
+    z = made()[0]
+    narrow, wide = (null_band(z, "ece", n_boot=200, level=level)["ece"] for level in (.5, .99))
+    assert wide.low < narrow.low < narrow.high < wide.high
+
+
+def test_draws_depend_on_the_seed_only():
+    z, y, _ = made(200)
+    assert interval(z, y, n_boot=50) == interval(z, y, n_boot=50)
+    assert interval(z, y, "ece", n_boot=50)["ece"] == interval(z, y, ("ace", "ece"), n_boot=50)["ece"]
+    assert interval(z, y, "ece", n_boot=50) != interval(z, y, "ece", n_boot=50, seed=1)
+
+
+@pytest.mark.parametrize("factor, target", [(1., 0), (1.032, .01), (1.137, .04), (1.716, .15)])
+def test_intervals_cover(factor, target):
+    "On known posteriors. MCE's bounds may hold always; the others are near 95%"
+    names, hits, seen = ("ece", "ace", "ks", "mce", "sce"), {}, []
+    for seed in range(50):
+        z, y, p = made(1000, 10, factor, 2.5, seed)
+        e = interval(z, y, names, n_boot=150, seed=seed)
+        truth = exact(z, p, names)
+        seen.append(truth["ece"])
+        for k in names: hits[k] = hits.get(k, 0) + (e[k].low <= truth[k] + 1e-9 and truth[k] <= e[k].high)
+    assert np.mean(seen) == pytest.approx(target, abs=.004)
+    assert min(hits.values()) >= 43, hits # 43 of 50 or fewer has a chance of 3% a metric at 95%, 1 in 10,000 at 99%
+
+
+def exact(z, posterior, names):
+    "The estimands: the metrics with the chance of being right in place of right or wrong"
+    from kdc_nb.metrics import Claims, binned_error, top_claims
+    p = z.softmax(1)
+    top = p.argmax(1, keepdim=True)
+    tables = {True: Claims(p.gather(1, top), posterior.gather(1, top)), False: Claims(p, posterior)}
+    return {k: binned_error(RULES[k], tables[RULES[k].claims is top_claims], 15) for k in names}
+
+
+def test_a_large_error_is_told_from_noise_and_a_perfect_model_is_not():
+    z, y, _ = made(3000, 10, 2.)
+    for k, e in interval(z, y, n_boot=200).items():
+        assert e.value > e.null_high and e.low > 0 and e.high < 1, k
+        if k != "mce": assert e.low < e.debiased < e.high
+    z, y, _ = made(3000, 10)
+    assert all(e.low == 0 < e.high for e in interval(z, y, n_boot=200).values())
+
+
+def test_wilson_and_chernoff():
+    low, high = wilson(np.array([0., 5, 10]), 10)
+    assert low[0] == pytest.approx(0, abs=1e-12) and high[2] == pytest.approx(1) and low[1] == pytest.approx(1 - high[1])
+    fractions, counts = torch.tensor([0., .3, 1.]).double(), torch.tensor([20., 20, 20]).double()
+    low, high = chernoff(fractions, counts, .025)
+    assert low[0] == 0 and high[2] == 1
+    assert high[0] == pytest.approx(1 - .025**(1/20)) and low[2] == pytest.approx(.025**(1/20))
+    assert low[1] < wilson(6, 20)[0] < .3 < wilson(6, 20)[1] < high[1]
+
+
+def test_reliability_bins():
+    z, y, _ = made(2000, 5)
+    b = reliability_bins(z, y, n_boot=300)
+    used = b.count > 0
+    assert b.count.sum() == 2000 and np.isnan(b.accuracy[~used]).all()
+    assert np.nansum(b.count*abs(b.confidence - b.accuracy))/2000 == pytest.approx(ece(z, y))
+    assert (b.low <= b.accuracy)[used].all() and (b.accuracy <= b.high)[used].all()
+    assert ((b.lower < b.confidence) & (b.confidence <= b.upper))[used].all()
+    assert ((b.null_low <= b.accuracy) & (b.accuracy <= b.null_high))[used].sum() >= used.sum() - 2
+
+
+# -- against the truth --------------------------------------------------------
+
+def test_against_the_truth():
+    z, _, p = made(20_000, 5, 1.8)
+    assert true_calibration_error(p, p) == pytest.approx(0, abs=1e-12) == kl_to_truth(p, p)
+    labels = p.multinomial(1, generator=torch.Generator().manual_seed(7)).squeeze(1)
+    assert true_calibration_error(softmax64(z), p) == pytest.approx(ece(z, labels), abs=.01)
+    assert kl_to_truth(softmax64(z), p) == pytest.approx(nll(z, labels) - float(-(p*p.log()).sum(1).mean()), abs=.03)
+    assert kl_to_truth([[1., 0.]], [[.5, .5]]) == math.inf
+
+
+# -- the one door -------------------------------------------------------------
+
+def test_evaluate_with_and_without_validation():
+    z, y, _ = made(1000, 5, 2.)
+    crossed, held_out = evaluate(z, y, n_boot=50), evaluate(z, y, *made(1000, 5, 2., seed=9)[:2], n_boot=50)
+    assert crossed.cross_fitted and not held_out.cross_fitted
+    for e in (crossed, held_out):
+        assert set(e.raw) == set(e.scaled) == set(RULES) | set(MEANS)
+        assert e.T == pytest.approx(2, abs=.25)
+        assert e.scaled["ece"].value < e.raw["ece"].value and e.scaled["nll"].value < e.raw["nll"].value
+        assert e.scaled["top1"] .value == e.raw["top1"].value
+    assert held_out.scaled["nll"].value == pytest.approx(nll(z/held_out.T, y))
+    assert crossed.raw["ece"].value == ece(z, y) and crossed.raw["brier"].value == brier(z, y)
+
+
+def test_evaluation_is_a_value():
+    z, y, _ = made(100, 3)
+    e = evaluate(z, y, n_boot=30)
+    assert decode(json.loads(json.dumps(encode(e), allow_nan=False))) == e
+    assert isinstance(e, Evaluation) and isinstance(e.raw["ece"], Estimate)
+    assert "classwise_ace" in repr(e) and e._repr_html_().count("<tr>") == 1 + 2*len(ALL)
+    assert evaluate(z[:4], y[:4], n_boot=30).scaled is None
+
+
+def test_means_have_the_promised_null_band():
+    inside = dict.fromkeys(MEANS, 0)
+    for seed in range(60):
+        z, y, _ = made(200, 4, seed=seed)
+        for k in MEANS:
+            e = mean_estimate(k, z, y, "logits", .95)
+            inside[k] += e.null_low <= e.value <= e.null_high
+    assert min(inside.values()) >= 51, inside
+
+
+# -- files --------------------------------------------------------------------
+
+def test_files_come_back(tmp_path):
+    z, y, _ = made(20, 3)
+    np.savez(tmp_path/"a.npz", logits=z.numpy(), labels=y.numpy())
+    rows = [",".join([*(repr(v) for v in row), str(int(t))]) for row, t in zip(z.tolist(), y)]
+    (tmp_path/"a.csv").write_text("\n".join(["a,b,c,label", *rows]))
+    for name in ("a.npz", "a.csv"):
+        logits, labels = load_outputs(tmp_path/name)
+        assert torch.equal(logits, z) and torch.equal(labels, y), name
+
+
+@pytest.mark.parametrize("name, content", [
+    ("none.npz", None), ("none.csv", None), ("odd.txt", b"1"), ("empty.npz", b""), ("empty.csv", b""), ("cut.npz", "cut"), ("damaged.npz", "damaged"),
+    ("text.npz", b"not a zip file"), ("other.npz", dict(x=np.zeros(3))), ("one.npz", dict(logits=np.zeros((2, 2)))),
+    ("object.npz", dict(logits=np.array([{}, {}]), labels=np.zeros(2))), ("shape.npz", dict(logits=np.zeros(2), labels=np.zeros(2))),
+    ("head.csv", b"a,b\n1,2\n"), ("only.csv", b"label,a,b\n"), ("ragged.csv", b"label,a,b\n0,1,2\n1,1\n"), ("words.csv", b"label,a,b\n0,one,2\n"),
+    ("label.csv", b"label,a,b\n7,1,2\n"), ("binary.csv", b"\xff\xfe\x00label"), ("wide.csv", b"label,a,b\n0,1,2,3\n"),
+])
+def test_odd_files_are_refused_by_name(tmp_path, name, content):
+    path = tmp_path/name
+    if isinstance(content, bytes): path.write_bytes(content)
+    elif isinstance(content, dict): np.savez(path, **content)
+    elif content:
+        np.savez_compressed(path, logits=np.random.default_rng(0).normal(size=(99, 3)), labels=np.zeros(99))
+        raw = bytearray(path.read_bytes())
+        if content == "damaged": raw[300:400] = bytes(100)
+        path.write_bytes(raw if content == "damaged" else raw[:len(raw)//2])
+    with pytest.raises(ValueError) as error: load_outputs(path)
+    assert name in str(error.value)

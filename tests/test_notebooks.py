@@ -1,0 +1,86 @@
+"The committed notebooks: sound, readable, and in step with the modules and README.md made from them"
+import ast
+import re
+import runpy
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+build = runpy.run_path(str(ROOT/"nbs/_build.py"))
+PAGES = {str(p.relative_to(ROOT/"nbs")): nbformat.read(p, as_version=4) for p in build["notebooks"]()}
+HEAVY = {"matplotlib", "seaborn", "ipywidgets", "sklearn", "umap", "nbdev", "fastcore", "torchvision.datasets"}
+page = pytest.mark.parametrize("nb", PAGES.values(), ids=PAGES)
+
+
+def code(nb): return [c.source for c in nb.cells if c.cell_type == "code"]
+def exported(nb) -> str: return "\n".join(c.source for c in nb.cells if "export" in build["directives"](c))
+
+
+def modules() -> dict[str, tuple[int, str]]:
+    "Each exported module's floor, and the code of its notebook"
+    named = {re.search(r"default_exp (\w+)", "\n".join(code(nb))): (int(name[:2]), exported(nb)) for name, nb in PAGES.items() if name[:2].isdigit()}
+    return {m[1]: v for m, v in named.items() if m}
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    "The files that are made from notebooks, and the notebooks"
+    made = [root/"README.md", *root.glob("kdc_nb/**/*.py"), *root.glob("nbs/**/*.ipynb"), *root.glob("nbs/images/*")]
+    return {str(p.relative_to(root)): p.read_bytes() for p in made if p.exists()}
+
+
+@page
+def test_format(nb): nbformat.validate(nb)
+
+
+@page
+def test_outputs(nb):
+    outputs = [o for c in nb.cells for o in c.get("outputs", [])]
+    assert outputs, "no outputs: run `make notebooks`"
+    assert not [o for o in outputs if o.output_type == "error" or build["WIDGET"] in o.get("data", {})]
+    assert "widgets" not in nb.metadata
+    assert not build["leaks"](nb)
+
+
+@page
+def test_reads_as_a_chapter(nb):
+    first = next(c.source for c in nb.cells if c.cell_type == "markdown")
+    assert re.match(r"# \S.*\n\n> \S", first), "the first text of a page is `# Title`, an empty line, `> subtitle`"
+    assert statistics.median(len(c.splitlines()) for c in code(nb)) <= 8
+
+
+@pytest.mark.parametrize("command, mend", [
+    ("nbdev_clean", "nbdev_clean"),
+    ("nbdev_export", "nbdev_export"),
+    ("python nbs/_build.py readme", "make notebooks"),
+])
+def test_in_step(command, mend, tmp_path):
+    copy = tmp_path/"copy"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "results", "tests", "__pycache__", "*.egg-info"))
+    before = snapshot(copy)
+    program, *args = command.split()
+    subprocess.run([BIN/program, *args], cwd=copy, check=True)
+    after = snapshot(copy)
+    differ = [f for f in sorted(before.keys() | after.keys()) if before.get(f) != after.get(f)]
+    assert not differ, f"{', '.join(differ)}: run `{mend}`"
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_only_from_lower_floors(module):
+    floor, source = modules()[module]
+    tree = ast.walk(ast.parse(re.sub(r"^%.*", "", source, flags=re.M)))
+    used = [n.module.removeprefix("kdc_nb.") for n in tree if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("kdc_nb.")]
+    assert not [m for m in used if m in modules() and modules()[m][0] >= floor]
+
+
+def test_modules_below_plots_are_light():
+    top = modules().get("plots", (100,))[0]
+    light = sorted(m for m, (floor, _) in modules().items() if floor < top)
+    lines = [f"import kdc_nb.{m}; bad = {HEAVY} & set(sys.modules); assert not bad, ('kdc_nb.{m}', bad)" for m in light]
+    subprocess.run([sys.executable, "-c", "\n".join(["import sys", *lines])], cwd=ROOT, check=True)
