@@ -90,14 +90,14 @@ def channel_stats(
     std = ((share @ levels**2) - mean**2).clamp_min(1e-12).sqrt()
     return dict(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
-# %% ../nbs/02_data.ipynb #1fe0e7a3
-N_CLASSES, N_GROUPS, N_LATENT, SIZE = 20, 4, 24, 16
+# %% ../nbs/02_data.ipynb #623fb998
+N_CLASSES, N_GROUPS, N_LATENT, SIZE = 20, 4, 24, 8
 
 
 @lru_cache(maxsize=4)
 def known_world(
     seed: int, # which world
-) -> tuple[np.ndarray, np.ndarray]: # centres (20, 24), patterns (24, 3*16*16)
+) -> tuple[np.ndarray, np.ndarray]: # centres (20, 24), patterns (24, 3*8*8)
     "Class centres and the smooth patterns that paint a point"
     r = np.random.RandomState(seed)
     group = np.arange(N_CLASSES) % N_GROUPS

@@ -9,9 +9,9 @@ __all__ = ['RULES', 'MEANS', 'EVEN', 'T_RANGE', 'HEAD', 'numbers', 'as_rows', 'a
            'mce', 'ks', 'sce', 'classwise_ace', 'nll_each', 'brier_each', 'top1_each', 'nll', 'brier', 'top1',
            'top_hits', 'class_noise', 'Law', 'law_bins', 'top_laws', 'class_laws', 'metric_names', 'null_draws', 'Band',
            'null_band', 'quantiles', 'wilson', 'Bins', 'reliability_bins', 'true_calibration_error', 'kl_to_truth',
-           'truth_pair', 'recalibrated', 'direction', 'invert', 'chernoff', 'worst_bin', 'farthest_bound', 'Estimate',
-           'estimate', 'interval', 'slope', 'fit_temperature', 'scalable', 'promised', 'mean_estimate', 'estimates',
-           'Evaluation', 'estimate_texts', 'cross_fit', 'evaluate', 'read_npz', 'read_csv', 'load_outputs']
+           'truth_pair', 'recalibrated', 'cleaned', 'chances', 'invert', 'chernoff', 'worst_bin', 'farthest_bound',
+           'Estimate', 'estimate', 'interval', 'slope', 'fit_temperature', 'scalable', 'promised', 'mean_estimate',
+           'estimates', 'Evaluation', 'estimate_texts', 'cross_fit', 'evaluate', 'read_npz', 'read_csv', 'load_outputs']
 
 # %% ../nbs/03_metrics.ipynb #e60c41b6
 import csv
@@ -488,34 +488,40 @@ def recalibrated(claims: Claims, n_bins: int) -> Tensor: # (N, K) chances
     gaps = (sums/(counts + 1)).T.gather(0, bins)
     return (claims.p - gaps).clamp(0, 1)
 
-# %% ../nbs/03_metrics.ipynb #824f7dde
-def direction(law: Law, gaps: Tensor) -> Tensor: # (K, B) of length 1
-    "The direction of the observed gaps, each shrunk by the part of it that noise explains; that of the noise where there are none"
-    power, spread = gaps.square(), law.noise[0].square().mean(0)
-    unit = gaps*power/(power + spread).clamp(min=1e-300)
-    if not unit.any(): unit = spread.sqrt()
-    return (unit/law.length(unit)).float()
+# %% ../nbs/03_metrics.ipynb #12b8c717
+def cleaned(law: Law, gaps: Tensor) -> Tensor: # (K, B)
+    "The observed gaps less what noise explains of each; as they are if that is everything"
+    power, noise = gaps.square(), law.noise[0].square().mean(0)
+    rest = gaps*(1 - noise/power.clamp(min=1e-300)).clamp(min=0)
+    return rest if rest.any() else gaps
 
-# %% ../nbs/03_metrics.ipynb #3a4ad355
+
+def chances(law: Law, unit: Tensor, thetas: Sequence[float], seen: float) -> tuple[np.ndarray, np.ndarray]: # (len(thetas),) each
+    "How often the score is at least, and at most, the one seen, if the true gaps have a given direction and these lengths"
+    unit = (unit/law.length(unit)).float()
+    part = [min(1, t/seen) if seen else 0 for t in thetas]
+    draws = [law.length(t*unit + torch.lerp(*law.noise, s)) for t, s in zip(thetas, part)]
+    above = [float((d >= seen*(1 - EVEN)).double().mean()) for d in draws]
+    below = [float((d <= seen*(1 + EVEN)).double().mean()) for d in draws]
+    return np.maximum.accumulate(above), np.minimum.accumulate(below)
+
+
 def invert(
     law: Law, # with two hypotheses: the model is calibrated; its gaps are those observed
     gaps: Tensor, # (K, B) the observed gaps
     level: float, # of the interval
 ) -> tuple[float, float, float]: # low, debiased, high
-    "The true errors for which the observed one is unsurprising, along the direction of the observed gaps"
+    "The true errors for which the observed one is unsurprising"
     seen = float(law.length(gaps))
     reach = float(law.length(law.noise.flatten(0, 1)).max())
     if reach == 0: return seen, seen, seen
-    unit = direction(law, gaps)
+    raw = gaps if seen else law.noise[0].std(0)
     thetas = torch.linspace(max(0, seen - reach), seen + reach, 41).tolist()
-    part = [min(1, t/seen) if seen else 0 for t in thetas]
-    draws = [law.length(t*unit + torch.lerp(*law.noise, s)) for t, s in zip(thetas, part)]
-    above = np.maximum.accumulate([float((d >= seen*(1 - EVEN)).double().mean()) for d in draws])
-    below = np.minimum.accumulate([float((d <= seen*(1 + EVEN)).double().mean()) for d in draws])
-    tail = (1 - level)/2
-    floor = float((law.length(law.noise[0]) <= seen*(1 + EVEN)).double().mean())
-    at = lambda chance: float(np.interp(chance, below[::-1], thetas[::-1]))
-    return float(np.interp(tail, above, thetas)), at(.5), at(tail*floor)
+    above, _ = chances(law, cleaned(law, raw), thetas, seen)
+    _, below = chances(law, raw, thetas, seen)
+    tail, floor = (1 - level)/2, float((law.length(law.noise[0]) <= seen*(1 + EVEN)).double().mean())
+    middle, high = np.interp([.5, tail*floor], below[::-1], thetas[::-1])
+    return min(float(np.interp(tail, above, thetas)), float(middle)), float(middle), float(high)
 
 # %% ../nbs/03_metrics.ipynb #9670414d
 def chernoff(

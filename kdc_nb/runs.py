@@ -47,7 +47,7 @@ class RunSpec:
         check(isinstance(self.seed, int) and self.seed >= 0, "seed", self.seed, "a whole number from 0")
         with torch.device("meta"): build_model(self.model, 2)
 
-# %% ../nbs/08_runs.ipynb #49645533
+# %% ../nbs/08_runs.ipynb #ee0ba28e
 @value
 class Scaled:
     "A run after temperature scaling, T fitted on its validation logits"
@@ -69,10 +69,7 @@ class Distil:
     T: float = 1. # temperature, above 0
     alpha: float = .9 # weight of the teacher, 0 to 1
 
-    def __post_init__(self):
-        object.__setattr__(self, "T", float(self.T))
-        object.__setattr__(self, "alpha", float(self.alpha))
-        self.build()
+    def __post_init__(self): self.build()
 
     def build(self) -> Distillation:
         "The loss, which also checks T and alpha"

@@ -285,12 +285,21 @@ def test_null_band_has_its_level():
 
 
 def test_noise_floor_of_a_usual_network():
-    "C = 100, accuracy 77%, N = 10,000: a perfect model's ECE is near .8%, its 95% near .5 to 1.2%"
-    z, y, _ = made(10_000, 100, sharpness=4.55)
-    assert top1(z, y) == pytest.approx(.77, abs=.03)
-    b = null_band(z, "ece", n_boot=400)["ece"]
-    assert b.mean == pytest.approx(.0084, abs=.0015)
-    assert b.low == pytest.approx(.0052, abs=.0015) and b.high == pytest.approx(.0115, abs=.0025)
+    """C = 100, accuracy about 77%, N = 10,000: a perfect model's ECE is nearly one percent.
+
+    Two families of outputs, both calibrated: Gaussian logits give a mean of .95%, and logits with one class raised by a varying amount
+    (nearer to a trained network, with most confidences close to 1) less. The floor follows the confidences, not the accuracy alone.
+    """
+    z = made(10_000, 100, sharpness=7.8)[0]
+    b = null_band(z, "ece", n_boot=300)["ece"]
+    assert float(z.softmax(1).amax(1).mean()) == pytest.approx(.77, abs=.02)
+    assert .005 < b.low < .007 and .0085 < b.mean < .0105 and .012 < b.high < .0155
+    g = torch.Generator().manual_seed(0)
+    trained = torch.randn(10_000, 100, generator=g, dtype=torch.float64)
+    trained[:, 0] += 2 + 14*torch.rand(10_000, generator=g, dtype=torch.float64)
+    raised = null_band(trained, "ece", n_boot=300)["ece"]
+    assert float(trained.softmax(1).amax(1).mean()) == pytest.approx(.776, abs=.01)
+    assert raised.low == pytest.approx(.0052, abs=.0005) and raised.mean == pytest.approx(.0080, abs=.0006) and raised.high == pytest.approx(.0112, abs=.001)
 
 
 def test_null_band_shrinks_with_the_images_and_widens_with_the_level():
@@ -312,14 +321,14 @@ def test_draws_depend_on_the_seed_only():
 def test_intervals_cover(factor, target):
     "On known posteriors. MCE's bounds may hold always; the others are near 95%"
     names, hits, seen = ("ece", "ace", "ks", "mce", "sce"), {}, []
-    for seed in range(50):
+    for seed in range(40):
         z, y, p = made(1000, 10, factor, 2.5, seed)
-        e = interval(z, y, names, n_boot=150, seed=seed)
+        e = interval(z, y, names, n_boot=120, seed=seed)
         truth = exact(z, p, names)
         seen.append(truth["ece"])
         for k in names: hits[k] = hits.get(k, 0) + (e[k].low <= truth[k] + 1e-9 and truth[k] <= e[k].high)
     assert np.mean(seen) == pytest.approx(target, abs=.004)
-    assert min(hits.values()) >= 43, hits # 43 of 50 or fewer has a chance of 3% a metric at 95%, 1 in 10,000 at 99%
+    assert min(hits.values()) >= 34, hits # at 95% fewer than 34 of 40 have a chance of .3% a metric
 
 
 def exact(z, posterior, names):

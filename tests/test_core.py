@@ -1,0 +1,67 @@
+"Values, ids and files: properties over random descriptions, and faults."
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdc_nb.calibrators import Method
+from kdc_nb.core import DamagedFile, decode, encode, load_tensors, save_tensors, value_id, whole_file
+from kdc_nb.data import Data
+from kdc_nb.runs import Distil, Posterior, RunSpec, Scaled
+from kdc_nb.training import Recipe
+
+methods = st.one_of(
+    st.just(Method("nll")),
+    st.builds(lambda e: Method("ls", eps=e), st.floats(0, 1)),
+    st.builds(lambda b, g: Method("mdca", beta=b, gamma=g), st.floats(0, 20), st.floats(0, 5)),
+)
+plain = st.builds(RunSpec, st.builds(lambda n: Data("known", n_train=n), st.integers(1, 50)), st.sampled_from(["resnet8", "wrn_40_1"]),
+                  methods, st.builds(Recipe, st.integers(1, 300), lr=st.floats(1e-3, 1)), st.integers(0, 9))
+temperature, weight = st.floats(.1, 20), st.floats(0, 1)
+students = st.recursive(plain, lambda inner: st.builds(
+    lambda s, t, T, a: RunSpec(s.data, s.model, Distil(t, T, a), s.recipe, s.seed),
+    plain, st.one_of(inner, st.builds(Scaled, inner), st.builds(Posterior, temperature)), temperature, weight), max_leaves=4)
+
+
+@given(students)
+def test_a_description_survives_json(spec):
+    "Nested teachers too: what is read is equal, has the same hash and the same id."
+    again = decode(json.loads(json.dumps(encode(spec))))
+    assert again == spec and hash(again) == hash(spec) and value_id(again) == value_id(spec)
+
+
+@given(students, students)
+def test_ids_tell_descriptions_apart(a, b):
+    assert (value_id(a) == value_id(b)) == (a == b)
+
+
+def test_an_id_does_not_depend_on_how_a_value_was_written():
+    assert value_id(Method("mdca", beta=5, gamma=0)) == value_id(Method("mdca", beta=5.0))
+    assert value_id(Distil(Posterior(1), 2, 1)) == value_id(Distil(Posterior(1.), 2., 1.))
+
+
+def test_ids_stay_as_they_are():
+    "Stored results are found by their id, so it must not change from one version to the next."
+    assert value_id(RunSpec(Data("known"), "resnet8", Distil(RunSpec("known", "resnet14", "nll", "smoke"), 2, .5), "smoke")) == "ffe3fdbc7d2dfadf"
+
+
+def test_a_damaged_file_is_told_wherever_the_damage_is(tmp_path):
+    "One bit flipped at any place of the file is noticed."
+    save_tensors(path := tmp_path/"x.safetensors", {"a": torch.arange(5.)}, note="hello")
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 7):
+        bad = bytearray(whole); bad[at] ^= 1
+        path.write_bytes(bad)
+        try: tensors, meta = load_tensors(path)
+        except DamagedFile: continue
+        assert torch.equal(tensors["a"], torch.arange(5.)) and meta == {"note": "hello"}, f"byte {at}"
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    (path := tmp_path/"x").write_text("old")
+    monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"), whole_file(path) as part: part.write_text("new")
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x"]

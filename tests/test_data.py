@@ -1,0 +1,134 @@
+"Data sets: real photographs, archives, the known truth, augmentation against a plain loop."
+
+import hashlib
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kdc_nb.data as kd
+from kdc_nb.data import Data, augment, cache_dir, channel_stats, draw_views, fetch_archive, known_split, load_data, photos
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    "Data sets are kept per process; each test has a cache folder of its own."
+    load_data.cache_clear(); kd.photos.cache_clear()
+
+
+def test_real_photographs(photos):
+    "The official statistics of the training photographs, the split by seed, and the fingerprint of the content."
+    d = load_data(Data("cifar100"))
+    assert (len(d.train), len(d.valid), len(d.test), d.n_classes) == (45_000, 5000, 10_000, 100)
+    assert d.mean == pytest.approx((0.5070751592371323, 0.48654887331495095, 0.4409178433670343), abs=1e-12)
+    assert d.std == pytest.approx((0.2673342858792406, 0.2564384629170881, 0.27615047132568393), abs=1e-9)
+    assert d.test.inputs[:10, 0, 0, 0].tolist() == [199, 113, 61, 93, 80, 168, 37, 175, 233, 182]
+    assert [d.classes[c] for c in (10, 61, 96)] == ["bowl", "plate", "willow_tree"]
+    small, other = load_data(Data("cifar100", n_train=5000)), load_data(Data("cifar100", n_train=5000, seed=1))
+    assert torch.equal(small.train.inputs, d.train.inputs[:5000]) and torch.equal(small.valid.inputs, d.valid.inputs)
+    assert len({d.fingerprint, small.fingerprint, other.fingerprint}) == 3
+
+
+def test_splits_share_no_photograph(photos):
+    d = load_data(Data("cifar10", n_train=45_000))
+    seen = {hashlib.md5(x.numpy().tobytes()).digest() for x in d.train.inputs}
+    assert not any(hashlib.md5(x.numpy().tobytes()).digest() in seen for x in d.valid.inputs)
+
+
+def tiny_archive(folder, monkeypatch):
+    "An archive in the layout of CIFAR-10, with the checksums that torchvision will look for."
+    import torchvision.datasets as sets
+    rng, parts, sums = np.random.default_rng(0), {}, []
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        parts[name] = pickle.dumps({"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [0, 1, 0, 1]})
+    parts["batches.meta"] = pickle.dumps({"label_names": ["cat", "dog"]})
+    (root := folder/"cifar-10-batches-py").mkdir(parents=True)
+    for name, data in parts.items(): (root/name).write_bytes(data); sums.append([name, hashlib.md5(data).hexdigest()])
+    with tarfile.open(path := folder/"cifar-10-python.tar.gz", "w:gz") as tar: tar.add(root, root.name)
+    md5 = hashlib.md5(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(sets.CIFAR10, "train_list", sums[:5]); monkeypatch.setattr(sets.CIFAR10, "test_list", sums[5:6])
+    monkeypatch.setattr(sets.CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": sums[6][1]})
+    monkeypatch.setattr(sets.CIFAR10, "tgz_md5", md5)
+    monkeypatch.setitem(kd.ARCHIVES, "cifar10", ("CIFAR10", path.name, md5))
+    return path
+
+
+def test_an_archive_becomes_a_cache_file(tmp_path, monkeypatch):
+    "Read once through torchvision, then from the cache file alone; nothing unpacked stays."
+    folder = cache_dir()/"data"
+    archive = tiny_archive(tmp_path/"made", monkeypatch)
+    folder.mkdir(parents=True); (folder/archive.name).write_bytes(archive.read_bytes())
+    first, names = photos("cifar10", folder)
+    (folder/archive.name).unlink(); photos.cache_clear()
+    again, _ = photos("cifar10", folder)
+    assert first["train_inputs"].shape == (20, 3, 32, 32) and names == ["cat", "dog"]
+    assert all(torch.equal(first[k], again[k]) for k in first)
+    assert [p.name for p in folder.iterdir()] == ["cifar10.safetensors"]
+
+
+def test_an_archive_is_not_read_before_its_md5_is_right(tmp_path, monkeypatch):
+    archive = tiny_archive(tmp_path/"made", monkeypatch)
+    archive.write_bytes(archive.read_bytes()[:-1])
+    monkeypatch.setattr(pickle, "load", lambda *a, **k: pytest.fail("a pickle was read"))
+    with pytest.raises(ValueError, match="cifar-10-python.tar.gz with MD5 .* has another MD5"): photos("cifar10", archive.parent)
+
+
+def test_no_network_says_what_to_do(tmp_path, monkeypatch):
+    def refuse(*args): raise OSError("no route to host")
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", refuse)
+    with pytest.raises(ValueError, match="put cifar-100-python.tar.gz with MD5 eb9058c3a382ffc7106e4002c42a8d85 into .*no route to host"):
+        fetch_archive("cifar100", tmp_path)
+
+
+def test_the_known_posterior_is_calibrated():
+    "Of 50,000 samples, those given a class with probability near p have it with frequency p, within sampling error."
+    s = known_split(50_000, 0, 7)
+    hit = torch.nn.functional.one_hot(s.labels, 20).flatten().double()
+    p = s.posterior.flatten().double()
+    for low in np.arange(.05, .95, .1):
+        inside = (p > low) & (p <= low + .1)
+        error = (hit[inside].mean() - p[inside].mean()).abs()
+        assert error < 4*(p[inside]*(1 - p[inside])).sum().sqrt()/inside.sum(), f"near {low:.2f}"
+
+
+def slow_augment(x, shift, flip, pad):
+    "One image and one pixel at a time."
+    out = torch.zeros_like(x)
+    b, c, h, w = x.shape
+    for n in range(b):
+        for i in range(h):
+            for j in range(w):
+                a, k = i - int(shift[n, 0]), (w - 1 - j if flip[n] else j) - int(shift[n, 1])
+                if 0 <= a < h and 0 <= k < w: out[n, :, i, j] = x[n, :, a, k]
+    return out
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 2**31), st.integers(1, 2))
+def test_augmentation_equals_a_plain_loop(seed, pad):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 256, (3, 2, 5, 6), generator=g, dtype=torch.uint8)
+    shift, flip = draw_views(3, ("crop", "flip"), pad, g)
+    assert torch.equal(augment(x, shift, flip, pad), slow_augment(x, shift, flip, pad))
+
+
+def test_known_images_are_never_augmented():
+    assert load_data(Data("known", n_train=5, n_valid=5, n_test=5)).augment == ()
+
+
+@pytest.mark.parametrize("make, said", [
+    (lambda: Data("cifar10", n_train=50_000), "at most 50,000 together"),
+    (lambda: Data("known", n_train=0), "n_train: got 0"),
+    (lambda: Data("known", n_train=1.5), "n_train: got 1.5, expected a int"),
+])
+def test_bad_sizes_are_refused(make, said):
+    with pytest.raises(ValueError, match=said): make().build()
+
+
+def test_statistics_of_a_constant_image_do_not_divide_by_zero():
+    stats = channel_stats(torch.full((4, 1, 2, 2), 7, dtype=torch.uint8))
+    assert stats["std"][0] > 0
