@@ -11,26 +11,26 @@ PUBLISHED = {
     "densenet121": (6_956_298, 7_048_548), "resnet50": (23_520_842, 23_705_252),
 }
 every = pytest.mark.parametrize("name", PUBLISHED)
-CPU, META = torch.device("cpu"), torch.device("meta")
 
 
-def build(name: str, n_classes: int = 10, in_channels: int = 3, device: torch.device = CPU):
+def build(name: str, n_classes: int = 10, in_channels: int = 3):
     "A net from seed 0"
     torch.manual_seed(0)
-    with device: return build_model(name, n_classes, in_channels)
+    return build_model(name, n_classes, in_channels)
 
 
 @every
 def test_counts(name):
-    assert tuple(n_parameters(build(name, c, device=META)) for c in (10, 100)) == PUBLISHED[name]
+    assert tuple(n_parameters(build(name, c)) for c in (10, 100)) == PUBLISHED[name]
 
 
 @every
-@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 16, 16), (3, 16, 16), (3, 32, 32), (3, 24, 40)])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 16), (3, 32, 32), (3, 24, 40)])
 def test_shapes(name, shape):
-    net, x = build(name, 7, shape[0], META), torch.zeros(2, *shape, device=META)
-    assert net(x).shape == (2, 7)
-    assert net.features(x).shape == (2, net.head.in_features)
+    net = build(name, 7, shape[0]).eval()
+    with torch.no_grad(): h = net.features(torch.zeros(2, *shape))
+    assert h.shape == (2, net.head.in_features)
+    assert net.head(h).shape == (2, 7)
 
 
 @every

@@ -1,0 +1,59 @@
+"The demo as a command: it finishes, is stopped, goes on, and refuses what it cannot do."
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from kdc_nb.data import Data
+from kdc_nb.demo import block_specs, blocks, demo, main
+from kdc_nb.training import Recipe
+
+
+@pytest.fixture
+def small(monkeypatch):
+    "The same blocks, a few epochs each."
+    few = [b._replace(recipe=Recipe(2, 32), data=d) for b, d in zip(blocks(), (Data("known", n_train=80, n_valid=60, n_test=90), Data("digits")))]
+    monkeypatch.setattr("kdc_nb.demo.blocks", lambda *args: few)
+
+
+def test_tables_figures_and_a_page(small, tmp_path, monkeypatch):
+    text = demo(seeds=2, folder=tmp_path, device="cpu", progress=False)
+    assert text.count("KD(C), from NLL after TS") >= 2 and "Images whose truth is known" in text and "2 seeds" in text
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == [f"{d}_{k}.png" for d in ("digits", "known") for k in ("ece", "reliability")]
+    page = (tmp_path/"index.html").read_text()
+    assert page.count("<img") == 4 and page.count("<table>") == 2 and "http" not in page.replace("http-equiv", "")
+    monkeypatch.setattr("kdc_nb.runs.fit", lambda *a, **k: pytest.fail("trained again"))
+    assert demo(seeds=2, folder=tmp_path, device="cpu", progress=False) == text
+
+
+def test_every_run_of_the_demo_is_another():
+    for block in blocks():
+        specs = [s for seed in range(3) for s in block_specs(block, seed).values()]
+        assert len(set(specs)) == len(specs)
+
+
+def test_bad_input_is_told_in_a_sentence(capsys, tmp_path):
+    assert main(["--seeds", "0", "--folder", str(tmp_path)]) == 2
+    assert "seeds: got 0, expected at least 1" in capsys.readouterr().err
+    assert main(["--device", "tpu", "--folder", str(tmp_path)]) == 2
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path):
+    "Interrupted in its first run, the command says what to do, and the store holds a checkpoint or a result."
+    child = subprocess.Popen([sys.executable, "-m", "kdc_nb.demo", "--seeds", "1", "--folder", str(tmp_path), "--device", "cpu"],
+                             stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    began = time.monotonic()
+    while not list(tmp_path.glob("runs/*.run")) and child.poll() is None and time.monotonic() - began < 240: time.sleep(.1)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(timeout=60) == 130 and "the same command goes on" in child.stderr.read()
+
+
+def test_photographs_at_a_small_size(photos, monkeypatch, tmp_path):
+    "The demo on real photographs turns: 60 training images, one epoch."
+    block = blocks("cifar10")[0]._replace(data=Data("cifar10", n_train=60, n_valid=60), recipe=Recipe(1, 30, augment=("flip",)))
+    monkeypatch.setattr("kdc_nb.demo.blocks", lambda *args: [block])
+    assert "5,000 training photographs" in demo("cifar10", 1, tmp_path, "cpu", progress=False)

@@ -1,0 +1,121 @@
+"Runs and the store: nothing lost, nothing half-written, nothing read that is damaged."
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kdc_nb.calibrators import Method
+from kdc_nb.core import encode, load_tensors
+from kdc_nb.data import Data
+from kdc_nb.metrics import fit_temperature
+from kdc_nb.runs import Distil, Posterior, RunSpec, Scaled, Store, clean, lineage, read_results, run, stored, sweep, training_logits, write_results
+from kdc_nb.training import Recipe
+
+TINY = Data("known", n_train=100, n_valid=60, n_test=80)
+TEACHER = RunSpec(TINY, "resnet8", Method("focal"), Recipe(2, 50))
+STUDENT = RunSpec(TINY, "resnet8", Distil(TEACHER, 2, .5), Recipe(2, 50))
+
+
+@pytest.fixture
+def store(tmp_path): return Store(tmp_path/"runs")
+
+
+def go(spec, store): return run(spec, store, "cpu", progress=False)
+
+
+def test_a_second_call_trains_nothing(store, monkeypatch):
+    first = go(STUDENT, store)
+    monkeypatch.setattr("kdc_nb.runs.fit", lambda *a, **k: pytest.fail("trained again"))
+    again = go(STUDENT, store)
+    assert torch.equal(first.logits["test"], again.logits["test"]) and encode(first.evaluation) == encode(again.evaluation)
+
+
+def test_chains_train_the_first_teacher_first(store):
+    third = replace(STUDENT, method=Distil(STUDENT))
+    assert lineage(third) == [TEACHER, STUDENT, third]
+    results = sweep([third, TEACHER, third], store, "cpu", progress=False)
+    assert [r.spec for r in results] == [third, TEACHER, third] and len(stored(store)) == 3
+
+
+def test_a_seed_is_a_run_of_its_own(store):
+    a, b, again = (go(replace(TEACHER, seed=s), Store(store.folder/str(i))) for i, s in enumerate((0, 1, 0)))
+    assert torch.equal(a.logits["test"], again.logits["test"]) and not torch.equal(a.logits["test"], b.logits["test"])
+
+
+@pytest.mark.parametrize("kind", ["run", "net"])
+@pytest.mark.parametrize("hurt", [lambda b: b[:len(b)//2], lambda b: b[:-3] + bytes([b[-3] ^ 1]) + b[-2:], lambda b: b""])
+def test_a_damaged_file_is_named_and_made_again(store, kind, hurt):
+    "Cut short, one bit flipped, empty: the file is named, and what comes back is what was there."
+    before = go(TEACHER, store)
+    path = store.path(TEACHER, kind)
+    tensors, _ = load_tensors(path)
+    path.write_bytes(hurt(path.read_bytes()))
+    with pytest.warns(UserWarning, match=f"{path.name}.*trained again"): go(STUDENT, store)
+    assert all(torch.equal(t, tensors[k]) for k, t in load_tensors(path)[0].items())
+    assert torch.equal(go(TEACHER, store).logits["test"], before.logits["test"])
+
+
+def test_a_teacher_without_weights_is_trained_and_that_is_said(store):
+    go(TEACHER, store)
+    store.path(TEACHER, "net").unlink()
+    with pytest.warns(UserWarning, match="no weights of RunSpec"): go(STUDENT, store)
+
+
+def test_a_full_disk_leaves_no_result(store, monkeypatch):
+    "The error comes through, and the next call, with room again, finishes the job."
+    monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space left"): go(TEACHER, store)
+    monkeypatch.undo()
+    assert store.get(TEACHER) is None and not list(store.folder.iterdir())
+    assert go(TEACHER, store).evaluation.n == 80
+
+
+def test_no_file_of_the_store_is_a_pickle(store):
+    go(STUDENT, store)
+    for path in store.folder.iterdir():
+        load_tensors(path)
+        assert path.read_bytes()[8:9] == b"{", "a safetensors file: the header's length, then JSON"
+
+
+def test_what_temperature_scaling_teaches(store):
+    "The scaled teacher's logits are its own divided by the T that is best on its validation images."
+    teacher = go(TEACHER, store)
+    from kdc_nb.data import load_data
+    T = fit_temperature(teacher.logits["valid"], load_data(TINY).valid.labels)
+    raw, scaled = (training_logits(t, STUDENT, store, "cpu") for t in (TEACHER, Scaled(TEACHER)))
+    assert torch.allclose(scaled*T, raw, rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_tempered_truth_teaches():
+    from kdc_nb.data import load_data
+    p = load_data(TINY).train.posterior.double()
+    said = training_logits(Posterior(.5), STUDENT, None, "cpu").double().softmax(1)
+    assert torch.allclose(said, p**2/(p**2).sum(1, keepdim=True), atol=1e-5)
+
+
+def test_another_data_set_is_another_run(store):
+    assert store.path(TEACHER, "run") != store.path(replace(TEACHER, data=Data("known", n_train=100, n_valid=60, n_test=81)), "run")
+
+
+def test_light_files_come_back_equal(store, tmp_path):
+    r = go(STUDENT, store)
+    write_results([r], tmp_path/"x.json")
+    back = read_results(tmp_path/"x.json")[STUDENT]
+    assert back.spec == STUDENT and back.truth["error"] == pytest.approx(r.truth["error"], rel=1e-5)
+    assert [h["loss"] for h in back.history] == pytest.approx([h["loss"] for h in r.history], rel=1e-5)
+
+
+def test_cleaning_an_empty_store_is_no_error(tmp_path): assert clean(Store(tmp_path/"none")) == []
+
+
+def test_a_teacher_of_other_classes_is_refused(store):
+    with pytest.raises(ValueError, match="teacher: got 20 classes and 3 channels, expected 10 classes and 1 channels"):
+        go(RunSpec(Data("digits"), "resnet8", Distil(RunSpec(Data("known", n_train=50, n_valid=20, n_test=20), "resnet8", "nll", Recipe(1, 25))), Recipe(1, 50)), store)
+
+
+def test_a_warning_free_run(store):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        go(STUDENT, store)

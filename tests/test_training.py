@@ -1,0 +1,136 @@
+"Training: the same bits after a kill, state that is kept, devices, faults."
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import pytest
+import torch
+
+import kdc_nb.training as kt
+from kdc_nb.calibrators import Calibrator, Distillation, Method, Step
+from kdc_nb.data import Data, load_data
+from kdc_nb.runs import Distil, Posterior, RunSpec, Store, clean, new_net, run, run_id
+from kdc_nb.training import Recipe, Training, draw_epoch, epoch_generator, fit
+
+TINY = Data("known", n_train=200, n_valid=50, n_test=100)
+SPEC = RunSpec(TINY, "resnet8", Distil(Posterior(.5), 2, .5), Recipe(12, 32))
+CHILD = """
+import sys, functools, kdc_nb.runs as r
+from tests.test_training import SPEC
+r.fit = functools.partial(r.fit, every=0)
+r.run(SPEC, r.Store(sys.argv[1]), "cpu", progress=False)
+"""
+
+
+def start_child(folder):
+    "A process that trains SPEC and keeps a checkpoint of every epoch."
+    return subprocess.Popen([sys.executable, "-c", CHILD, str(folder)])
+
+
+def killed_until_done(folder, kills, rng):
+    "Kill the training process `kills` times at any moment once it has begun, then let it finish."
+    for _ in range(kills):
+        child, began = start_child(folder), time.monotonic()
+        while child.poll() is None and not list(folder.glob("*.part")) and time.monotonic() - began < 120: time.sleep(.01)
+        time.sleep(rng.uniform(0, .6))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert start_child(folder).wait(timeout=300) == 0
+
+
+def check_killed(tmp_path, kills, seed):
+    "The killed run's logits and weights are those of one that ran through, and nothing else is left."
+    whole, broken = Store(tmp_path/"whole"), Store(tmp_path/"broken")
+    broken.folder.mkdir()
+    expected = run(SPEC, whole, "cpu", progress=False)
+    killed_until_done(broken.folder, kills, random.Random(seed))
+    got = broken.get(SPEC)
+    assert torch.equal(got.logits["test"], expected.logits["test"]) and got.history == expected.history
+    assert all(torch.equal(a, b) for a, b in zip(broken.net(SPEC).state_dict().values(), whole.net(SPEC).state_dict().values()))
+    assert {p.suffix for p in broken.folder.iterdir()} <= {".run", ".net", ".part"}
+    clean(broken)
+    assert {p.name for p in broken.folder.iterdir()} == {f"{run_id(SPEC)}.{k}" for k in ("run", "net")}
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path): check_killed(tmp_path, 2, seed=0)
+
+
+@pytest.mark.long
+def test_killed_many_times(tmp_path): check_killed(tmp_path, 12, seed=1)
+
+
+class Counts(Calibrator):
+    "A method with state: how often each sample was right; the loss depends on it."
+    needs_valid = True
+
+    def start(self, n_train, n_classes, epochs):
+        self.register_buffer("right", torch.zeros(n_train)); self.register_buffer("valid", torch.zeros(()))
+
+    def forward(self, step: Step):
+        self.right[step.index] += (step.logits.argmax(1) == step.targets).float()
+        weight = 1/(1 + self.right[step.index] + self.valid)
+        return (weight*torch.nn.functional.cross_entropy(step.logits, step.targets, reduction="none")).mean()
+
+    def after_epoch(self, epoch, valid_logits, valid_labels):
+        self.valid += (valid_logits.argmax(1) == valid_labels).float().mean()
+
+
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_state_and_best_weights_survive_a_stop(tmp_path, keep):
+    "A method with state per sample, and the best weights so far, come back with the checkpoint."
+    data, recipe, path = load_data(TINY), Recipe(6, 32, keep=keep), tmp_path/"x"
+    through, stopped = new_net(SPEC), new_net(SPEC)
+    a = fit(through, data, Counts(), recipe, device="cpu", progress=False)
+
+    class Stops(Counts):
+        def after_epoch(self, epoch, *valid):
+            super().after_epoch(epoch, *valid)
+            if epoch == 3: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): fit(new_net(SPEC), data, Stops(), recipe, device="cpu", checkpoint=path, every=0, progress=False)
+    b = fit(stopped, data, Counts(), recipe, device="cpu", checkpoint=path, progress=False)
+    assert a == b and all(torch.equal(x, y) for x, y in zip(through.state_dict().values(), stopped.state_dict().values()))
+
+
+def test_best_keeps_the_epoch_with_the_best_validation_accuracy():
+    data, net = load_data(TINY), new_net(SPEC)
+    history = fit(net, data, Method("nll").build(), Recipe(6, 32, keep="best"), device="cpu", progress=False)
+    accuracy = float((kt.predict(net, data, data.valid.inputs).argmax(1) == data.valid.labels).float().mean())
+    assert accuracy == pytest.approx(max(h["valid_accuracy"] for h in history))
+
+
+@pytest.mark.parametrize("n, size", [(200, 32), (64, 64), (5, 32)])
+def test_every_image_is_seen_in_batches_of_one_size(n, size):
+    data = load_data(Data("known", n_train=n, n_valid=5, n_test=5))
+    training = Training(new_net(SPEC), data, Calibrator(), Recipe(1, size), 0, torch.device("cpu"))
+    index, shift, flip = draw_epoch(training, epoch_generator(0, 0))
+    assert index.shape == flip.shape == shift.shape[:2] and index.shape[1] == min(n, size)
+    assert set(index.flatten().tolist()) == set(range(n)) and not shift.any() and not flip.any()
+
+
+def test_epochs_and_seeds_differ_and_repeat():
+    draw = lambda *key: torch.randperm(50, generator=epoch_generator(*key)).tolist()
+    assert draw(0, 1) == draw(0, 1) and draw(0, 1) != draw(0, 2) and draw(0, 1) != draw(1, 1)
+
+
+def test_the_teacher_is_asked_for_the_right_samples():
+    "A teacher that knows the labels by index is right about every batch."
+    data, seen = load_data(TINY), []
+    teacher = lambda x, index: seen.append(index) or 9*torch.nn.functional.one_hot(data.train.labels[index], 20).float()
+
+    class Looks(Distillation):
+        def forward(self, step):
+            assert torch.equal(step.teacher.argmax(1), step.targets)
+            return super().forward(step)
+    fit(new_net(SPEC), data, Looks(), Recipe(1, 32), teacher=teacher, device="cpu", progress=False)
+    assert len(seen) == 1 + 7 # the check at the door, and seven batches
+
+
+def test_nan_names_the_step():
+    class Breaks(Calibrator):
+        def forward(self, step): return super().forward(step)*(float("nan") if step.epoch == 1 else 1.)
+    with pytest.raises(FloatingPointError, match="loss: got nan at step 0 of epoch 1"):
+        fit(new_net(SPEC), load_data(TINY), Breaks(), Recipe(3, 32), device="cpu", progress=False)
