@@ -181,14 +181,14 @@ def save_tensors(
     text = json.dumps(meta)
     with whole_file(path) as part: save_file(tensors, part, metadata={"meta": text, "digest": digest(tensors, text)})
 
-# %% ../nbs/00_core.ipynb #b5a02c9b
+# %% ../nbs/00_core.ipynb #96fd6258
 def load_tensors(
     path: Path | str, # written by `save_tensors`
 ) -> tuple[dict[str, Tensor], dict[str, Any]]: # tensors by name, the JSON
-    "Read what `save_tensors` wrote; `DamagedFile` names a file that is not whole, `FileNotFoundError` one that is not there"
+    "Copies of what `save_tensors` wrote, so the file may change under them; `DamagedFile` names a file that is not whole, `FileNotFoundError` one that is not there"
     try:
         with safe_open(path, "pt") as f:
-            tensors, facts = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+            tensors, facts = {k: f.get_tensor(k).clone() for k in f.keys()}, f.metadata() or {}
     except SafetensorError as e: raise DamagedFile(f"{path}: damaged ({e})") from e
     if facts.get("digest") != digest(tensors, facts.get("meta", "")): raise DamagedFile(f"{path}: damaged (its digest does not fit)")
     return tensors, json.loads(facts["meta"])
