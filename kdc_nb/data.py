@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['N_CLASSES', 'N_GROUPS', 'N_LATENT', 'SIZE', 'ARCHIVES', 'Split', 'DataSet', 'Data', 'load_data', 'channel_stats',
-           'known_world', 'known_split', 'posterior_of', 'known', 'check_sizes', 'digits', 'fetch_archive',
+           'known_world', 'known_split', 'paint', 'posterior_of', 'known', 'check_sizes', 'digits', 'fetch_archive',
            'read_archive', 'photos', 'photo_set', 'cifar10', 'cifar100', 'augment', 'draw_views']
 
 # %% ../nbs/02_data.ipynb #893a347a
@@ -107,7 +107,7 @@ def known_world(
     patterns = np.einsum("dcij,ih,jw->dchw", strength, waves, waves).reshape(N_LATENT, -1)
     return centres, patterns*.5/np.sqrt((patterns**2).sum(0).mean())
 
-# %% ../nbs/02_data.ipynb #21c5057d
+# %% ../nbs/02_data.ipynb #f786fa04
 def known_split(
     n: int, # how many samples
     world: int, # seed of the world
@@ -117,9 +117,16 @@ def known_split(
     centres, patterns = known_world(world)
     y = np.random.RandomState([world, stream, 0]).randint(N_CLASSES, size=n)
     u = centres[y] + np.random.RandomState([world, stream, 1]).normal(size=(n, N_LATENT))
+    return Split(paint(u, patterns), torch.from_numpy(y).long(), posterior_of(u, centres))
+
+
+def paint(
+    u: np.ndarray, # (N, 24) points
+    patterns: np.ndarray, # (24, 3*8*8)
+) -> Tensor: # (N, 3, 8, 8) uint8
+    "Points as images: a weighted sum of the patterns, through a tanh"
     pixels = np.rint(127.5*(1 + np.tanh(u @ patterns))).astype(np.uint8)
-    inputs = torch.from_numpy(pixels).view(n, 3, SIZE, SIZE)
-    return Split(inputs, torch.from_numpy(y).long(), posterior_of(u, centres))
+    return torch.from_numpy(pixels).view(len(u), 3, SIZE, SIZE)
 
 # %% ../nbs/02_data.ipynb #e9803aa9
 def posterior_of(

@@ -36,7 +36,7 @@ class Block(NamedTuple):
     student: str # a model
     recipe: Recipe
 
-# %% ../nbs/12_demo.ipynb #9b50c662
+# %% ../nbs/12_demo.ipynb #172c2b6a
 def blocks(
     name: str | None = None, # cifar10 or cifar100; None: known images and digits
     gpu: bool = False, # photographs at full size
@@ -44,7 +44,7 @@ def blocks(
     "The parts of the demo"
     if name is None: return [
         Block("Images whose truth is known", Data("known", n_train=1000, n_valid=1000, n_test=4000), "resnet14", "resnet8", Recipe(epochs=20, batch_size=64)),
-        Block("Scanned digits", Data("digits"), "resnet14", "resnet8", Recipe(epochs=30, batch_size=32)),
+        Block("Scanned digits", Data("digits"), "resnet14", "resnet8", Recipe(epochs=20, batch_size=32)),
     ]
     check(name in ("cifar10", "cifar100"), "DATA", name, "cifar10 or cifar100")
     if gpu: return [Block(f"{name}, all training photographs", Data(name), "wrn_40_2", "wrn_40_1", RECIPES["fast"])]
@@ -71,7 +71,7 @@ def block_specs(
     if block.data.name == "known": specs["KD, from the truth"] = run(block.student, Distil(Posterior()))
     return specs
 
-# %% ../nbs/12_demo.ipynb #84580637
+# %% ../nbs/12_demo.ipynb #d3378369
 COLUMNS = ("", "T", "alpha", "Top-1", "ECE", "95% interval", "null band", "SCE", "ACE", "NLL", "after TS: ECE", "NLL")
 
 
@@ -81,7 +81,8 @@ def table_rows(
 ) -> list[tuple[str, ...]]: # one text for each of COLUMNS
     "The table's cells: means over seeds, with their spread"
     def cell(row, key, scale=100., digits=1):
-        return f"{scale*row.mean[key]:.{digits}f} ±{scale*row.spread[key]:.{digits}f}"
+        spread = f" ±{scale*row.spread[key]:.{digits}f}" if row.seeds > 1 else ""
+        return f"{scale*row.mean[key]:.{digits}f}{spread}"
     rows = []
     for r, s in zip(raw, scaled):
         m = r.spec.method
