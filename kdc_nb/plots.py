@@ -31,7 +31,7 @@ def prepare_reliability(
     "The bins of a stored result, as `reliability_bins` gave them"
     return Bins(*(np.array(result.bins[k], float) for k in Bins._fields))
 
-# %% ../nbs/10_plots.ipynb #2788edf0
+# %% ../nbs/10_plots.ipynb #f94e0d75
 def plot_reliability(
     bins: Bins,
     ax: Axes | None = None, # None: a new one
@@ -44,7 +44,8 @@ def plot_reliability(
     ax.bar((bins.lower + bins.upper)/2, .25*share/share.max(), bins.upper - bins.lower, color="#DDDDDD", label="share of images")
     ax.plot([0, 1], [0, 1], c=GREY, lw=1)
     ax.fill_between(x[share > 0], bins.null_low[share > 0], bins.null_high[share > 0], color=SKY, alpha=.4, lw=0, label="null band")
-    ax.errorbar(x, bins.accuracy, [bins.accuracy - bins.low, bins.high - bins.accuracy], fmt="o", ms=4, color=color, label="accuracy, 95%")
+    ends = np.maximum(0, [bins.accuracy - bins.low, bins.high - bins.accuracy])
+    ax.errorbar(x, bins.accuracy, ends, fmt="o", ms=4, color=color, label="accuracy, 95%")
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", title=title)
     ax.legend(fontsize=7, loc="upper left")
     return ax

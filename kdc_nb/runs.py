@@ -31,7 +31,7 @@ from .calibrators import *
 from .models import *
 from .training import *
 
-# %% ../nbs/08_runs.ipynb #930cb7b8
+# %% ../nbs/08_runs.ipynb #8ce280f3
 @value
 class RunSpec:
     "A training run: on what, which network, by which method and recipe, with which seed"
@@ -51,8 +51,8 @@ class RunSpec:
 
 @lru_cache
 def check_model(name: str) -> None:
-    "Refuse a model that cannot be built; each name is tried once, without taking memory"
-    with torch.device("meta"): build_model(name, 2)
+    "Refuse a model that cannot be built; each name is tried once"
+    with torch.random.fork_rng(devices=[]): build_model(name, 2)
 
 # %% ../nbs/08_runs.ipynb #ee0ba28e
 @value

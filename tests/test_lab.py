@@ -21,7 +21,6 @@ pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium on the path")
 ROOT = Path(__file__).parents[1]
 build = runpy.run_path(str(ROOT/"nbs/_build.py"))
 PAGES = [str(p.relative_to(ROOT)) for p in build["notebooks"]()]
-QUICK = "nbs/00_core.ipynb"
 SETTINGS = {"@jupyterlab/apputils-extension/notification": '{"fetchNews": "false"}',
             "@jupyterlab/notebook-extension/tracker": '{"windowingMode": "none"}'}
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -161,26 +160,43 @@ def run_all(page, notebook: str, folder: Path, minutes: float = 10) -> None:
     assert not errors(page)
 
 
-def move_slider(page, nth: int, value: float) -> None:
-    "Type a value into a slider's readout and wait for another picture"
-    image = page.locator(".jp-OutputArea-output img").first
+@contextmanager
+def another_picture(page):
+    "Wait until what the block does has changed the explorer's picture"
+    image = page.locator(".widget-image, .jp-OutputArea-output img").first
     image.scroll_into_view_if_needed()
     before = image.get_attribute("src")
-    page.locator(".widget-readout").nth(nth).click()
-    page.keyboard.press("Control+A")
-    page.keyboard.type(str(value))
-    page.keyboard.press("Enter")
+    yield
     playwright.expect(image).not_to_have_attribute("src", before, timeout=30_000)
     assert not errors(page)
 
 
-def test_a_page_runs(page, tmp_path): run_all(page, QUICK, tmp_path)
+def move_slider(page, nth: int, value: float) -> None:
+    "Type a value into a slider's readout and wait for another picture"
+    with another_picture(page):
+        page.locator(".widget-readout").nth(nth).click()
+        page.keyboard.press("Control+A")
+        page.keyboard.type(str(value))
+        page.keyboard.press("Enter")
+
+
+def push_slider(page, nth: int) -> None:
+    "Push a slider over stored values one step to the right and wait for another picture"
+    with another_picture(page):
+        page.locator(".noUi-handle").nth(nth).focus()
+        page.keyboard.press("ArrowRight")
 
 
 def test_a_slider_draws(page, tmp_path):
     run_all(page, "slider.ipynb", tmp_path)
     for value in (3, 7.5): move_slider(page, 0, value)
     screenshot(page, tmp_path, "slider_moved")
+
+
+def test_the_transfer_explorer_follows_the_hand(page, tmp_path):
+    run_all(page, "nbs/studies/transfer_curve.ipynb", tmp_path)
+    for nth in range(3): push_slider(page, nth)
+    screenshot(page, tmp_path, "transfer_explorer")
 
 
 @pytest.mark.long
