@@ -50,10 +50,10 @@ def blocks(
     if gpu: return [Block(f"{name}, all training photographs", Data(name), "wrn_40_2", "wrn_40_1", RECIPES["fast"])]
     return [Block(f"{name}, 5,000 training photographs", Data(name, n_train=5000), "resnet14", "resnet8", RECIPES["cpu"])]
 
-# %% ../nbs/12_demo.ipynb #288c0ab8
+# %% ../nbs/12_demo.ipynb #86720f63
 CALIBRATED = Method("mdca", beta=10, gamma=1)
 
-
+# %% ../nbs/12_demo.ipynb #72d4f9d2
 def block_specs(
     block: Block,
     seed: int,
@@ -71,10 +71,10 @@ def block_specs(
     if block.data.name == "known": specs["KD, from the truth"] = run(block.student, Distil(Posterior()))
     return specs
 
-# %% ../nbs/12_demo.ipynb #d3378369
+# %% ../nbs/12_demo.ipynb #efb05ed1
 COLUMNS = ("", "T", "alpha", "Top-1", "ECE", "95% interval", "null band", "SCE", "ACE", "NLL", "after TS: ECE", "NLL")
 
-
+# %% ../nbs/12_demo.ipynb #7075dfcb
 def table_rows(
     raw: list[Row], # from `prepare_rows`
     scaled: list[Row], # the same after temperature scaling
@@ -92,14 +92,14 @@ def table_rows(
                      cell(r, "sce", digits=2), cell(r, "ace"), cell(r, "nll", 1, 3), cell(s, "ece"), cell(s, "nll", 1, 3)))
     return rows
 
-# %% ../nbs/12_demo.ipynb #658f78c1
+# %% ../nbs/12_demo.ipynb #7047d536
 def as_text(rows: list[tuple[str, ...]]) -> str:
     "The table for a terminal"
     lines = [COLUMNS, *rows]
     widths = [max(len(line[k]) for line in lines) for k in range(len(COLUMNS))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines)
 
-
+# %% ../nbs/12_demo.ipynb #471906a2
 def as_html(rows: list[tuple[str, ...]]) -> str:
     "The table for a page"
     tr = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{escape(c)}</{tag}>" for c in cells) + "</tr>"
@@ -151,7 +151,7 @@ def run_block(
     table = [dict(zip(s, results)) for s in specs]
     return {name: [t[name] for t in table] for name in table[0]}
 
-# %% ../nbs/12_demo.ipynb #2bdce727
+# %% ../nbs/12_demo.ipynb #0b8a3b78
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kdc_nb: demo</title>
 <style>body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse;font-size:13px}
 td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}td:first-child{text-align:left}img{max-width:100%}</style>
@@ -159,7 +159,7 @@ td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-sp
 <p>Means over seeds, with their standard deviation, in percent (NLL in nats). The interval is that of one run's ECE on its test images;
 the null band is where a perfectly calibrated model with the same confidences would lie.</p>"""
 
-
+# %% ../nbs/12_demo.ipynb #36a538c4
 def report_block(
     block: Block,
     results: dict[str, list[Result]], # from `run_block`
@@ -194,7 +194,7 @@ def demo(
     with whole_file(folder/"index.html") as part: part.write_text(page, encoding="utf-8")
     return "\n".join(texts)
 
-# %% ../nbs/12_demo.ipynb #c62a0d62
+# %% ../nbs/12_demo.ipynb #da49b3d5
 def main(args: Iterable[str] | None = None) -> int: # exit status
     "The command behind `make demo`"
     p = argparse.ArgumentParser(prog="python -m kdc_nb.demo", description="Calibration passing from teacher to student")
@@ -203,13 +203,14 @@ def main(args: Iterable[str] | None = None) -> int: # exit status
     p.add_argument("--folder", default="demo_out", help="where figures, page and runs go (demo_out)")
     p.add_argument("--device", help="cpu, cuda or mps (the fastest there is)")
     a = p.parse_args(args)
-    matplotlib.use("agg")
     try: print(demo(a.data, a.seeds, a.folder, a.device))
     except KeyboardInterrupt: print(f"\nStopped. What is done is kept in {a.folder}; the same command goes on.", file=sys.stderr); return 130
     except ValueError as e: print(e, file=sys.stderr); return 2
     print(f"Figures and page: {Path(a.folder).resolve()/'index.html'}")
     return 0
 
-# %% ../nbs/12_demo.ipynb #bd633771
+# %% ../nbs/12_demo.ipynb #c4cecea9
 #| eval: false
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    matplotlib.use("agg")
+    sys.exit(main())

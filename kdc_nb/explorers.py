@@ -58,7 +58,7 @@ def choice(
     values = sorted(set(values))
     return widgets.SelectionSlider(options=[(f"{v:g}", v) for v in values], value=values[0] if value is None else value, description=name)
 
-# %% ../nbs/11_explorers.ipynb #07274adc
+# %% ../nbs/11_explorers.ipynb #68aa7d98
 def explore_transfer(
     results: Mapping[RunSpec, Result], # a grid over T and alpha, such as the study's
 ) -> Explorer:
@@ -70,7 +70,7 @@ def explore_transfer(
 
     def draw(T, alpha, tau):
         fig, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
-        plot_transfer(pairs, T, alpha, left)
+        plot_transfer(pairs, T, alpha, left, limit=.3)
         chosen = [p for p in pairs if p.spec.method == Distil(Posterior(tau), T, alpha)]
         if chosen: plot_reliability(prepare_reliability(results[chosen[0].spec]), right, title=f"Student of the truth tempered by {tau:g}, seed {chosen[0].spec.seed}")
         else: right.set_title("No such student in the results")

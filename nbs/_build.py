@@ -67,8 +67,8 @@ def leaks(nb) -> list[str]:
 
 
 def kernel_env() -> dict[str, str]:
-    "Surroundings in which a second run gives the same bytes: no hash order, no dates, inline figures"
-    return os.environ | {"PYTHONHASHSEED": "0", "SOURCE_DATE_EPOCH": "0",
+    "Surroundings in which a second run gives the same bytes: no hash order, no dates, sums by one thread, inline figures"
+    return os.environ | {"PYTHONHASHSEED": "0", "SOURCE_DATE_EPOCH": "0", "OMP_NUM_THREADS": "1",
                          "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 
 

@@ -31,7 +31,7 @@ def test_tables_figures_and_a_page(small, tmp_path, monkeypatch):
 
 
 def test_every_run_of_the_demo_is_another():
-    for block in blocks():
+    for block in [*blocks(), *blocks("cifar10"), *blocks("cifar100", gpu=True)]:
         specs = [s for seed in range(3) for s in block_specs(block, seed).values()]
         assert len(set(specs)) == len(specs)
 
@@ -50,10 +50,3 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     while not list(tmp_path.glob("runs/*.run")) and child.poll() is None and time.monotonic() - began < 240: time.sleep(.1)
     child.send_signal(signal.SIGINT)
     assert child.wait(timeout=60) == 130 and "the same command goes on" in child.stderr.read()
-
-
-def test_photographs_at_a_small_size(photos, monkeypatch, tmp_path):
-    "The demo on real photographs turns: 60 training images, one epoch."
-    block = blocks("cifar10")[0]._replace(data=Data("cifar10", n_train=60, n_valid=60), recipe=Recipe(1, 30, augment=("flip",)))
-    monkeypatch.setattr("kdc_nb.demo.blocks", lambda *args: [block])
-    assert "5,000 training photographs" in demo("cifar10", 1, tmp_path, "cpu", progress=False)

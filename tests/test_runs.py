@@ -119,3 +119,9 @@ def test_a_warning_free_run(store):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         go(STUDENT, store)
+
+
+def test_real_photographs_train_and_are_judged(photos, store):
+    "Sixty photographs and one epoch teach little, and every part turns: the cache, flips, 10,000 test images."
+    r = go(RunSpec(Data("cifar10", n_train=60, n_valid=60), "resnet8", "nll", Recipe(1, 30, augment=("flip",))), store)
+    assert r.evaluation.n == 10_000 and r.truth is None and 0 < r.evaluation.raw["top1"].value < .5
