@@ -97,14 +97,14 @@ def run_id(spec: RunSpec) -> str: # 16 hexadecimal digits
     "The id under which a run is stored"
     return value_id(spec, schema=SCHEMA, data=[load_data(p).fingerprint for p in parts_of(spec) if isinstance(p, Data)])
 
-# %% ../nbs/08_runs.ipynb #cf1b52c3
+# %% ../nbs/08_runs.ipynb #33389dca
 @dataclass(frozen=True, eq=False)
 class Result:
     "What a run left behind"
     spec: RunSpec
     evaluation: Evaluation # on the test images; the temperature is that of the validation images
     history: list[dict[str, float]] # a row an epoch
-    facts: dict[str, Any] # device, versions, seconds
+    facts: dict[str, Any] # device, versions, seconds (of the last stretch, if the run was resumed)
     confidence: dict[str, float] # mean confidence on the test images, "raw" and "scaled" by the temperature
     bins: dict[str, list[float | None]] # of the reliability diagram on the test images: `reliability_bins` as lists
     truth: dict[str, float] | None = None # `truth_of`, where the posterior is known
@@ -150,7 +150,7 @@ def judge(
     confidence = {k: float(softmax64(logits["test"]/T).amax(1).mean()) for k, T in (("raw", 1.), ("scaled", evaluation.T))}
     return Result(spec, evaluation, history, facts, confidence, bins, truth_of(logits["test"], data.test.posterior, evaluation.T), logits)
 
-# %% ../nbs/08_runs.ipynb #9d258f1f
+# %% ../nbs/08_runs.ipynb #cbff686f
 class Store:
     "Results and weights of runs, in a folder"
 
@@ -168,16 +168,20 @@ class Store:
 
     def get(self, spec: RunSpec) -> Result | None:
         "The stored result, or None; a damaged one is named, and counts as none"
-        try: logits, light = load_tensors(self.path(spec, "run"))
+        return self.read(self.path(spec, "run"))
+
+    def read(self, path: Path) -> Result | None:
+        "The result in a file; see `get`"
+        try: logits, light = load_tensors(path)
         except FileNotFoundError: return None
-        except DamagedFile as e: return warnings.warn(f"{e}; the run is trained again", stacklevel=2)
+        except DamagedFile as e: return warnings.warn(f"{e}; the run is to be trained again", stacklevel=3)
         return from_light(light, logits)
 
     def net(self, spec: RunSpec) -> nn.Module | None:
         "The trained network on the CPU, in evaluation mode, or None; damaged weights are named, and count as none"
         try: weights, _ = load_tensors(self.path(spec, "net"))
         except FileNotFoundError: return None
-        except DamagedFile as e: return warnings.warn(f"{e}; the run is trained again", stacklevel=2)
+        except DamagedFile as e: return warnings.warn(f"{e}; the run is to be trained again", stacklevel=2)
         net = new_net(spec)
         net.load_state_dict(weights)
         return net.eval()
@@ -298,13 +302,14 @@ def sweep(
         done = {r: run(r, store, device, progress) for r in bar}
     return [done[s] for s in specs]
 
-# %% ../nbs/08_runs.ipynb #5746a1db
+# %% ../nbs/08_runs.ipynb #29947d84
 def stored(
     store: Store | None = None, # None: the one in the cache folder
-) -> list[Result]: # without logits, the oldest first
-    "All finished runs of a store"
-    paths = sorted((store or Store()).folder.glob("*.run"), key=lambda p: p.stat().st_mtime)
-    return [from_light(load_tensors(p)[1]) for p in paths]
+) -> list[Result]: # the oldest first
+    "All finished runs of a store; damaged ones are named and left out"
+    store = store or Store()
+    paths = sorted(store.folder.glob("*.run"), key=lambda p: p.stat().st_mtime)
+    return [r for p in paths if (r := store.read(p))]
 
 
 def clean(

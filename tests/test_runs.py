@@ -57,6 +57,12 @@ def test_a_damaged_file_is_named_and_made_again(store, kind, hurt):
     assert torch.equal(go(TEACHER, store).logits["test"], before.logits["test"])
 
 
+def test_a_listing_names_a_damaged_file_and_shows_the_others(store):
+    go(STUDENT, store)
+    store.path(TEACHER, "run").write_bytes(b"half")
+    with pytest.warns(UserWarning, match="damaged"): assert [r.spec for r in stored(store)] == [STUDENT]
+
+
 def test_a_teacher_without_weights_is_trained_and_that_is_said(store):
     go(TEACHER, store)
     store.path(TEACHER, "net").unlink()
