@@ -43,17 +43,18 @@ def lookup(
     check(name in registry, argument, repr(name), "one of " + ", ".join(sorted(registry)))
     return registry[name]
 
-# %% ../nbs/00_core.ipynb #7b5a7aee
+# %% ../nbs/00_core.ipynb #7c894ddb
 VALUES: dict[str, type] = {} # the classes that `decode` may make, by name
 
 
 def value(cls: type) -> type:
-    "Make `cls` a frozen dataclass that `encode` and `decode` know by its name; whole numbers given for floats become floats"
+    "Make `cls` a frozen dataclass that `encode` and `decode` know by its name; whole numbers given for floats become floats, lists tuples"
     own = cls.__dict__.get("__post_init__", lambda self: None)
     def __post_init__(self):
         for f in fields(self):
             v = getattr(self, f.name)
             if f.type is float and type(v) is int: object.__setattr__(self, f.name, float(v))
+            if type(v) is list: object.__setattr__(self, f.name, tuple(v))
         own(self)
     cls.__post_init__ = __post_init__
     VALUES[cls.__name__] = cls = dataclass(frozen=True)(cls)

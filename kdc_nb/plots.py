@@ -101,7 +101,7 @@ def prepare_transfer(
     row = lambda s, t, r: Pair(s, t, side_of(r), r.evaluation.raw["ece"], r.evaluation.raw["nll"].value, r.truth and r.truth["error"])
     return [row(s, t, results[s]) for s, t in sides.items() if t]
 
-# %% ../nbs/10_plots.ipynb #c7581428
+# %% ../nbs/10_plots.ipynb #8ce7849f
 def plot_transfer(
     pairs: Iterable[Pair], # from `prepare_transfer`
     T: float, # temperature of distillation
@@ -114,11 +114,12 @@ def plot_transfer(
     ax = ax or plt.subplots(figsize=(4.5, 4), layout="constrained")[1]
     rows = [p for p in pairs if (p.spec.method.T, p.spec.method.alpha) == (T, alpha)]
     ax.plot([0, limit], [0, limit], "--", c=GREY, lw=1, label="student = teacher")
-    if rows and not true_error: ax.axhspan(rows[0].ece.null_low, rows[0].ece.null_high, color=SKY, alpha=.4, lw=0, label="null band")
     for kind, (color, own) in by_teacher(rows).items():
         for k, p in enumerate(own):
             y = p.true_error if true_error else p.ece.value
-            if not true_error: ax.plot([p.teacher.ece]*2, [p.ece.low, p.ece.high], c=color, lw=1)
+            if not true_error:
+                ax.plot([p.teacher.ece]*2, [p.ece.null_low, p.ece.null_high], c=SKY, lw=7, alpha=.3, solid_capstyle="butt", zorder=0)
+                ax.plot([p.teacher.ece]*2, [p.ece.low, p.ece.high], c=color, lw=1)
             ax.plot(p.teacher.ece, y, "o", ms=5, mec=color, mfc=color if p.student.gap > 0 else "white", label=kind if k == 0 else None)
     ax.set(xlim=(0, limit), ylim=(0, limit), xlabel="ECE of the teacher", ylabel="true calibration error of the student" if true_error else "ECE of the student")
     ax.set_title(f"T = {T:g}, alpha = {alpha:g}")

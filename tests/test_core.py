@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kdc_nb.calibrators import Method
 from kdc_nb.core import DamagedFile, decode, encode, load_tensors, save_tensors, value_id, whole_file
 from kdc_nb.data import Data
-from kdc_nb.runs import Distil, Posterior, RunSpec, Scaled
+from kdc_nb.runs import Distil, Posterior, RunSpec, Scaled, teacher_run
 from kdc_nb.training import Recipe
 
 methods = st.one_of(
@@ -22,7 +22,7 @@ plain = st.builds(RunSpec, st.builds(lambda n: Data("known", n_train=n), st.inte
                   methods, st.builds(Recipe, st.integers(1, 300), lr=st.floats(1e-3, 1)), st.integers(0, 9))
 temperature, weight = st.floats(.1, 20), st.floats(0, 1)
 students = st.recursive(plain, lambda inner: st.builds(
-    lambda s, t, T, a: RunSpec(s.data, s.model, Distil(t, T, a), s.recipe, s.seed),
+    lambda s, t, T, a: RunSpec(getattr(teacher_run(t), "data", s.data), s.model, Distil(t, T, a), s.recipe, s.seed),
     plain, st.one_of(inner, st.builds(Scaled, inner), st.builds(Posterior, temperature)), temperature, weight), max_leaves=4)
 
 

@@ -116,9 +116,20 @@ def test_light_files_come_back_equal(store, tmp_path):
 def test_cleaning_an_empty_store_is_no_error(tmp_path): assert clean(Store(tmp_path/"none")) == []
 
 
-def test_a_teacher_of_other_classes_is_refused(store):
-    with pytest.raises(ValueError, match="teacher: got 20 classes and 3 channels, expected 10 classes and 1 channels"):
-        go(RunSpec(Data("digits"), "resnet8", Distil(RunSpec(Data("known", n_train=50, n_valid=20, n_test=20), "resnet8", "nll", Recipe(1, 25))), Recipe(1, 50)), store)
+def test_a_teacher_of_other_data_is_refused():
+    "It could have been trained on the student's test images."
+    other = replace(TEACHER, data=Data("known", n_train=100, n_valid=60, n_test=81))
+    for teacher in (other, Scaled(other)):
+        with pytest.raises(ValueError, match="teacher: got one trained on Data.*n_test=81.*expected the student's data"): replace(STUDENT, method=Distil(teacher))
+
+
+def test_a_file_of_a_method_unknown_here_is_named(store):
+    "Another notebook registered a method of its own and trained with it."
+    Method.register("own")(lambda: Method("nll").build())
+    go(replace(TEACHER, method=Method("own")), store)
+    go(TEACHER, store)
+    del Method.registry["own"]
+    with pytest.warns(UserWarning, match="Method: got 'own'"): assert [r.spec for r in stored(store)] == [TEACHER]
 
 
 def test_a_warning_free_run(store):

@@ -17,7 +17,7 @@ from kdc_nb.runs import Distil, Posterior, RunSpec, Store, clean, new_net, run, 
 from kdc_nb.training import Recipe, Training, draw_epoch, epoch_generator, fit
 
 TINY = Data("known", n_train=200, n_valid=50, n_test=100)
-SPEC = RunSpec(TINY, "resnet8", Distil(Posterior(.5), 2, .5), Recipe(12, 32))
+SPEC = RunSpec(TINY, "resnet8", Distil(Posterior(.5), 2, .5), Recipe(60, 32))
 CHILD = """
 import sys, functools, kdc_nb.runs as r
 from tests.test_training import SPEC
@@ -32,13 +32,14 @@ def start_child(folder):
 
 
 def killed_until_done(folder, kills, rng):
-    "Kill the training process `kills` times at any moment once it has begun, then let it finish."
+    "Kill the process `kills` times, each time at any moment after it has written a checkpoint of its own, then let it finish."
+    stamp = lambda: max((p.stat().st_mtime_ns for p in folder.glob("*.part") if not p.name.startswith(".")), default=0)
     for _ in range(kills):
-        child, began = start_child(folder), time.monotonic()
-        while child.poll() is None and not list(folder.glob("*.part")) and time.monotonic() - began < 120: time.sleep(.01)
-        time.sleep(rng.uniform(0, .6))
+        before, child, began = stamp(), start_child(folder), time.monotonic()
+        while stamp() == before and child.poll() is None and time.monotonic() - began < 120: time.sleep(.001)
+        time.sleep(rng.uniform(0, .05))
         child.send_signal(signal.SIGKILL)
-        child.wait()
+        assert child.wait() == -signal.SIGKILL and not list(folder.glob("*.run")), "killed before it was done"
     assert start_child(folder).wait(timeout=300) == 0
 
 
@@ -76,6 +77,7 @@ class Counts(Calibrator):
         return (weight*torch.nn.functional.cross_entropy(step.logits, step.targets, reduction="none")).mean()
 
     def after_epoch(self, epoch, valid_logits, valid_labels):
+        self.seen = [*getattr(self, "seen", []), epoch]
         self.valid += (valid_logits.argmax(1) == valid_labels).float().mean()
 
 
@@ -91,7 +93,9 @@ def test_state_and_best_weights_survive_a_stop(tmp_path, keep):
             super().after_epoch(epoch, *valid)
             if epoch == 3: raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): fit(new_net(SPEC), data, Stops(), recipe, device="cpu", checkpoint=path, every=0, progress=False)
-    b = fit(stopped, data, Counts(), recipe, device="cpu", checkpoint=path, progress=False)
+    rest = Counts()
+    b = fit(stopped, data, rest, recipe, device="cpu", checkpoint=path, progress=False)
+    assert rest.seen == [3, 4, 5], "only what was missing"
     assert a == b and all(torch.equal(x, y) for x, y in zip(through.state_dict().values(), stopped.state_dict().values()))
 
 
