@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import matplotlib
 import matplotlib.pyplot as plt
-import torch
 from matplotlib.figure import Figure
 
 from .core import *

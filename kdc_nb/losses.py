@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .core import *
-
 # %% ../nbs/04_losses.ipynb #4eda8df4
 def widen(
     logits: Tensor, # of any float type

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .core import check, encode, lookup, value
+from .core import check, lookup, value
 
 # %% ../nbs/03_metrics.ipynb #22393a13
 def numbers(x: Any, argument: str) -> Tensor: # float64, on the CPU

@@ -14,7 +14,7 @@ import platform
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import lru_cache, singledispatch
 from pathlib import Path
 from typing import Any
