@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'GREY', 'prepare_reliability', 'plot_reliability', 'Side', 'Pair', 'side_of',
            'side_of_truth', 'teacher_side', 'prepare_transfer', 'plot_transfer', 'by_teacher', 'Row', 'prepare_rows',
-           'draw_together', 'plot_rows']
+           'draw_together', 'plot_rows', 'LinearView', 'prepare_linear', 'LinearPicture']
 
-# %% ../nbs/10_plots.ipynb #9e5c5180
+# %% ../nbs/10_plots.ipynb #53115434
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from .core import *
 from .data import *
 from .metrics import *
 from .runs import *
+from .theory import *
 
 # %% ../nbs/10_plots.ipynb #b2173e28
 BLUE, ORANGE, GREEN, PINK, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#777777" # told apart by all (Okabe and Ito, 2008)
@@ -188,3 +189,76 @@ def plot_rows(
     ax.set_xlim(left=0)
     ax.invert_yaxis()
     return ax
+
+# %% ../nbs/10_plots.ipynb #a6d265f4
+class LinearView(NamedTuple):
+    "A linear teacher, its exact student and Theorem 1"
+    W_t: np.ndarray # the teacher's weights (d,), sorted
+    exact: np.ndarray # the student's weights in the same order
+    formula: np.ndarray # Theorem 1's
+    p_exact: np.ndarray # the student's probabilities on at most 400 training points
+    p_formula: np.ndarray # Theorem 1's
+    alphas: np.ndarray # weights of distillation (A,)
+    gaps: np.ndarray # mean of p - y at each (A, 2): plain, and weighted with the teacher's logit over its mean size; NaN where there is no student
+    teacher: np.ndarray # the teacher's own (2,)
+    null: float # a calibrated student's gap lies within this in 95 of 100 draws of the labels
+    N: int # training points
+    T: float
+    alpha: float
+
+# %% ../nbs/10_plots.ipynb #8cdeacc9
+def prepare_linear(
+    T: float, # temperature, > 0
+    alpha: float, # weight of distillation, 0 to 1
+    N: int = 2000, # training points
+    d: int = 10, # features, beside the intercept
+    scale: float = 2., # root mean square of the truth's logits
+    overconfidence: float = 2., # factor of the teacher's logits over the truth's
+) -> LinearView:
+    "A problem with an intercept, its student at `alpha` and the gaps along all weights"
+    X, y, _, W_t = draw_problem(N, d, scale, overconfidence=overconfidence, base=1., angle=30.)
+    z_t, formula = X.T@W_t, closed_form(X, y, W_t, alpha)
+    exact = minimise(X, y, z_t, T, alpha).W
+    p, order, some = probs(X.T@exact), np.argsort(W_t), slice(0, 400)
+    weights = np.stack([np.ones(N), z_t/abs(z_t).mean()])/N
+    def gaps(alpha):
+        try: return gap(weights, X.T@minimise(X, y, z_t, T, alpha).W, y)
+        except ValueError: return np.full(2, np.nan)
+    alphas = np.linspace(0, 1, 7)
+    return LinearView(W_t[order], exact[order], formula[order], p[some], probs(X.T@formula)[some], alphas, np.stack([gaps(a) for a in alphas]),
+                      gap(weights, z_t, y), 1.96*np.sqrt((p*(1 - p)).sum())/N, N, T, alpha)
+
+# %% ../nbs/10_plots.ipynb #62a11efa
+class LinearPicture:
+    "Weights, probabilities and gaps of a linear student; `show` moves what changes"
+
+    def __init__(self):
+        self.figure, (weights, points, gaps) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
+        def moving(ax, style, **kw): return ax.plot([], [], style, animated=True, **kw)[0]
+        self.W_t, self.formula, self.exact = (moving(weights, style, c=c, mfc="none") for style, c in (("-", GREY), ("x", ORANGE), ("o", BLUE)))
+        self.cosine = weights.text(.97, .04, "", transform=weights.transAxes, ha="right", animated=True)
+        weights.set(xlim=(-.05, 1.05), ylim=(-1.5, 1.5), xticks=[], xlabel="weights, sorted by the teacher's", ylabel="value over the teacher's largest", title="Weights")
+        weights.legend(weights.lines, ["teacher", "Theorem 1", "exact student"], loc="upper left")
+        points.plot([0, 1], [0, 1], c=GREY, lw=.8)
+        self.points = moving(points, ".", c=BLUE, ms=3)
+        self.miss = points.text(.97, .04, "", transform=points.transAxes, ha="right", animated=True)
+        points.set(xlim=(0, 1), ylim=(0, 1), xlabel="exact student", ylabel="Theorem 1", title="Probabilities on the training points")
+        self.mean, self.over, self.mean_law, self.over_law, self.high, self.low, self.here = (moving(gaps, style, c=c, lw=lw) for style, c, lw in (
+            ("o", BLUE, 1), ("s", ORANGE, 1), ("-", BLUE, 1), ("-", ORANGE, 1), (":", GREY, 1), (":", GREY, 1), ("v", GREY, 1)))
+        gaps.set(xlim=(-.03, 1.03), ylim=(-.3, .3), xlabel="alpha", ylabel="mean of p - y on the training points", title="Calibration gap of the exact student")
+        gaps.legend([self.mean, self.over, self.mean_law, self.high], ["in the large", "along the teacher's logit", "alpha x the teacher's", "null band, in the large"], loc="lower left", fontsize=8)
+
+    def show(self, view: LinearView) -> "LinearPicture":
+        "Move everything to where `view` has it"
+        place, size = np.linspace(0, 1, len(view.W_t)), abs(view.W_t).max()
+        for line, W in ((self.W_t, view.W_t), (self.formula, view.formula), (self.exact, view.exact)): line.set_data(place, W/size)
+        lengths = np.linalg.norm(view.exact), np.linalg.norm(view.formula)
+        self.cosine.set_text(f"cosine {view.exact@view.formula/np.prod(lengths):.3f}, length {lengths[1]/lengths[0]:.2f}")
+        self.points.set_data(view.p_exact, view.p_formula)
+        self.miss.set_text(f"N = {view.N:,}, mean error {abs(view.p_exact - view.p_formula).mean():.3f}")
+        for line, law, gaps, teacher in ((self.mean, self.mean_law, view.gaps[:, 0], view.teacher[0]), (self.over, self.over_law, view.gaps[:, 1], view.teacher[1])):
+            line.set_data(view.alphas, gaps)
+            law.set_data([0, 1], [0, teacher])
+        for line, null in ((self.high, view.null), (self.low, -view.null)): line.set_data([0, 1], [null, null])
+        self.here.set_data([view.alpha], [.28])
+        return self
