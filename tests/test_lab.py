@@ -187,6 +187,17 @@ def push_slider(page, nth: int) -> None:
         page.keyboard.press("ArrowRight")
 
 
+def drag_slider(page, nth: int, by: int) -> None:
+    "Drag a slider `by` pixels; the picture must follow before it is let go"
+    handle = page.locator(".noUi-handle").nth(nth).bounding_box()
+    x, y = handle["x"] + handle["width"]/2, handle["y"] + handle["height"]/2
+    page.mouse.move(x, y)
+    page.mouse.down()
+    for part in (.5, 1):
+        with another_picture(page): page.mouse.move(x + part*by, y)
+    page.mouse.up()
+
+
 def test_a_slider_draws(page, tmp_path):
     run_all(page, "slider.ipynb", tmp_path)
     for value in (3, 7.5): move_slider(page, 0, value)
@@ -197,6 +208,14 @@ def test_the_transfer_explorer_follows_the_hand(page, tmp_path):
     run_all(page, "nbs/studies/transfer_curve.ipynb", tmp_path)
     for nth in range(3): push_slider(page, nth)
     screenshot(page, tmp_path, "transfer_explorer")
+
+
+def test_the_theorems_follow_the_hand(page, tmp_path):
+    run_all(page, "nbs/studies/theorems.ipynb", tmp_path)
+    page.locator(".noUi-handle").first.scroll_into_view_if_needed()
+    move_slider(page, 0, 1)
+    for nth, by in enumerate((40, -60, -40, 30, 40, 30)): drag_slider(page, nth, by)
+    screenshot(page, tmp_path, "theory_explorer")
 
 
 @pytest.mark.long
