@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from .core import *
 from .losses import *
 
-# %% ../nbs/05_calibrators.ipynb #9819544e
+# %% ../nbs/05_calibrators.ipynb #e673492a
 class Step(NamedTuple):
     "What a method may look at in one training step"
     logits: Tensor # (B, C) of the network in training
     targets: Tensor # (B,) labels, or (B, C) probabilities where the inputs were mixed
     index: Tensor | None = None # (B,) position of each sample in the training set
-    epoch: int = 0 # from 0
+    epoch: Tensor | None = None # () from 0, on the device
     teacher: Tensor | None = None # (B, C) logits of the teacher, if there is one
 
 # %% ../nbs/05_calibrators.ipynb #29ed41f5

@@ -31,7 +31,7 @@ class Split:
 
     def __len__(self) -> int: return len(self.labels)
 
-# %% ../nbs/02_data.ipynb #d1afea54
+# %% ../nbs/02_data.ipynb #6d459cbf
 @dataclass(frozen=True, eq=False)
 class DataSet:
     "Three splits with what a training loop needs to know of them"
@@ -54,8 +54,17 @@ class DataSet:
         x: Tensor, # (B, C, H, W) uint8, any device
     ) -> Tensor: # (B, C, H, W) float32
         "Bytes as floats with mean 0 and deviation 1 over the training set"
-        mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        mean, std = self.stats(x.device)
         return (x.float()/255 - mean)/std
+
+    def stats(self, device: torch.device) -> Tensor: # (2, 1, C, 1, 1)
+        "Mean and deviation on a device, sent there once"
+        with torch.inference_mode(False):
+            if device not in self.sent: self.sent[device] = torch.tensor((self.mean, self.std)).view(2, 1, -1, 1, 1).to(device)
+        return self.sent[device]
+
+    @cached_property
+    def sent(self) -> dict[torch.device, Tensor]: return {}
 
     @cached_property
     def fingerprint(self) -> str: # 16 hexadecimal digits

@@ -10,7 +10,7 @@ from kdc_nb.calibrators import Method
 from kdc_nb.core import encode, load_tensors
 from kdc_nb.data import Data
 from kdc_nb.metrics import fit_temperature
-from kdc_nb.runs import Distil, Posterior, RunSpec, Scaled, Store, clean, lineage, read_results, run, stored, sweep, training_logits, write_results
+from kdc_nb.runs import Distil, Posterior, RunSpec, Scaled, Store, clean, lineage, read_results, run, stored, training_logits, write_results
 from kdc_nb.training import Recipe
 
 TINY = Data("known", n_train=100, n_valid=60, n_test=80)
@@ -35,8 +35,8 @@ def test_a_second_call_trains_nothing(store, monkeypatch):
 def test_chains_train_the_first_teacher_first(store):
     third = replace(STUDENT, method=Distil(STUDENT))
     assert lineage(third) == [TEACHER, STUDENT, third]
-    results = sweep([third, TEACHER, third], store, "cpu", progress=False)
-    assert [r.spec for r in results] == [third, TEACHER, third] and len(stored(store)) == 3
+    go(third, store)
+    assert [r.spec for r in stored(store)] == [TEACHER, STUDENT, third]
 
 
 def test_a_seed_is_a_run_of_its_own(store):

@@ -13,7 +13,7 @@ import kdc_nb.training as kt
 from kdc_nb.calibrators import Calibrator, Distillation, Method, Step
 from kdc_nb.data import Data, load_data
 from kdc_nb.runs import Distil, Posterior, RunSpec, Store, clean, new_net, run, run_id
-from kdc_nb.training import Recipe, Training, draw_epoch, epoch_generator, fit
+from kdc_nb.training import Recipe, Training, begin_epoch, epoch_generator, fit
 
 TINY = Data("known", n_train=200, n_valid=50, n_test=100)
 SPEC = RunSpec(TINY, "resnet8", Distil(Posterior(.5), 2, .5), Recipe(60, 32))
@@ -85,7 +85,7 @@ def test_state_and_best_weights_survive_a_stop(tmp_path, keep):
     "A method with state per sample, and the best weights so far, come back with the checkpoint."
     data, recipe, path = load_data(TINY), Recipe(6, 32, keep=keep), tmp_path/"x"
     through, stopped = new_net(SPEC), new_net(SPEC)
-    a = fit(through, data, Counts(), recipe, device="cpu", progress=False)
+    a = fit(through, data, Counts(), recipe, device="cpu", progress=False).history
 
     class Stops(Counts):
         def after_epoch(self, epoch, *valid):
@@ -93,14 +93,14 @@ def test_state_and_best_weights_survive_a_stop(tmp_path, keep):
             if epoch == 3: raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): fit(new_net(SPEC), data, Stops(), recipe, device="cpu", checkpoint=path, every=0, progress=False)
     rest = Counts()
-    b = fit(stopped, data, rest, recipe, device="cpu", checkpoint=path, progress=False)
+    b = fit(stopped, data, rest, recipe, device="cpu", checkpoint=path, progress=False).history
     assert rest.seen == [3, 4, 5], "only what was missing"
     assert a == b and all(torch.equal(x, y) for x, y in zip(through.state_dict().values(), stopped.state_dict().values()))
 
 
 def test_best_keeps_the_epoch_with_the_best_validation_accuracy():
     data, net = load_data(TINY), new_net(SPEC)
-    history = fit(net, data, Method("nll").build(), Recipe(6, 32, keep="best"), device="cpu", progress=False)
+    history = fit(net, data, Method("nll").build(), Recipe(6, 32, keep="best"), device="cpu", progress=False).history
     accuracy = float((kt.predict(net, data, data.valid.inputs).argmax(1) == data.valid.labels).float().mean())
     assert accuracy == pytest.approx(max(h["valid_accuracy"] for h in history))
 
@@ -109,7 +109,8 @@ def test_best_keeps_the_epoch_with_the_best_validation_accuracy():
 def test_every_image_is_seen_in_batches_of_one_size(n, size):
     data = load_data(Data("known", n_train=n, n_valid=5, n_test=5))
     training = Training(new_net(SPEC), data, Calibrator(), Recipe(1, size), 0, torch.device("cpu"))
-    index, shift, flip = draw_epoch(training, epoch_generator(0, 0))
+    begin_epoch(training)
+    index, shift, flip, _ = training.plan
     assert index.shape == flip.shape == shift.shape[:2] and index.shape[1] == min(n, size)
     assert set(index.flatten().tolist()) == set(range(n)) and not shift.any() and not flip.any()
 

@@ -1,0 +1,204 @@
+"Sweeps: the same answer in one process and in many, whatever dies, and no longer than told"
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import replace
+
+import joblib
+import pytest
+import torch
+
+import kdc_nb.sweeps as ks
+from kdc_nb.calibrators import Method
+from kdc_nb.data import Data
+from kdc_nb.runs import Distil, RunSpec, Store, clean, stored
+from kdc_nb.sweeps import generations, main, plan, read_specs, sweep, title_of, write_specs
+from kdc_nb.training import Recipe
+
+TINY = Data("known", n_train=100, n_valid=60, n_test=80)
+TEACHER = RunSpec(TINY, "resnet8", Method("focal"), Recipe(2, 50))
+STUDENTS = [RunSpec(TINY, "resnet8", Distil(TEACHER, T, .5), Recipe(2, 50)) for T in (1, 2, 4)]
+LONG = [replace(TEACHER, recipe=Recipe(60, 50), seed=s) for s in range(3)]
+
+
+@pytest.fixture
+def store(tmp_path): return Store(tmp_path/"runs")
+
+
+def go(specs, store, **kw): return sweep(specs, store, "cpu", progress=False, **kw)
+def same(a, b, within=0.): assert all((x.logits["test"] - y.logits["test"]).abs().max() <= within for x, y in zip(a, b, strict=True))
+
+
+def test_each_run_once_and_teachers_first(store):
+    third = replace(STUDENTS[0], method=Distil(STUDENTS[0]))
+    assert list(generations([third, TEACHER, third])) == [[TEACHER], [STUDENTS[0]], [third]]
+    assert [r.spec for r in go([third, TEACHER, third], store)] == [third, TEACHER, third]
+    assert [r.spec for r in stored(store)] == [TEACHER, STUDENTS[0], third]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory): return go(STUDENTS, Store(tmp_path_factory.mktemp("alone")))
+
+
+def test_a_pool_gives_the_same_answer(store, alone):
+    same(go(STUDENTS, store, jobs=2), alone, 1e-3)
+    assert len(stored(store)) == 4
+
+
+def test_the_users_own_backend_is_asked(store, alone):
+    with joblib.parallel_config(backend="threading", n_jobs=2): same(go(STUDENTS, store), alone, 1e-3)
+
+
+@pytest.mark.long
+def test_a_dask_cluster(store, alone):
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, distributed.Client(cluster):
+        with joblib.parallel_config(backend="dask"): same(go(STUDENTS, store), alone, 1e-3)
+
+
+def killed_once(spec, folder, device, until):
+    "A worker whose process is killed during its second run, once"
+    if spec == STUDENTS[1] and not (mark := folder/"killed").exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return attempt(spec, folder, device, until)
+
+
+attempt = ks.attempt
+
+
+def test_a_killed_worker_costs_only_its_run(store, alone, monkeypatch):
+    monkeypatch.setattr(ks, "attempt", killed_once)
+    with pytest.warns(UserWarning, match="a worker died; the . runs that are not finished start again"): same(go(STUDENTS, store, jobs=2), alone, 1e-3)
+    assert (store.folder/"killed").exists()
+
+
+def always_killed(spec, folder, device, until): os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_that_always_kills_its_worker_is_given_up(store, monkeypatch):
+    monkeypatch.setattr(ks, "attempt", always_killed)
+    with warnings.catch_warnings(), pytest.raises(Exception, match="terminated"):
+        warnings.simplefilter("ignore")
+        go([TEACHER, replace(TEACHER, seed=1)], store, jobs=2)
+
+
+def test_one_failure_stops_no_other_run(store):
+    wild = replace(TEACHER, recipe=Recipe(2, 50, lr=1e20))
+    with joblib.parallel_config(backend="threading", n_jobs=2), pytest.raises(FloatingPointError, match="try a smaller lr"):
+        go([wild, TEACHER, replace(TEACHER, seed=1)], store)
+    assert {r.spec.seed for r in stored(store)} == {0, 1}
+
+
+def test_a_full_gpu_is_given_fewer_runs(store, monkeypatch):
+    at_once = []
+    def full_above_one(spec, *rest):
+        at_once.append(spec)
+        time.sleep(.3)
+        crowd = len(at_once) > 1
+        at_once.remove(spec)
+        return torch.OutOfMemoryError("CUDA out of memory") if crowd else attempt(spec, *rest)
+    monkeypatch.setattr(ks, "attempt", full_above_one)
+    with joblib.parallel_config(backend="threading"), pytest.warns(UserWarning, match="out of memory; . runs start again, 2 at a time"):
+        results = go([TEACHER, *(replace(TEACHER, seed=s) for s in (1, 2, 3))], store, jobs=4)
+    assert all(results)
+
+
+def test_a_budget_is_kept_and_nothing_of_it_lost(store):
+    began = time.time()
+    assert go(LONG, store, budget=3) != [None]*3 or list(store.folder.glob("*.part"))
+    assert time.time() - began < 6
+    calls = 1
+    while None in (results := go(LONG, store, budget="3s")): calls += 1
+    whole = go(LONG, Store(store.folder.parent/"whole"))
+    assert calls > 1 and [r.history for r in results] == [r.history for r in whole]
+    same(results, whole)
+
+
+def test_the_plan(store):
+    assert [p.seconds for p in plan(STUDENTS, store, "cpu")] == [None]*4
+    go(LONG, store, budget=2)
+    go([TEACHER], store)
+    planned = {p.spec: p for p in plan([*STUDENTS, *LONG], store, "cpu")}
+    assert planned[TEACHER].epochs == 0 and all(0 < planned[s].seconds < 60 for s in STUDENTS)
+    assert min(planned[s].epochs for s in LONG) < 60, "the checkpoint is looked at"
+
+
+COMMAND = [sys.executable, "-m", "kdc_nb.sweeps"]
+
+
+def command(*args): return subprocess.run([*COMMAND, *map(str, args), "--device", "cpu"], capture_output=True, text=True)
+
+
+def test_the_command(tmp_path):
+    write_specs(STUDENTS[:2], file := tmp_path/"runs.json")
+    assert read_specs(file) == STUDENTS[:2]
+    out = command(file, "--store", tmp_path/"s", "--plan").stdout
+    assert "3 runs to do" in out and title_of(STUDENTS[1]) in out and not (tmp_path/"s").exists()
+    assert command(file, "--store", tmp_path/"s", "--budget", "0s").returncode == 75
+    done = command(file, "--store", tmp_path/"s", "--results", tmp_path/"light.json")
+    assert done.returncode == 0 and "2 of 2 runs done" in done.stdout and len(json.loads((tmp_path/"light.json").read_text())) == 2
+    assert "0 runs to do" in command(file, "--store", tmp_path/"s", "--plan").stdout
+
+
+@pytest.mark.parametrize("text, message", [
+    (None, "a file that is there"), ("{", "a JSON list of descriptions"), ("[3]", "descriptions of runs only"), ("3", "a JSON list"),
+    ('[{"kind": "RunSpec", "data": {"kind": "Data", "name": "mnist"}, "model": "resnet8"}]', "'mnist'"), ('[{"kind": "Run"}]', "'Run'"),
+    ('[{"kind": "RunSpec"}]', "a JSON list of descriptions")])
+def test_a_bad_file_is_told_in_a_sentence(tmp_path, capsys, text, message):
+    if text is not None: (tmp_path/"runs.json").write_text(text)
+    assert main([str(tmp_path/"runs.json")]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("budget", ["9 minutes", "-3s", "", "min"])
+def test_a_bad_budget(store, budget):
+    with pytest.raises(ValueError, match="budget: got"): go([TEACHER], store, budget=budget)
+
+
+@pytest.mark.long
+def test_killed_thirty_times_at_random(tmp_path):
+    "SIGKILL at any moment: what is finished stays, what is not goes on, and the end is what it would have been"
+    runs = [replace(s, recipe=Recipe(8, 50)) for s in (TEACHER, replace(TEACHER, seed=1))]
+    write_specs(runs, file := tmp_path/"runs.json")
+    store, kills, rng = Store(tmp_path/"s"), 0, random.Random(0)
+    kept = {}
+    while kills < 30:
+        p = subprocess.Popen([*COMMAND, str(file), "--store", str(store.folder), "--device", "cpu"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        try: p.wait(rng.uniform(4, 9))
+        except subprocess.TimeoutExpired: p.kill(); p.wait(); kills += 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            now = {f.name: f.read_bytes() for f in store.folder.glob("*.run")} if store.folder.exists() else {}
+            assert all(now.get(k) == v for k, v in kept.items()) and all(store.read(store.folder/k) for k in now)
+        kept = now
+        if p.returncode == 0: kept = {}; [f.unlink() for f in store.folder.iterdir()]
+    results = go(runs, store)
+    same(results, go(runs, Store(tmp_path/"whole")))
+    clean(store)
+    assert {f.suffix for f in store.folder.iterdir()} == {".run", ".net"}
+
+
+def test_two_processes_on_one_store(tmp_path, alone):
+    write_specs(STUDENTS, file := tmp_path/"runs.json")
+    both = [subprocess.Popen([*COMMAND, str(file), "--store", str(tmp_path/"s"), "--device", "cpu"], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [(p.communicate()[1].count("damaged"), p.returncode) for p in both] == [(0, 0)]*2
+    same(go(STUDENTS, Store(tmp_path/"s")), alone, 1e-3)
+
+
+def test_a_full_disk_loses_nothing(tmp_path, alone):
+    "No file may grow beyond 200 kB: the run fails in a sentence, and goes on when there is room"
+    write_specs(STUDENTS[:1], file := tmp_path/"runs.json")
+    limited = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));" \
+              "from kdc_nb.sweeps import main; sys.exit(main(sys.argv[1:]))"
+    args = [str(file), "--store", str(tmp_path/"s"), "--device", "cpu"]
+    full = subprocess.run([sys.executable, "-c", limited, *args], capture_output=True, text=True)
+    assert full.returncode == 1 and "File too large" in full.stderr and "Traceback" not in full.stderr
+    assert not list((tmp_path/"s").glob("*.run")) and not list((tmp_path/"s").glob("*.net"))
+    assert command(*args[:3]).returncode == 0
+    same(go(STUDENTS[:1], Store(tmp_path/"s")), alone[:1], 1e-3)
