@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['N_CLASSES', 'N_GROUPS', 'N_LATENT', 'SIZE', 'ARCHIVES', 'Split', 'DataSet', 'Data', 'load_data', 'channel_stats',
-           'known_world', 'known_split', 'paint', 'posterior_of', 'known', 'check_sizes', 'digits', 'fetch_archive',
+           'known_world', 'known_split', 'paint', 'posterior_of', 'known', 'check_splits', 'digits', 'fetch_archive',
            'read_archive', 'photos', 'photo_set', 'cifar10', 'cifar100', 'augment', 'draw_views']
 
 # %% ../nbs/02_data.ipynb #d6bb8e49
@@ -143,7 +143,7 @@ def posterior_of(
     z = torch.from_numpy(u @ centres.T - .5*(centres**2).sum(1))
     return z.softmax(1).float()
 
-# %% ../nbs/02_data.ipynb #19418b5a
+# %% ../nbs/02_data.ipynb #a510ce4c
 @Data.register("known")
 def known(
     n_train: int = 4000,
@@ -152,19 +152,19 @@ def known(
     seed: int = 0, # which world
 ) -> DataSet:
     "Small RGB images of 20 classes in 4 groups, with the exact posterior of each; never augmented, since that would make it false"
-    check_sizes("known", n_train=n_train, n_valid=n_valid, n_test=n_test)
+    check_splits("known", n_train=n_train, n_valid=n_valid, n_test=n_test)
     train, valid, test = (known_split(n, seed, i) for i, n in enumerate((n_train, n_valid, n_test)))
     group = tuple(c % N_GROUPS for c in range(N_CLASSES))
     names = tuple(f"{'ABCD'[g]}{c//N_GROUPS}" for c, g in enumerate(group))
     return DataSet(train, valid, test, names, group, **channel_stats(train.inputs))
 
-# %% ../nbs/02_data.ipynb #21514a00
-def check_sizes(name: str, total: int | None = None, **sizes: int) -> None:
+# %% ../nbs/02_data.ipynb #2312b679
+def check_splits(name: str, total: int | None = None, **sizes: int) -> None:
     "Refuse splits that are empty or, together, larger than the `total` there is"
     for k, n in sizes.items(): check(n >= 1, f"{name} {k}", n, "at least 1")
     if total is not None: check(sum(sizes.values()) <= total, f"{name} {' + '.join(sizes)}", sum(sizes.values()), f"at most {total:,} together")
 
-# %% ../nbs/02_data.ipynb #765f904a
+# %% ../nbs/02_data.ipynb #d139cd9b
 @Data.register("digits")
 def digits(
     n_train: int = 300,
@@ -173,7 +173,7 @@ def digits(
 ) -> DataSet:
     "Scanned digits (E. Alpaydin and C. Kaynak, UCI, 1998), from scikit-learn"
     from sklearn.datasets import load_digits
-    check_sizes("digits", 1796, n_train=n_train, n_valid=n_valid)
+    check_splits("digits", 1796, n_train=n_train, n_valid=n_valid)
     raw = load_digits()
     inputs, labels = torch.from_numpy(raw.images*15).to(torch.uint8)[:, None], torch.from_numpy(raw.target).long()
     order = torch.from_numpy(np.random.RandomState(seed).permutation(len(labels)))
@@ -233,10 +233,10 @@ def photos(
     tensors, meta = load_tensors(path)
     return tensors, meta["classes"]
 
-# %% ../nbs/02_data.ipynb #99005eb2
+# %% ../nbs/02_data.ipynb #7b7e1392
 def photo_set(name: str, n_train: int, n_valid: int, seed: int) -> DataSet:
     "Cut the training photographs into training and validation ones by a seed"
-    check_sizes(name, 50_000, n_train=n_train, n_valid=n_valid)
+    check_splits(name, 50_000, n_train=n_train, n_valid=n_valid)
     t, classes = photos(name, cache_dir()/"data")
     order = torch.from_numpy(np.random.RandomState(seed).permutation(50_000))
     train, valid = (Split(t["train_inputs"][i], t["train_labels"][i]) for i in (order[:n_train], order[50_000 - n_valid:]))

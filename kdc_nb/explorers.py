@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['png_of', 'Explorer', 'choice', 'Redrawn', 'explore_transfer', 'explore_theory']
 
-# %% ../nbs/12_explorers.ipynb #4d86a513
+# %% ../nbs/12_explorers.ipynb #f664b376
 from base64 import b64encode
 from collections.abc import Callable, Mapping
 from html import escape
@@ -21,6 +21,7 @@ from PIL import Image
 from .core import *
 from .plots import *
 from .runs import *
+from .theory import *
 
 # %% ../nbs/12_explorers.ipynb #94bcea66
 def png_of(
@@ -32,7 +33,7 @@ def png_of(
     plt.close(figure)
     return buffer.getvalue()
 
-# %% ../nbs/12_explorers.ipynb #d00fbaa0
+# %% ../nbs/12_explorers.ipynb #55855997
 class Explorer(widgets.VBox):
     "Controls above a picture that is drawn again whenever one moves"
 
@@ -49,7 +50,7 @@ class Explorer(widgets.VBox):
     def update(self, **values) -> None:
         "Draw the picture for the controls' values"
         try: self.image.value, self.refusal.value = self.draw(**values), ""
-        except ValueError as e: self.refusal.value = f"<b>{escape(str(e))}</b>"
+        except ValueError as e: self.refusal.value = f"<b>{escape(str(e))}</b> (the picture is of the values before)"
 
     def _repr_mimebundle_(self, **kwargs):
         return (super()._repr_mimebundle_(**kwargs) or {}) | {"image/png": b64encode(self.image.value).decode()}
@@ -106,7 +107,7 @@ def explore_transfer(
 
     return Explorer(draw, T=choice("T", of(lambda m: m.T)), alpha=choice("alpha", of(lambda m: m.alpha)), tau=choice("tau", taus or {1.}, 1. if 1. in taus else None))
 
-# %% ../nbs/12_explorers.ipynb #fe9e5fad
+# %% ../nbs/12_explorers.ipynb #e1b53beb
 def explore_theory() -> Explorer:
     "Sliders for T, alpha and the problem over the exact linear student"
     picture = LinearPicture()
@@ -116,7 +117,8 @@ def explore_theory() -> Explorer:
         picture.show(prepare_linear(**values))
         return redrawn.png()
 
-    def slider(low, high, value, step, **kw): return widgets.FloatSlider(value, min=low, max=high, step=step, **kw)
-    return Explorer(draw, T=slider(.5, 10, 2, .1, description="T"), alpha=slider(0, 1, .5, .01, description="alpha"),
-                    N=choice("N", (10, 20, 50, 100, 200, 500, 1000, 2000), 1000), d=widgets.IntSlider(10, min=1, max=30, description="d"),
-                    scale=slider(.1, 6, 2, .1, description="logit scale"), overconfidence=slider(.2, 4, 2, .1, description="overconfid."))
+    def slider(low, high, value, step, name): return widgets.FloatSlider(value, min=low, max=high, step=step, description=name)
+    return Explorer(draw, T=slider(.5, 10, 2, .1, "T"), alpha=slider(0, 1, .5, .01, "alpha"), N=choice("N", (10, 20, 50, 100, 200, 500, 1000, 2000), 1000),
+                    d=widgets.IntSlider(10, min=2, max=30, description="d"), scale=slider(.1, 6, 2, .1, "logit scale"),
+                    overconfidence=slider(.2, 4, 2, .1, "overconfid."), angle=slider(0, 180, 30, 5, "angle"),
+                    features=widgets.Dropdown(options=list(FEATURES), description="features"), intercept=widgets.Checkbox(True, description="intercept"))

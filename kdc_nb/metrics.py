@@ -10,10 +10,10 @@ __all__ = ['RULES', 'MEANS', 'EVEN', 'T_RANGE', 'HEAD', 'numbers', 'as_rows', 'a
            'top_hits', 'class_noise', 'Law', 'law_bins', 'top_laws', 'class_laws', 'metric_names', 'null_draws', 'Band',
            'null_band', 'quantiles', 'wilson', 'Bins', 'reliability_bins', 'true_calibration_error', 'kl_to_truth',
            'truth_pair', 'recalibrated', 'cleaned', 'chances', 'invert', 'chernoff', 'worst_bin', 'farthest_bound',
-           'Estimate', 'estimate', 'interval', 'slope', 'fit_temperature', 'scalable', 'promised', 'mean_estimate',
+           'Estimate', 'estimate', 'interval', 'nll_slope', 'fit_temperature', 'scalable', 'promised', 'mean_estimate',
            'estimates', 'Evaluation', 'estimate_texts', 'cross_fit', 'evaluate', 'read_npz', 'read_csv', 'load_outputs']
 
-# %% ../nbs/03_metrics.ipynb #e60c41b6
+# %% ../nbs/03_metrics.ipynb #44a2d51e
 import csv
 import math
 import warnings
@@ -612,17 +612,17 @@ def interval(
         claims |= dict.fromkeys(classes, every)
     return {k: estimate(k, laws[k], claims[k], n_bins, level) for k in laws}
 
-# %% ../nbs/03_metrics.ipynb #8587cc91
+# %% ../nbs/03_metrics.ipynb #8f63ed45
 T_RANGE = (1e-2, 1e2) # where a temperature is looked for
 
 
-def slope(d: Tensor, u: float) -> tuple[float, float]:
+def nll_slope(d: Tensor, u: float) -> tuple[float, float]:
     "First and second derivative in u of the mean NLL of softmax(u z), from d = z - z_y (N, C)"
     q = (u*d).softmax(1)
     mean = (q*d).sum(1)
     return float(mean.mean()), float(((q*d.square()).sum(1) - mean.square()).mean())
 
-# %% ../nbs/03_metrics.ipynb #d2ff4c51
+# %% ../nbs/03_metrics.ipynb #32f5505c
 def fit_temperature(
     outputs: Any, # (N, C) logits or probabilities, of images the model was not trained on
     labels: Any, # (N,) whole numbers from 0 to C-1
@@ -633,11 +633,11 @@ def fit_temperature(
     z = scalable(x, kind)
     d = z - z.gather(1, y[:, None])
     low, high = 1/T_RANGE[1], 1/T_RANGE[0]
-    if slope(d, low)[0] >= 0: return T_RANGE[1]
-    if slope(d, high)[0] <= 0: return T_RANGE[0]
+    if nll_slope(d, low)[0] >= 0: return T_RANGE[1]
+    if nll_slope(d, high)[0] <= 0: return T_RANGE[0]
     u = 1.
     for _ in range(100):
-        first, second = slope(d, u)
+        first, second = nll_slope(d, u)
         low, high = (u, high) if first < 0 else (low, u)
         step = u - first/second if second > 0 else low
         new = step if low <= step <= high else (low + high)/2

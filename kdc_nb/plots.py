@@ -190,45 +190,42 @@ def plot_rows(
     ax.invert_yaxis()
     return ax
 
-# %% ../nbs/11_plots.ipynb #922d6146
+# %% ../nbs/11_plots.ipynb #1e50985e
 class LinearView(NamedTuple):
     "A linear teacher, its exact student and Theorem 1"
     W_t: np.ndarray # the teacher's weights (d,), sorted
     exact: np.ndarray # the student's weights in the same order
     formula: np.ndarray # Theorem 1's
-    p_exact: np.ndarray # the student's probabilities on at most 400 training points
+    p_exact: np.ndarray # the student's probabilities (N,) on the training points
     p_formula: np.ndarray # Theorem 1's
     alphas: np.ndarray # weights of distillation (A,)
     gaps: np.ndarray # mean of p - y at each (A, 2): plain, and weighted with the teacher's logit over its mean size; NaN where there is no student
     teacher: np.ndarray # the teacher's own (2,)
-    null: float # a calibrated student's gap lies within this in 95 of 100 draws of the labels
-    N: int # training points
-    T: float
+    noise: float # how far a model that never saw the labels may be off by chance: `gap_noise`
     alpha: float
 
-# %% ../nbs/11_plots.ipynb #ea39c5f7
+# %% ../nbs/11_plots.ipynb #25a2ac8d
 def prepare_linear(
     T: float, # temperature, > 0
     alpha: float, # weight of distillation, 0 to 1
-    N: int = 2000, # training points
-    d: int = 10, # features, beside the intercept
-    scale: float = 2., # root mean square of the truth's logits
-    overconfidence: float = 2., # factor of the teacher's logits over the truth's
+    intercept: bool = True, # whether teacher and student have the truth's one
+    **problem, # N, d, scale, features, angle, overconfidence: see `draw_problem`
 ) -> LinearView:
-    "A problem with an intercept, its student at `alpha` and the gaps along all weights"
-    X, y, _, W_t = draw_problem(N, d, scale, overconfidence=overconfidence, base=1., angle=30.)
+    "A problem, its student at `alpha` and the gaps along all weights"
+    X, y, _, W_t = draw_problem(**problem, base=1.)
+    if not intercept: X, W_t = X[:-1], W_t[:-1]
     z_t, formula = X.T@W_t, closed_form(X, y, W_t, alpha)
     exact = minimise(X, y, z_t, T, alpha).W
-    p, order, some = probs(X.T@exact), np.argsort(W_t), slice(0, 400)
-    weights = np.stack([np.ones(N), z_t/abs(z_t).mean()])/N
+    z, order = X.T@exact, np.argsort(W_t)
+    weights = np.stack([np.ones_like(y), z_t/abs(z_t).mean()])/len(y)
     def gaps(alpha):
         try: return gap(weights, X.T@minimise(X, y, z_t, T, alpha).W, y)
         except ValueError: return np.full(2, np.nan)
     alphas = np.linspace(0, 1, 7)
-    return LinearView(W_t[order], exact[order], formula[order], p[some], probs(X.T@formula)[some], alphas, np.stack([gaps(a) for a in alphas]),
-                      gap(weights, z_t, y), 1.96*np.sqrt((p*(1 - p)).sum())/N, N, T, alpha)
+    return LinearView(W_t[order], exact[order], formula[order], probs(z), probs(X.T@formula), alphas, np.stack([gaps(a) for a in alphas]),
+                      gap(weights, z_t, y), gap_noise(z), alpha)
 
-# %% ../nbs/11_plots.ipynb #2e2ae4db
+# %% ../nbs/11_plots.ipynb #b612d862
 class LinearPicture:
     "Weights, probabilities and gaps of a linear student; `show` moves what changes"
 
@@ -243,22 +240,25 @@ class LinearPicture:
         self.points = moving(points, ".", c=BLUE, ms=3)
         self.miss = points.text(.97, .04, "", transform=points.transAxes, ha="right", animated=True)
         points.set(xlim=(0, 1), ylim=(0, 1), xlabel="exact student", ylabel="Theorem 1", title="Probabilities on the training points")
-        self.mean, self.over, self.mean_law, self.over_law, self.high, self.low, self.here = (moving(gaps, style, c=c, lw=lw) for style, c, lw in (
-            ("o", BLUE, 1), ("s", ORANGE, 1), ("-", BLUE, 1), ("-", ORANGE, 1), (":", GREY, 1), (":", GREY, 1), ("v", GREY, 1)))
-        gaps.set(xlim=(-.03, 1.03), ylim=(-.3, .3), xlabel="alpha", ylabel="mean of p - y on the training points", title="Calibration gap of the exact student")
-        gaps.legend([self.mean, self.over, self.mean_law, self.high], ["in the large", "along the teacher's logit", "alpha x the teacher's", "null band, in the large"], loc="lower left", fontsize=8)
+        self.gaps = [moving(gaps, style, c=c) for style, c in (("o", BLUE), ("s", ORANGE))]
+        self.laws = [moving(gaps, "-", c=c, lw=1) for c in (BLUE, ORANGE)]
+        self.noise = [moving(gaps, ":", c=GREY, lw=1) for _ in range(2)]
+        self.here = moving(gaps, "v", c=GREY)
+        gaps.set(xlim=(-.03, 1.03), ylim=(-.3, .3), xlabel="alpha", ylabel="p - y, mean over training points", title="Gap of the exact student")
+        labels = ["plain mean", "along the teacher's logit", "alpha x the teacher's", "chance, plain mean", "alpha now"]
+        gaps.legend([*self.gaps, self.laws[0], self.noise[0], self.here], labels, loc="lower left", fontsize=8)
 
     def show(self, view: LinearView) -> "LinearPicture":
-        "Move everything to where `view` has it"
+        "Move everything to where `view` has it; what would leave its panel stays at the edge"
         place, size = np.linspace(0, 1, len(view.W_t)), abs(view.W_t).max()
-        for line, W in ((self.W_t, view.W_t), (self.formula, view.formula), (self.exact, view.exact)): line.set_data(place, W/size)
+        for line, W in ((self.W_t, view.W_t), (self.formula, view.formula), (self.exact, view.exact)): line.set_data(place, np.clip(W/size, -1.48, 1.48))
         lengths = np.linalg.norm(view.exact), np.linalg.norm(view.formula)
         self.cosine.set_text(f"cosine {view.exact@view.formula/np.prod(lengths):.3f}, length {lengths[1]/lengths[0]:.2f}")
-        self.points.set_data(view.p_exact, view.p_formula)
-        self.miss.set_text(f"N = {view.N:,}, mean error {abs(view.p_exact - view.p_formula).mean():.3f}")
-        for line, law, gaps, teacher in ((self.mean, self.mean_law, view.gaps[:, 0], view.teacher[0]), (self.over, self.over_law, view.gaps[:, 1], view.teacher[1])):
-            line.set_data(view.alphas, gaps)
-            law.set_data([0, 1], [0, teacher])
-        for line, null in ((self.high, view.null), (self.low, -view.null)): line.set_data([0, 1], [null, null])
+        self.points.set_data(view.p_exact[:400], view.p_formula[:400])
+        self.miss.set_text(f"N = {len(view.p_exact):,}, mean error {abs(view.p_exact - view.p_formula).mean():.3f}")
+        for k in range(2):
+            self.gaps[k].set_data(view.alphas, np.clip(view.gaps[:, k], -.295, .295))
+            self.laws[k].set_data([0, 1], [0, view.teacher[k]])
+            self.noise[k].set_data([0, 1], [(-1)**k*view.noise]*2)
         self.here.set_data([view.alpha], [.28])
         return self

@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'DRAWING', 'RunSpec', 'check_model', 'Scaled', 'Posterior', 'Distil', 'teacher_run', 'parts_of', 'run_id',
            'Result', 'light_of', 'from_light', 'truth_of', 'judge', 'Store', 'new_net', 'training_logits',
            'trained_net', 'make_teacher', 'train', 'environment', 'run', 'lineage', 'stored', 'clean', 'write_results',
-           'read_results']
+           'rounded', 'read_results']
 
 # %% ../nbs/08_runs.ipynb #78fad5e9
 import json
@@ -305,15 +305,21 @@ def clean(
     for p in left: p.unlink()
     return left
 
-# %% ../nbs/08_runs.ipynb #b8304e91
+# %% ../nbs/08_runs.ipynb #52517021
 def write_results(
     results: Iterable[Result],
     path: Path | str, # of a .json file
 ) -> None:
     "Keep the light part of results, numbers to 6 digits"
-    short = lambda o: {k: short(v) for k, v in o.items()} if isinstance(o, dict) else [short(v) for v in o] if isinstance(o, list) else float(f"{o:.6g}") if isinstance(o, float) else o
-    rows = [{k: v if k == "spec" else short(v) for k, v in light_of(r).items()} for r in results]
+    rows = [{k: v if k == "spec" else rounded(v) for k, v in light_of(r).items()} for r in results]
     with whole_file(path) as part: part.write_text("[" + ",\n".join(json.dumps(row) for row in rows) + "]\n", encoding="utf-8")
+
+
+def rounded(o: Any) -> Any:
+    "Plain JSON with its numbers to 6 digits"
+    if isinstance(o, float): return float(f"{o:.6g}")
+    if isinstance(o, dict): return {k: rounded(v) for k, v in o.items()}
+    return [rounded(v) for v in o] if isinstance(o, list) else o
 
 
 def read_results(

@@ -207,7 +207,7 @@ def recorded(
     run.k.zero_()
     return step
 
-# %% ../nbs/07_training.ipynb #87e50905
+# %% ../nbs/07_training.ipynb #6e3a8e93
 def train_epoch(
     run: Training,
     teacher: Teacher | None = None, # for methods that ask one
@@ -217,8 +217,8 @@ def train_epoch(
     run.step = run.step or recorded(run, teacher)
     for _ in run.losses: run.step()
     losses = run.losses.cpu()
-    bad = (~losses.isfinite()).nonzero()
-    if len(bad): raise FloatingPointError(f"loss: got {losses[bad[0, 0]]} at step {bad[0, 0]} of epoch {run.epoch}, expected a number; try a smaller lr than {run.recipe.lr}")
+    for k in (~losses.isfinite()).nonzero()[:1, 0].tolist():
+        raise FloatingPointError(f"loss: got {losses[k]} at step {k} of epoch {run.epoch}, expected a number; try a smaller lr than {run.recipe.lr}")
     return dict(loss=float(losses.mean()), accuracy=float(run.hits.mean()))
 
 # %% ../nbs/07_training.ipynb #9d617d89

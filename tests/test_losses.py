@@ -67,14 +67,3 @@ def test_the_student_of_a_teacher_at_alpha_one_has_its_probabilities():
             return loss
         opt.step(closure)
         assert torch.allclose(z.softmax(1), t.softmax(1), atol=1e-3)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_extreme_logits_give_numbers(dtype):
-    z = torch.tensor([[1e4, -1e4, 0.], [-1e4, 1e4, 0.]]).to(dtype).requires_grad_()
-    y = torch.tensor([0, 0])
-    for loss in (cross_entropy, label_smoothing, focal, mdca, lambda z, y: distillation(z, y, -z.detach(), 3.)):
-        z.grad = None
-        out = loss(z, y)
-        out.backward()
-        assert out.isfinite() and z.grad.isfinite().all()

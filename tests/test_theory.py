@@ -172,14 +172,43 @@ def test_a_constant_feature_and_useless_ones():
     np.testing.assert_allclose(W, [np.log(2)/2, 0, np.log(2)/2], atol=1e-12)
 
 
-@pytest.mark.parametrize("kw", [{}, {"base": .5}, {"N": 5, "d": 9}, {"law": "sparse"}, {"d": 1, "angle": 180.}])
+@pytest.mark.parametrize("kw", [{}, {"base": .5}, {"N": 5, "d": 9}, {"features": "sparse"}, {"d": 1}])
 def test_drawn_problems(kw):
     P = draw_problem(**kw)
     assert P.X.shape == (len(P.W), len(P.y)) and P.W.shape == P.W_t.shape and set(P.y) <= {0., 1.}
     assert all(np.array_equal(a, b) for a, b in zip(P, draw_problem(**kw)))
 
 
-BAD = {"X: got shape": dict(X=np.ones(3)), "y, z_t: got shapes": dict(z_t=np.zeros((3, 2))), "X: got shape (2, 3)": dict(X=np.full((2, 3), np.nan)),
+@pytest.mark.parametrize("scales", [(1e-8, 1, 1e8), (1, 1, 1e14), (1e8, 1e8, 1e8)])
+def test_features_of_any_scale(scales):
+    rng = np.random.default_rng(0)
+    X, scales = rng.normal(size=(3, 200)), np.array(scales)[:, None]
+    y, z_t = (rng.random(200) < .5).astype(float), rng.normal(size=200)
+    ours = minimise(scales*X, y, z_t, 2., .5)
+    np.testing.assert_allclose(ours.W*scales[:, 0], minimise(X, y, z_t, 2., .5).W, rtol=1e-7)
+
+
+def test_what_is_returned_is_what_is_certified():
+    "Half precision, lists and whole numbers are as good as float64; two features that are nearly one are refused"
+    rng = np.random.default_rng(0)
+    X, y, z_t = rng.normal(size=(3, 200)).astype(np.float32), rng.integers(0, 2, 200), rng.normal(size=200)
+    X = np.vstack([X, X[0] + X[1]]).astype(np.float32)
+    for given in (X, X.tolist()):
+        m = minimise(given, y.tolist(), list(z_t), 2., .5)
+        assert np.linalg.norm(X.astype(float)@slope(X.astype(float).T@m.W, y, probs(z_t, 2.), 2., .5)) < 1e-6
+    near = X[:3].astype(float)
+    with pytest.raises(ValueError, match="nearly one"): minimise(np.vstack([near, near[0] + 1e-13*rng.normal(size=200)]), y, z_t, 2., .5)
+
+
+def test_as_many_features_as_points_fit_each_point():
+    "For N <= d the slope vanishes at every point: at T = 1 the student's probability is the mixed target itself"
+    P = draw_problem(N=12, d=20, angle=40., overconfidence=2.)
+    z_t = P.X.T@P.W_t
+    np.testing.assert_allclose(probs(P.X.T@minimise(P.X, P.y, z_t, 1., .4).W), .6*P.y + .4*probs(z_t), atol=1e-12)
+
+
+BAD = {"X: got shape (2, 3), expected features (d, N), all finite and not all zero": dict(X=np.zeros((2, 3))),
+       "X: got shape": dict(X=np.ones(3)), "y, z_t: got shapes": dict(z_t=np.zeros((3, 2))), "X: got shape (2, 3)": dict(X=np.full((2, 3), np.nan)),
        "z_t: got infinite": dict(z_t=np.array([0, np.inf, 0])), "y: got values from 0 to 2": dict(y=np.array([0., 2, 1])),
        "T: got 0": dict(T=0), "T: got inf": dict(T=np.inf), "alpha: got -0.1": dict(alpha=-.1),
        "y: got rows": dict(y=np.full((3, 2), .2), z_t=np.zeros((3, 2)))}

@@ -13,7 +13,7 @@ from kdc_nb.explorers import explore_theory
 from kdc_nb.theory import draw_problem, minimise, probs
 
 MOVES = {"T": np.linspace(.5, 10, 20), "alpha": np.linspace(0, 1, 20), "scale": np.linspace(.1, 6, 20), "overconfidence": np.linspace(.2, 4, 20),
-         "d": range(1, 31), "N": (10, 20, 50, 100, 200, 500, 1000, 2000)}
+         "d": range(2, 31), "angle": range(0, 180, 10), "N": (10, 20, 50, 100, 200, 500, 1000, 2000)}
 
 
 def seconds(f, *args, **kw) -> float:
