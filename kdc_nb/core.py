@@ -171,16 +171,18 @@ def digest(tensors: Mapping[str, Tensor], text: str) -> str:
         h.update(t.view(-1).view(torch.uint8).numpy().data)
     return h.hexdigest()
 
-# %% ../nbs/00_core.ipynb #65be970f
+# %% ../nbs/00_core.ipynb #7b603af8
 def save_tensors(
     path: Path | str, # the file to write
     tensors: Mapping[str, Tensor], # by name; moved to the CPU
     **meta: Any, # what `json.dumps` takes
 ) -> None:
-    "Write tensors and a JSON text as one safetensors file, whole or not at all"
+    "Write tensors and a JSON text as one safetensors file, whole or not at all; an `OSError` says what the disk refused"
     tensors = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
     text = json.dumps(meta)
-    with whole_file(path) as part: save_file(tensors, part, metadata={"meta": text, "digest": digest(tensors, text)})
+    with whole_file(path) as part:
+        try: save_file(tensors, part, metadata={"meta": text, "digest": digest(tensors, text)})
+        except SafetensorError as e: raise OSError(f"{path}: {e}") from e
 
 # %% ../nbs/00_core.ipynb #96fd6258
 def load_tensors(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['widen', 'cross_entropy', 'label_smoothing', 'focal', 'mdca', 'distillation']
 
-# %% ../nbs/04_losses.ipynb #8b3e1a21
+# %% ../nbs/04_losses.ipynb #e6912e97
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,14 +45,14 @@ def focal(
     miss = (-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).eps)
     return -(miss**gamma * log_p).mean()
 
-# %% ../nbs/04_losses.ipynb #93e4dca8
+# %% ../nbs/04_losses.ipynb #b94d5908
 def mdca(
     logits: Tensor, # (B, C)
     targets: Tensor, # (B,) labels, or (B, C) probabilities
 ) -> Tensor: # scalar, 0 to 2/C
     "Multi-class difference of confidence and accuracy, a penalty"
     p = widen(logits).softmax(1)
-    y = targets if targets.ndim == 2 else F.one_hot(targets, logits.shape[1]).to(p.dtype)
+    y = targets if targets.ndim == 2 else (targets[:, None] == torch.arange(p.shape[1], device=p.device)).to(p.dtype)
     return (p.mean(0) - y.mean(0)).abs().mean()
 
 # %% ../nbs/04_losses.ipynb #a7953c21

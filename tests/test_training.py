@@ -8,12 +8,14 @@ import time
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdc_nb.training as kt
 from kdc_nb.calibrators import Calibrator, Distillation, Method, Step
+from kdc_nb.core import load_tensors
 from kdc_nb.data import Data, load_data
 from kdc_nb.runs import Distil, Posterior, RunSpec, Store, clean, new_net, run, run_id
-from kdc_nb.training import Recipe, Training, begin_epoch, epoch_generator, fit
+from kdc_nb.training import OutOfTime, Recipe, Training, begin_epoch, epoch_generator, fit, put_back, state_of, train_step
 
 TINY = Data("known", n_train=200, n_valid=50, n_test=100)
 SPEC = RunSpec(TINY, "resnet8", Distil(Posterior(.5), 2, .5), Recipe(60, 32))
@@ -138,3 +140,40 @@ def test_nan_names_the_step():
         def forward(self, step): return super().forward(step)*(float("nan") if step.epoch == 1 else 1.)
     with pytest.raises(FloatingPointError, match="loss: got nan at step 0 of epoch 1"):
         fit(new_net(SPEC), load_data(TINY), Breaks(), Recipe(3, 32), device="cpu", progress=False)
+
+
+class Watch(TorchDispatchMode):
+    "Notes every operation that torch is asked for"
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.add(func.name().split("::")[1].split(".")[0])
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("method", [Method("nll").build(), Method("ls").build(), Method("focal").build(), Method("mdca", gamma=1).build(), Distillation(2., .5)], ids=lambda m: type(m).__name__)
+def test_a_step_asks_the_device_for_nothing(method):
+    "What a CUDA graph cannot record: reading a value back, making a tensor from one of Python's, sizes that depend on values"
+    training = Training(new_net(SPEC), load_data(TINY), method, Recipe(2, 32), 0, torch.device("cpu"))
+    net = new_net(SPEC).eval()
+    teacher = (lambda x, index: net(x)) if isinstance(method, Distillation) else None
+    begin_epoch(training)
+    train_step(training, teacher)
+    before = {k: t.data_ptr() for k, t in state_of(training).items()}
+    with Watch() as watch: train_step(training, teacher)
+    assert "convolution_backward" in watch.seen and not watch.seen & {"_local_scalar_dense", "lift_fresh", "nonzero", "bincount", "_unique2"}
+    begin_epoch(training)
+    put_back(training, {k: t.clone() for k, t in state_of(training).items()}, 0, [], 0.)
+    assert before == {k: t.data_ptr() for k, t in state_of(training).items()}, "a recorded step writes to the same places for ever"
+
+
+def test_time_that_is_over_stops_before_the_next_epoch(tmp_path):
+    with pytest.raises(OutOfTime, match="0 of 3"): fit(new_net(SPEC), load_data(TINY), Calibrator(), Recipe(3, 32), device="cpu", until=time.time() - 1, progress=False)
+    path = tmp_path/"x"
+    class Slow(Calibrator):
+        def after_epoch(self, epoch, *valid): time.sleep(.3)
+    with pytest.raises(OutOfTime): fit(new_net(SPEC), load_data(TINY), Slow(), Recipe(40, 32), device="cpu", checkpoint=path, until=time.time() + 2, progress=False)
+    _, meta = load_tensors(path)
+    assert 0 < meta["epoch"] == len(meta["history"]) < 40 and .3*meta["epoch"] < meta["seconds"] < 3
