@@ -7,7 +7,7 @@ __all__ = ['RECIPES', 'Teacher', 'Recipe', 'lr_at', 'best_device', 'predict', 'T
            'draw_epoch', 'begin_epoch', 'autocast', 'train_step', 'recorded', 'train_epoch', 'end_epoch', 'state_of',
            'put_back', 'resume', 'OutOfTime', 'fit', 'check_teacher']
 
-# %% ../nbs/07_training.ipynb #6d109dc2
+# %% ../nbs/07_training.ipynb #f73d5888
 import math
 import time
 import warnings
@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from .core import *
 from .data import *
+from .metrics import *
 from .calibrators import *
 
 # %% ../nbs/07_training.ipynb #a2164c11
@@ -221,7 +222,7 @@ def train_epoch(
         raise FloatingPointError(f"loss: got {losses[k]} at step {k} of epoch {run.epoch}, expected a number; try a smaller lr than {run.recipe.lr}")
     return dict(loss=float(losses.mean()), accuracy=float(run.hits.mean()))
 
-# %% ../nbs/07_training.ipynb #9d617d89
+# %% ../nbs/07_training.ipynb #4b19ce11
 def end_epoch(
     run: Training,
     row: dict[str, float], # what `train_epoch` gave
@@ -230,7 +231,7 @@ def end_epoch(
     logits = None
     if run.recipe.keep == "best" or run.method.needs_valid:
         logits = predict(run.net, run.data, run.data.valid.inputs)
-        row["valid_accuracy"] = float((logits.argmax(1) == run.data.valid.labels).float().mean())
+        row |= dict(valid_accuracy=top1(logits, run.data.valid.labels), valid_ece=ece(logits, run.data.valid.labels))
     run.method.after_epoch(run.epoch, logits, run.data.valid.labels)
     run.history.append(row)
     if run.recipe.keep == "best" and row["valid_accuracy"] >= max(h["valid_accuracy"] for h in run.history):
@@ -268,7 +269,7 @@ def resume(
 class OutOfTime(Exception):
     "The time is over; the same call goes on from the checkpoint"
 
-# %% ../nbs/07_training.ipynb #f54dda01
+# %% ../nbs/07_training.ipynb #5905fbe8
 def fit(
     net: nn.Module, # trained in place; it ends on `device`, in evaluation mode
     data: DataSet,
@@ -281,7 +282,7 @@ def fit(
     every: float = 10., # seconds between checkpoints
     until: float | None = None, # when to stop, as `time.time()` tells it; None: when it is done
     progress: bool = True, # show a bar
-) -> Training: # its `history` has a row an epoch: loss, accuracy, valid_accuracy where it was computed
+) -> Training: # its `history` has a row an epoch: loss, accuracy, and valid_accuracy and valid_ece where the recipe or the method looks
     "Train a network by a method and a recipe, or finish what a call before began; `OutOfTime` if there is no time left"
     run = Training(net, data, method, recipe, seed, best_device(device))
     if teacher: check_teacher(run, teacher)
