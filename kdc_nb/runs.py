@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'DRAWING', 'RunSpec', 'check_model', 'Scaled', 'Posterior', 'Distil', 'teacher_run', 'parts_of', 'run_id',
            'Result', 'light_of', 'from_light', 'truth_of', 'judge', 'Store', 'new_net', 'training_logits',
-           'trained_net', 'make_teacher', 'train', 'environment', 'run', 'lineage', 'stored', 'clean', 'write_results',
-           'rounded', 'read_results']
+           'trained_net', 'has_live_teacher', 'make_teacher', 'train', 'environment', 'run', 'lineage', 'stored',
+           'clean', 'write_results', 'rounded', 'read_results']
 
 # %% ../nbs/08_runs.ipynb #78fad5e9
 import json
@@ -238,23 +238,29 @@ def trained_net(spec: RunSpec, store: Store, device: str | None) -> nn.Module:
     train(spec, store, device, progress=False)
     return store.net(spec)
 
-# %% ../nbs/08_runs.ipynb #d2870858
+# %% ../nbs/08_runs.ipynb #ce4e16c6
+def has_live_teacher(spec: RunSpec) -> bool:
+    "Whether a network must be asked about each image as it is augmented"
+    augmented = set(spec.recipe.augment) & set(load_data(spec.data).augment)
+    return bool(isinstance(spec.method, Distil) and teacher_run(spec.method.teacher) and spec.recipe.live_teacher and augmented)
+
+
 def make_teacher(spec: RunSpec, store: Store, device: str | None) -> Teacher | None:
     "The teacher of a student's run as a function of inputs and index; None for a run without one"
     if not isinstance(spec.method, Distil): return None
     on, teacher, source = best_device(device), spec.method.teacher, teacher_run(spec.method.teacher)
-    if source and spec.recipe.live_teacher and set(spec.recipe.augment) & set(load_data(spec.data).augment):
+    if has_live_teacher(spec):
         net = trained_net(source, store, device).to(on, memory_format=torch.channels_last)
         T = store.get(source).evaluation.T if isinstance(teacher, Scaled) else 1.
         return lambda x, index: net(x).float()/T
     said = training_logits(teacher, spec, store, device).to(on)
     return lambda x, index: said[index]
 
-# %% ../nbs/08_runs.ipynb #4d343f40
-def train(spec: RunSpec, store: Store, device: str | None, progress: bool, until: float | None = None) -> Result:
+# %% ../nbs/08_runs.ipynb #42f51067
+def train(spec: RunSpec, store: Store, device: str | None, progress: bool, until: float | None = None, heard: Heard | None = None) -> Result:
     "Train a run, from its checkpoint if there is one, and keep it"
     data, net, teacher = load_data(spec.data), new_net(spec), make_teacher(spec, store, device)
-    done = fit(net, data, spec.method.build(), spec.recipe, spec.seed, teacher, device, store.path(spec, "part"), until=until, progress=progress)
+    done = fit(net, data, spec.method.build(), spec.recipe, spec.seed, teacher, device, store.path(spec, "part"), until=until, heard=heard, progress=progress)
     logits = {k: predict(net, data, getattr(data, k).inputs) for k in ("valid", "test")}
     result = judge(spec, logits, done.history, environment(done.device) | {"seconds": round(done.seconds, 2)})
     store.put(result, net)

@@ -13,10 +13,11 @@ import joblib
 import pytest
 import torch
 
+import kdc_nb.runs as kr
 import kdc_nb.sweeps as ks
 from kdc_nb.calibrators import Method
 from kdc_nb.data import Data
-from kdc_nb.runs import Distil, RunSpec, Store, clean, stored
+from kdc_nb.runs import Distil, RunSpec, Store, clean, run, stored
 from kdc_nb.sweeps import generations, main, plan, read_specs, sweep, title_of, write_specs
 from kdc_nb.training import Recipe
 
@@ -107,6 +108,27 @@ def test_a_full_gpu_is_given_fewer_runs(store, monkeypatch):
     with joblib.parallel_config(backend="threading"), pytest.warns(UserWarning, match="out of memory; . runs start again, 2 at a time"):
         results = go([TEACHER, *(replace(TEACHER, seed=s) for s in (1, 2, 3))], store, jobs=4)
     assert all(results)
+
+
+def test_a_grid_asks_its_live_teacher_once(store, monkeypatch):
+    "The second student of a teacher who sees augmented images hears what was said to the first, to the bit; one that was stopped asks again"
+    recipe = Recipe(2, 50, augment=("crop",), live_teacher=True)
+    master = RunSpec(Data("digits", n_train=100, n_valid=60), "resnet8", Method("nll"), recipe)
+    pupils = [replace(master, method=Distil(master, T, .5)) for T in (1, 2)]
+    asked, make = [], kr.make_teacher
+    def counting(*args):
+        teacher = make(*args)
+        return teacher and (lambda x, index: asked.append(len(x)) or teacher(x, index))
+    monkeypatch.setattr(kr, "make_teacher", counting)
+    shared = go(pupils, store)
+    assert asked == [1, 50, 50, 50, 50, 1], "both at the door, and only the first in each of four steps"
+    same(shared, [run(p, Store(store.folder.parent/"alone"), "cpu", progress=False) for p in pupils])
+    heard = ks.Heard()
+    with monkeypatch.context() as m:
+        m.setattr("kdc_nb.training.end_epoch", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt): ks.train(pupils[0], Store(store.folder.parent/"alone"), "cpu", False, heard=heard)
+    assert heard.epochs == {0}
+    same([ks.train(pupils[1], Store(store.folder.parent/"alone"), "cpu", False, heard=heard)], shared[1:])
 
 
 def test_a_budget_is_kept_and_nothing_of_it_lost(store):
