@@ -213,8 +213,10 @@ def recorded(
     if run.device.type != "cuda": return step
     if type(run.method).mix is not Calibrator.mix: warnings.warn(f"{type(run.method).__name__} mixes its inputs: its steps are not recorded as a CUDA graph"); return step
     before = {name: t.clone() for name, t in state_of(run).items()}
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     try:
-        with torch.cuda.stream(side := torch.cuda.Stream()):
+        with torch.cuda.stream(side):
             for _ in range(min(3, len(run.losses))): step()
         torch.cuda.current_stream().wait_stream(side)
         run.k.zero_()
@@ -310,7 +312,7 @@ def fit(
     run.listening = heard is not None and not set(range(run.epoch, recipe.epochs)) <= heard.epochs
     saved, at = run.epoch, time.time()
     with (tqdm(total=recipe.epochs, initial=run.epoch, unit="epoch", leave=False, disable=not progress) as bar,
-          torch.backends.cudnn.flags(benchmark=True)):
+          torch.backends.cudnn.flags(enabled=True, benchmark=True)):
         while run.epoch < recipe.epochs:
             began = time.time()
             over = until is not None and began + run.seconds/max(run.epoch, 1) > until
