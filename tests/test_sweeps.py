@@ -224,3 +224,11 @@ def test_a_full_disk_loses_nothing(tmp_path, alone):
     assert not list((tmp_path/"s").glob("*.run")) and not list((tmp_path/"s").glob("*.net"))
     assert command(*args[:3]).returncode == 0
     same(go(STUDENTS[:1], Store(tmp_path/"s")), alone[:1], 1e-3)
+
+
+def test_real_photographs_with_a_live_teacher(photos, store):
+    "CIFAR-100, cropped and mirrored, the teacher by MDCA asked about every view, the epoch with the best validation kept"
+    recipe = Recipe(2, 50, augment=("crop", "flip"), live_teacher=True, keep="best")
+    teacher = RunSpec(Data("cifar100", n_train=100, n_valid=100), "resnet8", Method("mdca", beta=5), recipe)
+    for r in go([replace(teacher, method=Distil(teacher, T, .9)) for T in (1, 4)], store):
+        assert r.evaluation.n == 10_000 and len(r.history) == 2 and all(0 <= h["valid_ece"] <= 1 for h in r.history)

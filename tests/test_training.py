@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from kdc_nb.calibrators import Calibrator, Distillation, Method, Step
 from kdc_nb.core import load_tensors
 from kdc_nb.data import Data, load_data
 from kdc_nb.runs import Distil, Posterior, RunSpec, Store, clean, new_net, run, run_id
-from kdc_nb.training import OutOfTime, Recipe, Training, begin_epoch, epoch_generator, fit, put_back, state_of, train_step
+from kdc_nb.training import OutOfTime, Recipe, Training, begin_epoch, epoch_generator, fit, put_back, recorded, state_of, train_step
 
 TINY = Data("known", n_train=200, n_valid=50, n_test=100)
 SPEC = RunSpec(TINY, "resnet8", Distil(Posterior(.5), 2, .5), Recipe(60, 32))
@@ -177,3 +179,44 @@ def test_time_that_is_over_stops_before_the_next_epoch(tmp_path):
     with pytest.raises(OutOfTime): fit(new_net(SPEC), load_data(TINY), Slow(), Recipe(40, 32), device="cpu", checkpoint=path, until=time.time() + 2, progress=False)
     _, meta = load_tensors(path)
     assert 0 < meta["epoch"] == len(meta["history"]) < 40 and .3*meta["epoch"] < meta["seconds"] < 3
+
+
+@pytest.fixture
+def pretended_cuda(monkeypatch):
+    "CUDA's streams and graphs, pretended: what is recorded runs, and a replay runs the step again"
+    class Graph: pass
+    @contextmanager
+    def graph(g): yield
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, fake in dict(Stream=lambda: stream, stream=lambda s: nullcontext(), current_stream=lambda: stream, CUDAGraph=Graph, graph=graph).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(kt, "autocast", lambda device: nullcontext())
+    def record(training, teacher=None):
+        Graph.replay = lambda self: train_step(training, teacher)
+        begin_epoch(training)
+        training.device = SimpleNamespace(type="cuda")
+        step = recorded(training, teacher)
+        training.device = torch.device("cpu")
+        return step
+    return record
+
+
+def test_recording_leaves_no_trace(pretended_cuda):
+    "Warm-up steps and the recording itself change weights, momentum and BatchNorm: all of it is put back, to the same places"
+    plain, recording = (Training(new_net(SPEC), load_data(TINY), Method("mdca").build(), Recipe(2, 32), 0, torch.device("cpu")) for _ in range(2))
+    before = {k: (t.data_ptr(), t.clone()) for k, t in state_of(recording).items()}
+    recording.step = pretended_cuda(recording)
+    assert all(t.data_ptr() == before[k][0] and torch.equal(t, before[k][1]) for k, t in state_of(recording).items())
+    assert [kt.train_epoch(plain) for _ in range(2)] == [kt.train_epoch(recording) for _ in range(2)]
+
+
+def test_what_cannot_be_recorded_is_run_as_it_is_and_said(pretended_cuda, monkeypatch):
+    def refuse(g): raise RuntimeError("operation not permitted when stream is capturing")
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    plain, stubborn = (Training(new_net(SPEC), load_data(TINY), Calibrator(), Recipe(2, 32), 0, torch.device("cpu")) for _ in range(2))
+    with pytest.warns(UserWarning, match="cannot be recorded as a CUDA graph.*not permitted"): stubborn.step = pretended_cuda(stubborn)
+    assert kt.train_epoch(plain) == kt.train_epoch(stubborn)
+
+    class Mixes(Calibrator):
+        def mix(self, x, labels, generator): return x.flip(0), labels.flip(0)
+    with pytest.warns(UserWarning, match="Mixes mixes its inputs"): pretended_cuda(Training(new_net(SPEC), load_data(TINY), Mixes(), Recipe(2, 32), 0, torch.device("cpu")))
