@@ -27,6 +27,17 @@ STUDENTS = [RunSpec(TINY, "resnet8", Distil(TEACHER, T, .5), Recipe(2, 50)) for 
 LONG = [replace(TEACHER, recipe=Recipe(200, 50), seed=s) for s in range(3)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    "Workers have a thread each; sums by two threads differ in the last digits, and training makes more of it"
+    n, patch = torch.get_num_threads(), pytest.MonkeyPatch()
+    torch.set_num_threads(1)
+    patch.setenv("OMP_NUM_THREADS", "1")
+    yield
+    torch.set_num_threads(n)
+    patch.undo()
+
+
 @pytest.fixture
 def store(tmp_path): return Store(tmp_path/"runs")
 

@@ -1,5 +1,6 @@
 "Training: the same bits after a kill, state that is kept, devices, faults."
 
+import os
 import random
 import signal
 import subprocess
@@ -30,8 +31,8 @@ r.run(SPEC, r.Store(sys.argv[1]), "cpu", progress=False)
 
 
 def start_child(folder):
-    "A process that trains SPEC and keeps a checkpoint of every epoch."
-    return subprocess.Popen([sys.executable, "-c", CHILD, str(folder)])
+    "A process that trains SPEC with as many threads as this one and keeps a checkpoint of every epoch."
+    return subprocess.Popen([sys.executable, "-c", CHILD, str(folder)], env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
 
 
 def killed_until_done(folder, kills, rng):
