@@ -1,6 +1,5 @@
 "Training: the same bits after a kill, state that is kept, devices, faults."
 
-import os
 import random
 import signal
 import subprocess
@@ -17,7 +16,7 @@ import kdc_nb.training as kt
 from kdc_nb.calibrators import Calibrator, Distillation, Method, Step
 from kdc_nb.core import load_tensors
 from kdc_nb.data import Data, load_data
-from kdc_nb.runs import Distil, Posterior, RunSpec, Store, clean, new_net, run, run_id
+from kdc_nb.runs import Distil, Posterior, RunSpec, Store, clean, new_net, run_id
 from kdc_nb.training import OutOfTime, Recipe, Training, begin_epoch, epoch_generator, fit, put_back, recorded, state_of, train_step
 
 TINY = Data("known", n_train=200, n_valid=50, n_test=100)
@@ -31,8 +30,8 @@ r.run(SPEC, r.Store(sys.argv[1]), "cpu", progress=False)
 
 
 def start_child(folder):
-    "A process that trains SPEC with as many threads as this one and keeps a checkpoint of every epoch."
-    return subprocess.Popen([sys.executable, "-c", CHILD, str(folder)], env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
+    "A process that trains SPEC and keeps a checkpoint of every epoch."
+    return subprocess.Popen([sys.executable, "-c", CHILD, str(folder)])
 
 
 def killed_until_done(folder, kills, rng):
@@ -51,7 +50,8 @@ def check_killed(tmp_path, kills, seed):
     "The killed run's logits and weights are those of one that ran through, and nothing else is left."
     whole, broken = Store(tmp_path/"whole"), Store(tmp_path/"broken")
     broken.folder.mkdir()
-    expected = run(SPEC, whole, "cpu", progress=False)
+    assert start_child(whole.folder).wait(timeout=300) == 0, "in a process like the others, as threads change the last digits"
+    expected = whole.get(SPEC)
     killed_until_done(broken.folder, kills, random.Random(seed))
     got = broken.get(SPEC)
     assert torch.equal(got.logits["test"], expected.logits["test"]) and got.history == expected.history
