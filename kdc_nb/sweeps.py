@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'seconds_of', 'generations', 'images_of', 'attempt', 'devices_of', 'in_pool', 'sweep', 'one_by_one',
-           'classes', 'Planned', 'kind_of', 'plan', 'look_up', 'write_specs', 'read_specs', 'title_of', 'as_time',
-           'plan_text', 'main']
+           'classes', 'Planned', 'kind_of', 'plan', 'look_up', 'write_specs', 'read_specs', 'title_of', 'how_of',
+           'as_time', 'plan_text', 'main']
 
 # %% ../nbs/09_sweeps.ipynb #a6947f65
 import argparse
@@ -49,16 +49,16 @@ def generations(
     every = dict.fromkeys(r for s in specs for r in lineage(s))
     for depth in sorted({len(lineage(r)) for r in every}): yield [r for r in every if len(lineage(r)) == depth]
 
-# %% ../nbs/09_sweeps.ipynb #4ed73e7b
+# %% ../nbs/09_sweeps.ipynb #1e311b13
 def images_of(spec: RunSpec) -> int: # in all epochs
+    "How many images a run trains on"
     return spec.recipe.epochs*len(load_data(spec.data).train.labels)
 
-# %% ../nbs/09_sweeps.ipynb #62cee575
+# %% ../nbs/09_sweeps.ipynb #6c825c73
 def attempt(spec: RunSpec, folder: Path, device: str | None, until: float | None) -> Exception | None:
-    "Do one run in a worker; what went wrong is returned, so that it stops no other run"
-    if until and time.time() > until: return None
+    "Do one run in a worker; why it is not finished is returned, so that it stops no other run"
+    if until and time.time() > until: return OutOfTime()
     try: run(spec, Store(folder), device, progress=False, until=until)
-    except OutOfTime: pass
     except Exception as e: return e
 
 # %% ../nbs/09_sweeps.ipynb #7f468326
@@ -69,7 +69,7 @@ def devices_of(
     name = str(best_device(device))
     return [f"cuda:{k}" for k in range(torch.cuda.device_count())] if name == "cuda" else [name]
 
-# %% ../nbs/09_sweeps.ipynb #8521f606
+# %% ../nbs/09_sweeps.ipynb #a7b679f4
 def in_pool(
     runs: list[RunSpec], # of one generation, none of them in the store
     store: Store,
@@ -86,7 +86,7 @@ def in_pool(
         try:
             for error in joblib.Parallel(jobs, return_as="generator_unordered")(tasks):
                 bar.update(error is None)
-                if error: errors.append(error)
+                if error and not isinstance(error, OutOfTime): errors.append(error)
         except BrokenExecutor as e: broken = e
         left = [r for r in runs if store.get(r) is None]
         idle = idle + 1 if len(left) == len(runs) else 0
@@ -97,7 +97,7 @@ def in_pool(
         else: return
         runs = left
 
-# %% ../nbs/09_sweeps.ipynb #6c8cadeb
+# %% ../nbs/09_sweeps.ipynb #01aaa78c
 def sweep(
     specs: Iterable[RunSpec], # in any order, with repeats if you like
     store: Store | None = None, # None: the one in the cache folder
@@ -123,7 +123,7 @@ def one_by_one(runs: list[RunSpec], store: Store, device: str | None, until: flo
     for together in classes(runs):
         heard = Heard() if len(together) > 1 else None
         for r in together:
-            try: train(r, store, device, not bar.disable, until, heard)
+            try: store.get(r) or train(r, store, device, not bar.disable, until, heard) # another process may have done it
             except OutOfTime: return
             bar.update()
 
@@ -144,7 +144,7 @@ class Planned(NamedTuple):
     epochs: int # that are left; 0: it is finished
     seconds: float | None # that they will take on this device; None: nothing like it was measured here
 
-# %% ../nbs/09_sweeps.ipynb #0c545f80
+# %% ../nbs/09_sweeps.ipynb #72c16531
 def kind_of(spec: RunSpec) -> tuple: # equal for runs that take the same time for an image
     "What the time for an image depends on"
     teacher = teacher_run(spec.method.teacher) if isinstance(spec.method, Distil) and spec.recipe.live_teacher else None
@@ -158,7 +158,9 @@ def plan(
 ) -> list[Planned]: # teachers first
     "What `sweep` would do, and how long it would take one by one"
     store, here = store or Store(), environment(best_device(device))["name"]
-    pace = {kind_of(r.spec): r.facts["seconds"]/images_of(r.spec) for r in stored(store) if r.facts["name"] == here}
+    pace = {}
+    for r in stored(store): # the slowest: of students who share their teacher's words only the first had to ask
+        if r.facts["name"] == here: pace[kind_of(r.spec)] = max(pace.get(kind_of(r.spec), 0.), r.facts["seconds"]/images_of(r.spec))
     return [look_up(r, store, pace) for runs in generations(specs) for r in runs]
 
 
@@ -191,15 +193,20 @@ def read_specs(
     check(all(isinstance(s, RunSpec) for s in specs), "file", path, "descriptions of runs only")
     return specs
 
-# %% ../nbs/09_sweeps.ipynb #fc0fbfe6
+# %% ../nbs/09_sweeps.ipynb #3381fd30
 def title_of(spec: RunSpec) -> str:
     "A run in one line"
-    m = spec.method
-    if not isinstance(m, Distil): how = " ".join([m.name, *(f"{k}={v:g}" for k, v in m.params.items())])
-    else: how = f"KD(T={m.T:g}, alpha={m.alpha:g}) from " + (f"[{title_of(taught)}]" + " after TS"*isinstance(m.teacher, Scaled) if (taught := teacher_run(m.teacher)) else f"the truth at tau={m.teacher.tau:g}")
-    return f"{spec.data.name} {spec.model} {how}, seed {spec.seed}"
+    return f"{spec.data.name} {spec.model} {how_of(spec.method)}, seed {spec.seed}"
 
-# %% ../nbs/09_sweeps.ipynb #d6f889ad
+
+def how_of(method: Method | Distil) -> str:
+    "A method in a few words"
+    if isinstance(method, Method): return " ".join([method.name, *(f"{k}={v}" for k, v in method.params.items())])
+    taught = teacher_run(method.teacher)
+    source = f"[{title_of(taught)}]" if taught else f"the truth at tau={method.teacher.tau:g}"
+    return f"KD(T={method.T:g}, alpha={method.alpha:g}) from {source}" + " after TS"*isinstance(method.teacher, Scaled)
+
+# %% ../nbs/09_sweeps.ipynb #38e7b0ce
 def as_time(
     seconds: float | None,
 ) -> str:
@@ -210,11 +217,12 @@ def as_time(
 
 def plan_text(planned: list[Planned]) -> str:
     "A line for each run, and the sum"
-    lines = [f"{'done' if not p.epochs else f'{p.epochs} of {p.spec.recipe.epochs} epochs left':28}{as_time(p.seconds):>18}  {title_of(p.spec)}" for p in planned]
+    def left(p): return f"{p.epochs} of {p.spec.recipe.epochs} epochs left" if p.epochs else "done"
     known, unknown = sum(p.seconds or 0. for p in planned), sum(p.seconds is None for p in planned)
-    return "\n".join([*lines, f"{sum(p.epochs > 0 for p in planned)} runs to do, one by one {as_time(known)}" + f" and {unknown} of which nothing is known"*(unknown > 0)])
+    total = f"{sum(p.epochs > 0 for p in planned)} runs to do, one by one {as_time(known)}" + f" and {unknown} of which nothing is known"*(unknown > 0)
+    return "\n".join([*(f"{left(p):28}{as_time(p.seconds):>18}  {title_of(p.spec)}" for p in planned), total])
 
-# %% ../nbs/09_sweeps.ipynb #29e92d49
+# %% ../nbs/09_sweeps.ipynb #77925efc
 def main(args: Iterable[str] | None = None) -> int: # exit status: 0 all done, 75 time is over, 130 interrupted, 2 bad input, 1 a run failed
     "The command `kdc_sweep`"
     p = argparse.ArgumentParser(prog="kdc_sweep", description="Do many runs; called again, go on where it was")
@@ -231,10 +239,10 @@ def main(args: Iterable[str] | None = None) -> int: # exit status: 0 all done, 7
         specs = read_specs(a.file)
         if a.plan: print(plan_text(plan(specs, store, a.device))); return 0
         results = [r for r in sweep(specs, store, a.device, a.jobs, a.budget) if r]
+        if a.results: write_results(results, a.results)
     except KeyboardInterrupt: print(f"\nStopped. What is done is kept in {store.folder}; the same command goes on.", file=sys.stderr); return 130
     except ValueError as e: print(e, file=sys.stderr); return 2
     except (FloatingPointError, OSError, RuntimeError) as e: print(f"{type(e).__name__}: {e}", file=sys.stderr); return 1
-    if a.results: write_results(results, a.results)
     print(f"{len(results)} of {len(specs)} runs done, in {store.folder}" + "; time is over, the same command goes on"*(len(results) < len(specs)))
     return 0 if len(results) == len(specs) else 75
 

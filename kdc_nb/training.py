@@ -90,7 +90,7 @@ def predict(
     net.eval()
     return torch.cat([net(data.normalise(x.to(device))) for x in inputs.split(batch_size)]).cpu()
 
-# %% ../nbs/07_training.ipynb #05ae5ba9
+# %% ../nbs/07_training.ipynb #96d829f6
 Teacher = Callable[[Tensor, Tensor], Tensor] # (normalised inputs (B, ...), index (B,)) to logits (B, C)
 
 
@@ -115,7 +115,7 @@ class Training:
         self.k, self.now = torch.zeros(1, dtype=torch.long, device=device), torch.zeros((), dtype=torch.long, device=device) # step and epoch
         self.plan, self.losses, self.hits, self.generator, self.step = (None,)*5 # of the epoch
         self.epoch, self.seconds, self.history, self.best = 0, 0., [], {}
-        self.heard = heard
+        self.heard, self.listening = heard, True
 
 # %% ../nbs/07_training.ipynb #ee915c8f
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
@@ -203,7 +203,7 @@ def ask(run: Training, teacher: Teacher | None, x: Tensor, index: Tensor) -> Ten
     run.heard.said[run.now, run.k] = said.to(run.heard.said.dtype)
     return said
 
-# %% ../nbs/07_training.ipynb #6da6c119
+# %% ../nbs/07_training.ipynb #1bac8cef
 def recorded(
     run: Training, # which has begun an epoch
     teacher: Teacher | None,
@@ -211,7 +211,9 @@ def recorded(
     "The training step as a CUDA graph; where there is no CUDA, or it cannot be recorded, as it is"
     def step(): train_step(run, teacher)
     if run.device.type != "cuda": return step
-    if type(run.method).mix is not Calibrator.mix: warnings.warn(f"{type(run.method).__name__} mixes its inputs: its steps are not recorded as a CUDA graph"); return step
+    if type(run.method).mix is not Calibrator.mix:
+        warnings.warn(f"{type(run.method).__name__} mixes its inputs: its steps are not recorded as a CUDA graph")
+        return step
     before = {name: t.clone() for name, t in state_of(run).items()}
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -290,7 +292,7 @@ def resume(
 class OutOfTime(Exception):
     "The time is over; the same call goes on from the checkpoint"
 
-# %% ../nbs/07_training.ipynb #150d05c1
+# %% ../nbs/07_training.ipynb #72c3ca8e
 def fit(
     net: nn.Module, # trained in place; it ends on `device`, in evaluation mode
     data: DataSet,
