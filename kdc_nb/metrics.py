@@ -8,10 +8,11 @@ __all__ = ['RULES', 'MEANS', 'EVEN', 'T_RANGE', 'HEAD', 'numbers', 'as_rows', 'a
            'total', 'largest', 'farthest', 'rank_bins', 'Rule', 'binned_error', 'check_sizes', 'score', 'ece', 'ace',
            'mce', 'ks', 'sce', 'classwise_ace', 'nll_each', 'brier_each', 'top1_each', 'nll', 'brier', 'top1',
            'top_hits', 'class_noise', 'Law', 'law_bins', 'top_laws', 'class_laws', 'metric_names', 'null_draws', 'Band',
-           'null_band', 'quantiles', 'wilson', 'Bins', 'reliability_bins', 'true_calibration_error', 'kl_to_truth',
-           'truth_pair', 'recalibrated', 'cleaned', 'chances', 'invert', 'chernoff', 'worst_bin', 'farthest_bound',
-           'Estimate', 'estimate', 'interval', 'nll_slope', 'fit_temperature', 'scalable', 'promised', 'mean_estimate',
-           'estimates', 'Evaluation', 'estimate_texts', 'cross_fit', 'evaluate', 'read_npz', 'read_csv', 'load_outputs']
+           'null_band', 'quantiles', 'wilson', 'Bins', 'reliability_bins', 'claim_bins', 'true_calibration_error',
+           'kl_to_truth', 'truth_pair', 'recalibrated', 'cleaned', 'chances', 'invert', 'chernoff', 'worst_bin',
+           'farthest_bound', 'Estimate', 'estimate', 'interval', 'top_estimates', 'nll_slope', 'fit_temperature',
+           'scalable', 'promised', 'mean_estimate', 'estimates', 'Evaluation', 'estimate_texts', 'cross_fit',
+           'evaluate', 'read_npz', 'read_csv', 'load_outputs']
 
 # %% ../nbs/03_metrics.ipynb #44a2d51e
 import csv
@@ -417,7 +418,7 @@ def wilson(
     half = z*(hits*(n - hits)/n + z*z/4)**.5/(n + z*z)
     return middle - half, middle + half
 
-# %% ../nbs/03_metrics.ipynb #dbebe992
+# %% ../nbs/03_metrics.ipynb #40f8c319
 class Bins(NamedTuple):
     "The bins of a reliability diagram, arrays (n_bins,); NaN where a bin is empty"
     lower: np.ndarray # left edge
@@ -442,7 +443,11 @@ def reliability_bins(
 ) -> Bins:
     "What a reliability diagram shows: the bins of ECE"
     check_sizes(n_bins, n_boot)
-    claims = top_claims(*as_outputs(outputs, labels, kind), kind)
+    return claim_bins(top_claims(*as_outputs(outputs, labels, kind), kind), n_bins, n_boot, level, seed)
+
+
+def claim_bins(claims: Claims, n_bins: int = 15, n_boot: int = 1000, level: float = .95, seed: int = 0) -> Bins:
+    "The same from the claims about the top label"
     law = top_laws(["ece"], claims, claims.p.T, n_bins, n_boot, seed)["ece"]
     count, p, hit = (cell_sums(t, width_bins(claims.p, n_bins), n_bins)[0].numpy() for t in (torch.ones_like(claims.p), *claims))
     ends = torch.tensor([(1 - level)/2, (1 + level)/2])
@@ -572,7 +577,7 @@ class Estimate:
     null_low: float = None # lower end of the null band
     null_high: float = None # its upper end
 
-# %% ../nbs/03_metrics.ipynb #5da9ff04
+# %% ../nbs/03_metrics.ipynb #339815ec
 def estimate(name: str, law: Law, claims: Claims, n_bins: int, level: float) -> Estimate:
     "The estimate of one calibration metric from its law"
     value, null = binned_error(RULES[name], claims, n_bins), quantiles(law.peak, level)
@@ -600,17 +605,19 @@ def interval(
     check_sizes(n_bins, n_boot)
     tops, classes = metric_names(metrics)
     x, y = as_outputs(outputs, labels, kind)
-    laws, claims = {}, {}
-    if tops:
-        top = top_claims(x, y, kind)
-        laws |= top_laws(tops, top, torch.cat([top.p, recalibrated(top, n_bins)], 1).T, n_bins, n_boot, seed)
-        claims |= dict.fromkeys(tops, top)
+    found = top_estimates(tops, top_claims(x, y, kind), n_bins, n_boot, level, seed) if tops else {}
     if classes:
         every = class_claims(x, y, kind)
         q = recalibrated(every, n_bins)
-        laws |= class_laws(classes, every, [every.p, q/q.sum(1, keepdim=True)], n_bins, n_boot, seed)
-        claims |= dict.fromkeys(classes, every)
-    return {k: estimate(k, laws[k], claims[k], n_bins, level) for k in laws}
+        laws = class_laws(classes, every, [every.p, q/q.sum(1, keepdim=True)], n_bins, n_boot, seed)
+        found |= {k: estimate(k, law, every, n_bins, level) for k, law in laws.items()}
+    return found
+
+
+def top_estimates(names: Sequence[str], claims: Claims, n_bins: int = 15, n_boot: int = 1000, level: float = .95, seed: int = 0) -> dict[str, Estimate]:
+    "The same from the claims about the top label, for metrics that need no more"
+    laws = top_laws(names, claims, torch.cat([claims.p, recalibrated(claims, n_bins)], 1).T, n_bins, n_boot, seed)
+    return {k: estimate(k, law, claims, n_bins, level) for k, law in laws.items()}
 
 # %% ../nbs/03_metrics.ipynb #8f63ed45
 T_RANGE = (1e-2, 1e2) # where a temperature is looked for

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'seconds_of', 'generations', 'images_of', 'attempt', 'devices_of', 'in_pool', 'sweep', 'one_by_one',
-           'classes', 'Planned', 'kind_of', 'plan', 'look_up', 'write_specs', 'read_specs', 'title_of', 'how_of',
-           'as_time', 'plan_text', 'main']
+           'classes', 'Planned', 'kind_of', 'plan', 'look_up', 'write_specs', 'read_specs', 'as_time', 'plan_text',
+           'main']
 
 # %% ../nbs/09_sweeps.ipynb #a6947f65
 import argparse
@@ -192,19 +192,6 @@ def read_specs(
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as e: check(False, "file", f"{path}: {e}", "a JSON list of descriptions, as `write_specs` makes")
     check(all(isinstance(s, RunSpec) for s in specs), "file", path, "descriptions of runs only")
     return specs
-
-# %% ../nbs/09_sweeps.ipynb #3381fd30
-def title_of(spec: RunSpec) -> str:
-    "A run in one line"
-    return f"{spec.data.name} {spec.model} {how_of(spec.method)}, seed {spec.seed}"
-
-
-def how_of(method: Method | Distil) -> str:
-    "A method in a few words"
-    if isinstance(method, Method): return " ".join([method.name, *(f"{k}={v}" for k, v in method.params.items())])
-    taught = teacher_run(method.teacher)
-    source = f"[{title_of(taught)}]" if taught else f"the truth at tau={method.teacher.tau:g}"
-    return f"KD(T={method.T:g}, alpha={method.alpha:g}) from {source}" + " after TS"*isinstance(method.teacher, Scaled)
 
 # %% ../nbs/09_sweeps.ipynb #38e7b0ce
 def as_time(

@@ -1,0 +1,141 @@
+"Penultimate features: geometry against plain loops and known truth, looks that survive the disk."
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kdc_nb.core import DamagedFile
+from kdc_nb.data import Data, load_data
+from kdc_nb.penultimate import first_of_each, geometry, look, merging, plane, read_looks, similar_classes, summary, triple_ratios, triples, write_looks
+from kdc_nb.runs import RunSpec, Store, run
+from kdc_nb.training import Recipe
+
+SIMILAR = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
+CENTRES = torch.tensor([[0., 0, 0], [2, 0, 0], [0, 5, 0], [0, 5, 3]])
+
+
+def clouds(n, seed=0):
+    "n points about each of four centres, two and two alike"
+    y = torch.arange(4).repeat_interleave(n)
+    return CENTRES[y] + torch.randn(4*n, 3, generator=torch.Generator().manual_seed(seed)), y
+
+
+def slow_geometry(x, y, n_classes):
+    "The same by loops over images and classes, each image left out of its own centroid"
+    distance, overlap = np.zeros((n_classes, n_classes)), np.zeros((n_classes, n_classes))
+    for a in range(n_classes):
+        for b in range(n_classes):
+            if a == b: continue
+            own, other = x[y == a], x[y == b]
+            noise = own.var(0, ddof=1).sum()/len(own) + other.var(0, ddof=1).sum()/len(other)
+            distance[a, b] = max(0, ((own.mean(0) - other.mean(0))**2).sum() - noise)**.5
+            wrong = 0
+            for one, two in ((own, other), (other, own)):
+                for i in range(len(one)):
+                    rest = np.delete(one, i, 0).mean(0)
+                    wrong += ((one[i] - two.mean(0))**2).sum() < ((one[i] - rest)**2).sum()
+            overlap[a, b] = wrong/(len(own) + len(other))
+    return distance, overlap
+
+
+@given(seed=st.integers(0, 10_000), sizes=st.lists(st.integers(2, 9), min_size=2, max_size=4))
+def test_geometry_is_what_loops_give(seed, sizes):
+    rng = np.random.default_rng(seed)
+    y = np.repeat(np.arange(len(sizes)), sizes)
+    x = rng.normal(size=(len(y), 4)) + y[:, None]
+    for ours, slow in zip(geometry(torch.tensor(x), torch.tensor(y)), slow_geometry(x, y, len(sizes))): np.testing.assert_allclose(ours.numpy(), slow, atol=1e-9)
+
+
+@given(seed=st.integers(0, 10_000), scale=st.floats(.01, 100), shift=st.floats(-10, 10))
+def test_stretching_turning_and_shifting_changes_no_ratio(seed, scale, shift):
+    x, y = clouds(15, seed)
+    x = x.double()
+    turn, _ = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+    before, after = (summary(*geometry(f, y), SIMILAR) for f in (x, scale*(x + shift)@turn))
+    assert torch.allclose(before, after, rtol=1e-6)
+
+
+def test_weights_that_are_whole_numbers_are_repeats():
+    "An image drawn twice stands for two: sizes and centroids are those of the repeated sample."
+    x, y = clouds(30)
+    weights = torch.from_numpy(np.random.default_rng(0).multinomial(120, np.full(120, 1/120)))
+    i = torch.arange(120).repeat_interleave(weights)
+    centroid = torch.stack([x[i][y[i] == c].mean(0) for c in range(4)])
+    raw = torch.cdist(centroid.double(), centroid.double()).square()
+    n = torch.bincount(y[i]).double()
+    noise = torch.stack([(x[i][y[i] == c].double() - centroid[c]).square().sum() for c in range(4)])/(n - 1)/n
+    expected = (raw - 2*(noise + noise[:, None])).clamp(min=0).sqrt().fill_diagonal_(0)
+    assert torch.allclose(geometry(x, y, weights)[0], expected, atol=1e-5)
+
+
+def test_classes_that_are_one_overlap_by_half():
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(2).repeat_interleave(40)
+    overlaps = [geometry(torch.randn(80, 20, generator=g), y)[1][0, 1] for _ in range(400)]
+    assert float(torch.stack(overlaps).mean()) == pytest.approx(.5, abs=.01)
+
+
+def test_intervals_hold_the_truth():
+    "The ratio of clouds whose centres are known lies in 95% of the intervals."
+    true = float(triple_ratios(torch.cdist(CENTRES, CENTRES))[triples(SIMILAR)].mean())
+    found = [merging(*clouds(40, seed), SIMILAR, n_boot=100, seed=seed)["ratio"] for seed in range(100)]
+    assert sum(e.low <= true <= e.high for e in found) >= 88
+    assert np.mean([e.value for e in found]) == pytest.approx(true, rel=.02)
+
+
+def test_a_plane_of_dependent_rows_is_refused():
+    head = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    head[2] = head[0] + head[1]
+    with pytest.raises(ValueError, match="head: got rows that lie in one plane"): plane(head, (0, 1, 2))
+    with pytest.raises(ValueError, match="classes: got .* from 0 to 3"): plane(head, (0, 1, 4))
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    "A store with one small run, and looks at it and at one of digits"
+    store = Store(tmp_path_factory.mktemp("looks"))
+    specs = [RunSpec(d, "resnet8", "nll", Recipe(1, 32)) for d in (Data("known", n_train=100, n_valid=60, n_test=400), Data("digits", n_train=100))]
+    return store, [look(s, store, "cpu", per_class=3) for s in specs]
+
+
+def test_a_look_keeps_what_its_pictures_need(seen):
+    store, (known, digits) = seen
+    data = load_data(known.result.spec.data)
+    assert known.classes == data.classes and known.superclass == data.superclass and digits.superclass is digits.merging is None
+    assert torch.equal(data.test.labels[known.index["test"]], known.kept["test"]) and known.kept["test"].bincount().tolist() == [3]*20
+    assert float((known.top == known.labels).float().mean()) == pytest.approx(known.result.evaluation.raw["top1"].value)
+    assert float(known.confidence.mean()) == pytest.approx(known.result.confidence["raw"], abs=1e-6)
+    with pytest.raises(ValueError, match="data: got one without super-classes"): similar_classes(digits)
+
+
+def test_a_look_trains_nothing_that_is_stored(seen, monkeypatch):
+    store, (known, _) = seen
+    monkeypatch.setattr("kdc_nb.runs.fit", lambda *a, **k: pytest.fail("trained again"))
+    again = look(known.result.spec, store, "cpu", per_class=3)
+    assert torch.equal(again.features["train"], known.features["train"]) and again.merging == known.merging
+
+
+def test_looks_survive_the_disk(seen, tmp_path):
+    _, (known, digits) = seen
+    for one in (known, digits):
+        write_looks([one], tmp_path/"looks.safetensors")
+        back = read_looks(tmp_path/"looks.safetensors")[one.result.spec]
+        for k in ("labels", "top"): assert torch.equal(getattr(back, k), getattr(one, k))
+        for k in ("confidence", "head", "distance", "overlap"): assert torch.allclose(getattr(back, k), getattr(one, k), atol=1e-3, rtol=1e-3)
+        for k in ("train", "test"): assert torch.equal(back.index[k], one.index[k]) and torch.allclose(back.features[k], one.features[k], atol=1e-3, rtol=1e-3)
+        assert back.classes == one.classes and back.superclass == one.superclass and (back.merging is None) == (one.merging is None)
+    with pytest.raises(ValueError, match="looks: got 2 data sets"): write_looks([known, digits], tmp_path/"both.safetensors")
+    assert not (tmp_path/"both.safetensors").exists()
+
+
+def test_a_damaged_file_of_looks_is_named(seen, tmp_path):
+    _, (known, _) = seen
+    write_looks([known], path := tmp_path/"looks.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DamagedFile, match="looks.safetensors: damaged"): read_looks(path)
+
+
+def test_first_of_each_takes_what_there_is():
+    assert first_of_each(torch.tensor([1, 0, 1, 1, 0]), 2).tolist() == [1, 4, 0, 2]
+    assert first_of_each(torch.tensor([1, 0, 1, 1]), 2).tolist() == [1, 0, 2]

@@ -1,0 +1,139 @@
+"Pictures: what they show is what went in, whether drawn once or moved; grids are paired as they should be."
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+from kdc_nb.calibrators import Method
+from kdc_nb.data import Data
+from kdc_nb.metrics import reliability_bins
+from kdc_nb.penultimate import look
+from kdc_nb.plots import (Penultimate, Reliability, Shift, limits_of, plot_direct, plot_matrix, plot_merging, plot_overlay, plot_penultimate, plot_shift,
+                          plot_tradeoff, prepare_agreement, prepare_direct, prepare_histories, prepare_merging, prepare_penultimate, prepare_rows,
+                          prepare_shift, prepare_similarity, prepare_umap)
+from kdc_nb.runs import Distil, RunSpec, Scaled, Store, run
+from kdc_nb.training import Recipe
+
+DATA, RECIPE = Data("known", n_train=100, n_valid=60, n_test=300), Recipe(1, 32)
+
+
+def net(method, seed=0, model="resnet8"): return RunSpec(DATA, model, method, RECIPE, seed)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory): return Store(tmp_path_factory.mktemp("plots"))
+
+
+@pytest.fixture(scope="module")
+def results(store):
+    "Two calibrators, direct and as teachers, and temperature scaling; two seeds"
+    specs = []
+    for seed in (0, 1):
+        teachers = [net(m, seed, "resnet14") for m in (Method("nll"), Method("ls"))]
+        specs += teachers + [net(t.method, seed) for t in teachers] + [net(Distil(t), seed) for t in (*teachers, Scaled(teachers[0]))]
+    return {s: run(s, store, "cpu", progress=False) for s in specs}
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def test_a_moved_diagram_shows_what_a_new_one_shows():
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(0, 5, (400,), generator=g)
+    first, second = (reliability_bins(s*torch.randn(400, 5, generator=g), y, n_bins=n, n_boot=50) for s, n in ((3, 15), (1, 6)))
+    moved, new = Reliability().show(first, "one").show(second, "two"), Reliability().show(second, "two")
+    for picture in (moved, new): picture.ax.figure.canvas.draw()
+    assert np.array_equal(*(np.asarray(p.ax.figure.canvas.buffer_rgba()) for p in (moved, new)))
+
+
+def test_direct_and_distilled_are_paired(results):
+    pairs = prepare_direct(results)
+    assert list(pairs) == ["nll", "ls eps=0.05", "nll after TS"]
+    for name, method in (("nll", Method("nll")), ("ls eps=0.05", Method("ls"))):
+        direct, kd = pairs[name]
+        assert direct.each["ece"] == [results[net(method, s)].evaluation.raw["ece"].value for s in (0, 1)]
+        assert kd.each["ece"] == [results[net(Distil(net(method, s, "resnet14")), s)].evaluation.raw["ece"].value for s in (0, 1)]
+    assert pairs["nll after TS"][0].each["ece"] == [results[net("nll", s)].evaluation.scaled["ece"].value for s in (0, 1)]
+    assert prepare_direct(results, T=4.) == {}
+    bars = plot_direct(pairs).patches
+    assert [round(b.get_height(), 9) for b in bars] == [round(100*r[k].mean["ece"], 9) for k in (0, 1) for r in pairs.values()]
+
+
+def test_the_trade_off_is_that_of_the_rows(results):
+    rows = prepare_rows({"a": [results[net("nll", s)] for s in (0, 1)], "b": [results[net("ls")]]})
+    ax = plot_tradeoff(rows, "sce")
+    assert [p.get_width() for p in ax.patches] == pytest.approx([200*r.spread["sce"] for r in rows])
+    assert [p.get_center() for p in ax.patches] == [pytest.approx((100*r.mean["sce"], 100*r.mean["top1"])) for r in rows]
+
+
+def test_overlays_are_few(results):
+    b = reliability_bins(results[net("nll")].logits["test"], torch.arange(300) % 20)
+    assert len(plot_overlay({"one": b, "two": b}).get_legend().get_texts()) == 2
+    with pytest.raises(ValueError, match="named: got 0 models"): plot_overlay({})
+    with pytest.raises(ValueError, match="named: got 8 models, expected 1 to 7"): plot_overlay({str(k): b for k in range(8)})
+
+
+def test_histories_are_a_table(results):
+    table = prepare_histories({"nll": [results[net("nll", s)] for s in (0, 1)]})
+    assert table.seed.tolist() == [0, 1] and table.loss.tolist() == [results[net("nll", s)].history[0]["loss"] for s in (0, 1)]
+
+
+def test_matrices_by_hand():
+    z = torch.tensor([[.8, .2], [.6, .4], [.1, .9]]).log()
+    np.testing.assert_allclose(prepare_similarity(z, [0, 0, 1]), [[.7, .3], [.1, .9]], atol=1e-7)
+    np.testing.assert_allclose(prepare_agreement(torch.tensor([0, 0, 0, 2]), torch.tensor([0, 1, 1, 2]), 3), [[1/3, 2/3, 0], [0, 0, 0], [0, 0, 1]])
+    shown = plot_matrix(np.array([[.7, .3], [.1, .9]]), "ab").collections[0].get_array()
+    assert shown.mask.tolist() == [[True, False], [False, True]] and shown[0, 1] == pytest.approx(30)
+
+
+def test_the_shift_is_paired():
+    s = Shift(np.array([.5, .6, .9, .4]), np.array([.6, .8, .9, .1]), np.array([True, True, True, False]))
+    mean, half = s.mean(True)
+    assert mean == pytest.approx(.1) and half == pytest.approx(1.96*.1/3**.5)
+    titles = [ax.get_title() for ax in plot_shift(Shift(*(np.tile(v, 2) for v in s)))]
+    assert "change +10.0" in titles[0] and "(N = 6)" in titles[0] and "change -30.0" in titles[1]
+
+
+@pytest.fixture(scope="module")
+def looks(store, results):
+    teacher = net("nll", 0, "resnet14")
+    return {s: look(s, store, "cpu", per_class=4) for s in (teacher, net(Distil(teacher)))}
+
+
+def test_clusters_share_the_axes_of_the_first(looks):
+    teacher, student = looks.values()
+    both, alone = prepare_penultimate([teacher, student], (0, 4, 1)), prepare_penultimate([student], (0, 4, 1))
+    assert [len(xy) for own in both for xy in own] == [len(student.kept["test"][student.kept["test"] == c]) for _ in range(2) for c in (0, 4, 1)]
+    np.testing.assert_allclose(prepare_penultimate([teacher], (0, 4, 1))[0][0], both[0][0])
+    assert not np.allclose(alone[0][0], both[1][0])
+    fig = plot_penultimate(dict(zip("ab", looks.values())), (0, 4, 1), columns=2)
+    assert fig.axes[0].get_xlim() == fig.axes[1].get_xlim() and [ax.get_title() for ax in fig.axes] == ["a", "b"]
+    stars = np.concatenate([line.get_xydata() for line in fig.axes[0].lines if line.get_marker() == "*"])
+    np.testing.assert_allclose(stars, [xy.mean(0) for xy in both[0]], rtol=1e-6)
+    with pytest.raises(ValueError, match="looks: got none"): plot_penultimate({}, (0, 4, 1))
+
+
+def test_limits_hold_everything():
+    low, high, bottom, top = limits_of([np.array([[0., 5], [1, 7]]), np.array([[3., 6]])])
+    assert low < 0 and high > 3 and bottom < 5 and top > 7
+    Penultimate("abc", (low, high, bottom, top)).show([np.zeros((1, 2))]*3, "")
+
+
+def test_merging_is_drawn_as_measured(looks):
+    rows = prepare_merging(looks)
+    assert [(r.teacher, r.method.T, r.seed) for r in rows] == [("nll", 1., 0)]
+    ax = plot_merging(rows, .9)[0]
+    assert [line.get_ydata()[0] for line in ax.lines if line.get_marker() == "o"] == [rows[0].merging["ratio"].value]
+
+
+def test_confidence_shift_of_looks(looks):
+    teacher, student = looks.values()
+    s = prepare_shift(teacher, student)
+    assert len(s.right) == 300 and s.right.mean() == pytest.approx(student.result.evaluation.raw["top1"].value)
+
+
+def test_umap_needs_enough_points():
+    with pytest.raises(ValueError, match="features: got 10 points, expected more than the 15 neighbours"): prepare_umap(torch.randn(10, 4))
