@@ -13,7 +13,7 @@ else
   INSTALL = $(BIN)/python -m pip install --quiet
 endif
 
-.PHONY: help setup demo lab notebooks test test-all
+.PHONY: help setup demo lab notebooks site test test-all
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 12
@@ -29,6 +29,9 @@ lab: $(READY) ## open the notebooks in JupyterLab
 notebooks: $(READY) ## run every notebook, keep its outputs, make README.md
 	@$(BIN)/python nbs/_build.py run
 	@$(BIN)/python nbs/_build.py readme
+
+site: $(READY) ## the notebooks as web pages in _site, to read without Jupyter and without a network
+	@$(BIN)/python nbs/_build.py site
 
 test: $(READY) ## the notebooks' own tests, then tests/
 	@$(BIN)/python nbs/_build.py test
