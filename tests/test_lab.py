@@ -3,6 +3,7 @@ import os
 import runpy
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -12,11 +13,10 @@ from urllib.request import urlopen
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no chromium on the path")
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM, reason="no chromium on the path")]
 
 ROOT = Path(__file__).parents[1]
 build = runpy.run_path(str(ROOT/"nbs/_build.py"))
@@ -34,36 +34,16 @@ CLOSE = """async () => {
   const w = jupyterapp.shell.currentWidget
   await w.context.save(); await w.sessionContext.shutdown()
 }"""
-KERNEL = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
-SLIDER = """
-import io
-import ipywidgets as w
-import matplotlib.pyplot as plt
-
-def png(T):
-    fig, ax = plt.subplots(figsize=(3, 2))
-    ax.plot([0, T])
-    buffer = io.BytesIO()
-    fig.savefig(buffer)
-    plt.close(fig)
-    return buffer.getvalue()
-
-T = w.FloatSlider(1, min=.5, max=10)
-image = w.Image(format='png')
-def draw(T): image.value = png(T)
-w.VBox([T, image, w.interactive_output(draw, {'T': T})])
-"""
 
 
 def write_copy(folder: Path) -> None:
-    "A copy of the pages, cells that only run when asked emptied, and one page with a slider"
+    "A copy of the pages, cells that only run when asked emptied"
     shutil.copytree(ROOT/"nbs", folder/"nbs")
     shutil.copy(ROOT/"settings.ini", folder)
     for name in PAGES:
         nb = nbformat.read(folder/name, as_version=4)
         for cell in filter(build["skipped"], nb.cells): cell.source = ""
         nbformat.write(nb, folder/name)
-    nbformat.write(new_notebook(cells=[new_code_cell(SLIDER)], metadata=KERNEL), folder/"slider.ipynb")
 
 
 def lab_env(folder: Path) -> dict[str, str]:
@@ -129,11 +109,12 @@ def act(page, script: str, seconds: float = 60) -> None:
 
 
 @pytest.fixture
-def page(lab, browser):
-    "A tab of its own; the kernel stops at the end"
+def page(lab, browser, record_property):
+    "A tab of its own; the kernel stops at the end. The report holds how long its pictures took, from control to screen"
     tab = browser.new_page()
-    tab.lab = lab
+    tab.lab, tab.waits = lab, []
     yield tab
+    if tab.waits: record_property("median_seconds_to_picture", round(statistics.median(tab.waits), 3))
     if tab.url.startswith(lab): act(tab, CLOSE)
     tab.close()
 
@@ -161,13 +142,14 @@ def run_all(page, notebook: str, folder: Path, minutes: float = 10) -> None:
 
 
 @contextmanager
-def another_picture(page):
-    "Wait until what the block does has changed the explorer's picture"
-    image = page.locator(".widget-image, .jp-OutputArea-output img").first
+def another_picture(page, picture: int = 0):
+    "Wait until what the block does has changed the picture of the page's nth explorer"
+    image = page.locator(".widget-image").nth(picture)
     image.scroll_into_view_if_needed()
-    before = image.get_attribute("src")
+    before, began = image.get_attribute("src"), time.monotonic()
     yield
     playwright.expect(image).not_to_have_attribute("src", before, timeout=30_000)
+    page.waits.append(time.monotonic() - began)
     assert not errors(page)
 
 
@@ -187,21 +169,15 @@ def push_slider(page, nth: int) -> None:
         page.keyboard.press("ArrowRight")
 
 
-def drag_slider(page, nth: int, by: int) -> None:
+def drag_slider(page, nth: int, by: int, picture: int = 0) -> None:
     "Drag a slider `by` pixels; the picture must follow before it is let go"
     handle = page.locator(".noUi-handle").nth(nth).bounding_box()
     x, y = handle["x"] + handle["width"]/2, handle["y"] + handle["height"]/2
     page.mouse.move(x, y)
     page.mouse.down()
     for part in (.5, 1):
-        with another_picture(page): page.mouse.move(x + part*by, y)
+        with another_picture(page, picture): page.mouse.move(x + part*by, y)
     page.mouse.up()
-
-
-def test_a_slider_draws(page, tmp_path):
-    run_all(page, "slider.ipynb", tmp_path)
-    for value in (3, 7.5): move_slider(page, 0, value)
-    screenshot(page, tmp_path, "slider_moved")
 
 
 def test_the_transfer_explorer_follows_the_hand(page, tmp_path):
@@ -216,6 +192,22 @@ def test_the_theorems_follow_the_hand(page, tmp_path):
     move_slider(page, 0, 1)
     for nth, by in enumerate((40, -60, -40, 30, 40, 30)): drag_slider(page, nth, by)
     screenshot(page, tmp_path, "theory_explorer")
+
+
+def test_your_own_logits_follow_the_hand(page, tmp_path):
+    run_all(page, "nbs/13_explorers.ipynb", tmp_path)
+    page.locator(".noUi-handle").nth(1).scroll_into_view_if_needed()
+    for nth, by in ((1, 60), (2, 40)): drag_slider(page, nth, by, picture=1)
+    screenshot(page, tmp_path, "reliability_explorer")
+
+
+def test_the_classes_follow_the_hand(page, tmp_path):
+    run_all(page, "nbs/studies/systematic_diffusion.ipynb", tmp_path)
+    for nth in range(2): push_slider(page, nth)
+    for nth, index in ((0, 1), (1, 0), (3, 2)):
+        with another_picture(page): page.locator(".widget-dropdown select").nth(nth).select_option(index=index)
+    with another_picture(page): page.locator(".widget-toggle-button", has_text="train").first.click()
+    screenshot(page, tmp_path, "classes_explorer")
 
 
 @pytest.mark.long

@@ -1,19 +1,11 @@
-"""How long a slider waits: the exact student beside scikit-learn's, and a move of the explorer's sliders. `python tests/benchmarks/theory.py`"""
-import contextlib
-import io
+"""The exact student beside scikit-learn's. `python tests/benchmarks/theory.py`"""
 import statistics
 import time
 
-import matplotlib
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-matplotlib.use("agg")
-from kdc_nb.explorers import explore_theory
 from kdc_nb.theory import draw_problem, minimise, probs
-
-MOVES = {"T": np.linspace(.5, 10, 20), "alpha": np.linspace(0, 1, 20), "scale": np.linspace(.1, 6, 20), "overconfidence": np.linspace(.2, 4, 20),
-         "d": range(2, 31), "angle": range(0, 180, 10), "N": (10, 20, 50, 100, 200, 500, 1000, 2000)}
 
 
 def seconds(f, *args, **kw) -> float:
@@ -34,14 +26,4 @@ def beside_scikit_learn() -> None:
           f"{statistics.median(b/a for a, b in zip(ours, theirs)):.1f} times as fast as scikit-learn's Newton")
 
 
-def moves_of_the_sliders() -> None:
-    with contextlib.redirect_stdout(io.StringIO()): explorer = explore_theory()
-    for name, values in MOVES.items():
-        with contextlib.redirect_stdout(io.StringIO()): waits = [seconds(setattr, explorer.controls[name], "value", v) for v in values]
-        print(f"slider {name}: median {1000*statistics.median(waits):.0f} ms, longest {1000*max(waits):.0f} ms")
-        explorer.controls[name].value = values[len(values)//2]
-
-
-if __name__ == "__main__":
-    beside_scikit_learn()
-    moves_of_the_sliders()
+if __name__ == "__main__": beside_scikit_learn()

@@ -1,0 +1,61 @@
+"""From a control's callback to the PNG: every control of every explorer, moved over all it has. `python tests/benchmarks/explorers.py`"""
+import contextlib
+import io
+import statistics
+import time
+from pathlib import Path
+
+import ipywidgets as widgets
+import matplotlib
+import numpy as np
+import torch
+
+matplotlib.use("agg")
+from kdc_nb.explorers import explore_classes, explore_reliability, explore_theory, explore_transfer
+from kdc_nb.penultimate import read_looks
+from kdc_nb.runs import read_results
+
+RESULTS = Path(__file__).parents[2]/"nbs/results"
+
+
+def outputs(n: int, c: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, c, (n,), generator=g)
+    return 2*torch.randn(n, c, generator=g) + 4*torch.nn.functional.one_hot(labels, c), labels
+
+
+def values(control) -> list:
+    "Values from end to end, 30 at most; those of a choice twice, so that what is kept is met again"
+    if isinstance(control, widgets.Checkbox): return [True, False]*2
+    if hasattr(control, "options"): return [o[1] if isinstance(o, tuple) else o for o in control.options]*2
+    if isinstance(control, widgets.FloatLogSlider): return (control.base**np.linspace(control.min, control.max, 30)).tolist()
+    return [type(control.value)(v) for v in np.linspace(control.min, control.max, 30)]
+
+
+def waits(explorer, name: str) -> list[float]:
+    "Seconds from each new value of a control to the picture"
+    out, control = [], explorer.controls[name]
+    before = control.value
+    for v in values(control):
+        if v == control.value: continue
+        start = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()): control.value = v
+        if not explorer.refusal.value: out.append(time.perf_counter() - start)
+    control.value = before
+    return out
+
+
+def main() -> None:
+    looks = {s: l for s, l in read_looks(RESULTS/"systematic_diffusion_cifar10.safetensors").items() if s.seed == 0}
+    every = {"explore_theory": explore_theory(), "explore_transfer": explore_transfer(read_results(RESULTS/"transfer_curve.json")),
+             "explore_reliability, N = 10,000, C = 10": explore_reliability(*outputs(10_000, 10)),
+             "explore_reliability, N = 10,000, C = 100": explore_reliability(*outputs(10_000, 100)), "explore_classes": explore_classes(looks)}
+    print(f"{torch.get_num_threads()} threads; ms from callback to PNG")
+    for name, explorer in every.items():
+        found = {k: waits(explorer, k) for k in explorer.controls if k != "images"} # images need their data set
+        together = [t for own in found.values() for t in own]
+        print(f"{name}: median {1000*statistics.median(together):.0f}, longest {1000*max(together):.0f}; " +
+              ", ".join(f"{k} {1000*statistics.median(v):.0f}" for k, v in found.items() if v))
+
+
+if __name__ == "__main__": main()
