@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['png_of', 'Explorer', 'choice', 'Redrawn', 'Tempered', 'prepare_tempered', 'Temperatures', 'explore_reliability',
-           'explore_transfer', 'collage', 'to_unit', 'Classes', 'explore_classes', 'first_triple', 'merged_text',
-           'images_of_look', 'LinearView', 'prepare_linear', 'LinearPicture', 'explore_theory']
+           'explore_transfer', 'stored_student', 'student_controls', 'collage', 'Classes', 'unit_clusters',
+           'merged_text', 'explore_classes', 'LinearView', 'prepare_linear', 'LinearPicture', 'explore_theory']
 
-# %% ../nbs/13_explorers.ipynb #fa31d35b
+# %% ../nbs/13_explorers.ipynb #b3ccdf55
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from html import escape
 from io import BytesIO
@@ -19,7 +19,9 @@ import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -118,11 +120,11 @@ def prepare_tempered(
     nll = float(-log_p.gather(1, labels[:, None]).mean())
     return Tempered(claim_bins(claims, n_bins, n_boot), top_estimates(["ece"], claims, n_bins, n_boot)["ece"], nll)
 
-# %% ../nbs/13_explorers.ipynb #5979c1b9
+# %% ../nbs/13_explorers.ipynb #86c0c123
 class Temperatures:
     "ECE and NLL over the temperature; `show` moves the marks"
 
-    def __init__(self, logits: Tensor, labels: Tensor, fitted: float, ax: Any, animated: bool = True):
+    def __init__(self, logits: Tensor, labels: Tensor, fitted: float, ax: Axes):
         grid = 2**np.linspace(-3, 3, 25)
         curves = [[f(logits/T, labels) for T in grid] for f in (ece, nll)]
         self.axes = ax, right = ax, ax.twinx()
@@ -130,18 +132,18 @@ class Temperatures:
             ax.plot(grid, y, c=c)
             ax.set_ylim(bottom=0)
             ax.set_ylabel(name, color=c)
-        self.dots = [ax.plot([], [], "o", c=c, animated=animated)[0] for ax, c in zip(self.axes, (BLUE, ORANGE))]
+        self.dots = [ax.plot([], [], "o", c=c, animated=True)[0] for ax, c in zip(self.axes, (BLUE, ORANGE))]
         right.set_ylim(top=min(max(curves[1]), 4*min(curves[1])))
         ax, _ = self.axes
         ax.axvline(fitted, c=GREY, ls="--", lw=1)
         ax.set(xscale="log", xticks=[.125, .25, .5, 1, 2, 4, 8], xticklabels=["1/8", "1/4", "1/2", "1", "2", "4", "8"], xlabel="temperature T of softmax(z/T)",
-               title=f"least NLL: T = {fitted:.3g} (dashed)")
+               title=f"N = {len(labels):,}; least NLL: T = {fitted:.3g} (dashed)")
         ax.minorticks_off()
 
     def show(self, T: float, at: Tempered) -> None:
         for dot, y in zip(self.dots, (at.ece.value, at.nll)): dot.set_data([T], [y])
 
-# %% ../nbs/13_explorers.ipynb #fbc9466d
+# %% ../nbs/13_explorers.ipynb #8e343785
 def explore_reliability(
     outputs: Any, # a result with its logits, or (N, C) logits or probabilities
     labels: Any = None, # (N,) of logits or probabilities
@@ -149,6 +151,7 @@ def explore_reliability(
 ) -> Explorer:
     "Sliders for temperature and bins over the reliability diagram of a run or of your own outputs"
     if isinstance(outputs, Result):
+        check(labels is None, "labels", "some", "none beside a result, which has its own")
         check(bool(outputs.logits), "outputs", "a result from a light file, without logits", "one from a store, such as run(spec)")
         outputs, labels, kind = outputs.logits["test"], load_data(outputs.spec.data).test.labels, "logits"
     check(labels is not None, "labels", "none", "one for each row of the outputs")
@@ -167,122 +170,121 @@ def explore_reliability(
     return Explorer(draw, T=widgets.FloatLogSlider(1, base=2, min=-3, max=3, step=.05, description="T", readout_format=".3g"),
                     n_bins=widgets.IntSlider(15, min=2, max=50, description="bins"))
 
-# %% ../nbs/13_explorers.ipynb #b8fd7621
+# %% ../nbs/13_explorers.ipynb #34ad09c0
 def explore_transfer(
     results: Mapping[RunSpec, Result], # a grid over T and alpha, such as the study's
 ) -> Explorer:
-    "Sliders for T, alpha and the teacher over stored students"
+    "Sliders for T and alpha, and a choice of teachers, over stored students"
     pairs = prepare_transfer(results)
     check(len(pairs) > 0, "results", "no student beside its teacher", "results of students and of the runs that taught them")
-    of = lambda f: {f(p.spec.method) for p in pairs}
-    taus = {p.spec.method.teacher.tau for p in pairs if isinstance(p.spec.method.teacher, Posterior)}
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
     transfer, diagram = Transfer(left, limit=.3, animated=True), Reliability(right, animated=True)
     redrawn = Redrawn(figure)
 
-    def draw(T, alpha, tau):
-        chosen = [p for p in pairs if p.spec.method == Distil(Posterior(tau), T, alpha)]
-        check(len(chosen) > 0, "T, alpha, tau", f"{T:g}, {alpha:g}, {tau:g}", "those of a stored student")
-        r = results[chosen[0].spec]
+    def draw(T, alpha, teacher):
+        r = results[stored_student([p.spec for p in pairs], T, alpha, teacher)]
         transfer.show(pairs, T, alpha)
-        diagram.show(prepare_reliability(r), f"Student of the truth at tau = {tau:g}, seed {r.spec.seed}, N = {r.evaluation.n:,}\n{error_text(r.evaluation.raw['ece'])}")
+        title = f"Student of {teacher}, seed {r.spec.seed}, N = {r.evaluation.n:,}"
+        diagram.show(prepare_reliability(r), f"{title}\n{error_text(r.evaluation.raw['ece'])}")
         return redrawn.png()
 
-    return Explorer(draw, T=choice("T", of(lambda m: m.T)), alpha=choice("alpha", of(lambda m: m.alpha)), tau=choice("tau", taus or {1.}, 1. if 1. in taus else None))
+    return Explorer(draw, **student_controls([p.spec for p in pairs]))
 
-# %% ../nbs/13_explorers.ipynb #c32ef750
+
+def stored_student(specs: Iterable[RunSpec], T: float, alpha: float, teacher: str) -> RunSpec:
+    "The first student with this temperature, weight and teacher; a `ValueError` where there is none"
+    found = [s for s in specs if (s.method.T, s.method.alpha, taught_by(s.method)) == (T, alpha, teacher)]
+    check(len(found) > 0, "T, alpha, teacher", f"{T:g}, {alpha:g}, {teacher}", "those of a stored student")
+    return found[0]
+
+
+def student_controls(specs: Sequence[RunSpec]) -> dict[str, widgets.Widget]:
+    "Controls for temperature, weight and teacher of students; the first student's to begin with"
+    first, names = specs[0].method, dict.fromkeys(taught_by(s.method) for s in specs)
+    return {"T": choice("T", [s.method.T for s in specs], first.T), "alpha": choice("alpha", [s.method.alpha for s in specs], first.alpha),
+            "teacher": widgets.Dropdown(options=list(names), value=taught_by(first), description="teacher")}
+
+# %% ../nbs/13_explorers.ipynb #65191626
 def collage(
     xy: np.ndarray, # (n, 2) within the unit square
     images: Tensor, # (n, channels, H, W) uint8
+    colors: Sequence[str], # of each image's frame
     size: int = 330, # of the square, in pixels
 ) -> np.ndarray: # (size, size, 4) uint8, transparent where nothing is
-    "Images pasted at their points, the first row at the bottom"
-    out, (h, w) = np.zeros((size, size, 4), np.uint8), images.shape[2:]
-    for (x, y), image in zip(xy, images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).flip(1).numpy()):
-        i, j = (int(np.clip(v*size - s/2, 0, size - s)) for v, s in ((y, h), (x, w)))
-        out[i:i + h, j:j + w, :3], out[i:i + h, j:j + w, 3] = image, 255
+    "Framed images pasted at their points, the first row at the bottom"
+    out, (h, w) = np.zeros((size, size, 4), np.uint8), [n + 4 for n in images.shape[2:]]
+    for (x, y), image, color in zip(xy, images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).flip(1).numpy(), colors):
+        i, j = (int(np.clip(v*size - n/2, 0, size - n)) for v, n in ((y, h), (x, w)))
+        out[i:i + h, j:j + w] = np.array(to_rgba(color))*255
+        out[i + 2:i + h - 2, j + 2:j + w - 2, :3] = image
     return out
 
-
-def to_unit(clusters: Sequence[np.ndarray], limits: tuple[float, ...]) -> list[np.ndarray]:
-    "Points as shares of the way from the lower to the upper limit"
-    low, high = np.array(limits[::2]), np.array(limits[1::2])
-    return [(xy - low)/(high - low) for xy in clusters]
-
-# %% ../nbs/13_explorers.ipynb #ea9667a8
+# %% ../nbs/13_explorers.ipynb #37b810d9
 class Classes:
     "A `Penultimate` in the unit square, whose classes may change and whose points may be images"
 
-    def __init__(self, ax: Any):
+    def __init__(self, ax: Axes):
         self.picture = Penultimate("abc", (0, 1, 0, 1), ax, animated=True)
-        self.picture.legend.set_animated(True)
+        self.legend = ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(.5, -.06), ncols=3)
+        self.legend.set_animated(True)
         self.images = ax.imshow(np.zeros((1, 1, 4), np.uint8), extent=(0, 1, 0, 1), origin="lower", aspect="auto", zorder=3, animated=True)
         ax.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(0, 1))
 
     def show(self, clusters: Sequence[np.ndarray], names: Sequence[str], title: str, images: Tensor | None = None) -> None:
         "Points in the unit square, or images in their places"
         self.picture.show(clusters, title)
-        for text, name in zip(self.picture.legend.get_texts(), names): text.set_text(name)
-        self.images.set_data(np.zeros((1, 1, 4), np.uint8) if images is None else collage(np.concatenate(clusters), images))
+        for text, name in zip(self.legend.get_texts(), names): text.set_text(name)
+        colors = [dots.get_color() for dots, xy in zip(self.picture.dots, clusters) for _ in xy]
+        self.images.set_data(np.zeros((1, 1, 4), np.uint8) if images is None else collage(np.concatenate(clusters), images, colors))
 
-# %% ../nbs/13_explorers.ipynb #7a3b33ae
+
+def unit_clusters(looks: Sequence[Look], classes: Sequence[int], split: str) -> list[list[np.ndarray]]:
+    "What `prepare_penultimate` gives, as shares of the way from the lower to the upper limit of all"
+    clusters = prepare_penultimate(looks, classes, split)
+    limits = limits_of(xy for own in clusters for xy in own)
+    low, high = np.array(limits[::2]), np.array(limits[1::2])
+    return [[(xy - low)/(high - low) for xy in own] for own in clusters]
+
+
+def merged_text(look: Look, classes: Sequence[int]) -> str:
+    "How far the first two of three classes have merged"
+    d, (a, b, c) = look.distance, classes
+    return f"all {len(look.labels):,} test images: distance a-b over a,b-c {2*d[a, b]/(d[a, c] + d[b, c]):.2f}, overlap {100*look.overlap[a, b]:.0f}%"
+
+# %% ../nbs/13_explorers.ipynb #d2918686
 def explore_classes(
-    looks: Mapping[RunSpec, Look], # students over T and alpha, and their teachers
+    looks: Mapping[RunSpec, Look], # students over T and alpha, and their teachers, all of one seed
 ) -> Explorer:
-    "Controls for teacher, T, alpha and three classes over penultimate layer and reliability"
-    students = {s: l for s, l in looks.items() if isinstance(s.method, Distil) and s.method.teacher in looks}
+    "Controls for T, alpha, teacher and three classes over penultimate layer and reliability"
+    students = [s for s in looks if isinstance(s.method, Distil) and s.method.teacher in looks]
     check(len(students) > 0, "looks", "no student beside its teacher", "looks at students and at the networks that taught them")
-    of = lambda f: list(dict.fromkeys(f(s.method) for s in students))
-    teachers = {how_of(t.method): t for t in of(lambda m: m.teacher)}
-    names = next(iter(looks.values())).classes
-    figure, axs = plt.subplots(1, 3, figsize=(12, 4.2), layout="constrained")
+    kinds = {(s.data, s.model, s.seed) for s in students}
+    check(len(kinds) == 1, "looks", f"{len(kinds)} kinds of students", "one student network on one data set with one seed")
+    names = looks[students[0]].classes
+    check(len(names) >= 3, "looks", f"{len(names)} classes", "three or more")
+    figure, axs = plt.subplots(1, 3, figsize=(13, 4.6), layout="constrained")
     left, middle, diagram = Classes(axs[0]), Classes(axs[1]), Reliability(axs[2], animated=True)
     redrawn = Redrawn(figure)
 
     @lru_cache(64)
-    def placed(specs, classes, split): # axes and limits of these networks in common
-        clusters = prepare_penultimate([looks[s] for s in specs], classes, split)
-        limits = limits_of(xy for own in clusters for xy in own)
-        return {s: to_unit(own, limits) for s, own in zip(specs, clusters)}
+    def placed(specs, classes, split): return dict(zip(specs, unit_clusters([looks[s] for s in specs], classes, split)))
 
-    def draw(teacher, T, alpha, a, b, c, split, images):
-        taught = teachers[teacher]
-        found = [s for s in students if s.method == Distil(taught, T, alpha)]
-        check(len(found) > 0, "teacher, T, alpha", f"{teacher}, {T:g}, {alpha:g}", "those of a stored student")
-        spec, classes = found[0], (a, b, c)
-        for panel, s, others, role in ((left, taught, (taught,), "Teacher"), (middle, spec, tuple(students), f"Student, T = {T:g}, alpha = {alpha:g}")):
-            clusters = placed(others, classes, split)[s]
-            panel.show(clusters, [names[k] for k in classes], f"{role}, {split} images\n{merged_text(looks[s], classes)}", images_of_look(looks[s], classes, split) if images else None)
-        r = looks[spec].result
-        diagram.show(prepare_reliability(r), f"Student, N = {r.evaluation.n:,}: top-1 {100*r.evaluation.raw['top1'].value:.1f}%, NLL {r.evaluation.raw['nll'].value:.3f}\n{error_text(r.evaluation.raw['ece'])}")
+    def draw(T, alpha, teacher, a, b, c, split, images):
+        spec, classes = stored_student(students, T, alpha, teacher), (a, b, c)
+        taught = spec.method.teacher
+        panels = (left, taught, (taught,), "Teacher"), (middle, spec, tuple(students), f"Student, T = {T:g}, alpha = {alpha:g}")
+        for panel, s, together, role in panels:
+            shown = images_of_look(looks[s], classes, split) if images else None
+            panel.show(placed(together, classes, split)[s], [names[k] for k in classes], f"{role}: some {split} images\n{merged_text(looks[s], classes)}", shown)
+        e = looks[spec].result.evaluation
+        title = f"Student, N = {e.n:,}: top-1 {100*e.raw['top1'].value:.1f}%, NLL {e.raw['nll'].value:.3f}"
+        diagram.show(prepare_reliability(looks[spec].result), f"{title}\n{error_text(e.raw['ece'])}")
         return redrawn.png()
 
-    pick = lambda name, k: widgets.Dropdown(options=[(n, i) for i, n in enumerate(names)], value=k, description=name, layout=widgets.Layout(width="13rem"))
-    a, b, c = first_triple(next(iter(looks.values())))
-    return Explorer(draw, teacher=widgets.Dropdown(options=list(teachers), description="teacher"), T=choice("T", of(lambda m: m.T)), alpha=choice("alpha", of(lambda m: m.alpha)),
-                    a=pick("class a", a), b=pick("class b", b), c=pick("class c", c), split=widgets.ToggleButtons(options=["test", "train"], description="images of"),
+    options, begin = [(n, i) for i, n in enumerate(names)], first_triple(looks[students[0].method.teacher])
+    pick = {k: widgets.Dropdown(options=options, value=v, description=f"class {k}", layout=widgets.Layout(width="13rem")) for k, v in zip("abc", begin)}
+    return Explorer(draw, **student_controls(students), **pick, split=widgets.ToggleButtons(options=["test", "train"], description="images of"),
                     images=widgets.Checkbox(False, description="as images"))
-
-
-def first_triple(look: Look) -> tuple[int, int, int]:
-    "The two similar classes that overlap most in a network, and the class of another group that overlaps them least"
-    if look.superclass is None: return 0, 1, 2
-    similar = similar_classes(look)
-    a, b = divmod(int((look.overlap*similar - (~similar).float()).argmax()), len(similar))
-    far = (look.overlap[a] + look.overlap[b] + 9*(similar[a] | similar[b])).index_fill(0, torch.tensor([a, b]), 9)
-    return a, b, int(far.argmin())
-
-
-def merged_text(look: Look, classes: tuple[int, int, int]) -> str:
-    "How far the first two of three classes have merged, on all test images"
-    a, b, c = classes
-    return f"a-b over a,b-c: {triple_ratios(look.distance)[a, b, c]:.2f}; overlap of a and b {100*look.overlap[a, b]:.0f}%"
-
-
-def images_of_look(look: Look, classes: Sequence[int], split: str) -> Tensor: # (n, channels, H, W) uint8
-    "The images whose features were kept, of some classes in their order; a `ValueError` where the data set is not to be had"
-    inputs = getattr(load_data(look.result.spec.data), split).inputs
-    return torch.cat([inputs[look.index[split][look.kept[split] == c]] for c in classes])
 
 # %% ../nbs/13_explorers.ipynb #ec962cde
 class LinearView(NamedTuple):

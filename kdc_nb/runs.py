@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'DRAWING', 'RunSpec', 'check_model', 'Scaled', 'Posterior', 'Distil', 'teacher_run', 'title_of', 'how_of',
-           'parts_of', 'run_id', 'Result', 'light_of', 'from_light', 'truth_of', 'judge', 'Store', 'new_net',
-           'training_logits', 'trained_net', 'has_live_teacher', 'make_teacher', 'train', 'environment', 'run',
-           'lineage', 'stored', 'clean', 'write_results', 'kept_of', 'rounded', 'read_results', 'seeded', 'by_seed']
+           'taught_by', 'parts_of', 'run_id', 'Result', 'light_of', 'from_light', 'truth_of', 'judge', 'Store',
+           'new_net', 'training_logits', 'trained_net', 'has_live_teacher', 'make_teacher', 'train', 'environment',
+           'run', 'lineage', 'stored', 'clean', 'write_results', 'kept_of', 'rounded', 'read_results', 'seeded',
+           'by_seed']
 
-# %% ../nbs/08_runs.ipynb #1aa6711a
+# %% ../nbs/08_runs.ipynb #3cd334ca
 import json
 import platform
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache, singledispatch
 from pathlib import Path
@@ -90,7 +91,7 @@ def teacher_run(
     "The run behind a teacher"
     return teacher.run if isinstance(teacher, Scaled) else teacher if isinstance(teacher, RunSpec) else None
 
-# %% ../nbs/08_runs.ipynb #0897be0a
+# %% ../nbs/08_runs.ipynb #74f0cdb5
 def title_of(spec: RunSpec) -> str:
     "A run in one line"
     return f"{spec.data.name} {spec.model} {how_of(spec.method)}, seed {spec.seed}"
@@ -99,9 +100,16 @@ def title_of(spec: RunSpec) -> str:
 def how_of(method: Method | Distil) -> str:
     "A method in a few words"
     if isinstance(method, Method): return " ".join([method.name, *(f"{k}={v}" for k, v in method.params.items())])
+    return f"KD(T={method.T:g}, alpha={method.alpha:g}) from {taught_by(method, lambda run: f'[{title_of(run)}]')}"
+
+
+def taught_by(
+    method: Distil,
+    name: Callable[[RunSpec], str] = lambda run: how_of(run.method), # of the run behind the teacher
+) -> str:
+    "A student's teacher in a few words"
     taught = teacher_run(method.teacher)
-    source = f"[{title_of(taught)}]" if taught else f"the truth at tau={method.teacher.tau:g}"
-    return f"KD(T={method.T:g}, alpha={method.alpha:g}) from {source}" + " after TS"*isinstance(method.teacher, Scaled)
+    return name(taught) + " after TS"*isinstance(method.teacher, Scaled) if taught else f"the truth at tau={method.teacher.tau:g}"
 
 # %% ../nbs/08_runs.ipynb #3efe29ab
 SCHEMA = 1 # grows when the same description would mean another run

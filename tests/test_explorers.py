@@ -80,15 +80,14 @@ def test_reliability_of_a_run(results, monkeypatch):
     (lambda z, y: (z.index_fill(0, torch.tensor([3]), float("nan")), y), "logits: got NaN"),
     (lambda z, y: (z, y + 1), "labels: got 1 to 5, expected 0 to 4"),
     (lambda z, y: (z, y, "odds"), "kind: got 'odds'"),
+    (lambda z, y: (z, y.float() + .5), "labels: got numbers with a fraction"),
 ])
 def test_bad_outputs_are_told(outputs, spoil, message):
     with pytest.raises(ValueError, match=message): explore_reliability(*spoil(*outputs))
 
 
 def test_transfer_follows_every_control(results, monkeypatch):
-    explorer = explore_transfer(results)
-    explorer.controls["tau"].value = 2.
-    every_control(explorer, monkeypatch, T=4., alpha=1., tau=.5)
+    every_control(explore_transfer(results), monkeypatch, T=4., alpha=1., teacher="the truth at tau=2")
 
 
 def test_what_is_not_stored_is_said(results):
@@ -101,6 +100,17 @@ def test_what_is_not_stored_is_said(results):
     assert not explorer.refusal.value and bytes(explorer.image.value) != before
 
 
+def test_a_grid_with_holes_begins_with_a_student_there_is(results):
+    few = {s: r for s, r in results.items() if s == TEACHER or (s.method.T, s.method.alpha) in ((4, .5), (1, 1))}
+    explorer = explore_transfer(few)
+    assert explorer.image.value and not explorer.refusal.value
+
+
+def test_looks_of_several_seeds_are_refused(looks):
+    other = [RunSpec(DATA, s.model, s.method, s.recipe, 1) for s in looks if s != TEACHER]
+    with pytest.raises(ValueError, match="looks: got 2 kinds of students, expected one"): explore_classes({**looks, **{s: looks[STUDENTS[0]] for s in other}})
+
+
 def test_classes_follow_every_control(looks, monkeypatch):
     explorer = explore_classes(looks)
     other = next(k for k in range(20) if k not in [explorer.controls[c].value for c in "abc"])
@@ -110,7 +120,7 @@ def test_classes_follow_every_control(looks, monkeypatch):
 def test_images_that_are_not_there_are_told(looks, monkeypatch):
     def none(data): raise ValueError("known: put it there")
     explorer = explore_classes(looks)
-    monkeypatch.setattr(explorers, "load_data", none)
+    monkeypatch.setattr("kdc_nb.penultimate.load_data", none)
     before = bytes(explorer.image.value)
     explorer.controls["images"].value = True
     assert "known: put it there" in explorer.refusal.value and bytes(explorer.image.value) == before

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from kdc_nb.core import DamagedFile
 from kdc_nb.data import Data, load_data
-from kdc_nb.penultimate import first_of_each, geometry, look, merging, plane, read_looks, similar_classes, summary, triple_ratios, triples, write_looks
-from kdc_nb.runs import RunSpec, Store, run
+from kdc_nb.penultimate import (distances, first_of_each, first_triple, geometry, images_of_look, look, members, merging, plane, ratio, read_looks,
+                                similar_classes, summary, triples, write_looks)
+from kdc_nb.runs import RunSpec, Store
 from kdc_nb.training import Recipe
 
 SIMILAR = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
@@ -56,17 +57,16 @@ def test_stretching_turning_and_shifting_changes_no_ratio(seed, scale, shift):
     assert torch.allclose(before, after, rtol=1e-6)
 
 
-def test_weights_that_are_whole_numbers_are_repeats():
-    "An image drawn twice stands for two: sizes and centroids are those of the repeated sample."
+def test_distances_of_a_drawn_sample_are_corrected_twice():
+    "Images drawn twice stand for two: sizes, centroids and spread are those of the repeated sample."
     x, y = clouds(30)
-    weights = torch.from_numpy(np.random.default_rng(0).multinomial(120, np.full(120, 1/120)))
-    i = torch.arange(120).repeat_interleave(weights)
+    x = x.double()
+    drawn = torch.from_numpy(np.random.default_rng(0).multinomial(120, np.full(120, 1/120)))
+    i = torch.arange(120).repeat_interleave(drawn)
     centroid = torch.stack([x[i][y[i] == c].mean(0) for c in range(4)])
-    raw = torch.cdist(centroid.double(), centroid.double()).square()
-    n = torch.bincount(y[i]).double()
-    noise = torch.stack([(x[i][y[i] == c].double() - centroid[c]).square().sum() for c in range(4)])/(n - 1)/n
-    expected = (raw - 2*(noise + noise[:, None])).clamp(min=0).sqrt().fill_diagonal_(0)
-    assert torch.allclose(geometry(x, y, weights)[0], expected, atol=1e-5)
+    noise = torch.stack([x[i][y[i] == c].var(0).sum()/(y[i] == c).sum() for c in range(4)])
+    expected = (torch.cdist(centroid, centroid).square() - 2*(noise + noise[:, None])).clamp(min=0).sqrt().fill_diagonal_(0)
+    assert torch.allclose(distances(x, members(y, x)*drawn[:, None], samples=2), expected)
 
 
 def test_classes_that_are_one_overlap_by_half():
@@ -78,10 +78,41 @@ def test_classes_that_are_one_overlap_by_half():
 
 def test_intervals_hold_the_truth():
     "The ratio of clouds whose centres are known lies in 95% of the intervals."
-    true = float(triple_ratios(torch.cdist(CENTRES, CENTRES))[triples(SIMILAR)].mean())
+    true = float(ratio(torch.cdist(CENTRES, CENTRES), triples(SIMILAR)))
     found = [merging(*clouds(40, seed), SIMILAR, n_boot=100, seed=seed)["ratio"] for seed in range(100)]
     assert sum(e.low <= true <= e.high for e in found) >= 88
     assert np.mean([e.value for e in found]) == pytest.approx(true, rel=.02)
+
+
+def test_an_interval_holds_its_own_estimate_with_many_features_too():
+    for seed in range(10):
+        x, y = clouds(60, seed)
+        wide = torch.cat([x, torch.randn(240, 60, generator=torch.Generator().manual_seed(seed))], 1)
+        assert all(e.low <= e.value <= e.high for e in merging(wide, y, SIMILAR, n_boot=100).values())
+
+
+def test_classes_that_are_one_give_numbers():
+    "Centroids that cannot be told apart are at distance 0, and no ratio explodes."
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(4).repeat_interleave(5)
+    found = merging(torch.randn(20, 64, generator=g), y, SIMILAR, n_boot=50)
+    assert all(0 <= v < 10 for e in found.values() for v in (e.value, e.low, e.high))
+    assert ratio(torch.zeros(4, 4), triples(SIMILAR)) == 1
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda x, y, s: (x.index_fill(0, torch.tensor([0]), float("nan")), y, s), "features: got NaN"),
+    (lambda x, y, s: (x[:-3], y[:-3], s), "labels: got a class with fewer than two images"),
+    (lambda x, y, s: (x, y, s | True), "similar: got a matrix without a triple"),
+    (lambda x, y, s: (x, y, s[:3, :3]), "similar: got a matrix without a triple"),
+])
+def test_what_cannot_be_measured_is_told(spoil, message):
+    with pytest.raises(ValueError, match=message): merging(*spoil(*clouds(4), SIMILAR), n_boot=2)
+
+
+def test_half_precision_and_small_labels_will_do():
+    x, y = clouds(20)
+    assert torch.allclose(geometry(x.half(), y.int())[0], geometry(x.half().double(), y)[0].float(), atol=1e-4)
 
 
 def test_a_plane_of_dependent_rows_is_refused():
@@ -134,6 +165,22 @@ def test_a_damaged_file_of_looks_is_named(seen, tmp_path):
     write_looks([known], path := tmp_path/"looks.safetensors")
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(DamagedFile, match="looks.safetensors: damaged"): read_looks(path)
+
+
+def test_looks_at_different_images_are_not_mixed(seen, tmp_path):
+    store, (known, _) = seen
+    with pytest.raises(ValueError, match="looks: got features of different images"):
+        write_looks([known, look(known.result.spec, store, "cpu", per_class=2)], tmp_path/"two.safetensors")
+
+
+def test_where_an_explorer_begins(seen):
+    _, (known, digits) = seen
+    a, b, c = first_triple(known)
+    assert known.superclass[a] == known.superclass[b] != known.superclass[c]
+    assert known.overlap[a, b] == known.overlap[similar_classes(known)].max()
+    assert first_triple(digits) == (0, 1, 2)
+    data = load_data(known.result.spec.data)
+    assert torch.equal(images_of_look(known, (c, a), "train")[:3], data.train.inputs[known.index["train"][known.kept["train"] == c]])
 
 
 def test_first_of_each_takes_what_there_is():

@@ -1,4 +1,6 @@
 "Pictures: what they show is what went in, whether drawn once or moved; grids are paired as they should be."
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from kdc_nb.calibrators import Method
 from kdc_nb.data import Data
 from kdc_nb.metrics import reliability_bins
 from kdc_nb.penultimate import look
-from kdc_nb.plots import (Penultimate, Reliability, Shift, limits_of, plot_direct, plot_matrix, plot_merging, plot_overlay, plot_penultimate, plot_shift,
+from kdc_nb.plots import (Reliability, Shift, limits_of, plot_direct, plot_matrix, plot_merging, plot_overlay, plot_penultimate, plot_shift,
                           plot_tradeoff, prepare_agreement, prepare_direct, prepare_histories, prepare_merging, prepare_penultimate, prepare_rows,
                           prepare_shift, prepare_similarity, prepare_umap)
 from kdc_nb.runs import Distil, RunSpec, Scaled, Store, run
@@ -58,6 +60,8 @@ def test_direct_and_distilled_are_paired(results):
         assert kd.each["ece"] == [results[net(Distil(net(method, s, "resnet14")), s)].evaluation.raw["ece"].value for s in (0, 1)]
     assert pairs["nll after TS"][0].each["ece"] == [results[net("nll", s)].evaluation.scaled["ece"].value for s in (0, 1)]
     assert prepare_direct(results, T=4.) == {}
+    with pytest.raises(ValueError, match="pairs: got none"): plot_direct({})
+    with pytest.raises(ValueError, match="results: got resnet.* expected one student network"): prepare_direct(results | {net(Distil(net("nll")), 0, "resnet14"): results[net("nll")]})
     bars = plot_direct(pairs).patches
     assert [round(b.get_height(), 9) for b in bars] == [round(100*r[k].mean["ece"], 9) for k in (0, 1) for r in pairs.values()]
 
@@ -67,6 +71,13 @@ def test_the_trade_off_is_that_of_the_rows(results):
     ax = plot_tradeoff(rows, "sce")
     assert [p.get_width() for p in ax.patches] == pytest.approx([200*r.spread["sce"] for r in rows])
     assert [p.get_center() for p in ax.patches] == [pytest.approx((100*r.mean["sce"], 100*r.mean["top1"])) for r in rows]
+
+
+def test_rows_refuse_what_is_not_there(results):
+    rows = prepare_rows({"a": [results[net("nll")]]})
+    for call, message in ((lambda: prepare_rows({"a": []}), "named: got no results"), (lambda: prepare_rows({"a": [results[net("nll")]]}, "Raw"), "which: got 'Raw'"),
+                          (lambda: plot_tradeoff([]), "rows: got none"), (lambda: plot_tradeoff(rows, "foo"), "metric: got 'foo'")):
+        with pytest.raises(ValueError, match=message): call()
 
 
 def test_overlays_are_few(results):
@@ -95,6 +106,7 @@ def test_the_shift_is_paired():
     assert mean == pytest.approx(.1) and half == pytest.approx(1.96*.1/3**.5)
     titles = [ax.get_title() for ax in plot_shift(Shift(*(np.tile(v, 2) for v in s)))]
     assert "change +10.0" in titles[0] and "(N = 6)" in titles[0] and "change -30.0" in titles[1]
+    with pytest.raises(ValueError, match="shift: got 1 images on one side"): plot_shift(s)
 
 
 @pytest.fixture(scope="module")
@@ -119,14 +131,26 @@ def test_clusters_share_the_axes_of_the_first(looks):
 def test_limits_hold_everything():
     low, high, bottom, top = limits_of([np.array([[0., 5], [1, 7]]), np.array([[3., 6]])])
     assert low < 0 and high > 3 and bottom < 5 and top > 7
-    Penultimate("abc", (low, high, bottom, top)).show([np.zeros((1, 2))]*3, "")
 
 
-def test_merging_is_drawn_as_measured(looks):
-    rows = prepare_merging(looks)
-    assert [(r.teacher, r.method.T, r.seed) for r in rows] == [("nll", 1., 0)]
-    ax = plot_merging(rows, .9)[0]
-    assert [line.get_ydata()[0] for line in ax.lines if line.get_marker() == "o"] == [rows[0].merging["ratio"].value]
+def test_merging_is_drawn_as_measured(looks, results):
+    "A line for each teacher and seed, through what was measured, and its intervals"
+    (teacher, t), (student, l) = looks.items()
+    scaled = replace(student, method=Distil(Scaled(teacher)))
+    rows = prepare_merging({teacher: t, student: l, scaled: l})
+    assert [(r.teacher, r.method.T, r.seed) for r in rows] == [("nll", 1., 0), ("nll after TS", 1., 0)]
+    fig = plot_merging([*rows, rows[0]._replace(seed=1)], .9, ("ratio", "ece"))
+    for ax, key in zip(fig.axes, ("ratio", "ece")):
+        assert [line.get_ydata().tolist() for line in ax.lines] == [[rows[0].values[key].value]]*3
+        assert ax.collections[0].get_segments()[0][:, 1].tolist() == [rows[0].values[key].low, rows[0].values[key].high]
+    with pytest.raises(ValueError, match="alpha: got 0.5, expected one of 0.9"): plot_merging(rows, .5)
+    with pytest.raises(ValueError, match="keys: got 'mean'"): plot_merging(rows, .9, ("ratio", "mean"))
+
+
+def test_merging_needs_groups_and_one_kind_of_student(looks):
+    teacher, student = looks
+    with pytest.raises(ValueError, match="looks: got no students"): prepare_merging({teacher: looks[teacher]})
+    with pytest.raises(ValueError, match="looks: got a data set without super-classes"): prepare_merging({student: replace(looks[student], merging=None)})
 
 
 def test_confidence_shift_of_looks(looks):
@@ -135,5 +159,10 @@ def test_confidence_shift_of_looks(looks):
     assert len(s.right) == 300 and s.right.mean() == pytest.approx(student.result.evaluation.raw["top1"].value)
 
 
-def test_umap_needs_enough_points():
+def test_umap_keeps_two_heaps_apart():
+    heaps = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)) + 20*(torch.arange(40) % 2)[:, None]
+    xy = prepare_umap(heaps)
+    middle = [xy[k::2].mean(0) for k in (0, 1)]
+    nearer = [np.linalg.norm(xy - m, axis=1) for m in middle]
+    assert ((nearer[1] < nearer[0]) == (np.arange(40) % 2 == 1)).all()
     with pytest.raises(ValueError, match="features: got 10 points, expected more than the 15 neighbours"): prepare_umap(torch.randn(10, 4))
