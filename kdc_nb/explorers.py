@@ -219,7 +219,7 @@ def collage(
         out[i + 2:i + h - 2, j + 2:j + w - 2, :3] = image
     return out
 
-# %% ../nbs/13_explorers.ipynb #37b810d9
+# %% ../nbs/13_explorers.ipynb #9b764c06
 class Classes:
     "A `Penultimate` in the unit square, whose classes may change and whose points may be images"
 
@@ -249,7 +249,7 @@ def unit_clusters(looks: Sequence[Look], classes: Sequence[int], split: str) -> 
 def merged_text(look: Look, classes: Sequence[int]) -> str:
     "How far the first two of three classes have merged"
     d, (a, b, c) = look.distance, classes
-    return f"all {len(look.labels):,} test images: distance a-b over a,b-c {2*d[a, b]/(d[a, c] + d[b, c]):.2f}, overlap {100*look.overlap[a, b]:.0f}%"
+    return f"a-b over a,b-c {2*d[a, b]/(d[a, c] + d[b, c]):.2f}, overlap {100*look.overlap[a, b]:.0f}% (all N = {len(look.labels):,})"
 
 # %% ../nbs/13_explorers.ipynb #d2918686
 def explore_classes(
