@@ -170,7 +170,7 @@ def explore_reliability(
     return Explorer(draw, T=widgets.FloatLogSlider(1, base=2, min=-3, max=3, step=.05, description="T", readout_format=".3g"),
                     n_bins=widgets.IntSlider(15, min=2, max=50, description="bins"))
 
-# %% ../nbs/13_explorers.ipynb #34ad09c0
+# %% ../nbs/13_explorers.ipynb #734c2e80
 def explore_transfer(
     results: Mapping[RunSpec, Result], # a grid over T and alpha, such as the study's
 ) -> Explorer:
@@ -184,8 +184,7 @@ def explore_transfer(
     def draw(T, alpha, teacher):
         r = results[stored_student([p.spec for p in pairs], T, alpha, teacher)]
         transfer.show(pairs, T, alpha)
-        title = f"Student of {teacher}, seed {r.spec.seed}, N = {r.evaluation.n:,}"
-        diagram.show(prepare_reliability(r), f"{title}\n{error_text(r.evaluation.raw['ece'])}")
+        diagram.show(prepare_reliability(r), f"Student of {teacher}, seed {r.spec.seed}\nN = {r.evaluation.n:,}: {error_text(r.evaluation.raw['ece'])}")
         return redrawn.png()
 
     return Explorer(draw, **student_controls([p.spec for p in pairs]))
@@ -219,7 +218,7 @@ def collage(
         out[i + 2:i + h - 2, j + 2:j + w - 2, :3] = image
     return out
 
-# %% ../nbs/13_explorers.ipynb #9b764c06
+# %% ../nbs/13_explorers.ipynb #0b827c67
 class Classes:
     "A `Penultimate` in the unit square, whose classes may change and whose points may be images"
 
@@ -249,9 +248,9 @@ def unit_clusters(looks: Sequence[Look], classes: Sequence[int], split: str) -> 
 def merged_text(look: Look, classes: Sequence[int]) -> str:
     "How far the first two of three classes have merged"
     d, (a, b, c) = look.distance, classes
-    return f"a-b over a,b-c {2*d[a, b]/(d[a, c] + d[b, c]):.2f}, overlap {100*look.overlap[a, b]:.0f}% (all N = {len(look.labels):,})"
+    return f"ab over ac, bc {2*d[a, b]/(d[a, c] + d[b, c]):.2f}, overlap {100*look.overlap[a, b]:.0f}% (N = {len(look.labels):,})"
 
-# %% ../nbs/13_explorers.ipynb #d2918686
+# %% ../nbs/13_explorers.ipynb #8c7fc0e0
 def explore_classes(
     looks: Mapping[RunSpec, Look], # students over T and alpha, and their teachers, all of one seed
 ) -> Explorer:
@@ -283,7 +282,7 @@ def explore_classes(
 
     options, begin = [(n, i) for i, n in enumerate(names)], first_triple(looks[students[0].method.teacher])
     pick = {k: widgets.Dropdown(options=options, value=v, description=f"class {k}", layout=widgets.Layout(width="13rem")) for k, v in zip("abc", begin)}
-    return Explorer(draw, **student_controls(students), **pick, split=widgets.ToggleButtons(options=["test", "train"], description="images of"),
+    return Explorer(draw, **student_controls(students), **pick, split=widgets.Dropdown(options=["test", "train"], description="images of"),
                     images=widgets.Checkbox(False, description="as images"))
 
 # %% ../nbs/13_explorers.ipynb #ec962cde

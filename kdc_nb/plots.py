@@ -503,7 +503,7 @@ def plot_penultimate(
     for ax in axs.flat[len(looks):]: ax.axis("off")
     return fig
 
-# %% ../nbs/12_plots.ipynb #b05f4972
+# %% ../nbs/12_plots.ipynb #9d2981dc
 class Measured(NamedTuple):
     "A student of a trained teacher, and what was measured of it"
     teacher: str # how it was trained
@@ -548,7 +548,7 @@ def plot_merging(
                 if key == "ece": ax.vlines(*zip(*[(x, e.null_low, e.null_high) for x, e in line]), color=GREY, lw=6, alpha=.2)
         ax.set(xscale="log", xticks=Ts, xticklabels=[f"{T:g}" for T in Ts], xlabel="T", title=f"{title}\nalpha = {alpha:g}, N = {own[0].n:,}")
         ax.minorticks_off()
-        if key != "nll" and key != "top1": ax.set_ylim(bottom=0)
+        if key == "ece": ax.set_ylim(bottom=0)
     fig.legend(*axs[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), title="teacher")
     return fig
 

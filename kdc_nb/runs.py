@@ -91,7 +91,7 @@ def teacher_run(
     "The run behind a teacher"
     return teacher.run if isinstance(teacher, Scaled) else teacher if isinstance(teacher, RunSpec) else None
 
-# %% ../nbs/08_runs.ipynb #74f0cdb5
+# %% ../nbs/08_runs.ipynb #1a3abe31
 def title_of(spec: RunSpec) -> str:
     "A run in one line"
     return f"{spec.data.name} {spec.model} {how_of(spec.method)}, seed {spec.seed}"
@@ -99,7 +99,7 @@ def title_of(spec: RunSpec) -> str:
 
 def how_of(method: Method | Distil) -> str:
     "A method in a few words"
-    if isinstance(method, Method): return " ".join([method.name, *(f"{k}={v}" for k, v in method.params.items())])
+    if isinstance(method, Method): return " ".join([method.name, *(f"{k}={v:g}" for k, v in method.params.items())])
     return f"KD(T={method.T:g}, alpha={method.alpha:g}) from {taught_by(method, lambda run: f'[{title_of(run)}]')}"
 
 

@@ -1,7 +1,8 @@
-"""What several tests share: a store of their own, and real photographs where they are to be had."""
+"""What several tests share: a store of their own, a browser, and real photographs where they are to be had."""
 
 import io
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,33 @@ from kdc_nb.core import save_tensors
 
 settings.register_profile("kit", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("kit")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     "No test reads or writes the user's cache."
     monkeypatch.setenv("KDC_CACHE", str(tmp_path/"cache"))
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    "A Chromium with a profile of its own; tests that ask for it are skipped where there is none."
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not chromium: pytest.skip("no chromium on the path")
+    with playwright.sync_playwright() as p:
+        context = p.chromium.launch_persistent_context(tmp_path_factory.mktemp("profile"), executable_path=chromium, args=FLAGS,
+                                                       viewport={"width": 1280, "height": 1600})
+        yield context
+        context.close()
+
+
+@pytest.fixture
+def shots(tmp_path):
+    "Where screenshots go: `$KDC_SCREENSHOTS`, for those who want to look at them."
+    return Path(os.environ.get("KDC_SCREENSHOTS", tmp_path))
 
 
 def unpack(shard: Path) -> torch.Tensor:

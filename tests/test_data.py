@@ -1,8 +1,10 @@
 "Data sets: real photographs, archives, the known truth, augmentation against a plain loop."
 
 import hashlib
+import os
 import pickle
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +33,13 @@ def test_real_photographs(photos):
     small, other = load_data(Data("cifar100", n_train=5000)), load_data(Data("cifar100", n_train=5000, seed=1))
     assert torch.equal(small.train.inputs, d.train.inputs[:5000]) and torch.equal(small.valid.inputs, d.valid.inputs)
     assert len({d.fingerprint, small.fingerprint, other.fingerprint}) == 3
+
+
+def test_superclasses_are_the_coarse_labels(photos):
+    "Two fine classes share a super-class just where CIFAR-100's own coarse labels say so."
+    with np.load(Path(os.environ["KDC_TEST_DATA"])/"cifar100-test.npz", allow_pickle=False) as z: coarse = dict(zip(z["fine"].tolist(), z["coarse"].tolist()))
+    own = load_data(Data("cifar100")).superclass
+    assert all((own[a] == own[b]) == (coarse[a] == coarse[b]) for a in range(100) for b in range(100))
 
 
 def test_splits_share_no_photograph(photos):

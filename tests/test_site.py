@@ -15,7 +15,6 @@ import pytest
 from bs4 import BeautifulSoup
 
 ROOT = Path(__file__).parents[1]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 build = runpy.run_path(str(ROOT/"nbs/_build.py"))
 NOTEBOOKS = {p.relative_to(ROOT/"nbs").with_suffix(".html").as_posix(): nbformat.read(p, as_version=4) for p in build["notebooks"]()}
 every_page = pytest.mark.parametrize("name", NOTEBOOKS)
@@ -207,24 +206,21 @@ def test_text_is_no_markup(module):
     assert module.output_html(nbformat.v4.new_output("stream", text="<b> & c")) == "<pre>&lt;b&gt; &amp; c</pre>"
 
 
-def test_in_a_browser(folder, tmp_path):
-    if not CHROMIUM: pytest.skip("no chromium on the path")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    shots = Path(os.environ.get("KDC_SCREENSHOTS", tmp_path))
+@pytest.mark.browser
+def test_in_a_browser(folder, browser, shots):
     most = sorted(NOTEBOOKS, key=lambda n: prose(NOTEBOOKS[n]).count("$"))[-1]
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        for width in (1280, 420):
-            page, asked = browser.new_page(viewport={"width": width, "height": 1200}), []
-            page.on("request", lambda request: asked.append(request.url))
-            page.goto((folder/"index.html").as_uri())
-            page.screenshot(path=shots/f"site_index_{width}.png")
-            page.locator(f"nav a[href='{most}']").click()
-            page.wait_for_url((folder/most).as_uri())
-            boxes = page.locator("math").evaluate_all("all => all.map(m => m.getBoundingClientRect()).map(b => Math.min(b.width, b.height))")
-            assert boxes and min(boxes) > 4
-            assert page.locator("img").evaluate_all("all => all.every(i => i.naturalWidth && i.width <= i.parentElement.clientWidth)")
-            assert page.evaluate("document.documentElement.scrollWidth") == width
-            page.screenshot(path=shots/f"site_formulas_{width}.png")
-            assert not [url for url in asked if not url.startswith(("file:", "data:"))]
-        browser.close()
+    page, asked = browser.new_page(), []
+    page.on("request", lambda request: asked.append(request.url))
+    for width in (1280, 420):
+        page.set_viewport_size({"width": width, "height": 1200})
+        page.goto((folder/"index.html").as_uri())
+        page.screenshot(path=shots/f"site_index_{width}.png")
+        page.locator(f"nav a[href='{most}']").click()
+        page.wait_for_url((folder/most).as_uri())
+        boxes = page.locator("math").evaluate_all("all => all.map(m => m.getBoundingClientRect()).map(b => Math.min(b.width, b.height))")
+        assert boxes and min(boxes) > 4
+        assert page.locator("img").evaluate_all("all => all.every(i => i.naturalWidth && i.width <= i.parentElement.clientWidth)")
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+        page.screenshot(path=shots/f"site_formulas_{width}.png")
+    page.close()
+    assert not [url for url in asked if not url.startswith(("file:", "data:"))]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 matplotlib.use("agg")
-from kdc_nb.explorers import explore_classes, explore_reliability, explore_theory, explore_transfer
+from kdc_nb.explorers import Explorer, explore_classes, explore_reliability, explore_theory, explore_transfer
 from kdc_nb.penultimate import read_looks
 from kdc_nb.runs import read_results
 
@@ -39,23 +39,27 @@ def waits(explorer, name: str) -> list[float]:
     for v in values(control):
         if v == control.value: continue
         start = time.perf_counter()
-        with contextlib.redirect_stdout(io.StringIO()): control.value = v
+        control.value = v
         if not explorer.refusal.value: out.append(time.perf_counter() - start)
     control.value = before
     return out
 
 
-def main() -> None:
+def explorers() -> dict[str, Explorer]:
     looks = {s: l for s, l in read_looks(RESULTS/"systematic_diffusion_cifar10.safetensors").items() if s.seed == 0}
-    every = {"explore_theory": explore_theory(), "explore_transfer": explore_transfer(read_results(RESULTS/"transfer_curve.json")),
-             "explore_reliability, N = 10,000, C = 10": explore_reliability(*outputs(10_000, 10)),
-             "explore_reliability, N = 10,000, C = 100": explore_reliability(*outputs(10_000, 100)), "explore_classes": explore_classes(looks)}
+    return {"explore_theory": explore_theory(), "explore_transfer": explore_transfer(read_results(RESULTS/"transfer_curve.json")),
+            "explore_reliability, N = 10,000, C = 10": explore_reliability(*outputs(10_000, 10)),
+            "explore_reliability, N = 10,000, C = 100": explore_reliability(*outputs(10_000, 100)), "explore_classes": explore_classes(looks)}
+
+
+def main() -> None:
     print(f"{torch.get_num_threads()} threads; ms from callback to PNG")
-    for name, explorer in every.items():
-        found = {k: waits(explorer, k) for k in explorer.controls if k != "images"} # images need their data set
-        together = [t for own in found.values() for t in own]
+    with contextlib.redirect_stdout(io.StringIO()): # without a kernel, ipywidgets clears its outputs there
+        found = {name: {k: waits(e, k) for k in e.controls if k != "images"} for name, e in explorers().items()} # images need their data set
+    for name, own in found.items():
+        together = [t for v in own.values() for t in v]
         print(f"{name}: median {1000*statistics.median(together):.0f}, longest {1000*max(together):.0f}; " +
-              ", ".join(f"{k} {1000*statistics.median(v):.0f}" for k, v in found.items() if v))
+              ", ".join(f"{k} {1000*statistics.median(v):.0f}" for k, v in own.items() if v))
 
 
 if __name__ == "__main__": main()
