@@ -1,4 +1,4 @@
-"""What several tests share: a store of their own, a browser, and real photographs where they are to be had."""
+"""What several tests share: a store of their own, made-up outputs, a browser, and real photographs where they are to be had."""
 
 import io
 import os
@@ -16,6 +16,13 @@ settings.register_profile("kit", deadline=None, suppress_health_check=[HealthChe
 settings.load_profile("kit")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
+
+
+def made(n=600, c=5, factor=1., sharpness=2., seed=0):
+    "Logits of a model off by `factor`, labels, and the true posterior"
+    g = torch.Generator().manual_seed(seed)
+    z = sharpness*torch.randn(n, c, generator=g, dtype=torch.float64)
+    return factor*z, z.softmax(1).multinomial(1, generator=g).squeeze(1), z.softmax(1)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import torch
 
 from kdc_nb.calibrators import Method
 from kdc_nb.data import Data
-from kdc_nb.metrics import reliability_bins
+from kdc_nb.estimates import reliability_bins
 from kdc_nb.penultimate import look
 from kdc_nb.plots import (Reliability, Shift, limits_of, plot_direct, plot_matrix, plot_merging, plot_overlay, plot_penultimate, plot_shift,
                           plot_tradeoff, prepare_agreement, prepare_direct, prepare_histories, prepare_merging, prepare_penultimate, prepare_rows,

@@ -7,7 +7,8 @@ import time
 
 import torch
 
-from kdc_nb.metrics import ece, interval
+from kdc_nb.estimates import interval
+from kdc_nb.metrics import ece
 
 N, C, DRAWS = 10_000, 100, 1000
 

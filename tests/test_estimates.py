@@ -1,0 +1,172 @@
+"""Null bands and intervals: what noise does to a metric, on data whose truth is known."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from kdc_nb import metrics
+from kdc_nb.core import decode, encode
+from kdc_nb.estimates import Estimate, Evaluation, chernoff, evaluate, interval, mean_estimate, null_band, null_draws, reliability_bins, wilson
+from kdc_nb.metrics import Claims, MEANS, RULES, ace, binned_error, brier, classwise_ace, ece, ks, mce, nll, sce, top1, top_claims
+
+from .conftest import made
+
+
+# -- noise --------------------------------------------------------------------
+
+def test_null_draws_are_what_the_metrics_score():
+    "Labels drawn one set at a time and scored by the public functions have the law that the fast path simulates"
+    z, _, p = made(150, 4, sharpness=1.)
+    g = torch.Generator().manual_seed(1)
+    fast = null_draws(z, n_boot=2000, seed=2)
+    slow = [p.multinomial(1, generator=g).squeeze(1) for _ in range(150)]
+    for name in RULES:
+        scores = torch.tensor([getattr(metrics, name)(z, y) for y in slow])
+        assert fast[name].mean() == pytest.approx(float(scores.mean()), rel=.08), name
+        assert fast[name].std() == pytest.approx(float(scores.std()), rel=.25), name
+
+
+def test_null_band_has_its_level():
+    inside = dict.fromkeys(RULES, 0)
+    for seed in range(60):
+        z, y, _ = made(300, 4, seed=seed)
+        for k, b in null_band(z, n_boot=200, seed=seed).items(): inside[k] += b.low <= getattr(metrics, k)(z, y) <= b.high
+    assert min(inside.values()) >= 50, inside
+
+
+def test_noise_floor_of_a_usual_network():
+    """C = 100, accuracy about 77%, N = 10,000: a perfect model's ECE is nearly one percent.
+
+    Two families of outputs, both calibrated: Gaussian logits give a mean of .95%, and logits with one class raised by a varying amount
+    (nearer to a trained network, with most confidences close to 1) less. The floor follows the confidences, not the accuracy alone.
+    """
+    z = made(10_000, 100, sharpness=7.8)[0]
+    b = null_band(z, "ece", n_boot=300)["ece"]
+    assert float(z.softmax(1).amax(1).mean()) == pytest.approx(.77, abs=.02)
+    assert .005 < b.low < .007 and .0085 < b.mean < .0105 and .012 < b.high < .0155
+    g = torch.Generator().manual_seed(0)
+    trained = torch.randn(10_000, 100, generator=g, dtype=torch.float64)
+    trained[:, 0] += 2 + 14*torch.rand(10_000, generator=g, dtype=torch.float64)
+    raised = null_band(trained, "ece", n_boot=300)["ece"]
+    assert float(trained.softmax(1).amax(1).mean()) == pytest.approx(.776, abs=.01)
+    assert raised.low == pytest.approx(.0052, abs=.0005) and raised.mean == pytest.approx(.0080, abs=.0006) and raised.high == pytest.approx(.0112, abs=.001)
+
+
+def test_null_band_shrinks_with_the_images_and_widens_with_the_level():
+    means = [null_band(made(n)[0], "ece", n_boot=200)["ece"].mean for n in (100, 1000, 10_000)]
+    assert means[0] > 2*means[1] > 4*means[2]
+    z = made()[0]
+    narrow, wide = (null_band(z, "ece", n_boot=200, level=level)["ece"] for level in (.5, .99))
+    assert wide.low < narrow.low < narrow.high < wide.high
+
+
+def test_draws_depend_on_the_seed_only():
+    z, y, _ = made(200)
+    assert interval(z, y, n_boot=50) == interval(z, y, n_boot=50)
+    assert interval(z, y, "ece", n_boot=50)["ece"] == interval(z, y, ("ace", "ece"), n_boot=50)["ece"]
+    assert interval(z, y, "ece", n_boot=50) != interval(z, y, "ece", n_boot=50, seed=1)
+
+
+@pytest.mark.parametrize("factor, target", [(1., 0), (1.032, .01), (1.137, .04), (1.716, .15)])
+def test_intervals_cover(factor, target):
+    "On known posteriors. MCE's bounds may hold always; the others are near 95%"
+    names, hits, seen = ("ece", "ace", "ks", "mce", "sce"), {}, []
+    for seed in range(40):
+        z, y, p = made(1000, 10, factor, 2.5, seed)
+        e = interval(z, y, names, n_boot=120, seed=seed)
+        truth = exact(z, p, names)
+        seen.append(truth["ece"])
+        for k in names: hits[k] = hits.get(k, 0) + (e[k].low <= truth[k] + 1e-9 and truth[k] <= e[k].high)
+    assert np.mean(seen) == pytest.approx(target, abs=.004)
+    assert min(hits.values()) >= 34, hits # at 95% fewer than 34 of 40 have a chance of .3% a metric
+
+
+def exact(z, posterior, names):
+    "The estimands: the metrics with the chance of being right in place of right or wrong"
+    p = z.softmax(1)
+    top = p.argmax(1, keepdim=True)
+    tables = {True: Claims(p.gather(1, top), posterior.gather(1, top)), False: Claims(p, posterior)}
+    return {k: binned_error(RULES[k], tables[RULES[k].claims is top_claims], 15) for k in names}
+
+
+def test_a_large_error_is_told_from_noise_and_a_perfect_model_is_not():
+    z, y, _ = made(3000, 10, 2.)
+    for k, e in interval(z, y, n_boot=200).items():
+        assert e.value > e.null_high and e.low > 0 and e.high < 1, k
+        if k != "mce": assert e.low < e.debiased < e.high
+    z, y, _ = made(3000, 10)
+    assert all(e.low == 0 < e.high for e in interval(z, y, n_boot=200).values())
+
+
+def test_wilson_and_chernoff():
+    low, high = wilson(np.array([0., 5, 10]), 10)
+    assert low[0] == pytest.approx(0, abs=1e-12) and high[2] == pytest.approx(1) and low[1] == pytest.approx(1 - high[1])
+    fractions, counts = torch.tensor([0., .3, 1.]).double(), torch.tensor([20., 20, 20]).double()
+    low, high = chernoff(fractions, counts, .025)
+    assert low[0] == 0 and high[2] == 1
+    assert high[0] == pytest.approx(1 - .025**(1/20)) and low[2] == pytest.approx(.025**(1/20))
+    assert low[1] < wilson(6, 20)[0] < .3 < wilson(6, 20)[1] < high[1]
+
+
+def test_reliability_bins():
+    z, y, _ = made(2000, 5)
+    b = reliability_bins(z, y, n_boot=300)
+    used = b.count > 0
+    assert b.count.sum() == 2000 and np.isnan(b.accuracy[~used]).all()
+    assert np.nansum(b.count*abs(b.confidence - b.accuracy))/2000 == pytest.approx(ece(z, y))
+    assert (b.low <= b.accuracy)[used].all() and (b.accuracy <= b.high)[used].all()
+    assert ((b.lower < b.confidence) & (b.confidence <= b.upper))[used].all()
+    assert ((b.null_low <= b.accuracy) & (b.accuracy <= b.null_high))[used].sum() >= used.sum() - 2
+
+
+# -- the one door -------------------------------------------------------------
+
+def test_evaluate_with_and_without_validation():
+    z, y, _ = made(1000, 5, 2.)
+    crossed, held_out = evaluate(z, y, n_boot=50), evaluate(z, y, *made(1000, 5, 2., seed=9)[:2], n_boot=50)
+    assert crossed.cross_fitted and not held_out.cross_fitted
+    for e in (crossed, held_out):
+        assert set(e.raw) == set(e.scaled) == set(RULES) | set(MEANS)
+        assert e.T == pytest.approx(2, abs=.25)
+        assert e.scaled["ece"].value < e.raw["ece"].value and e.scaled["nll"].value < e.raw["nll"].value
+        assert e.scaled["top1"] .value == e.raw["top1"].value
+    assert held_out.scaled["nll"].value == pytest.approx(nll(z/held_out.T, y))
+    assert crossed.raw["ece"].value == ece(z, y) and crossed.raw["brier"].value == brier(z, y)
+
+
+def test_evaluation_is_a_value():
+    z, y, _ = made(100, 3)
+    e = evaluate(z, y, n_boot=30)
+    assert decode(json.loads(json.dumps(encode(e), allow_nan=False))) == e
+    assert isinstance(e, Evaluation) and isinstance(e.raw["ece"], Estimate)
+    assert "classwise_ace" in repr(e) and e._repr_html_().count("<tr>") == 1 + 2*len(RULES | MEANS)
+    assert evaluate(z[:4], y[:4], n_boot=30).scaled is None
+
+
+def test_means_have_the_promised_null_band():
+    inside = dict.fromkeys(MEANS, 0)
+    for seed in range(60):
+        z, y, _ = made(200, 4, seed=seed)
+        for k in MEANS:
+            e = mean_estimate(k, z, y, "logits", .95)
+            inside[k] += e.null_low <= e.value <= e.null_high
+    assert min(inside.values()) >= 51, inside
+
+
+def test_bad_input():
+    z, y, _ = made(30)
+    with pytest.raises(ValueError, match="one of ace, classwise_ace, ece"): null_draws(z, "ecee")
+    with pytest.raises(ValueError, match="level"): null_band(z, "ece", level=95)
+    with pytest.raises(ValueError, match="valid_labels"): evaluate(z, y, z)
+    with pytest.raises(ValueError, match="valid_logits"): evaluate(z, y, z[:, :4], y.clamp(max=3))
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_certain_outputs_and_tiny_sets_are_defined(n):
+    p = torch.eye(3, dtype=torch.float64)[:n % 3 + 1].repeat(n, 1)[:n]
+    for wrong in (False, True):
+        e = evaluate(p, (p.argmax(1) + wrong) % 3, n_boot=20, kind="probs")
+        assert all(v.low <= v.high for v in e.raw.values() if v.low is not None)
+        assert "nan" not in repr(e)
+        json.dumps(encode(e), allow_nan=False)
