@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['VALUES', 'check', 'lookup', 'value', 'Named', 'like', 'encode', 'decode', 'value_id', 'whole_file', 'DamagedFile',
-           'digest', 'save_tensors', 'load_tensors', 'cache_dir']
+           'digest', 'save_tensors', 'load_tensors', 'cache_dir', 'text_table', 'html_table']
 
-# %% ../nbs/00_core.ipynb #4456172f
+# %% ../nbs/00_core.ipynb #e2818c30
 import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from html import escape
 from pathlib import Path
 from typing import Any, ClassVar
 from uuid import uuid4
@@ -201,3 +202,20 @@ def cache_dir() -> Path: # not made until something is written
     "The folder for data sets and runs: `$KDC_CACHE`, or `kdc_nb` in the user's cache folder"
     base = os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache"
     return Path(os.environ.get("KDC_CACHE") or Path(base)/"kdc_nb").expanduser()
+
+# %% ../nbs/00_core.ipynb #87c5d35e
+def text_table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]], # a text for each column
+) -> str:
+    "A table for a terminal"
+    lines = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(t.ljust(w) for t, w in zip(line, widths)).rstrip() for line in lines)
+
+
+def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
+    "The same for a page"
+    tr = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{escape(c)}</{tag}>" for c in cells) + "</tr>"
+    title = f"<caption>{escape(caption)}</caption>" if caption else ""
+    return f"<table>{title}" + tr(head, "th") + "".join(tr(r, "td") for r in rows) + "</table>"

@@ -9,7 +9,7 @@ __all__ = ['EVEN', 'HEAD', 'top_hits', 'class_noise', 'Law', 'law_bins', 'top_la
            'interval', 'top_estimates', 'promised', 'mean_estimate', 'estimates', 'Evaluation', 'estimate_texts',
            'cross_fit', 'evaluate']
 
-# %% ../nbs/04_estimates.ipynb #7065613a
+# %% ../nbs/04_estimates.ipynb #a0d970a4
 import math
 from collections.abc import Callable, Iterator, Sequence
 from statistics import NormalDist
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .core import check, lookup, value
+from .core import *
 from .metrics import *
 
 # %% ../nbs/04_estimates.ipynb #2dcde076
@@ -348,11 +348,11 @@ def top_estimates(names: Sequence[str], claims: Claims, n_bins: int = 15, n_boot
     laws = top_laws(names, claims, torch.cat([claims.p, recalibrated(claims, n_bins)], 1).T, n_bins, n_boot, seed)
     return {k: estimate(k, law, claims, n_bins, level) for k, law in laws.items()}
 
-# %% ../nbs/04_estimates.ipynb #4f94729d
+# %% ../nbs/04_estimates.ipynb #d4a31c69
 def promised(name: str, p: Tensor) -> tuple[Tensor, Tensor]: # (N,), (N,)
     "Mean and variance of each image's NLL, Brier score or accuracy if its label were drawn from `p`"
     if name == "nll":
-        log = p.clamp(min=torch.finfo(torch.float64).tiny).log()
+        log = scalable(p, "probs")
         return -(p*log).sum(1), (p*log.square()).sum(1) - (p*log).sum(1).square()
     square = p.square().sum(1)
     if name == "brier": return 1 - square, 4*((p**3).sum(1) - square.square())
@@ -377,7 +377,7 @@ def estimates(x: Tensor, y: Tensor, kind: str, n_bins: int, n_boot: int, seed: i
     means = {k: mean_estimate(k, x, y, kind, .95) for k in MEANS}
     return means | interval(x, y, n_bins=n_bins, n_boot=n_boot, seed=seed, kind=kind)
 
-# %% ../nbs/04_estimates.ipynb #39193726
+# %% ../nbs/04_estimates.ipynb #6e413b35
 @value
 class Evaluation:
     "All metrics of one model on one set, as it is and after temperature scaling"
@@ -399,14 +399,8 @@ class Evaluation:
         scaled = "no temperature" if self.T is None else f"T = {self.T:.4g}" + (", cross-fitted in 5 folds" if self.cross_fitted else "")
         return f"{self.n:,} images, {self.n_classes} classes, {self.n_bins} bins, {self.n_boot:,} draws; {scaled}"
 
-    def __repr__(self):
-        lines = [HEAD, *self.rows()]
-        widths = [max(len(r[k]) for r in lines) for k in range(len(HEAD))]
-        return "\n".join([self.caption(), *("  ".join(t.ljust(w) for t, w in zip(r, widths)).rstrip() for r in lines)])
-
-    def _repr_html_(self):
-        row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{t}</{tag}>" for t in cells) + "</tr>"
-        return f"<table><caption>{self.caption()}</caption>" + row(HEAD, "th") + "".join(row(r, "td") for r in self.rows()) + "</table>"
+    def __repr__(self): return f"{self.caption()}\n{text_table(HEAD, self.rows())}"
+    def _repr_html_(self): return html_table(HEAD, self.rows(), self.caption())
 
 
 HEAD = ("outputs", "metric", "value", "95% interval", "debiased", "null band")

@@ -9,7 +9,7 @@ __all__ = ['RULES', 'MEANS', 'T_RANGE', 'numbers', 'as_rows', 'as_outputs', 'sof
            'ece', 'ace', 'mce', 'ks', 'sce', 'classwise_ace', 'nll_each', 'brier_each', 'top1_each', 'nll', 'brier',
            'top1', 'true_calibration_error', 'kl_to_truth', 'truth_pair', 'nll_slope', 'fit_temperature', 'scalable']
 
-# %% ../nbs/03_metrics.ipynb #c6df3b14
+# %% ../nbs/03_metrics.ipynb #7a5eaaf3
 import csv
 import math
 import warnings
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .core import check, lookup
+from .core import *
 
 # %% ../nbs/03_metrics.ipynb #22393a13
 def numbers(x: Any, argument: str) -> Tensor: # float64, on the CPU
@@ -324,7 +324,7 @@ def nll_slope(d: Tensor, u: float) -> tuple[float, float]:
     mean = (q*d).sum(1)
     return float(mean.mean()), float(((q*d.square()).sum(1) - mean.square()).mean())
 
-# %% ../nbs/03_metrics.ipynb #32f5505c
+# %% ../nbs/03_metrics.ipynb #be535a57
 def fit_temperature(
     outputs: Any, # (N, C) logits or probabilities, of images the model was not trained on
     labels: Any, # (N,) whole numbers from 0 to C-1
@@ -350,4 +350,4 @@ def fit_temperature(
 
 def scalable(x: Tensor, kind: str) -> Tensor:
     "Logits that can be divided by a temperature: those given, or the logs of probabilities"
-    return x.clamp(min=torch.finfo(torch.float64).tiny).log() if kind == "probs" else x
+    return x.clamp(min=torch.finfo(x.dtype).tiny).log() if kind == "probs" else x

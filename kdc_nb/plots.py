@@ -11,7 +11,7 @@ __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'GREY', 'COLORS', 'KINDS', 
            'prepare_penultimate', 'Penultimate', 'limits_of', 'plot_penultimate', 'Measured', 'prepare_merging',
            'plot_merging', 'prepare_umap', 'plot_umap']
 
-# %% ../nbs/13_plots.ipynb #4a9819c2
+# %% ../nbs/13_plots.ipynb #063423b7
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -35,17 +35,17 @@ from .calibrators import *
 from .runs import *
 from .penultimate import *
 
-# %% ../nbs/13_plots.ipynb #ca655629
+# %% ../nbs/13_plots.ipynb #2c657953
 BLUE, ORANGE, GREEN, PINK, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#777777" # told apart by all (Okabe and Ito, 2008)
 
-# %% ../nbs/13_plots.ipynb #f730e231
+# %% ../nbs/13_plots.ipynb #0d8410cd
 def prepare_reliability(
     result: Result,
 ) -> Bins: # of the test images, raw
     "The bins of a stored result, as `reliability_bins` gave them"
     return Bins(*(np.array(result.bins[k], float) for k in Bins._fields))
 
-# %% ../nbs/13_plots.ipynb #d8067ac3
+# %% ../nbs/13_plots.ipynb #5702fcd4
 class Reliability:
     "A reliability diagram; `show` gives it other bins"
 
@@ -83,7 +83,7 @@ def plot_reliability(
     "A reliability diagram"
     return Reliability(ax).show(bins, title).ax
 
-# %% ../nbs/13_plots.ipynb #f1083400
+# %% ../nbs/13_plots.ipynb #3a4bde79
 def error_text(
     e: Estimate, # of a calibration metric
     name: str = "ECE",
@@ -91,7 +91,7 @@ def error_text(
     "A calibration error in percent with its 95% interval and null band"
     return f"{name} {100*e.value:.1f}% [{100*e.low:.1f}, {100*e.high:.1f}], null {100*e.null_low:.1f} to {100*e.null_high:.1f}"
 
-# %% ../nbs/13_plots.ipynb #7e3f55fe
+# %% ../nbs/13_plots.ipynb #65d576d2
 COLORS = (BLUE, ORANGE, GREEN, PINK, SKY, "#E69F00", GREY)
 
 
@@ -114,7 +114,7 @@ def plot_overlay(
     ax.legend(fontsize=8, loc="upper left")
     return ax
 
-# %% ../nbs/13_plots.ipynb #43f45cda
+# %% ../nbs/13_plots.ipynb #656e4d79
 class Side(NamedTuple):
     "How calibrated one of the two is on the test images"
     ece: float
@@ -131,7 +131,7 @@ class Pair(NamedTuple):
     n: int # test images
     true_error: float | None # of the student, where the truth is known
 
-# %% ../nbs/13_plots.ipynb #1f967d47
+# %% ../nbs/13_plots.ipynb #cd2ef6f1
 def side_of(result: Result, which: str = "raw") -> Side: # "raw" or "scaled"
     "ECE and gap of a run, as it is or after temperature scaling"
     table = getattr(result.evaluation, which)
@@ -142,10 +142,10 @@ def side_of(result: Result, which: str = "raw") -> Side: # "raw" or "scaled"
 def side_of_truth(data: Data, tau: float) -> Side:
     "ECE and gap of the tempered posterior of a data set"
     test = load_data(data).test
-    p = (test.posterior.double().clamp_min(1e-300).log()/tau).softmax(1)
+    p = (scalable(test.posterior.double(), "probs")/tau).softmax(1)
     return Side(ece(p, test.labels, kind="probs"), float(p.amax(1).mean()) - top1(p, test.labels, kind="probs"))
 
-# %% ../nbs/13_plots.ipynb #1cccd79c
+# %% ../nbs/13_plots.ipynb #cec9286d
 def teacher_side(
     spec: RunSpec, # of a student
     results: Mapping[RunSpec, Result], # where the teacher's may be
@@ -168,7 +168,7 @@ def prepare_transfer(
         return Pair(s, t, side_of(r), raw["ece"], raw["nll"].value, r.evaluation.n, r.truth and r.truth["error"])
     return [row(s, t, results[s]) for s, t in sides.items() if t]
 
-# %% ../nbs/13_plots.ipynb #eaaed66a
+# %% ../nbs/13_plots.ipynb #5d839308
 KINDS = {Posterior: ("tempered truth", BLUE), RunSpec: ("trained net", ORANGE), Scaled: ("trained net after TS", GREEN)} # teachers
 
 
@@ -217,7 +217,7 @@ def plot_transfer(
     "The student's calibration error against its teacher's"
     return Transfer(ax, true_error, limit).show(pairs, T, alpha).ax
 
-# %% ../nbs/13_plots.ipynb #6a63dd72
+# %% ../nbs/13_plots.ipynb #945c0a39
 class Row(NamedTuple):
     "Runs that differ in their seed only, drawn together; fractions"
     name: str
@@ -230,7 +230,7 @@ class Row(NamedTuple):
     each: dict[str, list[float]] # by metric, each seed's
     true_error: float | None # mean over seeds, where the truth is known
 
-# %% ../nbs/13_plots.ipynb #cf779d06
+# %% ../nbs/13_plots.ipynb #25cc3a26
 def prepare_rows(
     named: Mapping[str, list[Result]], # results of the seeds of each row
     which: str = "raw", # or "scaled"
@@ -252,7 +252,7 @@ def draw_together(name: str, results: list[Result], which: str) -> Row:
     means = {k: float(v.mean()) for k, v in values.items()}
     return Row(name, results[0].spec, results[0].evaluation.n, len(results), means, spread, ends, {k: v.tolist() for k, v in values.items()}, true)
 
-# %% ../nbs/13_plots.ipynb #d0b73d1e
+# %% ../nbs/13_plots.ipynb #cf44b27b
 def plot_rows(
     rows: list[Row],
     ax: Axes | None = None, # None: a new one
@@ -271,7 +271,7 @@ def plot_rows(
     ax.invert_yaxis()
     return ax
 
-# %% ../nbs/13_plots.ipynb #56befd51
+# %% ../nbs/13_plots.ipynb #583fbd92
 def seeds_text(rows: Iterable[Row]) -> str:
     "How many seeds rows have"
     many = sorted({r.seeds for r in rows})
@@ -301,7 +301,7 @@ def plot_tradeoff(
     ax.legend(fontsize=7)
     return ax
 
-# %% ../nbs/13_plots.ipynb #9e7b18ca
+# %% ../nbs/13_plots.ipynb #cb240cb0
 def prepare_direct(
     results: Mapping[RunSpec, Result], # students, trained directly and distilled
     T: float = 1., # temperature of distillation
@@ -342,7 +342,7 @@ def plot_direct(
     ax.legend(fontsize=8)
     return ax
 
-# %% ../nbs/13_plots.ipynb #ea969bf6
+# %% ../nbs/13_plots.ipynb #9c3ef557
 def prepare_histories(
     named: Mapping[str, list[Result]], # seeds of each row
 ) -> "pandas.DataFrame": # columns run, seed, epoch, and what the histories hold
@@ -367,7 +367,7 @@ def plot_histories(
     ax.legend(fontsize=8, title=None)
     return ax
 
-# %% ../nbs/13_plots.ipynb #00b7e395
+# %% ../nbs/13_plots.ipynb #fdbc089e
 def prepare_similarity(
     logits: Any, # (N, C)
     labels: Any, # (N,)
@@ -402,7 +402,7 @@ def plot_matrix(
     ax.set_title(title)
     return ax
 
-# %% ../nbs/13_plots.ipynb #ab8646e6
+# %% ../nbs/13_plots.ipynb #044672bd
 class Shift(NamedTuple):
     "Confidences of a teacher and its student, image by image"
     teacher: np.ndarray # (N,)
@@ -440,7 +440,7 @@ def plot_shift(
                title=f"{title}: student {'right' if right else 'wrong'}\nchange {100*mean:+.1f} ± {100*half:.1f} points (N = {used.sum():,})")
     return axs
 
-# %% ../nbs/13_plots.ipynb #0fdf3d15
+# %% ../nbs/13_plots.ipynb #d1776b05
 def prepare_penultimate(
     looks: Sequence[Look], # networks to compare; the first gives the axes
     classes: Sequence[int], # three: two similar ones and another
@@ -486,7 +486,7 @@ def limits_of(
     low, high = low - .06*(high - low), high + .06*(high - low)
     return low[0], high[0], low[1], high[1]
 
-# %% ../nbs/13_plots.ipynb #7988dce2
+# %% ../nbs/13_plots.ipynb #f7cddfd7
 def plot_penultimate(
     looks: Mapping[str, Look], # by title, in the order of the panels
     classes: Sequence[int], # three: two similar ones and another
@@ -504,7 +504,7 @@ def plot_penultimate(
     for ax in axs.flat[len(looks):]: ax.axis("off")
     return fig
 
-# %% ../nbs/13_plots.ipynb #9d2981dc
+# %% ../nbs/13_plots.ipynb #9b9a19f7
 class Measured(NamedTuple):
     "A student of a trained teacher, and what was measured of it"
     teacher: str # how it was trained
@@ -553,7 +553,7 @@ def plot_merging(
     fig.legend(*axs[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), title="teacher")
     return fig
 
-# %% ../nbs/13_plots.ipynb #e3f170e7
+# %% ../nbs/13_plots.ipynb #0010d2a1
 def prepare_umap(
     features: Tensor, # (N, F)
 ) -> np.ndarray: # (N, 2)

@@ -9,7 +9,7 @@ __all__ = ['SCHEMA', 'DRAWING', 'RunSpec', 'check_model', 'Scaled', 'Posterior',
            'run', 'lineage', 'stored', 'clean', 'write_results', 'kept_of', 'rounded', 'read_results', 'seeded',
            'by_seed']
 
-# %% ../nbs/09_runs.ipynb #3cd334ca
+# %% ../nbs/09_runs.ipynb #04ba02fd
 import json
 import platform
 import warnings
@@ -32,7 +32,7 @@ from .calibrators import *
 from .models import *
 from .training import *
 
-# %% ../nbs/09_runs.ipynb #4dcc20c7
+# %% ../nbs/09_runs.ipynb #87857661
 @value
 class RunSpec:
     "A training run: on what, which network, by which method and recipe, with which seed"
@@ -57,7 +57,7 @@ def check_model(name: str) -> None:
     "Refuse a model that cannot be built; each name is tried once"
     with torch.random.fork_rng(devices=[]): build_model(name, 2)
 
-# %% ../nbs/09_runs.ipynb #ee0ba28e
+# %% ../nbs/09_runs.ipynb #83811bea
 @value
 class Scaled:
     "A run after temperature scaling, T fitted on its validation logits"
@@ -85,14 +85,14 @@ class Distil:
         "The loss, which also checks T and alpha"
         return Distillation(self.T, self.alpha)
 
-# %% ../nbs/09_runs.ipynb #f5d93cb5
+# %% ../nbs/09_runs.ipynb #413c204c
 def teacher_run(
     teacher: RunSpec | Scaled | Posterior,
 ) -> RunSpec | None: # None: there is no network behind it
     "The run behind a teacher"
     return teacher.run if isinstance(teacher, Scaled) else teacher if isinstance(teacher, RunSpec) else None
 
-# %% ../nbs/09_runs.ipynb #1a3abe31
+# %% ../nbs/09_runs.ipynb #f28c9b6e
 def title_of(spec: RunSpec) -> str:
     "A run in one line"
     return f"{spec.data.name} {spec.model} {how_of(spec.method)}, seed {spec.seed}"
@@ -112,7 +112,7 @@ def taught_by(
     taught = teacher_run(method.teacher)
     return name(taught) + " after TS"*isinstance(method.teacher, Scaled) if taught else f"the truth at tau={method.teacher.tau:g}"
 
-# %% ../nbs/09_runs.ipynb #3efe29ab
+# %% ../nbs/09_runs.ipynb #56c4476d
 SCHEMA = 1 # grows when the same description would mean another run
 
 
@@ -127,7 +127,7 @@ def run_id(spec: RunSpec) -> str: # 16 hexadecimal digits
     "The id under which a run is stored"
     return value_id(spec, schema=SCHEMA, data=[load_data(p).fingerprint for p in parts_of(spec) if isinstance(p, Data)])
 
-# %% ../nbs/09_runs.ipynb #dfe87848
+# %% ../nbs/09_runs.ipynb #ecd54ed3
 @dataclass(frozen=True, eq=False)
 class Result:
     "What a run left behind"
@@ -140,7 +140,7 @@ class Result:
     truth: dict[str, float] | None = None # `truth_of`, where the posterior is known
     logits: dict[str, Tensor] = field(default_factory=dict, repr=False) # "valid" and "test", (N, C); empty if read from a light file
 
-# %% ../nbs/09_runs.ipynb #e776b503
+# %% ../nbs/09_runs.ipynb #089936da
 def light_of(result: Result) -> dict[str, Any]:
     "The light part of a result as plain JSON"
     return {f.name: encode(getattr(result, f.name)) for f in fields(Result) if f.name != "logits"}
@@ -151,7 +151,7 @@ def from_light(light: dict[str, Any], logits: dict[str, Tensor] | None = None) -
     parts = {k: decode(v) for k, v in light.items()}
     return Result(**parts | {"history": list(parts["history"])}, logits=logits or {})
 
-# %% ../nbs/09_runs.ipynb #3de97bc4
+# %% ../nbs/09_runs.ipynb #d83039b1
 def truth_of(
     logits: Tensor, # (N, C) on the test images
     posterior: Tensor | None, # (N, C)
@@ -166,7 +166,7 @@ def truth_of(
         "scaled_error": true_calibration_error(scaled, posterior), "scaled_kl": kl_to_truth(scaled, posterior),
     }
 
-# %% ../nbs/09_runs.ipynb #6e4f4bd2
+# %% ../nbs/09_runs.ipynb #12aa5274
 def judge(
     spec: RunSpec,
     logits: dict[str, Tensor], # "valid" and "test", (N, C)
@@ -180,7 +180,7 @@ def judge(
     confidence = {k: float(softmax64(logits["test"]/T).amax(1).mean()) for k, T in (("raw", 1.), ("scaled", evaluation.T))}
     return Result(spec, evaluation, history, facts, confidence, bins, truth_of(logits["test"], data.test.posterior, evaluation.T), logits)
 
-# %% ../nbs/09_runs.ipynb #11ce6fe7
+# %% ../nbs/09_runs.ipynb #5fca33b3
 class Store:
     "Results and weights of runs, in a folder"
 
@@ -217,7 +217,7 @@ class Store:
         net.load_state_dict(weights)
         return net.eval()
 
-# %% ../nbs/09_runs.ipynb #0566c648
+# %% ../nbs/09_runs.ipynb #9ee1ca30
 DRAWING = Lock() # torch's own generator is shared by all threads
 
 
@@ -228,7 +228,7 @@ def new_net(spec: RunSpec) -> nn.Module:
         torch.default_generator.manual_seed(spec.seed)
         return build_model(spec.model, data.n_classes, data.in_channels)
 
-# %% ../nbs/09_runs.ipynb #d6a84f3e
+# %% ../nbs/09_runs.ipynb #a388a43f
 @singledispatch
 def training_logits(teacher: Any, student: RunSpec, store: Store, device: str | None) -> Tensor: # (N, C) float32 on the CPU
     "What a teacher says of the student's plain training images"
@@ -250,9 +250,9 @@ def _(teacher: Scaled, student, store, device):
 def _(teacher: Posterior, student, store, device):
     posterior = load_data(student.data).train.posterior
     check(posterior is not None, "teacher", teacher, f"a data set with a known posterior, which {student.data} is not")
-    return posterior.clamp_min(torch.finfo(torch.float32).tiny).log()/teacher.tau
+    return scalable(posterior, "probs")/teacher.tau
 
-# %% ../nbs/09_runs.ipynb #7cab7c0c
+# %% ../nbs/09_runs.ipynb #6b1ceab3
 def trained_net(spec: RunSpec, store: Store, device: str | None) -> nn.Module:
     "The network of a finished run; one without weights is trained, and that is said"
     if (net := store.net(spec)) is not None: return net
@@ -260,7 +260,7 @@ def trained_net(spec: RunSpec, store: Store, device: str | None) -> nn.Module:
     train(spec, store, device, progress=False)
     return store.net(spec)
 
-# %% ../nbs/09_runs.ipynb #ce4e16c6
+# %% ../nbs/09_runs.ipynb #e034f0c6
 def has_live_teacher(spec: RunSpec) -> bool:
     "Whether a network must be asked about each image as it is augmented"
     augmented = set(spec.recipe.augment) & set(load_data(spec.data).augment)
@@ -278,7 +278,7 @@ def make_teacher(spec: RunSpec, store: Store, device: str | None) -> Teacher | N
     said = training_logits(teacher, spec, store, device).to(on)
     return lambda x, index: said[index]
 
-# %% ../nbs/09_runs.ipynb #42f51067
+# %% ../nbs/09_runs.ipynb #8554ab40
 def train(spec: RunSpec, store: Store, device: str | None, progress: bool, until: float | None = None, heard: Heard | None = None) -> Result:
     "Train a run, from its checkpoint if there is one, and keep it"
     data, net, teacher = load_data(spec.data), new_net(spec), make_teacher(spec, store, device)
@@ -307,13 +307,13 @@ def run(
     for s in lineage(spec): result = store.get(s) or train(s, store, device, progress, until)
     return result
 
-# %% ../nbs/09_runs.ipynb #f3d2add3
+# %% ../nbs/09_runs.ipynb #9685a235
 def lineage(spec: RunSpec) -> list[RunSpec]:
     "A run and all that teach it, the first teacher first"
     return [p for p in parts_of(spec) if isinstance(p, RunSpec)][::-1]
 
 
-# %% ../nbs/09_runs.ipynb #535a8a3d
+# %% ../nbs/09_runs.ipynb #1c2268eb
 def stored(
     store: Store | None = None, # None: the one in the cache folder
 ) -> list[Result]: # the oldest first
@@ -333,7 +333,7 @@ def clean(
     for p in left: p.unlink()
     return left
 
-# %% ../nbs/09_runs.ipynb #c92bcc90
+# %% ../nbs/09_runs.ipynb #c8672e68
 def write_results(
     results: Iterable[Result],
     path: Path | str, # of a .json file
@@ -361,7 +361,7 @@ def read_results(
     "Results by description"
     return {r.spec: r for r in map(from_light, json.loads(Path(path).read_text(encoding="utf-8")))}
 
-# %% ../nbs/09_runs.ipynb #660fb2d0
+# %% ../nbs/09_runs.ipynb #164e1463
 def seeded(
     spec: Any, # a description
     seed: int,

@@ -1,8 +1,7 @@
-"""The notebooks' housekeeping: run them and keep what they show, make README.md and web pages, test everything.
+"""The notebooks' housekeeping: run them and keep what they show, make README.md, test everything.
 
     python nbs/_build.py run [NAME ...]     all notebooks, or those whose path starts with a NAME (06, studies/)
     python nbs/_build.py readme             README.md from index.ipynb
-    python nbs/_build.py site [FOLDER]      all notebooks, as they are, as web pages in FOLDER (_site)
     python nbs/_build.py test [--all]       notebooks, then tests; --all adds the long tests
 """
 import argparse
@@ -191,15 +190,11 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run").add_argument("names", nargs="*", metavar="NAME")
     commands.add_parser("readme")
-    commands.add_parser("site").add_argument("folder", nargs="?", metavar="FOLDER", type=Path, default=ROOT/"_site")
     commands.add_parser("test").add_argument("--all", action="store_true")
     args = parser.parse_args()
     match args.command:
         case "run": return run(args.names)
         case "readme": return readme()
-        case "site":
-            from _site import build
-            return build(args.folder.resolve())
         case "test": return test(args.all)
 
 

@@ -1,4 +1,4 @@
-"""The notebooks, as they are, as web pages that load nothing and run nothing: `_build.py site`.
+"""The notebooks, as they are, as web pages that load nothing and run nothing: `python nbs/_site.py [FOLDER]`, or _site.
 
 A page is one file: style, pictures and formulas (MathML) are in it. Its frame is _site.html, which also forbids it every request.
 """
@@ -21,7 +21,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
 
-from _build import NBS, directives, notebooks
+from _build import NBS, ROOT, directives, notebooks
 
 FRAME = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
 MARKER = ".made-by-make-site" # a folder that holds this file may be replaced
@@ -153,7 +153,7 @@ def page_html(here: Page, before: Page | None, after: Page | None, pages: list[P
     return FRAME.substitute(title=title, style=style, body=here.body, left=left, right=right, nav=navigation(here, pages))
 
 
-def build(folder: Path) -> int:
+def build(folder: Path) -> None:
     "The site in `folder`, whole or not at all; nothing but an older site is replaced"
     if folder.exists() and not (folder/MARKER).exists() and (folder.is_file() or any(folder.iterdir())):
         sys.exit(f"{folder} is no site made by this command and was left as it was: name an empty or a new folder")
@@ -169,4 +169,6 @@ def build(folder: Path) -> int:
         if folder.exists(): folder.rename(Path(beside)/"old")
         new.rename(folder)
     print(f"{len(pages)} pages: open {folder/'index.html'}")
-    return 0
+
+
+if __name__ == "__main__": build(Path(sys.argv[1] if len(sys.argv) > 1 else ROOT/"_site").resolve())

@@ -22,7 +22,7 @@ every_page = pytest.mark.parametrize("name", NOTEBOOKS)
 
 def make(folder: Path, root: Path = ROOT) -> subprocess.CompletedProcess:
     "What `make site` does, into `folder`"
-    return subprocess.run([sys.executable, root/"nbs/_build.py", "site", folder], capture_output=True, text=True)
+    return subprocess.run([sys.executable, root/"nbs/_site.py", folder], capture_output=True, text=True)
 
 
 def files(folder: Path) -> dict[str, bytes]: return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
