@@ -114,7 +114,7 @@ def plot_overlay(
     ax.legend(fontsize=8, loc="upper left")
     return ax
 
-# %% ../nbs/13_plots.ipynb #656e4d79
+# %% ../nbs/13_plots.ipynb #4fe60170
 class Side(NamedTuple):
     "How calibrated one of the two is on the test images"
     ece: float
@@ -127,7 +127,6 @@ class Pair(NamedTuple):
     teacher: Side
     student: Side
     ece: Estimate # of the student, with interval and null band
-    nll: float # of the student
     n: int # test images
     true_error: float | None # of the student, where the truth is known
 
@@ -145,7 +144,7 @@ def side_of_truth(data: Data, tau: float) -> Side:
     p = (scalable(test.posterior.double(), "probs")/tau).softmax(1)
     return Side(ece(p, test.labels, kind="probs"), float(p.amax(1).mean()) - top1(p, test.labels, kind="probs"))
 
-# %% ../nbs/13_plots.ipynb #cec9286d
+# %% ../nbs/13_plots.ipynb #ec592d2d
 def teacher_side(
     spec: RunSpec, # of a student
     results: Mapping[RunSpec, Result], # where the teacher's may be
@@ -165,7 +164,7 @@ def prepare_transfer(
     sides = {s: teacher_side(s, results) for s in results if isinstance(s.method, Distil)}
     def row(s, t, r):
         raw = r.evaluation.raw
-        return Pair(s, t, side_of(r), raw["ece"], raw["nll"].value, r.evaluation.n, r.truth and r.truth["error"])
+        return Pair(s, t, side_of(r), raw["ece"], r.evaluation.n, r.truth and r.truth["error"])
     return [row(s, t, results[s]) for s, t in sides.items() if t]
 
 # %% ../nbs/13_plots.ipynb #5d839308

@@ -7,7 +7,7 @@ __all__ = ['RECIPES', 'Teacher', 'Recipe', 'lr_at', 'best_device', 'predict', 'H
            'Plan', 'draw_epoch', 'begin_epoch', 'autocast', 'train_step', 'ask', 'recorded', 'train_epoch', 'end_epoch',
            'state_of', 'put_back', 'resume', 'OutOfTime', 'fit', 'check_teacher']
 
-# %% ../nbs/08_training.ipynb #f73d5888
+# %% ../nbs/08_training.ipynb #9515dc2f
 import math
 import time
 import warnings
@@ -26,7 +26,7 @@ from .data import *
 from .metrics import *
 from .calibrators import *
 
-# %% ../nbs/08_training.ipynb #a2164c11
+# %% ../nbs/08_training.ipynb #0dfbedaf
 @value
 class Recipe:
     "How to train: SGD with Nesterov momentum, a schedule, and what is done to the images"
@@ -48,7 +48,7 @@ class Recipe:
         check(all(0 < d < 1 for d in self.drops), "drops", self.drops, "shares of training between 0 and 1")
         check(set(self.augment) <= {"crop", "flip"}, "augment", self.augment, "a selection of 'crop' and 'flip'")
 
-# %% ../nbs/08_training.ipynb #7a36ad52
+# %% ../nbs/08_training.ipynb #c0f8e394
 RECIPES: dict[str, Recipe] = {
     "smoke": Recipe(epochs=2, batch_size=64, lr=.05),
     "cpu": Recipe(epochs=24, augment=("flip",)),
@@ -56,7 +56,7 @@ RECIPES: dict[str, Recipe] = {
     "paper": Recipe(epochs=160, weight_decay=1e-4, drops=(.5, .75), augment=("crop", "flip"), live_teacher=True, keep="best"),
 }
 
-# %% ../nbs/08_training.ipynb #74b82725
+# %% ../nbs/08_training.ipynb #cf80efe7
 def lr_at(
     recipe: Recipe,
     t: float, # share of training done, 0 to 1
@@ -67,7 +67,7 @@ def lr_at(
     if t < rise: return recipe.lr*(1 - .96*(1 + math.cos(math.pi*t/rise))/2)
     return recipe.lr*(1 + math.cos(math.pi*(t - rise)/(1 - rise)))/2
 
-# %% ../nbs/08_training.ipynb #dd14fa88
+# %% ../nbs/08_training.ipynb #25c1a362
 def best_device(
     name: str | None = None, # "cpu", "cuda", "mps", or None for the fastest there is
 ) -> torch.device:
@@ -77,20 +77,19 @@ def best_device(
     check(there.get(str(name).split(":")[0], False), "device", name, "one of " + ", ".join(k for k, ok in there.items() if ok))
     return torch.device(name)
 
-# %% ../nbs/08_training.ipynb #8b675817
+# %% ../nbs/08_training.ipynb #bd6afc90
 @torch.inference_mode()
 def predict(
     net: nn.Module, # on any device
     data: DataSet, # whose normalisation is used
     inputs: Tensor, # (N, ...) uint8, on any device
-    batch_size: int = 500,
 ) -> Tensor: # (N, C) float32 on the CPU
     "Logits in evaluation mode, in full precision: 16 bits would round away part of the calibration"
     device = next(net.parameters()).device
     net.eval()
-    return torch.cat([net(data.normalise(x.to(device))) for x in inputs.split(batch_size)]).cpu()
+    return torch.cat([net(data.normalise(x.to(device))) for x in inputs.split(500)]).cpu()
 
-# %% ../nbs/08_training.ipynb #96d829f6
+# %% ../nbs/08_training.ipynb #cf872d1e
 Teacher = Callable[[Tensor, Tensor], Tensor] # (normalised inputs (B, ...), index (B,)) to logits (B, C)
 
 
@@ -117,7 +116,7 @@ class Training:
         self.epoch, self.seconds, self.history, self.best = 0, 0., [], {}
         self.heard, self.listening = heard, True
 
-# %% ../nbs/08_training.ipynb #ee915c8f
+# %% ../nbs/08_training.ipynb #170577e8
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     "The source of all randomness of one epoch"
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
@@ -149,7 +148,7 @@ def draw_epoch(
     lr = [lr_at(run.recipe, (run.epoch + k/steps)/run.recipe.epochs) for k in range(steps)]
     return Plan(*(t.unflatten(0, (steps, size)) for t in (order, *views)), torch.tensor(lr))
 
-# %% ../nbs/08_training.ipynb #4b4dd784
+# %% ../nbs/08_training.ipynb #5c680a32
 def begin_epoch(
     run: Training,
 ) -> None:
@@ -165,12 +164,12 @@ def begin_epoch(
     run.now.fill_(run.epoch)
     run.net.train()
 
-# %% ../nbs/08_training.ipynb #17fe968f
+# %% ../nbs/08_training.ipynb #33978bb7
 def autocast(device: torch.device) -> torch.autocast:
     "bf16 on CUDA, full precision elsewhere"
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
-# %% ../nbs/08_training.ipynb #ab200e03
+# %% ../nbs/08_training.ipynb #eeb171b7
 def train_step(
     run: Training,
     teacher: Teacher | None,
@@ -192,7 +191,7 @@ def train_step(
     for there, value in ((run.losses, loss.detach()), (run.hits, hits)): there.index_copy_(0, run.k, value.float()[None])
     run.k += 1
 
-# %% ../nbs/08_training.ipynb #ba7422b9
+# %% ../nbs/08_training.ipynb #f5ac7c69
 @torch.no_grad()
 def ask(run: Training, teacher: Teacher | None, x: Tensor, index: Tensor) -> Tensor | None: # (B, C)
     "What the teacher says, or said when another student asked"
@@ -203,7 +202,7 @@ def ask(run: Training, teacher: Teacher | None, x: Tensor, index: Tensor) -> Ten
     run.heard.said[run.now, run.k] = said.to(run.heard.said.dtype)
     return said
 
-# %% ../nbs/08_training.ipynb #1bac8cef
+# %% ../nbs/08_training.ipynb #fde66849
 def recorded(
     run: Training, # which has begun an epoch
     teacher: Teacher | None,
@@ -230,7 +229,7 @@ def recorded(
     run.k.zero_()
     return step
 
-# %% ../nbs/08_training.ipynb #d84f7225
+# %% ../nbs/08_training.ipynb #6220d48a
 def train_epoch(
     run: Training,
     teacher: Teacher | None = None, # for methods that ask one
@@ -245,7 +244,7 @@ def train_epoch(
         raise FloatingPointError(f"loss: got {losses[k]} at step {k} of epoch {run.epoch}, expected a number; try a smaller lr than {run.recipe.lr}")
     return dict(loss=float(losses.mean()), accuracy=float(run.hits.mean()))
 
-# %% ../nbs/08_training.ipynb #4b19ce11
+# %% ../nbs/08_training.ipynb #4c761242
 def end_epoch(
     run: Training,
     row: dict[str, float], # what `train_epoch` gave
@@ -261,7 +260,7 @@ def end_epoch(
         run.best = deepcopy(run.net.state_dict())
     run.epoch += 1
 
-# %% ../nbs/08_training.ipynb #f7115dc1
+# %% ../nbs/08_training.ipynb #aff2c663
 def state_of(run: Training) -> dict[str, Tensor]:
     "Every tensor that the rest of the run depends on, by name"
     parts = {"net": run.net.state_dict(), "method": run.method.state_dict(), "momentum": run.momentum, "best": run.best}
@@ -277,7 +276,7 @@ def put_back(run: Training, tensors: dict[str, Tensor], epoch: int, history: lis
     for name, m in run.momentum.items(): m.copy_(parts["momentum"][name])
     run.epoch, run.history, run.seconds, run.best = epoch, history, seconds, parts["best"]
 
-# %% ../nbs/08_training.ipynb #424f4db7
+# %% ../nbs/08_training.ipynb #b8b22c96
 def resume(
     run: Training,
     path: Path, # the checkpoint, which need not be there
@@ -288,11 +287,11 @@ def resume(
     except DamagedFile as e: return warnings.warn(f"{e}; starting again", stacklevel=3)
     put_back(run, tensors, **meta)
 
-# %% ../nbs/08_training.ipynb #14ada524
+# %% ../nbs/08_training.ipynb #d8ed6c24
 class OutOfTime(Exception):
     "The time is over; the same call goes on from the checkpoint"
 
-# %% ../nbs/08_training.ipynb #72c3ca8e
+# %% ../nbs/08_training.ipynb #6c4ab7d3
 def fit(
     net: nn.Module, # trained in place; it ends on `device`, in evaluation mode
     data: DataSet,
@@ -329,7 +328,7 @@ def fit(
     net.eval()
     return run
 
-# %% ../nbs/08_training.ipynb #dc6dc20d
+# %% ../nbs/08_training.ipynb #a9d0586c
 def check_teacher(run: Training, teacher: Teacher) -> None:
     "Ask the teacher about one image and refuse it if its classes are not the student's"
     x = run.data.normalise(run.inputs[:1])
