@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['N_CLASSES', 'N_GROUPS', 'N_LATENT', 'SIZE', 'ARCHIVES', 'SUPERCLASSES', 'Split', 'DataSet', 'Data', 'load_data',
            'channel_stats', 'known_world', 'known_split', 'paint', 'posterior_of', 'known', 'check_splits', 'digits',
-           'fetch_archive', 'read_archive', 'photos', 'superclass_of', 'photo_set', 'cifar10', 'cifar100', 'augment',
-           'draw_views']
+           'fetch_archive', 'read_archive', 'photos', 'superclass_of', 'photo_set', 'cifar10', 'cifar100', 'read_votes',
+           'cifar10h', 'WithoutFold', 'augment', 'draw_views']
 
-# %% ../nbs/02_data.ipynb #d6bb8e49
+# %% ../nbs/02_data.ipynb #5ccb00fd
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -73,14 +73,14 @@ class DataSet:
         tensors = {f"{k}/{f}": t for k in ("train", "valid", "test") for f, t in vars(getattr(self, k)).items() if t is not None}
         return digest(tensors, f"{self.augment} {self.mean} {self.std}")[:16]
 
-# %% ../nbs/02_data.ipynb #0dff79f5
+# %% ../nbs/02_data.ipynb #9502d009
 class Data(Named):
     "A data set by name, such as `Data('cifar10', n_train=5000)`"
 
 
 @lru_cache(maxsize=4)
 def load_data(
-    data: Data, # the description
+    data: "Data | WithoutFold", # the description
 ) -> DataSet: # shared by all callers: do not write into its tensors
     "The data set that `data` describes; the last few are kept in memory"
     return data.build()
@@ -276,6 +276,51 @@ def cifar10(n_train: int = 45_000, n_valid: int = 5000, seed: int = 0) -> DataSe
 def cifar100(n_train: int = 45_000, n_valid: int = 5000, seed: int = 0) -> DataSet:
     "Photographs of 100 classes"
     return photo_set("cifar100", n_train, n_valid, seed)
+
+# %% ../nbs/02_data.ipynb #f522ce7a
+def read_votes(
+    folder: Path, # the cache folder
+) -> Tensor: # (10000, 10) float32, rows sum to 1
+    "The shares of CIFAR-10H's votes, in the order of the official test images"
+    path = folder/"cifar10h-counts.npy"
+    check(path.exists(), "cifar10h", f"no {path}", "cifar10h-counts.npy of github.com/jcpeterson/cifar-10h, put there by hand")
+    counts = np.load(path, allow_pickle=False)
+    fits = counts.shape == (10_000, 10) and np.isfinite(counts).all() and (counts >= 0).all() and (counts.sum(1) > 0).all()
+    check(bool(fits), "cifar10h", f"{path} of shape {counts.shape}", "votes for 10 classes on each of 10,000 images")
+    return torch.from_numpy(counts/counts.sum(1, keepdims=True)).float()
+
+
+@Data.register("cifar10h")
+def cifar10h(n_train: int = 5000, n_valid: int = 1000, seed: int = 0) -> DataSet:
+    "CIFAR-10's official test photographs with the votes of people as their posterior; what training and validation leave is the test set"
+    check_splits("cifar10h", 9_999, n_train=n_train, n_valid=n_valid)
+    t, classes = photos("cifar10", cache_dir()/"data")
+    votes, order = read_votes(cache_dir()/"data"), torch.from_numpy(np.random.RandomState(seed).permutation(10_000))
+    parts = order.tensor_split([n_train, n_train + n_valid])
+    return DataSet(*(Split(t["test_inputs"][i], t["test_labels"][i], votes[i]) for i in parts), tuple(classes), superclass_of("cifar10"), ("crop", "flip"),
+                   **channel_stats(t["test_inputs"]))
+
+# %% ../nbs/02_data.ipynb #1249650f
+@value
+class WithoutFold:
+    "A data set without the training images whose position is `k` modulo `K`"
+    data: Data
+    k: int # from 0 to K-1
+    K: int # folds, 2 or more
+
+    def __post_init__(self):
+        check(self.K >= 2, "K", self.K, "2 folds or more")
+        check(0 <= self.k < self.K, "k", self.k, f"0 to {self.K - 1}")
+
+    @property
+    def name(self) -> str: return f"{self.data.name} without fold {self.k} of {self.K}"
+
+    def build(self) -> DataSet:
+        "The data set; validation, test and statistics are those of the whole"
+        whole = load_data(self.data)
+        keep = torch.arange(len(whole.train)) % self.K != self.k
+        train = Split(**{name: t if t is None else t[keep] for name, t in vars(whole.train).items()})
+        return replace(whole, train=train)
 
 # %% ../nbs/02_data.ipynb #2bf64eb0
 def augment(

@@ -91,14 +91,14 @@ def test_what_temperature_scaling_teaches(store):
     teacher = go(TEACHER, store)
     from kdc_nb.data import load_data
     T = fit_temperature(teacher.logits["valid"], load_data(TINY).valid.labels)
-    raw, scaled = (training_logits(t, STUDENT, store, "cpu") for t in (TEACHER, Scaled(TEACHER)))
+    raw, scaled = (training_logits(t, STUDENT.data, store, "cpu") for t in (TEACHER, Scaled(TEACHER)))
     assert torch.allclose(scaled*T, raw, rtol=1e-5, atol=1e-5)
 
 
 def test_what_the_tempered_truth_teaches():
     from kdc_nb.data import load_data
     p = load_data(TINY).train.posterior.double()
-    said = training_logits(Posterior(.5), STUDENT, None, "cpu").double().softmax(1)
+    said = training_logits(Posterior(.5), STUDENT.data, None, "cpu").double().softmax(1)
     assert torch.allclose(said, p**2/(p**2).sum(1, keepdim=True), atol=1e-5)
 
 
