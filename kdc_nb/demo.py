@@ -6,11 +6,12 @@
 __all__ = ['CALIBRATED', 'COLUMNS', 'PAGE', 'Block', 'blocks', 'block_specs', 'table_rows', 'verdict', 'reliability_figure',
            'block_figures', 'run_block', 'report_block', 'demo', 'main']
 
-# %% ../nbs/16_demo.ipynb #d7d5f278
+# %% ../nbs/16_demo.ipynb #3f5bdbec
 import argparse
 import sys
 from base64 import b64encode
 from collections.abc import Iterable
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -25,56 +26,47 @@ from .calibrators import *
 from .training import *
 from .runs import *
 from .sweeps import *
+from .paper import *
 from .plots import *
 
-# %% ../nbs/16_demo.ipynb #bade12d7
+# %% ../nbs/16_demo.ipynb #5e1169f1
 class Block(NamedTuple):
     "One part of the demo: a data set, a teacher, a student and how they are trained"
     title: str
-    data: Data
-    teacher: str # a model
-    student: str # a model
+    setting: Setting
     recipe: Recipe
 
-# %% ../nbs/16_demo.ipynb #44d1d2a2
+# %% ../nbs/16_demo.ipynb #ab7bcee9
 def blocks(
     name: str | None = None, # cifar10 or cifar100; None: known images and digits
     gpu: bool = False, # photographs at full size
 ) -> list[Block]:
     "The parts of the demo"
     if name is None: return [
-        Block("Images whose truth is known", Data("known", n_train=800, n_valid=1000, n_test=4000), "resnet14", "resnet8", Recipe(epochs=18, batch_size=64)),
-        Block("Scanned digits", Data("digits"), "resnet14", "resnet8", Recipe(epochs=20, batch_size=50)),
+        Block("Images whose truth is known", Setting(Data("known", n_train=800, n_valid=1000, n_test=4000), "resnet14", "resnet8"), Recipe(epochs=18, batch_size=64)),
+        Block("Scanned digits", Setting(Data("digits"), "resnet14", "resnet8"), Recipe(epochs=20, batch_size=50)),
     ]
     check(name in ("cifar10", "cifar100"), "DATA", name, "cifar10 or cifar100")
-    if gpu: return [Block(f"{name}, all training photographs", Data(name), "wrn_40_2", "wrn_40_1", RECIPES["fast"])]
-    return [Block(f"{name}, 5,000 training photographs", Data(name, n_train=5000), "resnet14", "resnet8", RECIPES["cpu"])]
+    if gpu: return [Block(f"{name}, all training photographs", Setting(Data(name), "wrn_40_2", "wrn_40_1"), RECIPES["fast"])]
+    return [Block(f"{name}, 5,000 training photographs", Setting(Data(name, n_train=5000), "resnet14", "resnet8"), RECIPES["cpu"])]
 
-# %% ../nbs/16_demo.ipynb #d0a766f8
+# %% ../nbs/16_demo.ipynb #208c3b5a
 CALIBRATED = Method("mdca", beta=10, gamma=1)
 
-# %% ../nbs/16_demo.ipynb #b90b58bd
+# %% ../nbs/16_demo.ipynb #95d844ea
 def block_specs(
     block: Block,
     seed: int,
 ) -> dict[str, RunSpec]: # by the name of its row
     "The runs of one seed"
-    run = lambda model, method: RunSpec(block.data, model, method, block.recipe, seed)
-    plain, calibrated = run(block.teacher, Method("nll")), run(block.teacher, CALIBRATED)
-    specs = {
-        "Teacher, NLL": plain, "Teacher, focal + MDCA": calibrated,
-        "Direct, NLL": run(block.student, Method("nll")), "Direct, focal + MDCA": run(block.student, CALIBRATED),
-        "KD(UC), from NLL": run(block.student, Distil(plain)),
-        "KD(C), from focal + MDCA": run(block.student, Distil(calibrated)),
-        "KD(C), from NLL after TS": run(block.student, Distil(Scaled(plain))),
-    }
-    if block.data.name == "known": specs["KD, from the truth"] = run(block.student, Distil(Posterior()))
+    specs = table_specs(block.setting, {"NLL": Method("nll"), "focal + MDCA": CALIBRATED}, block.recipe, seed)
+    if block.setting.data.name == "known": specs["KD, from the truth"] = replace(specs["Direct, NLL"], method=Distil(Posterior()))
     return specs
 
-# %% ../nbs/16_demo.ipynb #cb1b2c04
+# %% ../nbs/16_demo.ipynb #a3fe82c0
 COLUMNS = ("", "T", "alpha", "Top-1", "ECE", "95% interval", "null band", "SCE", "ACE", "NLL", "after TS: ECE", "NLL")
 
-# %% ../nbs/16_demo.ipynb #642b7671
+# %% ../nbs/16_demo.ipynb #ed8bb0ac
 def table_rows(
     raw: list[Row], # from `prepare_rows`
     scaled: list[Row], # the same after temperature scaling
@@ -92,7 +84,7 @@ def table_rows(
                      cell(r, "sce", digits=2), cell(r, "ace"), cell(r, "nll", 1, 3), cell(s, "ece"), cell(s, "nll", 1, 3)))
     return rows
 
-# %% ../nbs/16_demo.ipynb #e11d73aa
+# %% ../nbs/16_demo.ipynb #f0efc2b0
 def verdict(rows: list[Row]) -> str:
     "Did the students of calibrated teachers do better than those taught directly, and than that of an uncalibrated one?"
     by = {r.name: r for r in rows}
@@ -103,7 +95,7 @@ def verdict(rows: list[Row]) -> str:
     sentence = lambda r: f"{r.name}: ECE {100*r.mean['ece']:.1f}% against " + ", ".join(against(r, o) for o in others) + "."
     return "\n".join(sentence(r) for r in rows if r.name.startswith("KD(C)")) + f"\nN = {rows[0].n:,} test images, {rows[0].seeds} seeds."
 
-# %% ../nbs/16_demo.ipynb #77481a09
+# %% ../nbs/16_demo.ipynb #bf149a29
 def reliability_figure(named: dict[str, Result]) -> Figure:
     "The reliability diagrams of some runs in a row"
     fig, axs = plt.subplots(1, len(named), figsize=(3.4*len(named), 3.6), layout="constrained", squeeze=False)
@@ -119,11 +111,11 @@ def block_figures(
     "The two figures of a block"
     shown = ("Direct, NLL", "KD(UC), from NLL", "KD(C), from focal + MDCA", "KD(C), from NLL after TS")
     return {
-        f"{block.data.name}_ece": plot_rows(rows, title=f"{block.title}: calibration error").figure,
-        f"{block.data.name}_reliability": reliability_figure({k: results[k][0] for k in shown}),
+        f"{block.setting.data.name}_ece": plot_rows(rows, title=f"{block.title}: calibration error").figure,
+        f"{block.setting.data.name}_reliability": reliability_figure({k: results[k][0] for k in shown}),
     }
 
-# %% ../nbs/16_demo.ipynb #06de3259
+# %% ../nbs/16_demo.ipynb #3206d40d
 def run_block(
     block: Block,
     seeds: int, # how many
@@ -137,7 +129,7 @@ def run_block(
     table = [dict(zip(s, results)) for s in specs]
     return {name: [t[name] for t in table] for name in table[0]}
 
-# %% ../nbs/16_demo.ipynb #6277460b
+# %% ../nbs/16_demo.ipynb #58d50ecc
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kdc_nb: demo</title>
 <style>body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse;font-size:13px}
 td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}td:first-child{text-align:left}img{max-width:100%}</style>
@@ -145,7 +137,7 @@ td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-sp
 <p>Means over seeds, with their standard deviation, in percent (NLL in nats). The interval is that of one run's ECE on its test images;
 the null band is where a perfectly calibrated model with the same confidences would lie.</p>"""
 
-# %% ../nbs/16_demo.ipynb #5b237fc2
+# %% ../nbs/16_demo.ipynb #4ec54b32
 def report_block(
     block: Block,
     results: dict[str, list[Result]], # from `run_block`
@@ -162,7 +154,7 @@ def report_block(
         html += f'<p><img alt="{name}" src="data:image/png;base64,{b64encode((folder/f"{name}.png").read_bytes()).decode()}"></p>'
     return f"{block.title}\n\n{text_table(COLUMNS, cells)}\n\n{said}\n", html
 
-# %% ../nbs/16_demo.ipynb #322e7779
+# %% ../nbs/16_demo.ipynb #db7e15d4
 def demo(
     data: str | None = None, # cifar10 or cifar100; None: known images and digits
     seeds: int = 3,
@@ -180,7 +172,7 @@ def demo(
     with whole_file(folder/"index.html") as part: part.write_text(page, encoding="utf-8")
     return "\n".join(texts)
 
-# %% ../nbs/16_demo.ipynb #ba893697
+# %% ../nbs/16_demo.ipynb #be20806d
 def main(args: Iterable[str] | None = None) -> int: # exit status
     "The command behind `make demo`"
     p = argparse.ArgumentParser(prog="python -m kdc_nb.demo", description="Calibration passing from teacher to student")
@@ -195,7 +187,7 @@ def main(args: Iterable[str] | None = None) -> int: # exit status
     print(f"Figures and page: {Path(a.folder).resolve()/'index.html'}")
     return 0
 
-# %% ../nbs/16_demo.ipynb #e702fbee
+# %% ../nbs/16_demo.ipynb #932425ff
 #| eval: false
 if __name__ == "__main__":
     matplotlib.use("agg")

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['png_of', 'Explorer', 'choice', 'Redrawn', 'Tempered', 'prepare_tempered', 'Temperatures', 'explore_reliability',
-           'explore_transfer', 'stored_student', 'student_controls', 'collage', 'Classes', 'unit_clusters',
+           'explore_transfer', 'source_of', 'stored_student', 'student_controls', 'collage', 'Classes', 'unit_clusters',
            'merged_text', 'explore_classes', 'LinearView', 'prepare_linear', 'LinearPicture', 'explore_theory']
 
-# %% ../nbs/15_explorers.ipynb #b3ccdf55
+# %% ../nbs/15_explorers.ipynb #96a9dd7a
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -32,10 +32,11 @@ from .metrics import *
 from .estimates import *
 from .runs import *
 from .penultimate import *
+from .paper import *
 from .plots import *
 from .theory import *
 
-# %% ../nbs/15_explorers.ipynb #e676b22c
+# %% ../nbs/15_explorers.ipynb #e44972ec
 def png_of(
     figure: Figure, # is closed
 ) -> bytes:
@@ -45,7 +46,7 @@ def png_of(
     plt.close(figure)
     return buffer.getvalue()
 
-# %% ../nbs/15_explorers.ipynb #52f43519
+# %% ../nbs/15_explorers.ipynb #dcee7f9d
 class Explorer(widgets.VBox):
     "Controls above a picture that is drawn again whenever one moves"
 
@@ -67,7 +68,7 @@ class Explorer(widgets.VBox):
     def _repr_mimebundle_(self, **kwargs):
         return (super()._repr_mimebundle_(**kwargs) or {}) | {"image/png": b64encode(self.image.value).decode()}
 
-# %% ../nbs/15_explorers.ipynb #71a966fd
+# %% ../nbs/15_explorers.ipynb #2e513231
 def choice(
     name: str, # shown beside the slider
     values, # to choose from; sorted
@@ -77,7 +78,7 @@ def choice(
     values = sorted(set(values))
     return widgets.SelectionSlider(options=[(f"{v:g}", v) for v in values], value=values[0] if value is None else value, description=name)
 
-# %% ../nbs/15_explorers.ipynb #9de5aeda
+# %% ../nbs/15_explorers.ipynb #e55e4c16
 class Redrawn:
     "PNGs of a figure whose animated artists alone are drawn again"
 
@@ -99,7 +100,7 @@ class Redrawn:
         Image.fromarray(np.asarray(self.canvas.buffer_rgba())).save(buffer, "png", compress_level=1)
         return buffer.getvalue()
 
-# %% ../nbs/15_explorers.ipynb #dbf99008
+# %% ../nbs/15_explorers.ipynb #e3b82668
 class Tempered(NamedTuple):
     "A model whose logits are divided by a temperature"
     bins: Bins
@@ -121,7 +122,7 @@ def prepare_tempered(
     nll = float(-log_p.gather(1, labels[:, None]).mean())
     return Tempered(claim_bins(claims, n_bins, n_boot), top_estimates(["ece"], claims, n_bins, n_boot)["ece"], nll)
 
-# %% ../nbs/15_explorers.ipynb #86c0c123
+# %% ../nbs/15_explorers.ipynb #8f3aa5b8
 class Temperatures:
     "ECE and NLL over the temperature; `show` moves the marks"
 
@@ -144,7 +145,7 @@ class Temperatures:
     def show(self, T: float, at: Tempered) -> None:
         for dot, y in zip(self.dots, (at.ece.value, at.nll)): dot.set_data([T], [y])
 
-# %% ../nbs/15_explorers.ipynb #8e343785
+# %% ../nbs/15_explorers.ipynb #392e160a
 def explore_reliability(
     outputs: Any, # a result with its logits, or (N, C) logits or probabilities
     labels: Any = None, # (N,) of logits or probabilities
@@ -171,7 +172,7 @@ def explore_reliability(
     return Explorer(draw, T=widgets.FloatLogSlider(1, base=2, min=-3, max=3, step=.05, description="T", readout_format=".3g"),
                     n_bins=widgets.IntSlider(15, min=2, max=50, description="bins"))
 
-# %% ../nbs/15_explorers.ipynb #734c2e80
+# %% ../nbs/15_explorers.ipynb #6e7c8d83
 def explore_transfer(
     results: Mapping[RunSpec, Result], # a grid over T and alpha, such as the study's
 ) -> Explorer:
@@ -182,8 +183,8 @@ def explore_transfer(
     transfer, diagram = Transfer(left, limit=.3, animated=True), Reliability(right, animated=True)
     redrawn = Redrawn(figure)
 
-    def draw(T, alpha, teacher):
-        r = results[stored_student([p.spec for p in pairs], T, alpha, teacher)]
+    def draw(T, alpha, teacher, generation=1):
+        r = results[stored_student([p.spec for p in pairs], T, alpha, teacher, generation)]
         transfer.show(pairs, T, alpha)
         diagram.show(prepare_reliability(r), f"Student of {teacher}, seed {r.spec.seed}\nN = {r.evaluation.n:,}: {error_text(r.evaluation.raw['ece'])}")
         return redrawn.png()
@@ -191,20 +192,28 @@ def explore_transfer(
     return Explorer(draw, **student_controls([p.spec for p in pairs]))
 
 
-def stored_student(specs: Iterable[RunSpec], T: float, alpha: float, teacher: str) -> RunSpec:
-    "The first student with this temperature, weight and teacher; a `ValueError` where there is none"
-    found = [s for s in specs if (s.method.T, s.method.alpha, taught_by(s.method)) == (T, alpha, teacher)]
-    check(len(found) > 0, "T, alpha, teacher", f"{T:g}, {alpha:g}, {teacher}", "those of a stored student")
+def source_of(student: RunSpec) -> tuple[str, int]:
+    "Who taught first in the chain that leads to a student, and the student's generation"
+    first, n = generation_of(student)
+    return (how_of(first.method), n) if n > 1 else (taught_by(student.method), 1)
+
+
+def stored_student(specs: Iterable[RunSpec], T: float, alpha: float, teacher: str, generation: int = 1) -> RunSpec:
+    "The first student with this temperature, weight, teacher and generation; a `ValueError` where there is none"
+    found = [s for s in specs if (s.method.T, s.method.alpha, *source_of(s)) == (T, alpha, teacher, generation)]
+    check(len(found) > 0, "T, alpha, teacher, generation", f"{T:g}, {alpha:g}, {teacher}, {generation}", "those of a stored student")
     return found[0]
 
 
 def student_controls(specs: Sequence[RunSpec]) -> dict[str, widgets.Widget]:
-    "Controls for temperature, weight and teacher of students; the first student's to begin with"
-    first, names = specs[0].method, dict.fromkeys(taught_by(s.method) for s in specs)
+    "Controls for temperature, weight and teacher of students, and for the generation where there are several; the first student's to begin with"
+    first, sources = specs[0].method, [source_of(s) for s in specs]
+    names, generations = dict.fromkeys(name for name, _ in sources), {n for _, n in sources}
     return {"T": choice("T", [s.method.T for s in specs], first.T), "alpha": choice("alpha", [s.method.alpha for s in specs], first.alpha),
-            "teacher": widgets.Dropdown(options=list(names), value=taught_by(first), description="teacher")}
+            "teacher": widgets.Dropdown(options=list(names), value=sources[0][0], description="first teacher" if len(generations) > 1 else "teacher"),
+            **({"generation": choice("generation", generations, sources[0][1])} if len(generations) > 1 else {})}
 
-# %% ../nbs/15_explorers.ipynb #65191626
+# %% ../nbs/15_explorers.ipynb #f36479bf
 def collage(
     xy: np.ndarray, # (n, 2) within the unit square
     images: Tensor, # (n, channels, H, W) uint8
@@ -219,7 +228,7 @@ def collage(
         out[i + 2:i + h - 2, j + 2:j + w - 2, :3] = image
     return out
 
-# %% ../nbs/15_explorers.ipynb #0b827c67
+# %% ../nbs/15_explorers.ipynb #38da62e8
 class Classes:
     "A `Penultimate` in the unit square, whose classes may change and whose points may be images"
 
@@ -251,7 +260,7 @@ def merged_text(look: Look, classes: Sequence[int]) -> str:
     d, (a, b, c) = look.distance, classes
     return f"ab over ac, bc {2*d[a, b]/(d[a, c] + d[b, c]):.2f}, overlap {100*look.overlap[a, b]:.0f}% (N = {len(look.labels):,})"
 
-# %% ../nbs/15_explorers.ipynb #8c7fc0e0
+# %% ../nbs/15_explorers.ipynb #745a3c18
 def explore_classes(
     looks: Mapping[RunSpec, Look], # students over T and alpha, and their teachers, all of one seed
 ) -> Explorer:
@@ -269,8 +278,8 @@ def explore_classes(
     @lru_cache(64)
     def placed(specs, classes, split): return dict(zip(specs, unit_clusters([looks[s] for s in specs], classes, split)))
 
-    def draw(T, alpha, teacher, a, b, c, split, images):
-        spec, classes = stored_student(students, T, alpha, teacher), (a, b, c)
+    def draw(T, alpha, teacher, a, b, c, split, images, generation=1):
+        spec, classes = stored_student(students, T, alpha, teacher, generation), (a, b, c)
         taught = spec.method.teacher
         panels = (left, taught, (taught,), "Teacher"), (middle, spec, tuple(students), f"Student, T = {T:g}, alpha = {alpha:g}")
         for panel, s, together, role in panels:
@@ -286,7 +295,7 @@ def explore_classes(
     return Explorer(draw, **student_controls(students), **pick, split=widgets.Dropdown(options=["test", "train"], description="images of"),
                     images=widgets.Checkbox(False, description="as images"))
 
-# %% ../nbs/15_explorers.ipynb #ec962cde
+# %% ../nbs/15_explorers.ipynb #e4cdefb5
 class LinearView(NamedTuple):
     "A linear teacher, its exact student and Theorem 1"
     W_t: np.ndarray # the teacher's weights (d,), sorted
@@ -300,7 +309,7 @@ class LinearView(NamedTuple):
     noise: float # how far a model that never saw the labels may be off by chance: `gap_noise`
     alpha: float
 
-# %% ../nbs/15_explorers.ipynb #fd808e5f
+# %% ../nbs/15_explorers.ipynb #e06ebdb0
 def prepare_linear(
     T: float, # temperature, > 0
     alpha: float, # weight of distillation, 0 to 1
@@ -321,7 +330,7 @@ def prepare_linear(
     return LinearView(W_t[order], exact[order], formula[order], probs(z), probs(X.T@formula), alphas, np.stack([gaps(a) for a in alphas]),
                       gap(weights, z_t, y), gap_noise(z), alpha)
 
-# %% ../nbs/15_explorers.ipynb #1994d31b
+# %% ../nbs/15_explorers.ipynb #c37c6838
 class LinearPicture:
     "Weights, probabilities and gaps of a linear student; `show` moves what changes"
 
@@ -359,7 +368,7 @@ class LinearPicture:
         self.here.set_data([view.alpha], [.28])
         return self
 
-# %% ../nbs/15_explorers.ipynb #7c78509a
+# %% ../nbs/15_explorers.ipynb #0180abcf
 def explore_theory() -> Explorer:
     "Sliders for T, alpha and the problem over the exact linear student"
     picture = LinearPicture()

@@ -299,7 +299,7 @@ def mean_logits(
     "Logits of the mean of the probabilities that several logits stand for"
     return torch.stack([z.log_softmax(-1) for z in several]).logsumexp(0) - math.log(len(several))
 
-# %% ../nbs/09_runs.ipynb #aa4ee572
+# %% ../nbs/09_runs.ipynb #ca8aa45b
 def has_live_teacher(spec: RunSpec) -> bool:
     "Whether a network must be asked about each image as it is augmented"
     augmented = set(spec.recipe.augment) & set(load_data(spec.data).augment)
@@ -314,12 +314,10 @@ def make_teacher(spec: RunSpec, store: Store, device: str | None) -> Teacher | N
     return lambda x, index: said[index]
 
 
-@torch.inference_mode()
 def training_logits(teacher: Any, data: Data | WithoutFold, store: Store, device: str | None) -> Tensor: # (N, C) on the device
     "What a teacher says of the plain training images"
     said, d, on = asked(teacher, data, store, device), load_data(data), best_device(device)
-    batches = torch.arange(len(d.train)).split(500)
-    return torch.cat([said(d.normalise(d.train.inputs[i].to(on)), i.to(on)) for i in batches])
+    with torch.inference_mode(): return torch.cat([said(d.normalise(d.train.inputs[i].to(on)), i.to(on)) for i in torch.arange(len(d.train)).split(500)])
 
 # %% ../nbs/09_runs.ipynb #8554ab40
 def train(spec: RunSpec, store: Store, device: str | None, progress: bool, until: float | None = None, heard: Heard | None = None) -> Result:

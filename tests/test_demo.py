@@ -16,7 +16,7 @@ from kdc_nb.training import Recipe
 @pytest.fixture
 def small(monkeypatch):
     "The same blocks, a few epochs each."
-    few = [b._replace(recipe=Recipe(2, 32), data=d) for b, d in zip(blocks(), (Data("known", n_train=80, n_valid=60, n_test=90), Data("digits")))]
+    few = [b._replace(recipe=Recipe(2, 32), setting=b.setting._replace(data=d)) for b, d in zip(blocks(), (Data("known", n_train=80, n_valid=60, n_test=90), Data("digits")))]
     monkeypatch.setattr("kdc_nb.demo.blocks", lambda *args: few)
 
 

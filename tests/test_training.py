@@ -156,7 +156,7 @@ class Watch(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("method", [Method("nll").build(), Method("ls").build(), Method("focal").build(), Method("mdca", gamma=1).build(), Distillation(2., .5)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("method", [Method("nll").build(), Method("ls").build(), Method("focal").build(), Method("mdca", gamma=1).build(), Method("pskd").build(), Distillation(2., .5)], ids=lambda m: type(m).__name__)
 def test_a_step_asks_the_device_for_nothing(method):
     "What a CUDA graph cannot record: reading a value back, making a tensor from one of Python's, sizes that depend on values"
     training = Training(new_net(SPEC), load_data(TINY), method, Recipe(2, 32), 0, torch.device("cpu"))
