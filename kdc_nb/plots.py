@@ -621,7 +621,7 @@ def prepare_generations(
             rows.append(Generation(how_of(first.method), T, alpha, first.seed, number, len(l.labels), l.result.evaluation.raw | truth | own))
     return rows
 
-# %% ../nbs/14_plots.ipynb #6ed5f20d
+# %% ../nbs/14_plots.ipynb #02bca9bd
 CHAIN_MEASURES = {"top1": "top-1 accuracy", "ece": "ECE", "nll": "NLL", "gap": "confidence less accuracy", "agreement": "agreement with generation 0",
                   "error": "true calibration error", "kl": "KL(truth || network)"}
 
@@ -631,8 +631,9 @@ def plot_generations(
     T: float, # of the chains to draw
     alpha: float, # likewise
     keys: Sequence[str] = ("top1", "ece", "nll", "agreement"), # of CHAIN_MEASURES
+    end: float = 0., # the gap of a network that learns from labels alone, to which theory lets a chain go
 ) -> Figure:
-    "What was measured by generation: the mean over seeds, the seeds as dots, the ECE's null band in grey, and for the gap what theory expects"
+    "What was measured by generation: the mean over seeds, the seeds as dots, the ECE's null band in grey, and for the gap, dotted, what theory expects"
     own = [r for r in rows if (r.T, r.alpha) == (T, alpha)]
     check(bool(own), "T, alpha", f"{T:g}, {alpha:g}", "one of " + "; ".join(sorted({f"{r.T:g}, {r.alpha:g}" for r in rows})))
     titles = [lookup(CHAIN_MEASURES, key, "keys") for key in keys]
@@ -644,8 +645,8 @@ def plot_generations(
             ax.plot(list(by), means, c=c, label=name)
             ax.plot(*zip(*[(g, e.value) for g, v in by.items() for e in v]), ".", c=c, ms=5)
             if key == "ece": ax.fill_between(list(by), *([np.mean([getattr(e, k) for e in v]) for v in by.values()] for k in ("null_low", "null_high")), color=GREY, alpha=.2, lw=0)
-            if key == "gap": ax.plot(list(by), [means[0]*alpha**g for g in by], ":", c=c, label=f"{name}: gap at 0 times alpha^t")
-        if key == "gap": ax.axhline(0, c=GREY, lw=1)
+            if key == "gap": ax.plot(list(by), [end + (means[0] - end)*alpha**g for g in by], ":", c=c)
+        if key == "gap": ax.axhline(end, c=GREY, lw=1)
         if key in ("ece", "error", "kl"): ax.set_ylim(bottom=0)
         ax.set(xlabel="generation t", title=title)
     fig.legend(*axs[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, title="generation zero")
