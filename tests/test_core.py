@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from kdc_nb.calibrators import Method
 from kdc_nb.core import DamagedFile, decode, encode, load_tensors, save_tensors, value_id, whole_file
 from kdc_nb.data import Data
-from kdc_nb.runs import Distil, Posterior, RunSpec, Scaled, teacher_run
+from kdc_nb.runs import Distil, Posterior, RunSpec, Scaled, teacher_run, whole
+from kdc_nb.teachers import Ensemble, Given, OutOfFold
 from kdc_nb.training import Recipe
 
 methods = st.one_of(
@@ -21,9 +22,10 @@ methods = st.one_of(
 plain = st.builds(RunSpec, st.builds(lambda n: Data("known", n_train=n), st.integers(1, 50)), st.sampled_from(["resnet8", "wrn_40_1"]),
                   methods, st.builds(Recipe, st.integers(1, 300), lr=st.floats(1e-3, 1)), st.integers(0, 9))
 temperature, weight = st.floats(.1, 20), st.floats(0, 1)
+others = [st.builds(kind, plain, st.integers(2, 5)) for kind in (Ensemble, OutOfFold)] + [st.builds(Given, st.text(max_size=5), st.just("0"*16))]
 students = st.recursive(plain, lambda inner: st.builds(
-    lambda s, t, T, a: RunSpec(getattr(teacher_run(t), "data", s.data), s.model, Distil(t, T, a), s.recipe, s.seed),
-    plain, st.one_of(inner, st.builds(Scaled, inner), st.builds(Posterior, temperature)), temperature, weight), max_leaves=4)
+    lambda s, t, T, a: RunSpec(whole(getattr(teacher_run(t), "data", s.data)), s.model, Distil(t, T, a), s.recipe, s.seed),
+    plain, st.one_of(inner, st.builds(Scaled, inner), st.builds(Posterior, temperature), *others), temperature, weight), max_leaves=4)
 
 
 @given(students)
