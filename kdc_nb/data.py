@@ -300,7 +300,7 @@ def cifar10h(n_train: int = 5000, n_valid: int = 1000, seed: int = 0) -> DataSet
     return DataSet(*(Split(t["test_inputs"][i], t["test_labels"][i], votes[i]) for i in parts), tuple(classes), superclass_of("cifar10"), ("crop", "flip"),
                    **channel_stats(t["test_inputs"]))
 
-# %% ../nbs/02_data.ipynb #1249650f
+# %% ../nbs/02_data.ipynb #9fc663c8
 @value
 class WithoutFold:
     "A data set without the training images whose position is `k` modulo `K`"
@@ -309,8 +309,9 @@ class WithoutFold:
     K: int # folds, 2 or more
 
     def __post_init__(self):
-        check(self.K >= 2, "K", self.K, "2 folds or more")
-        check(0 <= self.k < self.K, "k", self.k, f"0 to {self.K - 1}")
+        check(isinstance(self.data, Data), "data", self.data, "a whole data set")
+        check(isinstance(self.K, int) and self.K >= 2, "K", self.K, "2 folds or more")
+        check(isinstance(self.k, int) and 0 <= self.k < self.K, "k", self.k, f"0 to {self.K - 1}")
 
     @property
     def name(self) -> str: return f"{self.data.name} without fold {self.k} of {self.K}"

@@ -582,7 +582,7 @@ def plot_umap(
     ax.set(title=f"{title} (N = {len(xy):,})", xticks=[], yticks=[])
     return ax
 
-# %% ../nbs/14_plots.ipynb #2674836f
+# %% ../nbs/14_plots.ipynb #a873c7f5
 class Generation(NamedTuple):
     "One network in a chain of self-distillation"
     first: str # how generation zero was trained
@@ -610,8 +610,11 @@ def prepare_generations(
     chains = {}
     for s in looks:
         first, number = generation_of(s)
-        if number: chains.setdefault((first, s.method.T, s.method.alpha), {})[number] = looks[s]
-    check(len(chains) > 0, "looks", "no student of a network", "chains of self-distillation")
+        if not number: continue
+        check(s == self_distilled(first, number, s.method.T, s.method.alpha)[-1], "looks", title_of(s), "chains as `self_distilled` makes them")
+        chains.setdefault((first, s.method.T, s.method.alpha), {})[number] = looks[s]
+    kinds = {(first.data, first.model, first.recipe) for first, _, _ in chains}
+    check(len(kinds) == 1, "looks", ", ".join(f"{m} on {d}" for d, m, _ in kinds) or "no student of a network", "chains of one network on one data set")
     rows = []
     for (first, T, alpha), later in chains.items():
         check(first in looks, "looks", f"no {title_of(first)}", "generation zero of each chain")
@@ -621,9 +624,9 @@ def prepare_generations(
             rows.append(Generation(how_of(first.method), T, alpha, first.seed, number, len(l.labels), l.result.evaluation.raw | truth | own))
     return rows
 
-# %% ../nbs/14_plots.ipynb #02bca9bd
-CHAIN_MEASURES = {"top1": "top-1 accuracy", "ece": "ECE", "nll": "NLL", "gap": "confidence less accuracy", "agreement": "agreement with generation 0",
-                  "error": "true calibration error", "kl": "KL(truth || network)"}
+# %% ../nbs/14_plots.ipynb #b46ab17f
+CHAIN_MEASURES = {k: MEASURES[k] for k in ("top1", "ece", "nll")} | {
+    "gap": "confidence less accuracy", "agreement": "agreement with generation 0", "error": "true calibration error", "kl": "KL(truth || network)"}
 
 
 def plot_generations(
@@ -631,7 +634,7 @@ def plot_generations(
     T: float, # of the chains to draw
     alpha: float, # likewise
     keys: Sequence[str] = ("top1", "ece", "nll", "agreement"), # of CHAIN_MEASURES
-    end: float = 0., # the gap of a network that learns from labels alone, to which theory lets a chain go
+    end: float | None = None, # the gap of a network that learns from labels alone, to which theory lets a chain go; None: that is not drawn
 ) -> Figure:
     "What was measured by generation: the mean over seeds, the seeds as dots, the ECE's null band in grey, and for the gap, dotted, what theory expects"
     own = [r for r in rows if (r.T, r.alpha) == (T, alpha)]
@@ -645,8 +648,8 @@ def plot_generations(
             ax.plot(list(by), means, c=c, label=name)
             ax.plot(*zip(*[(g, e.value) for g, v in by.items() for e in v]), ".", c=c, ms=5)
             if key == "ece": ax.fill_between(list(by), *([np.mean([getattr(e, k) for e in v]) for v in by.values()] for k in ("null_low", "null_high")), color=GREY, alpha=.2, lw=0)
-            if key == "gap": ax.plot(list(by), [end + (means[0] - end)*alpha**g for g in by], ":", c=c)
-        if key == "gap": ax.axhline(end, c=GREY, lw=1)
+            if key == "gap" and end is not None: ax.plot(list(by), [end + (means[0] - end)*alpha**g for g in by], ":", c=c)
+        if key == "gap" and end is not None: ax.axhline(end, c=GREY, lw=1)
         if key in ("ece", "error", "kl"): ax.set_ylim(bottom=0)
         ax.set(xlabel="generation t", title=title)
     fig.legend(*axs[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, title="generation zero")

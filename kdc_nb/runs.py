@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'DRAWING', 'RunSpec', 'whole', 'check_model', 'Scaled', 'Posterior', 'Distil', 'runs_of', 'teacher_run',
            'title_of', 'how_of', 'taught_by', 'words_of', 'parts_of', 'run_id', 'Result', 'light_of', 'from_light',
-           'truth_of', 'judge', 'Store', 'new_net', 'asked', 'trained_net', 'temperature_of', 'mean_logits',
+           'truth_of', 'judge', 'Store', 'new_net', 'asked', 'trained_net', 'temperature_of', 'held_out', 'mean_logits',
            'has_live_teacher', 'make_teacher', 'training_logits', 'train', 'environment', 'run', 'lineage', 'stored',
            'clean', 'write_results', 'kept_of', 'rounded', 'read_results', 'seeded', 'by_seed']
 
@@ -63,11 +63,14 @@ def check_model(name: str) -> None:
     "Refuse a model that cannot be built; each name is tried once"
     with torch.random.fork_rng(devices=[]): build_model(name, 2)
 
-# %% ../nbs/09_runs.ipynb #e1503c46
+# %% ../nbs/09_runs.ipynb #e9ac81e5
 @value
 class Scaled:
     "A teacher after temperature scaling, T fitted on its validation logits"
     run: RunSpec # or an `Ensemble` or `OutOfFold` of runs
+
+    def __post_init__(self):
+        check(runs_of(self.run) and not isinstance(self.run, Scaled), "run", self.run, "a teacher with a network behind it, not scaled before")
 
 
 @value
@@ -91,10 +94,10 @@ class Distil:
         "The loss, which also checks T and alpha"
         return Distillation(self.T, self.alpha)
 
-# %% ../nbs/09_runs.ipynb #a2eada75
+# %% ../nbs/09_runs.ipynb #08fbcc95
 @singledispatch
 def runs_of(teacher: Any) -> tuple[RunSpec, ...]: # none: there is no network behind it
-    "The runs that must be done before a teacher can teach; what it says is the mean of theirs"
+    "The runs that must be done before a teacher can teach"
     check(False, "teacher", repr(teacher), "a RunSpec, Scaled, Posterior, Ensemble, OutOfFold or Given")
 
 runs_of.register(Posterior)(lambda teacher: ())
@@ -276,7 +279,7 @@ def _(teacher: Posterior, data, store, device):
     said = (scalable(posterior, "probs")/teacher.tau).to(best_device(device))
     return lambda x, index: said[index]
 
-# %% ../nbs/09_runs.ipynb #965ea55a
+# %% ../nbs/09_runs.ipynb #9de94d96
 def trained_net(spec: RunSpec, store: Store, device: str | None) -> nn.Module:
     "The network of a finished run; one without weights is trained, and that is said"
     if (net := store.net(spec)) is not None: return net
@@ -286,11 +289,15 @@ def trained_net(spec: RunSpec, store: Store, device: str | None) -> nn.Module:
 
 
 def temperature_of(teacher: Any, store: Store) -> float:
-    "The T of temperature scaling: of the validation logits of the runs behind a teacher, their probabilities averaged"
-    results = [store.get(r) for r in runs_of(teacher)]
-    if len(results) == 1: return results[0].evaluation.T
-    labels = load_data(results[0].spec.data).valid.labels
-    return fit_temperature(mean_logits([r.logits["valid"] for r in results]), labels)
+    "The T of temperature scaling"
+    z, labels = held_out(teacher, store), load_data(teacher_run(teacher).data).valid.labels
+    return fit_temperature(z, labels.repeat(len(z)//len(labels)))
+
+
+@singledispatch
+def held_out(teacher: Any, store: Store) -> Tensor: # (M, C), M a multiple of the validation images
+    "What a teacher of finished runs says of images that none of its networks has seen: the validation images, once or several times"
+    return store.get(teacher_run(teacher)).logits["valid"]
 
 
 def mean_logits(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Ensemble', 'OutOfFold', 'Given', 'give', 'said_path']
 
-# %% ../nbs/10_teachers.ipynb #30ff8b9f
+# %% ../nbs/10_teachers.ipynb #220bcf5a
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +16,20 @@ import torch
 from .core import *
 from .data import *
 from .metrics import *
+from .calibrators import *
 from .training import *
 from .runs import *
 
-# %% ../nbs/10_teachers.ipynb #7f1cb04e
+# %% ../nbs/10_teachers.ipynb #156d88eb
 @value
 class Ensemble:
     "The mean of the probabilities of `n` networks: a run and its like with other seeds"
     run: RunSpec
     n: int = 5
 
-    def __post_init__(self): check(self.n >= 2, "n", self.n, "2 networks or more")
+    def __post_init__(self):
+        check(isinstance(self.run, RunSpec), "run", self.run, "a run")
+        check(isinstance(self.n, int) and self.n >= 2, "n", self.n, "2 networks or more")
 
 
 @runs_of.register
@@ -40,7 +43,11 @@ def _(teacher: Ensemble, data, store, device):
     several = [asked(r, data, store, device) for r in runs_of(teacher)]
     return lambda x, index: mean_logits([said(x, index) for said in several])
 
-# %% ../nbs/10_teachers.ipynb #cbc86b82
+
+@held_out.register
+def _(teacher: Ensemble, store): return mean_logits([held_out(r, store) for r in runs_of(teacher)])
+
+# %% ../nbs/10_teachers.ipynb #b4a38d18
 @value
 class OutOfFold:
     "`K` networks, each trained without one fold of the training images and asked about that fold alone"
@@ -48,8 +55,9 @@ class OutOfFold:
     K: int = 5
 
     def __post_init__(self):
-        check(self.K >= 2, "K", self.K, "2 folds or more")
-        check(isinstance(self.run.data, Data), "run", self.run.data, "a run on a whole data set")
+        check(isinstance(self.K, int) and self.K >= 2, "K", self.K, "2 folds or more")
+        whole = isinstance(self.run, RunSpec) and isinstance(self.run.data, Data) and isinstance(self.run.method, Method)
+        check(whole, "run", self.run, "a run on a whole data set, which nobody taught: its teacher would have seen every fold")
 
 
 @runs_of.register
@@ -60,11 +68,16 @@ words_of.register(OutOfFold)(lambda teacher, name: f"{name(teacher.run)} out of 
 
 @asked.register
 def _(teacher: OutOfFold, data, store, device):
+    check(data == teacher.run.data, "teacher", f"one whose folds are of {teacher.run.data}", f"folds of the student's data, {data}")
     several = [asked(r, data, store, device) for r in runs_of(teacher)]
     def said(x, index): return torch.stack([a(x, index) for a in several])[index % teacher.K, torch.arange(len(index), device=index.device)]
     return said
 
-# %% ../nbs/10_teachers.ipynb #6aebe68b
+
+@held_out.register
+def _(teacher: OutOfFold, store): return torch.cat([held_out(r, store) for r in runs_of(teacher)]) # each alone, as it teaches
+
+# %% ../nbs/10_teachers.ipynb #930d14ba
 @value
 class Given:
     "A teacher whose logits were given by `give`"
@@ -84,8 +97,8 @@ def give(
         with torch.no_grad(): said = torch.cat([torch.as_tensor(said(d.normalise(d.train.inputs[i]), i)) for i in index.split(500)])
     z = as_rows(said).float()
     check(z.shape == (len(index), d.n_classes), "said", f"shape {tuple(z.shape)}", f"({len(index)}, {d.n_classes}), a row for each training image")
-    teacher = Given(name, digest({"said": z}, "")[:16])
-    save_tensors(said_path(teacher, store or Store()), {"said": z})
+    teacher = Given(name, digest({"said": z}, d.fingerprint)[:16])
+    save_tensors(said_path(teacher, store or Store()), {"said": z}, data=d.fingerprint)
     return teacher
 
 
@@ -103,7 +116,7 @@ words_of.register(Given)(lambda teacher, name: teacher.name)
 def _(teacher: Given, data, store, device):
     path = said_path(teacher, store)
     check(path.exists(), "teacher", f"{teacher.name}, of which {store.folder} knows nothing", "one that was made by `give` with this store")
-    said = load_tensors(path)[0]["said"].to(best_device(device))
-    n = len(load_data(data).train)
-    check(len(said) == n, "teacher", f"{teacher.name}, who speaks of {len(said)} images", f"one who was asked about the {n} training images")
+    tensors, meta = load_tensors(path)
+    check(meta["data"] == load_data(data).fingerprint, "teacher", f"{teacher.name}, who was asked about other images", f"one who was asked about those of {data}")
+    said = tensors["said"].to(best_device(device))
     return lambda x, index: said[index]

@@ -196,6 +196,13 @@ def test_the_classes_follow_the_hand(page, shots):
     screenshot(page, shots, "classes_explorer")
 
 
+def test_the_generations_follow_the_hand(page, shots):
+    run_all(page, "nbs/studies/self_distillation.ipynb", shots)
+    for nth in range(1, 3): push_slider(page, nth) # alpha, generation
+    with another_picture(page): page.locator(".widget-dropdown select").first.select_option(index=1)
+    screenshot(page, shots, "generations_explorer")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("notebook", PAGES)
 def test_every_page_runs(page, notebook, shots): run_all(page, notebook, shots)

@@ -18,6 +18,7 @@ from kdc_nb.sweeps import generations, sweep
 from kdc_nb.theory import draw_problem, gap, minimise
 from kdc_nb.training import Recipe
 
+METHODS = {"NLL": Method("nll"), "PS-KD": Method("pskd"), "focal + MDCA": Method("mdca", beta=1, gamma=1)}
 TINY = Data("known", n_train=100, n_valid=60, n_test=80)
 NET = RunSpec(TINY, "resnet8", Method("nll"), Recipe(2, 50))
 
@@ -25,7 +26,7 @@ NET = RunSpec(TINY, "resnet8", Method("nll"), Recipe(2, 50))
 @pytest.mark.parametrize("name", SETTINGS)
 def test_who_teaches_whom(name):
     setting = SETTINGS[name]
-    rows = table_specs(setting, recipe="smoke", T=2, alpha=.5)
+    rows = table_specs(setting, METHODS, "smoke", T=2, alpha=.5)
     assert len(set(rows.values())) == len(rows)
     for row, spec in rows.items():
         assert spec.model == (setting.teacher if row.startswith("Teacher") else setting.student), row
@@ -34,7 +35,7 @@ def test_who_teaches_whom(name):
 
 
 def test_the_rows_train(tmp_path):
-    rows = table_specs(Setting(TINY, "resnet8", "resnet8"), recipe=Recipe(2, 50))
+    rows = table_specs(Setting(TINY, "resnet8", "resnet8"), METHODS, recipe=Recipe(2, 50))
     assert all(r.evaluation.n == 80 for r in sweep(rows.values(), Store(tmp_path), "cpu", progress=False))
 
 
@@ -87,6 +88,18 @@ def test_a_chain_without_its_first_is_refused(looks):
     found = dict(list(looks[0].items())[1:3])
     with pytest.raises(ValueError, match="looks: got no known resnet8 nll, seed 0, expected generation zero"): prepare_generations(found)
     with pytest.raises(ValueError, match="looks: got no student"): prepare_generations({})
+
+
+def test_only_chains_of_one_kind_are_measured(looks):
+    "Another temperature half-way, or another network, would be counted where it does not belong."
+    first, second, _ = list(looks[0])[:3]
+    l = looks[0][second]
+    hot = replace(second, method=Distil(second, 4., .9))
+    with pytest.raises(ValueError, match="looks: got .*expected chains as"): prepare_generations({first: l, second: l, hot: l})
+    larger = replace(second, model="resnet14")
+    with pytest.raises(ValueError, match="expected chains as"): prepare_generations({first: l, larger: l})
+    other = self_distilled(replace(first, model="resnet14"), 1)
+    with pytest.raises(ValueError, match="expected chains of one network"): prepare_generations(dict.fromkeys([first, second, *other], l))
 
 
 def test_the_explorer_goes_through_the_generations(looks):

@@ -55,6 +55,17 @@ def test_an_ensemble_is_scaled_by_the_temperature_of_its_mean(store):
     assert (scaled/plain).numpy() == pytest.approx(u, rel=1e-3)
 
 
+def test_networks_that_teach_alone_are_scaled_alone(store):
+    "An out-of-fold teacher's temperature suits single networks, not their mean, which is less sure."
+    folds = OutOfFold(replace(NET, recipe=Recipe(8, 50)), 2)
+    z = np.concatenate([go(r, store).logits["valid"].double().numpy() for r in runs_of(folds)])
+    y = np.tile(load_data(TINY).valid.labels.numpy(), 2)
+    nll = lambda u: -np.log(softmax(u*z)[range(len(y)), y]).mean()
+    u = minimize_scalar(nll, bounds=(.01, 100), method="bounded", options={"xatol": 1e-8}).x
+    plain, scaled = (training_logits(t, TINY, store, "cpu") for t in (folds, Scaled(folds)))
+    assert (scaled/plain).numpy() == pytest.approx(u, rel=1e-3)
+
+
 def test_nobody_is_asked_about_an_image_that_he_has_seen(store):
     "Each image's answer is that of a network in whose training set it is not."
     folds, data = OutOfFold(NET, 3), load_data(TINY)
@@ -93,6 +104,12 @@ def test_they_teach_live_too(store, kind, monkeypatch):
     assert go(student, store).evaluation.n == len(load_data(data).test)
 
 
+def test_folds_of_another_set_are_refused(store):
+    "A position names another fold there."
+    student = replace(NET, data=WithoutFold(TINY, 0, 2), method=Distil(OutOfFold(NET, 2)))
+    with pytest.raises(ValueError, match="teacher: got one whose folds are of Data"): go(student, store)
+
+
 def test_what_was_given_teaches_in_other_processes(store):
     "The store holds what was said, so that workers find it."
     z = torch.randn(100, 20, generator=torch.Generator().manual_seed(0))
@@ -126,6 +143,12 @@ def test_what_is_no_teacher_is_refused(store, said, message):
     assert not store.folder.exists()
 
 
+def test_what_was_said_of_other_images_is_refused(store):
+    teacher = give("a", torch.zeros(100, 20), TINY, store)
+    for other in (replace(NET, data=Data("known", n_train=100, n_valid=60, n_test=80, seed=1)), replace(NET, data=WithoutFold(TINY, 0, 2))):
+        with pytest.raises(ValueError, match="teacher: got a, who was asked about other images"): go(replace(other, method=Distil(teacher)), store)
+
+
 def test_a_damaged_or_foreign_file_is_told(store):
     teacher = give("a", torch.zeros(100, 20), TINY, store)
     (path := next(store.folder.glob("*.said"))).write_bytes(path.read_bytes()[:-5])
@@ -135,9 +158,12 @@ def test_a_damaged_or_foreign_file_is_told(store):
 
 
 @pytest.mark.parametrize("make", [lambda: Ensemble(NET, 1), lambda: OutOfFold(NET, 1), lambda: OutOfFold(replace(NET, data=WithoutFold(TINY, 0, 2))),
-                                  lambda: WithoutFold(TINY, 2, 2), lambda: replace(NET, method=Distil(Ensemble(replace(NET, data=Data("known")))))])
+                                  lambda: WithoutFold(TINY, 2, 2), lambda: WithoutFold(TINY, 0, 2.5), lambda: WithoutFold(WithoutFold(TINY, 0, 2), 0, 2),
+                                  lambda: Ensemble(NET, 2.5), lambda: Ensemble(Scaled(NET)), lambda: OutOfFold(NET, 3.), lambda: OutOfFold(replace(NET, method=Distil(NET))),
+                                  lambda: Scaled(Posterior()), lambda: Scaled(Given("a", "0"*16)), lambda: Scaled(Scaled(NET)), lambda: Scaled("net"),
+                                  lambda: replace(NET, method=Distil(Ensemble(replace(NET, data=Data("known")))))])
 def test_what_cannot_be_is_refused_where_it_is_written(make):
-    with pytest.raises(ValueError, match="^(n|K|k|run|teacher): got .* expected "): make()
+    with pytest.raises(ValueError, match="^(n|K|k|run|data|teacher): got .* expected "): make()
 
 
 def test_descriptions_survive_a_file(tmp_path):
