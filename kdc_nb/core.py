@@ -203,7 +203,7 @@ def cache_dir() -> Path: # not made until something is written
     base = os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache"
     return Path(os.environ.get("KDC_CACHE") or Path(base)/"kdc_nb").expanduser()
 
-# %% ../nbs/00_core.ipynb #87c5d35e
+# %% ../nbs/00_core.ipynb #9dee57ae
 def text_table(
     head: Sequence[str],
     rows: Iterable[Sequence[str]], # a text for each column
@@ -213,7 +213,7 @@ def text_table(
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(t.ljust(w) for t, w in zip(line, widths)).rstrip() for line in lines)
 
-
+# %% ../nbs/00_core.ipynb #9b7b3e90
 def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
     "The same for a page"
     tr = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{escape(c)}</{tag}>" for c in cells) + "</tr>"

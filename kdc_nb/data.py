@@ -277,7 +277,7 @@ def cifar100(n_train: int = 45_000, n_valid: int = 5000, seed: int = 0) -> DataS
     "Photographs of 100 classes"
     return photo_set("cifar100", n_train, n_valid, seed)
 
-# %% ../nbs/02_data.ipynb #f522ce7a
+# %% ../nbs/02_data.ipynb #786bbbfb
 def read_votes(
     folder: Path, # the cache folder
 ) -> Tensor: # (10000, 10) float32, rows sum to 1
@@ -289,7 +289,7 @@ def read_votes(
     check(bool(fits), "cifar10h", f"{path} of shape {counts.shape}", "votes for 10 classes on each of 10,000 images")
     return torch.from_numpy(counts/counts.sum(1, keepdims=True)).float()
 
-
+# %% ../nbs/02_data.ipynb #bb2cb59b
 @Data.register("cifar10h")
 def cifar10h(n_train: int = 5000, n_valid: int = 1000, seed: int = 0) -> DataSet:
     "CIFAR-10's official test photographs with the votes of people as their posterior; what training and validation leave is the test set"

@@ -624,7 +624,7 @@ def prepare_generations(
             rows.append(Generation(how_of(first.method), T, alpha, first.seed, number, len(l.labels), l.result.evaluation.raw | truth | own))
     return rows
 
-# %% ../nbs/14_plots.ipynb #b46ab17f
+# %% ../nbs/14_plots.ipynb #94f6b804
 CHAIN_MEASURES = {k: MEASURES[k] for k in ("top1", "ece", "nll")} | {
     "gap": "confidence less accuracy", "agreement": "agreement with generation 0", "error": "true calibration error", "kl": "KL(truth || network)"}
 
@@ -647,7 +647,9 @@ def plot_generations(
             means = [np.mean([e.value for e in v]) for v in by.values()]
             ax.plot(list(by), means, c=c, label=name)
             ax.plot(*zip(*[(g, e.value) for g, v in by.items() for e in v]), ".", c=c, ms=5)
-            if key == "ece": ax.fill_between(list(by), *([np.mean([getattr(e, k) for e in v]) for v in by.values()] for k in ("null_low", "null_high")), color=GREY, alpha=.2, lw=0)
+            if key == "ece":
+                null = ([np.mean([getattr(e, k) for e in v]) for v in by.values()] for k in ("null_low", "null_high"))
+                ax.fill_between(list(by), *null, color=GREY, alpha=.2, lw=0)
             if key == "gap" and end is not None: ax.plot(list(by), [end + (means[0] - end)*alpha**g for g in by], ":", c=c)
         if key == "gap" and end is not None: ax.axhline(end, c=GREY, lw=1)
         if key in ("ece", "error", "kl"): ax.set_ylim(bottom=0)
