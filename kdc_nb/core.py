@@ -158,11 +158,11 @@ def whole_file(
         os.replace(part, path)
     finally: part.unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #3fb20fb2
+# %% ../nbs/00_core.ipynb #341d01c5
 class DamagedFile(ValueError):
     "A file of the cache or the store that is cut short or changed"
 
-
+# %% ../nbs/00_core.ipynb #bade24a8
 def digest(tensors: Mapping[str, Tensor], text: str) -> str:
     "SHA-256 of a text and of the names, types, shapes and bytes of tensors"
     h = hashlib.sha256(text.encode())

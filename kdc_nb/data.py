@@ -73,11 +73,11 @@ class DataSet:
         tensors = {f"{k}/{f}": t for k in ("train", "valid", "test") for f, t in vars(getattr(self, k)).items() if t is not None}
         return digest(tensors, f"{self.augment} {self.mean} {self.std}")[:16]
 
-# %% ../nbs/02_data.ipynb #9502d009
+# %% ../nbs/02_data.ipynb #24617b45
 class Data(Named):
     "A data set by name, such as `Data('cifar10', n_train=5000)`"
 
-
+# %% ../nbs/02_data.ipynb #411815dd
 @lru_cache(maxsize=4)
 def load_data(
     data: "Data | WithoutFold", # the description

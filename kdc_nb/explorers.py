@@ -7,7 +7,7 @@ __all__ = ['png_of', 'Explorer', 'choice', 'Redrawn', 'Tempered', 'prepare_tempe
            'explore_transfer', 'source_of', 'stored_student', 'student_controls', 'collage', 'Classes', 'unit_clusters',
            'merged_text', 'explore_classes', 'LinearView', 'prepare_linear', 'LinearPicture', 'explore_theory']
 
-# %% ../nbs/15_explorers.ipynb #96a9dd7a
+# %% ../nbs/15_explorers.ipynb #a57f05ab
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba

@@ -9,9 +9,8 @@ __all__ = ['RULES', 'MEANS', 'T_RANGE', 'numbers', 'as_rows', 'as_outputs', 'sof
            'ece', 'ace', 'mce', 'ks', 'sce', 'classwise_ace', 'nll_each', 'brier_each', 'top1_each', 'nll', 'brier',
            'top1', 'true_calibration_error', 'kl_to_truth', 'truth_pair', 'nll_slope', 'fit_temperature', 'scalable']
 
-# %% ../nbs/03_metrics.ipynb #7a5eaaf3
+# %% ../nbs/03_metrics.ipynb #7ef39b6d
 import csv
-import math
 import warnings
 import zipfile
 import zlib

@@ -6,11 +6,11 @@
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'GREY', 'COLORS', 'KINDS', 'MEASURES', 'CHAIN_MEASURES',
            'prepare_reliability', 'Reliability', 'plot_reliability', 'error_text', 'plot_overlay', 'Side', 'Pair',
            'side_of', 'side_of_truth', 'teacher_side', 'prepare_transfer', 'Transfer', 'plot_transfer', 'Row',
-           'prepare_rows', 'draw_together', 'plot_rows', 'seeds_text', 'plot_tradeoff', 'prepare_direct', 'plot_direct',
-           'prepare_histories', 'plot_histories', 'prepare_similarity', 'prepare_agreement', 'plot_matrix', 'Shift',
-           'prepare_shift', 'plot_shift', 'prepare_penultimate', 'Penultimate', 'limits_of', 'plot_penultimate',
-           'Measured', 'prepare_merging', 'plot_merging', 'prepare_umap', 'plot_umap', 'Generation', 'mean_interval',
-           'prepare_generations', 'plot_generations']
+           'prepare_rows', 'draw_together', 'plot_rows', 'prepare_table', 'cells_of', 'seeds_text', 'plot_tradeoff',
+           'prepare_direct', 'plot_direct', 'prepare_histories', 'plot_histories', 'prepare_similarity',
+           'prepare_agreement', 'plot_matrix', 'Shift', 'prepare_shift', 'plot_shift', 'prepare_penultimate',
+           'Penultimate', 'limits_of', 'plot_penultimate', 'Measured', 'prepare_merging', 'plot_merging',
+           'prepare_umap', 'plot_umap', 'Generation', 'mean_interval', 'prepare_generations', 'plot_generations']
 
 # %% ../nbs/14_plots.ipynb #75adf252
 import warnings
@@ -218,20 +218,19 @@ def plot_transfer(
     "The student's calibration error against its teacher's"
     return Transfer(ax, true_error, limit).show(pairs, T, alpha).ax
 
-# %% ../nbs/14_plots.ipynb #3d7c7580
+# %% ../nbs/14_plots.ipynb #435d06d2
 class Row(NamedTuple):
     "Runs that differ in their seed only, drawn together; fractions"
     name: str
     spec: RunSpec # of the first seed
     n: int # test images
     seeds: int
-    mean: dict[str, float] # by metric, over seeds
+    mean: dict[str, float] # by metric, over seeds; with "error" and "kl" against the truth where that is known
     spread: dict[str, float] # standard deviation over seeds
     ece: Estimate # means of the seeds' intervals and null bands
     each: dict[str, list[float]] # by metric, each seed's
-    true_error: float | None # mean over seeds, where the truth is known
 
-# %% ../nbs/14_plots.ipynb #6f06f550
+# %% ../nbs/14_plots.ipynb #c67683ba
 def prepare_rows(
     named: Mapping[str, list[Result]], # results of the seeds of each row
     which: str = "raw", # or "scaled"
@@ -247,11 +246,10 @@ def draw_together(name: str, results: list[Result], which: str) -> Row:
     tables = [getattr(r.evaluation, which) for r in results]
     values = {k: np.array([t[k].value for t in tables]) for k in tables[0]}
     ends = Estimate(*(float(np.mean([getattr(t["ece"], f) for t in tables])) for f in Estimate.__dataclass_fields__))
-    key = "error" if which == "raw" else "scaled_error"
-    true = float(np.mean([r.truth[key] for r in results])) if results[0].truth else None
+    if results[0].truth: values |= {k: np.array([r.truth[k if which == "raw" else f"scaled_{k}"] for r in results]) for k in ("error", "kl")}
     spread = {k: float(v.std(ddof=1)) if len(v) > 1 else 0. for k, v in values.items()}
     means = {k: float(v.mean()) for k, v in values.items()}
-    return Row(name, results[0].spec, results[0].evaluation.n, len(results), means, spread, ends, {k: v.tolist() for k, v in values.items()}, true)
+    return Row(name, results[0].spec, results[0].evaluation.n, len(results), means, spread, ends, {k: v.tolist() for k, v in values.items()})
 
 # %% ../nbs/14_plots.ipynb #3a6492c5
 def plot_rows(
@@ -271,6 +269,30 @@ def plot_rows(
     ax.set_xlim(left=0)
     ax.invert_yaxis()
     return ax
+
+# %% ../nbs/14_plots.ipynb #e7d71fc9
+def prepare_table(
+    named: Mapping[str, list[Result]], # results of the seeds of each row
+) -> tuple[list[str], list[list[str]]]: # head and rows, for `text_table` and `html_table`
+    "Runs as a table: means over seeds with their standard deviations; columns in which no row has anything to say are left out"
+    rows = [cells_of(*pair) for pair in zip(prepare_rows(named), prepare_rows(named, "scaled"))]
+    head = [h for h in rows[0] if any(r[h] for r in rows)]
+    return head, [[r[h] for h in head] for r in rows]
+
+
+def cells_of(raw: Row, scaled: Row) -> dict[str, str]:
+    "One row of the table by the names of its columns"
+    def cell(row, key, scale=100., digits=1):
+        spread = f" ±{scale*row.spread[key]:.{digits}f}" if row.seeds > 1 and key in row.mean else ""
+        return f"{scale*row.mean[key]:.{digits}f}{spread}" if key in row.mean else ""
+    span = lambda low, high: f"{100*low:.1f} to {100*high:.1f}"
+    how = raw.spec.method
+    return {
+        "": raw.name, **{k: f"{getattr(how, k):g}" if isinstance(how, Distil) else "" for k in ("T", "alpha")}, "Top-1": cell(raw, "top1"),
+        "ECE": cell(raw, "ece"), "95% interval": span(raw.ece.low, raw.ece.high), "null band": span(raw.ece.null_low, raw.ece.null_high),
+        "true error": cell(raw, "error"), "SCE": cell(raw, "sce", digits=2), "ACE": cell(raw, "ace"), "NLL": cell(raw, "nll", 1, 3),
+        "KL to truth": cell(raw, "kl", 1, 3), "after TS: ECE": cell(scaled, "ece"), "after TS: NLL": cell(scaled, "nll", 1, 3),
+    }
 
 # %% ../nbs/14_plots.ipynb #e6069e0e
 def seeds_text(rows: Iterable[Row]) -> str:

@@ -8,7 +8,7 @@ import torch
 from kdc_nb import metrics
 from kdc_nb.core import decode, encode
 from kdc_nb.estimates import Estimate, Evaluation, chernoff, evaluate, interval, mean_estimate, null_band, null_draws, reliability_bins, wilson
-from kdc_nb.metrics import Claims, MEANS, RULES, ace, binned_error, brier, classwise_ace, ece, ks, mce, nll, sce, top1, top_claims
+from kdc_nb.metrics import Claims, MEANS, RULES, binned_error, brier, ece, nll, top_claims
 
 from .conftest import made
 

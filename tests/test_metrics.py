@@ -10,7 +10,7 @@ from scipy.optimize import minimize_scalar
 
 from kdc_nb.estimates import reliability_bins
 from kdc_nb.metrics import (ace, as_outputs, brier, classwise_ace, ece, fit_temperature, kl_to_truth, ks, load_outputs, mass_bins, mce, nll,
-                            numbers, sce, score, softmax64, top1, true_calibration_error, width_bins)
+                            sce, softmax64, top1, true_calibration_error, width_bins)
 
 from .conftest import made
 

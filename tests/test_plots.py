@@ -11,7 +11,7 @@ from kdc_nb.data import Data
 from kdc_nb.estimates import reliability_bins
 from kdc_nb.penultimate import look
 from kdc_nb.plots import (Reliability, Shift, limits_of, plot_direct, plot_matrix, plot_merging, plot_overlay, plot_penultimate, plot_shift,
-                          plot_tradeoff, prepare_agreement, prepare_direct, prepare_histories, prepare_merging, prepare_penultimate, prepare_rows,
+                          plot_tradeoff, prepare_agreement, prepare_direct, prepare_histories, prepare_merging, prepare_penultimate, prepare_rows, prepare_table,
                           prepare_shift, prepare_similarity, prepare_umap)
 from kdc_nb.runs import Distil, RunSpec, Scaled, Store, run
 from kdc_nb.training import Recipe
@@ -71,6 +71,17 @@ def test_the_trade_off_is_that_of_the_rows(results):
     ax = plot_tradeoff(rows, "sce")
     assert [p.get_width() for p in ax.patches] == pytest.approx([200*r.spread["sce"] for r in rows])
     assert [p.get_center() for p in ax.patches] == [pytest.approx((100*r.mean["sce"], 100*r.mean["top1"])) for r in rows]
+
+
+def test_a_table_has_the_columns_that_its_rows_speak_of(results):
+    direct, student = ([results[s] for s in own] for own in ([net("nll", 0), net("nll", 1)], [net(Distil(net("nll", model="resnet14")))]))
+    head, (a, b) = prepare_table({"direct": direct, "KD": student})
+    row = dict(zip(head, a))
+    mean = np.mean([r.truth["scaled_kl"] for r in direct])
+    assert prepare_rows({"a": direct}, "scaled")[0].mean["kl"] == pytest.approx(mean) and (row["T"], dict(zip(head, b))["T"]) == ("", "1")
+    assert row["ECE"] == f"{50*sum(r.evaluation.raw['ece'].value for r in direct):.1f} ±{100*np.std([r.evaluation.raw['ece'].value for r in direct], ddof=1):.1f}"
+    unknown = [replace(r, truth=None) for r in direct]
+    assert set(head) - set(prepare_table({"direct": unknown})[0]) == {"T", "alpha", "true error", "KL to truth"}
 
 
 def test_rows_refuse_what_is_not_there(results):

@@ -1,7 +1,6 @@
 "The web pages made from the notebooks: they hold all that is shown there, load nothing, and lead nowhere in vain"
 import base64
 import importlib
-import os
 import posixpath
 import re
 import runpy
