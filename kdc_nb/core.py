@@ -116,9 +116,10 @@ def like(given: Any, default: Any, argument: str) -> Any: # `given`, as the defa
 def encode(obj: Any) -> Any: # what `json.dumps` takes
     """`obj` as plain JSON, values as objects with their class under `kind`.
 
-    A field that is None is left out: a field that comes later, with None as its default, leaves older descriptions (and ids) as they were.
+    A field that is None is left out, and a named value's switch that is off: what comes later, with that as its default, leaves older
+    descriptions (and ids) as they were.
     """
-    if isinstance(obj, Named): return {"kind": type(obj).__name__, "name": obj.name, **obj.params}
+    if isinstance(obj, Named): return {"kind": type(obj).__name__, "name": obj.name, **{k: v for k, v in obj.params.items() if v is not False}}
     if is_dataclass(obj):
         rest = {f.name: encode(v) for f in fields(obj) if (v := getattr(obj, f.name)) is not None}
         return {"kind": type(obj).__name__, **rest}

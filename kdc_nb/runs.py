@@ -6,8 +6,8 @@
 __all__ = ['SCHEMA', 'DRAWING', 'RunSpec', 'whole', 'check_model', 'Scaled', 'Posterior', 'Distil', 'runs_of', 'teacher_run',
            'title_of', 'how_of', 'taught_by', 'words_of', 'parts_of', 'run_id', 'Result', 'light_of', 'from_light',
            'truth_of', 'judge', 'Store', 'new_net', 'asked', 'trained_net', 'temperature_of', 'held_out', 'mean_logits',
-           'has_live_teacher', 'make_teacher', 'training_logits', 'train', 'environment', 'run', 'lineage', 'stored',
-           'clean', 'write_results', 'kept_of', 'rounded', 'read_results', 'seeded', 'by_seed']
+           'has_live_teacher', 'make_teacher', 'training_logits', 'train', 'environment', 'run', 'lineage',
+           'recalibrate', 'stored', 'clean', 'write_results', 'kept_of', 'rounded', 'read_results', 'seeded', 'by_seed']
 
 # %% ../nbs/09_runs.ipynb #101cde33
 import json
@@ -50,6 +50,7 @@ class RunSpec:
         for taught in runs_of(self.method.teacher) if isinstance(self.method, Distil) else ():
             check(whole(taught.data) == whole(self.data), "teacher", f"one trained on {taught.data}", f"the student's data, {self.data}")
         check(isinstance(self.seed, int) and self.seed >= 0, "seed", self.seed, "a whole number from 0")
+        self.method.build() # refuses strengths that mean nothing
         check_model(self.model)
 
 
@@ -117,7 +118,7 @@ def title_of(spec: RunSpec) -> str:
 
 def how_of(method: Method | Distil) -> str:
     "A method in a few words"
-    if isinstance(method, Method): return " ".join([method.name, *(f"{k}={v:g}" for k, v in method.params.items())])
+    if isinstance(method, Method): return " ".join([method.name, *(k if v is True else f"{k}={v:g}" for k, v in method.params.items() if v is not False)])
     return f"KD(T={method.T:g}, alpha={method.alpha:g}) from {words_of(method.teacher, lambda run: f'[{title_of(run)}]')}"
 
 
@@ -361,6 +362,17 @@ def lineage(spec: RunSpec) -> list[RunSpec]:
     teachers = runs_of(spec.method.teacher) if isinstance(spec.method, Distil) else ()
     return list(dict.fromkeys([*(r for t in teachers for r in lineage(t)), spec]))
 
+# %% ../nbs/09_runs.ipynb #8a51e059
+def recalibrate(
+    result: Result, # with its logits: from `run` or the store
+    how: PostHoc | str, # or its name
+) -> Result: # of the same run; its logits are those of the calibrator
+    "A result after a post-hoc calibrator, fitted on the validation images"
+    check(result.logits, "result", "one from a light file", "one with its logits, from `run` or the store")
+    how = PostHoc(how) if isinstance(how, str) else how
+    after = how.build(result.logits["valid"], load_data(result.spec.data).valid.labels)
+    return judge(result.spec, {k: after(z) for k, z in result.logits.items()}, result.history, result.facts | {"after": encode(how)})
+
 # %% ../nbs/09_runs.ipynb #1c2268eb
 def stored(
     store: Store | None = None, # None: the one in the cache folder
@@ -377,7 +389,7 @@ def clean(
     "Remove what killed runs left behind: checkpoints, half-written files, weights without a result. Not while a process trains into the store"
     folder = (store or Store()).folder
     done = {p.stem for p in folder.glob("*.run")}
-    left = [p for p in folder.glob("*") if p.suffix == ".part" or p.suffix == ".net" and p.stem not in done]
+    left = [p for p in folder.glob("*") if p.suffix == ".part" or p.name.startswith(".tmp") or p.suffix == ".net" and p.stem not in done]
     for p in left: p.unlink()
     return left
 

@@ -112,7 +112,7 @@ class Training:
         self.momentum = {name: torch.zeros_like(p) for name, p in net.named_parameters()} if recipe.momentum else {}
         for p, m in zip(net.parameters(), self.momentum.values()): self.opt.state[p]["momentum_buffer"] = m
         self.k, self.now = torch.zeros(1, dtype=torch.long, device=device), torch.zeros((), dtype=torch.long, device=device) # step and epoch
-        self.plan, self.losses, self.hits, self.generator, self.step = (None,)*5 # of the epoch
+        self.plan, self.losses, self.hits, self.step = (None,)*4 # of the epoch
         self.epoch, self.seconds, self.history, self.best = 0, 0., [], {}
         self.heard, self.listening = heard, True
 
@@ -132,6 +132,7 @@ class Plan(NamedTuple):
     index: Tensor # (S, B) positions in the training set
     shift: Tensor # (S, B, 2) pixels down and right
     flip: Tensor # (S, B) bool
+    drawn: Tensor # (S, ...) by the method
     lr: Tensor # (S,)
 
 
@@ -139,21 +140,20 @@ def draw_epoch(
     run: Training,
 ) -> Plan: # on the CPU
     "Which images make each of an epoch's batches, what is done to each, and how fast to learn"
-    n, size = len(run.labels), min(run.recipe.batch_size, len(run.labels))
-    order = torch.randperm(n, generator=run.generator)
+    n, size, generator = len(run.labels), min(run.recipe.batch_size, len(run.labels)), epoch_generator(run.seed, run.epoch)
+    order = torch.randperm(n, generator=generator)
     order = torch.cat([order, order[:-n % size]])
     ops = [o for o in run.recipe.augment if o in run.data.augment]
-    views = draw_views(len(order), ops, pad_of(run.inputs), run.generator)
+    views = draw_views(len(order), ops, pad_of(run.inputs), generator)
     steps = len(order)//size
     lr = [lr_at(run.recipe, (run.epoch + k/steps)/run.recipe.epochs) for k in range(steps)]
-    return Plan(*(t.unflatten(0, (steps, size)) for t in (order, *views)), torch.tensor(lr))
+    return Plan(*(t.unflatten(0, (steps, size)) for t in (order, *views)), run.method.draw(steps, generator), torch.tensor(lr))
 
 # %% ../nbs/08_training.ipynb #5c680a32
 def begin_epoch(
     run: Training,
 ) -> None:
     "Put the next epoch's plan on the device, and the counter to its start"
-    run.generator = epoch_generator(run.seed, run.epoch)
     plan = draw_epoch(run)
     if run.plan is None:
         run.plan = Plan(*(t.to(run.device, copy=True) for t in plan))
@@ -175,10 +175,10 @@ def train_step(
     teacher: Teacher | None,
 ) -> None:
     "Forward, backward, update: the step that the counter names, after which it names the next"
-    index, shift, flip, lr = (t.index_select(0, run.k)[0] for t in run.plan)
+    index, shift, flip, drawn, lr = (t.index_select(0, run.k)[0] for t in run.plan)
     labels = run.labels[index]
     x = run.data.normalise(augment(run.inputs[index], shift, flip, pad_of(run.inputs)))
-    x, targets = run.method.mix(x.contiguous(memory_format=torch.channels_last), labels, run.generator)
+    x, targets = run.method.mix(x.contiguous(memory_format=torch.channels_last), labels, drawn)
     with autocast(run.device):
         said = ask(run, teacher, x, index)
         logits = run.net(x)
@@ -210,9 +210,6 @@ def recorded(
     "The training step as a CUDA graph; where there is no CUDA, or it cannot be recorded, as it is"
     def step(): train_step(run, teacher)
     if run.device.type != "cuda": return step
-    if type(run.method).mix is not Calibrator.mix:
-        warnings.warn(f"{type(run.method).__name__} mixes its inputs: its steps are not recorded as a CUDA graph")
-        return step
     before = {name: t.clone() for name, t in state_of(run).items()}
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
