@@ -7,14 +7,15 @@ __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'GREY', 'COLORS', 'KINDS', 
            'prepare_reliability', 'Reliability', 'plot_reliability', 'error_text', 'plot_overlay', 'Side', 'Pair',
            'side_of', 'side_of_truth', 'teacher_side', 'prepare_transfer', 'Transfer', 'plot_transfer', 'Row',
            'prepare_rows', 'draw_together', 'plot_rows', 'prepare_table', 'cells_of', 'seeds_text', 'plot_tradeoff',
-           'prepare_direct', 'plot_direct', 'prepare_histories', 'plot_histories', 'prepare_similarity',
-           'prepare_agreement', 'plot_matrix', 'Shift', 'prepare_shift', 'plot_shift', 'prepare_penultimate',
-           'Penultimate', 'limits_of', 'plot_penultimate', 'Measured', 'prepare_merging', 'plot_merging',
-           'prepare_umap', 'plot_umap', 'Generation', 'mean_interval', 'prepare_generations', 'plot_generations']
+           'prepare_direct', 'plot_direct', 'prepare_histories', 'plot_histories', 'Pull', 'prepare_pull',
+           'PullPicture', 'plot_pull', 'prepare_similarity', 'prepare_agreement', 'plot_matrix', 'Shift',
+           'prepare_shift', 'plot_shift', 'prepare_penultimate', 'Penultimate', 'limits_of', 'plot_penultimate',
+           'Measured', 'prepare_merging', 'plot_merging', 'prepare_umap', 'plot_umap', 'Generation', 'mean_interval',
+           'prepare_generations', 'plot_generations']
 
 # %% ../nbs/14_plots.ipynb #75adf252
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from .core import *
 from .data import *
 from .metrics import *
 from .estimates import *
+from .losses import *
 from .calibrators import *
 from .runs import *
 from .penultimate import *
@@ -389,6 +391,71 @@ def plot_histories(
     ax.set(title=title, ylabel=column.replace("valid_ece", "validation ECE").replace("_", " "))
     ax.legend(fontsize=8, title=None)
     return ax
+
+# %% ../nbs/14_plots.ipynb #b8d22a80
+class Pull(NamedTuple):
+    "Where a loss moves the answers to an image of three classes, the label first"
+    lead: np.ndarray # (L,) logits by which the label is ahead of two equal others
+    chance: np.ndarray # (L,) its probability
+    target: np.ndarray # (L,) its effective target
+    points: np.ndarray # (P, 3) probabilities all over the triangle
+    moves: np.ndarray # (P, 3) how fast they change; rows sum to 0
+
+
+def prepare_pull(
+    loss: Callable[[Tensor, Tensor], Tensor], # of logits and labels, the mean over a batch
+    others: tuple[Tensor, Tensor] | None = None, # logits (M, 3) and labels (M,) of the rest of the batch
+) -> Pull:
+    "The pull of a loss on an image of three classes"
+    lead, n = torch.linspace(-4, 14, 120), 13
+    points = torch.tensor([(a, b, n - a - b) for a in range(1, n) for b in range(1, n - a)])/n
+    z = torch.cat([torch.nn.functional.pad(lead[:, None], (0, 2)), points.log()])
+    p, t = z.softmax(1), effective_target(loss, z, torch.zeros(len(z), dtype=torch.long), others)
+    moves = p*((t - p) - (p*(t - p)).sum(1, keepdim=True))
+    return Pull(*(x.numpy() for x in (lead, p[:120, 0], t[:120, 0], points, moves[120:])))
+
+# %% ../nbs/14_plots.ipynb #f68dfdca
+class PullPicture:
+    "A triangle of arrows beside the label's effective target; `show` moves what changes"
+    corners = np.array([[.5, .75**.5], [0, 0], [1, 0]]) # the label on top
+
+    def __init__(self,
+        axs: Sequence[Axes] | None = None, # two; None: new ones
+        animated: bool = False, # its moving parts are drawn by an explorer
+    ):
+        axs = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", width_ratios=(1, 1.3))[1] if axs is None else axs
+        self.triangle, self.curve = axs
+        self.triangle.fill(*self.corners.T, fill=False, ec=GREY)
+        for (x, y), name, side in zip(self.corners, ("label", "other", "other"), ("bottom", "top", "top")):
+            self.triangle.text(x, y + (.02 if side == "bottom" else -.02), name, ha="center", va=side)
+        at = prepare_pull(cross_entropy).points@self.corners
+        self.arrows = self.triangle.quiver(*at.T, 0*at[:, 0], 0*at[:, 0], color=BLUE, angles="xy", scale_units="xy", scale=1, width=.006, animated=animated)
+        self.triangle.set(xlim=(-.05, 1.05), ylim=(-.1, 1), aspect="equal")
+        self.triangle.axis("off")
+        self.chance, self.target = (self.curve.plot([], [], c=c, lw=lw, alpha=a, label=name, animated=animated)[0]
+                                    for c, lw, a, name in ((GREY, 5, .4, "p itself"), (BLUE, 1.5, 1, "effective target")))
+        self.curve.set(xlim=(-4, 14), ylim=(-.3, 1.6), xlabel="logits by which the label is ahead of two equal others", ylabel="of the label")
+        self.curve.legend(loc="upper right")
+        self.title = self.triangle.set_title(" ", animated=animated)
+
+    def show(self, pull: Pull, title: str) -> "PullPicture":
+        "Draw a pull; an arrow's length grows with the square root of the speed"
+        speed = np.linalg.norm(pull.moves@self.corners, axis=1, keepdims=True)
+        self.arrows.set_UVC(*(.15*pull.moves@self.corners/np.sqrt(np.maximum(speed, 1e-12))).T)
+        self.chance.set_data(pull.lead, pull.chance)
+        self.target.set_data(pull.lead, np.clip(pull.target, -.29, 1.59))
+        self.title.set_text(title)
+        return self
+
+
+def plot_pull(
+    pull: Pull,
+    axs: Sequence[Axes] | None = None, # two; None: new ones
+    title: str = "Where a loss moves the answer",
+) -> Sequence[Axes]:
+    "The pull of a loss: all answers on a triangle, and the label's effective target"
+    picture = PullPicture(axs).show(pull, title)
+    return picture.triangle, picture.curve
 
 # %% ../nbs/14_plots.ipynb #4af281b1
 def prepare_similarity(

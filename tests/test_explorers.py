@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 
 import kdc_nb.explorers as explorers
 from kdc_nb.data import Data
-from kdc_nb.explorers import explore_classes, explore_reliability, explore_transfer
+from kdc_nb.explorers import crowd, explore_classes, explore_method, explore_reliability, explore_transfer
 from kdc_nb.penultimate import look
 from kdc_nb.runs import Distil, Posterior, RunSpec, Store, from_light, light_of, run
 from kdc_nb.training import Recipe
@@ -84,6 +84,19 @@ def test_reliability_of_a_run(results, monkeypatch):
 ])
 def test_bad_outputs_are_told(outputs, spoil, message):
     with pytest.raises(ValueError, match=message): explore_reliability(*spoil(*outputs))
+
+
+@pytest.mark.parametrize("family, values", [
+    ("targets", dict(eps=.6, alpha=1., teacher=.2)), ("weights", dict(gamma=-1.)),
+    ("logits", dict(penalty="BDC of CPC", beta=2., margin=1.)), ("batches", dict(penalty="MMCE", beta=9., overconfidence=.3)),
+])
+def test_methods_follow_every_control(family, values, monkeypatch): every_control(explore_method(family), monkeypatch, **values)
+
+
+def test_the_crowd_is_as_wrong_about_itself_as_it_is_said_to_be():
+    "Always the same answers; the surer they are by the factor, the fewer are right"
+    right = [float((z.argmax(1) == y).float().mean()) for z, y in map(crowd, (.2, 1., 4.))]
+    assert torch.equal(crowd(.2)[0], crowd(4.)[0]) and right[0] > right[1] > right[2]
 
 
 def test_transfer_follows_every_control(results, monkeypatch):

@@ -188,6 +188,15 @@ def test_your_own_logits_follow_the_hand(page, shots):
     screenshot(page, shots, "reliability_explorer")
 
 
+def test_the_methods_follow_the_hand(page, shots):
+    run_all(page, "nbs/studies/calibrators.ipynb", shots)
+    page.locator(".noUi-handle").first.scroll_into_view_if_needed()
+    for nth, by, picture in ((0, 40, 0), (2, -40, 0), (3, 50, 1), (4, 60, 2), (7, 30, 3)): drag_slider(page, nth, by, picture)
+    for nth in range(2):
+        with another_picture(page, 2 + nth): page.locator(".widget-dropdown select").nth(nth).select_option(index=2)
+    screenshot(page, shots, "methods_explorer")
+
+
 def test_the_classes_follow_the_hand(page, shots):
     run_all(page, "nbs/studies/systematic_diffusion.ipynb", shots)
     for nth in range(2): push_slider(page, nth)

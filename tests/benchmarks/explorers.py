@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 matplotlib.use("agg")
-from kdc_nb.explorers import Explorer, explore_classes, explore_reliability, explore_theory, explore_transfer
+from kdc_nb.explorers import FAMILIES, Explorer, explore_classes, explore_method, explore_reliability, explore_theory, explore_transfer
 from kdc_nb.penultimate import read_looks
 from kdc_nb.runs import read_results
 
@@ -49,7 +49,8 @@ def explorers() -> dict[str, Explorer]:
     looks = {s: l for s, l in read_looks(RESULTS/"systematic_diffusion_cifar10.safetensors").items() if s.seed == 0}
     return {"explore_theory": explore_theory(), "explore_transfer": explore_transfer(read_results(RESULTS/"transfer_curve.json")),
             "explore_reliability, N = 10,000, C = 10": explore_reliability(*outputs(10_000, 10)),
-            "explore_reliability, N = 10,000, C = 100": explore_reliability(*outputs(10_000, 100)), "explore_classes": explore_classes(looks)}
+            "explore_reliability, N = 10,000, C = 100": explore_reliability(*outputs(10_000, 100)), "explore_classes": explore_classes(looks),
+            **{f"explore_method, {f}": explore_method(f) for f in FAMILIES}}
 
 
 def main() -> None:

@@ -1,0 +1,104 @@
+"""What a method costs: its loss alone, and a training step over one of the NLL's, in turns in one process.
+
+    python tests/benchmarks/calibrators.py --results nbs/results/calibrators_cost.json
+
+WRN-40-1, batch 128, 100 classes. Operations are those that torch is asked for by the loss, forward and backward; on CUDA the kernels too.
+"""
+import argparse
+import json
+import statistics
+import time
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from training import BATCH, C, images, synchronize # the benchmark beside this one
+
+from kdc_nb.calibrators import Calibrator, Distillation, Method, Step
+from kdc_nb.core import text_table, whole_file
+from kdc_nb.models import build_model
+from kdc_nb.runs import environment, how_of
+from kdc_nb.training import Recipe, Training, begin_epoch, best_device, recorded
+
+
+class Count(TorchDispatchMode):
+    "How many operations torch is asked for"
+    def __init__(self):
+        super().__init__()
+        self.n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += 1
+        return func(*args, **kwargs or {})
+
+
+def methods() -> dict[str, Calibrator]:
+    named = [Method(name) for name in sorted(Method.registry)] + [Method("mdca", gamma=1.)]
+    return {"nll": Method("nll").build(), "KD": Distillation(), **{how_of(m): m.build() for m in named}}
+
+
+def loss_alone(method: Calibrator, device: torch.device):
+    "Forward and backward of the loss on a batch of logits; each call does both"
+    method.start(BATCH, C, 2)
+    method.to(device)
+    z, y = torch.randn(BATCH, C, device=device, requires_grad=True), torch.randint(C, (BATCH,), device=device)
+    index, epoch, said = torch.arange(BATCH, device=device), torch.ones((), dtype=torch.long, device=device), torch.randn(BATCH, C, device=device)
+    targets = torch.randn(BATCH, C, device=device).softmax(1) if type(method).__name__ == "MixUp" else y
+    return lambda: torch.autograd.grad(method(Step(z, targets, index, epoch, said)), z)
+
+
+def training_step(method: Calibrator, device: torch.device):
+    "A whole step; a teacher's answers are at hand"
+    run = Training(build_model("wrn_40_1", C), images(BATCH), method, Recipe(2, BATCH, augment=("crop", "flip")), 0, device)
+    said = torch.randn(BATCH, C, device=device)
+    begin_epoch(run)
+    step = recorded(run, (lambda x, index: said[index]) if isinstance(method, Distillation) else None)
+    def once():
+        run.k.zero_()
+        step()
+    return once
+
+
+def seconds(step, device: torch.device, times: int = 1) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(times): step()
+    synchronize(device)
+    return (time.perf_counter() - start)/times
+
+
+def kernels(step) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        step()
+        torch.cuda.synchronize()
+    return sum(e.count for e in seen.key_averages())
+
+
+def cost(method: Calibrator, plain, device: torch.device, rounds: int) -> dict[str, float]:
+    loss, step = loss_alone(method, device), None
+    loss(); loss()
+    with Count() as asked: loss()
+    row = {"operations": asked.n, "ms": 1000*statistics.median(seconds(loss, device, 10) for _ in range(5))}
+    if device.type == "cuda": row["kernels"] = kernels(loss)
+    step = training_step(method, device)
+    step(); plain()
+    pairs = [(seconds(step, device), seconds(plain, device)) for _ in range(rounds)]
+    ratios = sorted(own/nll for own, nll in pairs)
+    return row | {"ratio": statistics.median(ratios), "low": ratios[0], "high": ratios[-1]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--results")
+    args = parser.parse_args()
+    device = best_device()
+    plain, rows = training_step(Method("nll").build(), device), {}
+    for name, method in methods().items():
+        rows[name] = {k: round(v, 4) for k, v in cost(method, plain, device, args.rounds).items()}
+        print(name, rows[name], flush=True)
+    print(text_table(["", *rows["nll"]], [[k, *map(str, r.values())] for k, r in rows.items()]))
+    if args.results:
+        with whole_file(args.results) as part: part.write_text(json.dumps({"environment": environment(device), "rounds": args.rounds, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__": main()
