@@ -33,7 +33,8 @@ class Step(NamedTuple):
 class Calibrator(nn.Module):
     """A training method: a loss, and four places where it may do more.
 
-    State is kept in buffers (`register_buffer`), so it moves to the device, is saved and resumed with the run.
+    State is kept in buffers (`register_buffer`), so it moves to the device, is saved and resumed with the run. It is written *into* them
+    (`copy_`, `index_copy_`): on a GPU, `forward` is recorded once, with the places in memory that it reads then.
     """
     needs_valid = False # True: validation logits are computed for `after_epoch`
 

@@ -95,7 +95,11 @@ class Named:
     @classmethod
     def register(cls, name: str) -> Callable: # a decorator
         "Register a function or class under `name`; its parameters with defaults become the value's"
-        def add(made): cls.registry[name] = made; return made
+        def add(made):
+            on = [k for k, p in inspect.signature(made).parameters.items() if p.default is True]
+            check(not on, f"{cls.__name__}({name!r})", f"{on[:1]} on by default", "switches that are off, since `encode` leaves those out")
+            cls.registry[name] = made
+            return made
         return add
 
     def build(self, *args): # what the registered function gives

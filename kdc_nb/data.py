@@ -198,7 +198,8 @@ def fetch_archive(
     kind, file, md5 = ARCHIVES[name]
     path, wanted = folder/file, f"{name}: put {file} with MD5 {md5} into {folder}"
     if not path.exists():
-        try: download_url(getattr(sets, kind).url, folder, file, md5)
+        try:
+            with whole_file(path) as part: download_url(getattr(sets, kind).url, part.parent, part.name, md5)
         except (URLError, OSError, RuntimeError) as e: raise ValueError(f"{wanted} (the download failed: {e})") from e
     if not check_integrity(path, md5): raise ValueError(f"{wanted} (the file there has another MD5)")
     return path

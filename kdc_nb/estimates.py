@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EVEN', 'HEAD', 'top_hits', 'class_noise', 'Law', 'law_bins', 'top_laws', 'class_laws', 'metric_names', 'null_draws',
-           'Band', 'null_band', 'quantiles', 'wilson', 'Bins', 'reliability_bins', 'claim_bins', 'recalibrated',
-           'cleaned', 'chances', 'invert', 'chernoff', 'worst_bin', 'farthest_bound', 'Estimate', 'estimate',
-           'interval', 'top_estimates', 'promised', 'mean_estimate', 'estimates', 'Evaluation', 'estimate_texts',
-           'cross_fit', 'evaluate']
+           'Band', 'null_band', 'quantiles', 'wilson', 'Bins', 'reliability_bins', 'claim_bins', 'corrected', 'cleaned',
+           'chances', 'invert', 'chernoff', 'worst_bin', 'farthest_bound', 'Estimate', 'estimate', 'interval',
+           'top_estimates', 'promised', 'mean_estimate', 'estimates', 'Evaluation', 'estimate_texts', 'cross_fit',
+           'evaluate']
 
 # %% ../nbs/04_estimates.ipynb #a0d970a4
 import math
@@ -215,7 +215,7 @@ def claim_bins(claims: Claims, n_bins: int = 15, n_boot: int = 1000, level: floa
     return Bins(edges[:-1], edges[1:], count.astype(int), *(np.where(count > 0, t, np.nan) for t in table))
 
 # %% ../nbs/04_estimates.ipynb #d32d19a9
-def recalibrated(claims: Claims, n_bins: int) -> Tensor: # (N, K) chances
+def corrected(claims: Claims, n_bins: int) -> Tensor: # (N, K) chances
     "The claims less the mean gap of their equal-mass bin, which counts as if the bin held one more image without a gap"
     bins = mass_bins(claims.p, n_bins)
     sums, counts = cell_sums(claims.p - claims.hit, bins, n_bins), cell_sums(torch.ones_like(claims.p), bins, n_bins)
@@ -337,7 +337,7 @@ def interval(
     found = top_estimates(tops, top_claims(x, y, kind), n_bins, n_boot, level, seed) if tops else {}
     if classes:
         every = class_claims(x, y, kind)
-        q = recalibrated(every, n_bins)
+        q = corrected(every, n_bins)
         laws = class_laws(classes, every, [every.p, q/q.sum(1, keepdim=True)], n_bins, n_boot, seed)
         found |= {k: estimate(k, law, every, n_bins, level) for k, law in laws.items()}
     return found
@@ -345,7 +345,7 @@ def interval(
 
 def top_estimates(names: Sequence[str], claims: Claims, n_bins: int = 15, n_boot: int = 1000, level: float = .95, seed: int = 0) -> dict[str, Estimate]:
     "The same from the claims about the top label, for metrics that need no more"
-    laws = top_laws(names, claims, torch.cat([claims.p, recalibrated(claims, n_bins)], 1).T, n_bins, n_boot, seed)
+    laws = top_laws(names, claims, torch.cat([claims.p, corrected(claims, n_bins)], 1).T, n_bins, n_boot, seed)
     return {k: estimate(k, law, claims, n_bins, level) for k, law in laws.items()}
 
 # %% ../nbs/04_estimates.ipynb #d4a31c69

@@ -121,14 +121,13 @@ def prepare_tempered(
     labels: Tensor, # (N,)
     T: float, # temperature, above 0
     n_bins: int = 15,
-    n_boot: int = 200, # draws behind intervals and null bands
 ) -> Tempered:
-    "Reliability, ECE and NLL at a temperature"
+    "Reliability, ECE and NLL at a temperature; 200 draws are behind intervals and null bands"
     log_p = (logits/T).log_softmax(1)
     top, label = log_p.max(1, keepdim=True)
     claims = Claims(top.exp(), (label == labels[:, None]).double())
     nll = float(-log_p.gather(1, labels[:, None]).mean())
-    return Tempered(claim_bins(claims, n_bins, n_boot), top_estimates(["ece"], claims, n_bins, n_boot)["ece"], nll)
+    return Tempered(claim_bins(claims, n_bins, 200), top_estimates(["ece"], claims, n_bins, 200)["ece"], nll)
 
 # %% ../nbs/15_explorers.ipynb #8f3aa5b8
 class Temperatures:

@@ -90,7 +90,7 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def read_csv(path: Path) -> tuple[np.ndarray, np.ndarray]:
     "Column `label` and all the others of a .csv with a header"
-    with open(path, newline="") as f: head = [h.strip() for h in next(csv.reader(f), [])]
+    with open(path, newline="", encoding="utf-8-sig") as f: head = [h.strip() for h in next(csv.reader(f), [])]
     check(head.count("label") == 1, "header", ", ".join(head[:5]) or "nothing", "one column named label")
     table = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
     check(table.shape[1] == len(head), "rows", f"{table.shape[1]} columns", f"{len(head)}, as in the header")

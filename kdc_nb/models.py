@@ -60,9 +60,9 @@ def conv_bn(i: int, o: int, k: int = 3, stride: int = 1, act: Callable | None = 
     return nn.Sequential(conv(i, o, k, stride, **kw), nn.BatchNorm2d(o), *([act()] if act else []))
 
 # %% ../nbs/07_models.ipynb #c41eb77c
-def bn_conv(i: int, o: int, k: int = 3, stride: int = 1) -> nn.Sequential:
+def bn_conv(i: int, o: int, k: int = 3) -> nn.Sequential:
     "The order of the later nets: normalise and activate first, then convolve"
-    return nn.Sequential(nn.BatchNorm2d(i), nn.ReLU(), conv(i, o, k, stride))
+    return nn.Sequential(nn.BatchNorm2d(i), nn.ReLU(), conv(i, o, k))
 
 # %% ../nbs/07_models.ipynb #4a6b8ec1
 class Residual(nn.Module):
@@ -176,9 +176,9 @@ def mobilenet_v2_plain(n_classes: int, in_channels: int) -> Net:
 # %% ../nbs/07_models.ipynb #e2774deb
 class Dense(nn.Module):
     "32 new maps beside those that came in"
-    def __init__(self, i: int, growth: int = 32):
+    def __init__(self, i: int):
         super().__init__()
-        self.layer = nn.Sequential(bn_conv(i, 4*growth, 1), bn_conv(4*growth, growth))
+        self.layer = nn.Sequential(bn_conv(i, 128, 1), bn_conv(128, 32))
 
     def forward(self, x: Tensor) -> Tensor: return torch.cat([self.layer(x), x], 1)
 

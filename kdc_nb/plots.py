@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'GREY', 'COLORS', 'KINDS', 'MEASURES', 'CHAIN_MEASURES',
-           'prepare_reliability', 'Reliability', 'plot_reliability', 'error_text', 'plot_overlay', 'Side', 'Pair',
-           'side_of', 'side_of_truth', 'teacher_side', 'prepare_transfer', 'Transfer', 'plot_transfer', 'Row',
-           'prepare_rows', 'draw_together', 'plot_rows', 'prepare_table', 'cells_of', 'seeds_text', 'plot_tradeoff',
-           'prepare_direct', 'plot_direct', 'prepare_histories', 'plot_histories', 'Pull', 'prepare_pull',
-           'PullPicture', 'plot_pull', 'prepare_similarity', 'prepare_agreement', 'plot_matrix', 'Shift',
-           'prepare_shift', 'plot_shift', 'prepare_penultimate', 'Penultimate', 'limits_of', 'plot_penultimate',
-           'Measured', 'prepare_merging', 'plot_merging', 'prepare_umap', 'plot_umap', 'Generation', 'mean_interval',
-           'prepare_generations', 'plot_generations']
+           'prepare_reliability', 'Reliability', 'plot_reliability', 'error_text', 'plot_side_by_side', 'plot_overlay',
+           'Side', 'Pair', 'side_of', 'side_of_truth', 'teacher_side', 'prepare_transfer', 'Transfer', 'plot_transfer',
+           'plot_rows', 'plot_tradeoff', 'prepare_direct', 'plot_direct', 'prepare_histories', 'plot_histories', 'Pull',
+           'prepare_pull', 'PullPicture', 'plot_pull', 'prepare_similarity', 'prepare_agreement', 'plot_matrix',
+           'Shift', 'prepare_shift', 'plot_shift', 'prepare_penultimate', 'Penultimate', 'limits_of',
+           'plot_penultimate', 'Measured', 'prepare_merging', 'plot_merging', 'prepare_umap', 'plot_umap', 'Generation',
+           'mean_interval', 'prepare_generations', 'plot_generations']
 
 # %% ../nbs/14_plots.ipynb #75adf252
 import warnings
@@ -89,11 +88,24 @@ def plot_reliability(
 
 # %% ../nbs/14_plots.ipynb #5796bb4f
 def error_text(
-    e: Estimate, # of a calibration metric
-    name: str = "ECE",
+    e: Estimate,
 ) -> str:
-    "A calibration error in percent with its 95% interval and null band"
-    return f"{name} {100*e.value:.1f}% [{100*e.low:.1f}, {100*e.high:.1f}], null {100*e.null_low:.1f} to {100*e.null_high:.1f}"
+    "An ECE in percent with its 95% interval and null band"
+    return f"ECE {100*e.value:.1f}% [{100*e.low:.1f}, {100*e.high:.1f}], null {100*e.null_low:.1f} to {100*e.null_high:.1f}"
+
+# %% ../nbs/14_plots.ipynb #16d8bbe1
+def plot_side_by_side(
+    named: Mapping[str, Result],
+    columns: int = 4,
+) -> Figure:
+    "The reliability diagrams of several runs, each with its ECE"
+    check(bool(named), "named", "no results", "one or more")
+    columns = min(columns, len(named))
+    lines = -(-len(named)//columns)
+    fig, axs = plt.subplots(lines, columns, figsize=(3.5*columns, 3.7*lines), layout="constrained", squeeze=False)
+    for ax in axs.flat[len(named):]: ax.axis("off")
+    for ax, (name, r) in zip(axs.flat, named.items()): plot_reliability(prepare_reliability(r), ax, f"{name}, N = {r.evaluation.n:,}\n{error_text(r.evaluation.raw['ece'])}")
+    return fig
 
 # %% ../nbs/14_plots.ipynb #e7d82571
 COLORS = (BLUE, ORANGE, GREEN, PINK, SKY, "#E69F00", GREY)
@@ -220,39 +232,6 @@ def plot_transfer(
     "The student's calibration error against its teacher's"
     return Transfer(ax, true_error, limit).show(pairs, T, alpha).ax
 
-# %% ../nbs/14_plots.ipynb #435d06d2
-class Row(NamedTuple):
-    "Runs that differ in their seed only, drawn together; fractions"
-    name: str
-    spec: RunSpec # of the first seed
-    n: int # test images
-    seeds: int
-    mean: dict[str, float] # by metric, over seeds; with "error" and "kl" against the truth where that is known
-    spread: dict[str, float] # standard deviation over seeds
-    ece: Estimate # means of the seeds' intervals and null bands
-    each: dict[str, list[float]] # by metric, each seed's
-
-# %% ../nbs/14_plots.ipynb #c67683ba
-def prepare_rows(
-    named: Mapping[str, list[Result]], # results of the seeds of each row
-    which: str = "raw", # or "scaled"
-) -> list[Row]:
-    "A row for each name, seeds drawn together"
-    check(which in ("raw", "scaled"), "which", repr(which), "'raw' or 'scaled'")
-    check(bool(named) and all(named.values()), "named", "no results", "one or more results for each name")
-    return [draw_together(name, results, which) for name, results in named.items()]
-
-
-def draw_together(name: str, results: list[Result], which: str) -> Row:
-    "One row from the results of its seeds"
-    tables = [getattr(r.evaluation, which) for r in results]
-    values = {k: np.array([t[k].value for t in tables]) for k in tables[0]}
-    ends = Estimate(*(float(np.mean([getattr(t["ece"], f) for t in tables])) for f in Estimate.__dataclass_fields__))
-    if results[0].truth: values |= {k: np.array([r.truth[k if which == "raw" else f"scaled_{k}"] for r in results]) for k in ("error", "kl")}
-    spread = {k: float(v.std(ddof=1)) if len(v) > 1 else 0. for k, v in values.items()}
-    means = {k: float(v.mean()) for k, v in values.items()}
-    return Row(name, results[0].spec, results[0].evaluation.n, len(results), means, spread, ends, {k: v.tolist() for k, v in values.items()})
-
 # %% ../nbs/14_plots.ipynb #3a6492c5
 def plot_rows(
     rows: list[Row],
@@ -260,6 +239,7 @@ def plot_rows(
     title: str = "Calibration error, direct and distilled",
 ) -> Axes:
     "ECE of each row: the seeds as dots, the mean as a bar with its interval, the null band behind"
+    check(bool(rows), "rows", "none", "one or more, from `prepare_rows`")
     ax = ax or plt.subplots(figsize=(6, .35*len(rows) + 1.2), layout="constrained")[1]
     for y, r in enumerate(rows):
         color = ORANGE if isinstance(r.spec.method, Distil) else BLUE
@@ -272,37 +252,7 @@ def plot_rows(
     ax.invert_yaxis()
     return ax
 
-# %% ../nbs/14_plots.ipynb #e7d71fc9
-def prepare_table(
-    named: Mapping[str, list[Result]], # results of the seeds of each row
-) -> tuple[list[str], list[list[str]]]: # head and rows, for `text_table` and `html_table`
-    "Runs as a table: means over seeds with their standard deviations; columns in which no row has anything to say are left out"
-    rows = [cells_of(*pair) for pair in zip(prepare_rows(named), prepare_rows(named, "scaled"))]
-    head = [h for h in rows[0] if any(r[h] for r in rows)]
-    return head, [[r[h] for h in head] for r in rows]
-
-
-def cells_of(raw: Row, scaled: Row) -> dict[str, str]:
-    "One row of the table by the names of its columns"
-    def cell(row, key, scale=100., digits=1):
-        spread = f" ±{scale*row.spread[key]:.{digits}f}" if row.seeds > 1 and key in row.mean else ""
-        return f"{scale*row.mean[key]:.{digits}f}{spread}" if key in row.mean else ""
-    span = lambda low, high: f"{100*low:.1f} to {100*high:.1f}"
-    how = raw.spec.method
-    return {
-        "": raw.name, **{k: f"{getattr(how, k):g}" if isinstance(how, Distil) else "" for k in ("T", "alpha")}, "Top-1": cell(raw, "top1"),
-        "ECE": cell(raw, "ece"), "95% interval": span(raw.ece.low, raw.ece.high), "null band": span(raw.ece.null_low, raw.ece.null_high),
-        "true error": cell(raw, "error"), "SCE": cell(raw, "sce", digits=2), "ACE": cell(raw, "ace"), "NLL": cell(raw, "nll", 1, 3),
-        "KL to truth": cell(raw, "kl", 1, 3), "after TS: ECE": cell(scaled, "ece"), "after TS: NLL": cell(scaled, "nll", 1, 3),
-    }
-
 # %% ../nbs/14_plots.ipynb #e6069e0e
-def seeds_text(rows: Iterable[Row]) -> str:
-    "How many seeds rows have"
-    many = sorted({r.seeds for r in rows})
-    return f"{many[0]} seeds" if len(many) == 1 else f"{many[0]} to {many[-1]} seeds"
-
-
 def plot_tradeoff(
     rows: list[Row], # from `prepare_rows`
     metric: str = "ece", # a calibration metric; interval and null band are there for the ECE
@@ -340,7 +290,7 @@ def prepare_direct(
     out = {}
     for s in students:
         direct, which = groups.get(replace(s, method=teacher_run(s.method.teacher).method)), "scaled" if isinstance(s.method.teacher, Scaled) else "raw"
-        if direct: out[taught_by(s.method)] = draw_together("direct", direct, which), draw_together("KD", groups[s], "raw")
+        if direct: out[taught_by(s.method)] = row_of("direct", direct, which), row_of("KD", groups[s], "raw")
     return out
 
 
@@ -628,9 +578,9 @@ def plot_merging(
     own = [r for r in rows if r.method.alpha == alpha]
     check(bool(own), "alpha", alpha, "one of " + ", ".join(f"{a:g}" for a in sorted({r.method.alpha for r in rows})))
     titles = [lookup(MEASURES, key, "keys") for key in keys]
-    fig, axs = plt.subplots(1, len(keys), figsize=(3.7*len(keys), 3.6), layout="constrained")
+    fig, axs = plt.subplots(1, len(keys), figsize=(3.7*len(keys), 3.6), layout="constrained", squeeze=False)
     names, Ts = sorted({r.teacher for r in own}), sorted({r.method.T for r in own})
-    for ax, key, title in zip(axs, keys, titles):
+    for ax, key, title in zip(axs[0], keys, titles):
         for k, name in enumerate(names):
             for seed in sorted({r.seed for r in own if r.teacher == name}):
                 line = sorted((r.method.T*1.06**(k - 1), r.values[key]) for r in own if (r.teacher, r.seed) == (name, seed))
@@ -640,7 +590,7 @@ def plot_merging(
         ax.set(xscale="log", xticks=Ts, xticklabels=[f"{T:g}" for T in Ts], xlabel="T", title=f"{title}\nalpha = {alpha:g}, N = {own[0].n:,}")
         ax.minorticks_off()
         if key == "ece": ax.set_ylim(bottom=0)
-    fig.legend(*axs[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), title="teacher")
+    fig.legend(*axs[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), title="teacher")
     return fig
 
 # %% ../nbs/14_plots.ipynb #84880f07

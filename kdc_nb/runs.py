@@ -47,6 +47,8 @@ class RunSpec:
         if isinstance(self.data, str): object.__setattr__(self, "data", Data(self.data))
         if isinstance(self.method, str): object.__setattr__(self, "method", Method(self.method))
         if isinstance(self.recipe, str): object.__setattr__(self, "recipe", lookup(RECIPES, self.recipe, "recipe"))
+        for k, kinds in dict(data=(Data, WithoutFold), method=(Method, Distil), recipe=Recipe, model=str).items():
+            check(isinstance(getattr(self, k), kinds), k, repr(getattr(self, k)), f"a description of a {k}, or its name")
         for taught in runs_of(self.method.teacher) if isinstance(self.method, Distil) else ():
             check(whole(taught.data) == whole(self.data), "teacher", f"one trained on {taught.data}", f"the student's data, {self.data}")
         check(isinstance(self.seed, int) and self.seed >= 0, "seed", self.seed, "a whole number from 0")
@@ -62,7 +64,7 @@ def whole(data: Data | WithoutFold) -> Data:
 @lru_cache
 def check_model(name: str) -> None:
     "Refuse a model that cannot be built; each name is tried once"
-    with torch.random.fork_rng(devices=[]): build_model(name, 2)
+    with torch.device("meta"): build_model(name, 2)
 
 # %% ../nbs/09_runs.ipynb #e9ac81e5
 @value

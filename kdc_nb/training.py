@@ -41,8 +41,8 @@ class Recipe:
     keep: str = "last" # or "best": the weights of the epoch with the best validation accuracy
 
     def __post_init__(self):
-        check(self.epochs >= 1, "epochs", self.epochs, "at least 1")
-        check(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2 (BatchNorm needs two samples)")
+        check(isinstance(self.epochs, int) and self.epochs >= 1, "epochs", self.epochs, "a whole number, at least 1")
+        check(isinstance(self.batch_size, int) and self.batch_size >= 2, "batch_size", self.batch_size, "a whole number, at least 2 (BatchNorm needs two samples)")
         check(self.lr > 0, "lr", self.lr, "a learning rate above 0")
         check(self.keep in ("last", "best"), "keep", repr(self.keep), "'last' or 'best'")
         check(all(0 < d < 1 for d in self.drops), "drops", self.drops, "shares of training between 0 and 1")
@@ -87,7 +87,7 @@ def predict(
     "Logits in evaluation mode, in full precision: 16 bits would round away part of the calibration"
     device = next(net.parameters()).device
     net.eval()
-    return torch.cat([net(data.normalise(x.to(device))) for x in inputs.split(500)]).cpu()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False): return torch.cat([net(data.normalise(x.to(device))) for x in inputs.split(500)]).cpu()
 
 # %% ../nbs/08_training.ipynb #cf872d1e
 Teacher = Callable[[Tensor, Tensor], Tensor] # (normalised inputs (B, ...), index (B,)) to logits (B, C)
@@ -211,17 +211,18 @@ def recorded(
     def step(): train_step(run, teacher)
     if run.device.type != "cuda": return step
     before = {name: t.clone() for name, t in state_of(run).items()}
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    side, here = torch.cuda.Stream(run.device), torch.cuda.current_stream(run.device) # of this device, which need not be the current one
+    side.wait_stream(here)
     try:
         with torch.cuda.stream(side):
             for _ in range(min(3, len(run.losses))): step()
-        torch.cuda.current_stream().wait_stream(side)
-        run.k.zero_()
+            run.k.zero_()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph): step()
+        with torch.cuda.graph(graph, stream=side): step()
         step = graph.replay
+    except torch.OutOfMemoryError: raise
     except RuntimeError as e: warnings.warn(f"the training step cannot be recorded as a CUDA graph, which costs speed: {e}")
+    finally: here.wait_stream(side)
     put_back(run, before, run.epoch, run.history, run.seconds)
     run.k.zero_()
     return step
@@ -279,9 +280,12 @@ def resume(
     path: Path, # the checkpoint, which need not be there
 ) -> None:
     "Go to where the checkpoint was taken, if there is one"
-    try: tensors, meta = load_tensors(path)
+    try:
+        tensors, meta = load_tensors(path)
+        fits = {k: t.shape for k, t in tensors.items() if not k.startswith("best/")} == {k: t.shape for k, t in state_of(run).items() if not k.startswith("best/")}
+        check(fits and set(meta) == {"epoch", "history", "seconds"}, path, "a checkpoint of another version", "one of this run")
     except FileNotFoundError: return
-    except DamagedFile as e: return warnings.warn(f"{e}; starting again", stacklevel=3)
+    except ValueError as e: return warnings.warn(f"{e}; starting again", stacklevel=3) # a damaged file is one
     put_back(run, tensors, **meta)
 
 # %% ../nbs/08_training.ipynb #d8ed6c24

@@ -14,7 +14,7 @@ from kdc_nb.paper import SETTINGS, Setting, generation_of, self_distilled, table
 from kdc_nb.penultimate import look
 from kdc_nb.plots import prepare_generations
 from kdc_nb.runs import Distil, RunSpec, Scaled, Store, lineage, run
-from kdc_nb.sweeps import generations, sweep
+from kdc_nb.sweeps import levels, sweep
 from kdc_nb.theory import draw_problem, gap, minimise
 from kdc_nb.training import Recipe
 
@@ -43,7 +43,7 @@ def test_the_rows_train(tmp_path):
 def test_each_generation_is_taught_by_the_one_before(n, seed):
     chain = self_distilled(replace(NET, seed=seed), n, T=2, alpha=.5)
     assert [generation_of(s) for s in chain] == [(chain[0], k) for k in range(n + 1)] and lineage(chain[-1]) == chain
-    assert list(generations(chain)) == [[s] for s in chain]
+    assert list(levels(chain)) == [[s] for s in chain]
 
 
 def test_a_chain_begins_where_a_network_was_not_taught_by_a_network():

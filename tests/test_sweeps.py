@@ -18,7 +18,7 @@ import kdc_nb.sweeps as ks
 from kdc_nb.calibrators import Method
 from kdc_nb.data import Data
 from kdc_nb.runs import Distil, RunSpec, Store, clean, run, stored
-from kdc_nb.sweeps import generations, main, plan, read_specs, sweep, title_of, write_specs
+from kdc_nb.sweeps import levels, main, plan, read_specs, sweep, title_of, write_specs
 from kdc_nb.training import Recipe
 
 TINY = Data("known", n_train=100, n_valid=60, n_test=80)
@@ -48,7 +48,7 @@ def same(a, b, within=0.): assert all((x.logits["test"] - y.logits["test"]).abs(
 
 def test_each_run_once_and_teachers_first(store):
     third = replace(STUDENTS[0], method=Distil(STUDENTS[0]))
-    assert list(generations([third, TEACHER, third])) == [[TEACHER], [STUDENTS[0]], [third]]
+    assert list(levels([third, TEACHER, third])) == [[TEACHER], [STUDENTS[0]], [third]]
     assert [r.spec for r in go([third, TEACHER, third], store)] == [third, TEACHER, third]
     assert [r.spec for r in stored(store)] == [TEACHER, STUDENTS[0], third]
 
