@@ -600,9 +600,11 @@ def prepare_umap(
     "A map of features that keeps neighbours together (McInnes et al. 2018)"
     import umap
     check(len(features) > 15, "features", f"{len(features)} points", "more than the 15 neighbours that each stays close to")
+    threads = torch.get_num_threads() # which numba sets to its own
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "n_jobs value") # a seed makes it work in one thread, which is what we want
-        return umap.UMAP(n_neighbors=15, random_state=0).fit_transform(features.numpy())
+        try: return umap.UMAP(n_neighbors=15, random_state=0).fit_transform(features.numpy())
+        finally: torch.set_num_threads(threads)
 
 
 def plot_umap(

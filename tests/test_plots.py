@@ -9,9 +9,10 @@ import torch
 from kdc_nb.calibrators import Method
 from kdc_nb.data import Data
 from kdc_nb.estimates import reliability_bins
+from kdc_nb.paper import prepare_rows, prepare_table
 from kdc_nb.penultimate import look
 from kdc_nb.plots import (Reliability, Shift, limits_of, plot_direct, plot_matrix, plot_merging, plot_overlay, plot_penultimate, plot_shift,
-                          plot_tradeoff, prepare_agreement, prepare_direct, prepare_histories, prepare_merging, prepare_penultimate, prepare_rows, prepare_table,
+                          plot_tradeoff, prepare_agreement, prepare_direct, prepare_histories, prepare_merging, prepare_penultimate,
                           prepare_shift, prepare_similarity, prepare_umap)
 from kdc_nb.runs import Distil, RunSpec, Scaled, Store, run
 from kdc_nb.training import Recipe
@@ -176,4 +177,10 @@ def test_umap_keeps_two_heaps_apart():
     middle = [xy[k::2].mean(0) for k in (0, 1)]
     nearer = [np.linalg.norm(xy - m, axis=1) for m in middle]
     assert ((nearer[1] < nearer[0]) == (np.arange(40) % 2 == 1)).all()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        prepare_umap(heaps)
+        assert torch.get_num_threads() == 3, "numba sets torch's threads too, and with them the last digits and the speed of all that follows"
+    finally: torch.set_num_threads(threads)
     with pytest.raises(ValueError, match="features: got 10 points, expected more than the 15 neighbours"): prepare_umap(torch.randn(10, 4))
