@@ -28,7 +28,7 @@ class Setting(NamedTuple):
     teacher: str # a network
     student: str # a network
 
-
+# %% ../nbs/13_paper.ipynb #0d369438
 SETTINGS = { # of the paper's tables
     "large to small": Setting(Data("cifar100"), "wrn_40_2", "wrn_40_1"), # Table 1
     "large to small, MobileNetV2": Setting(Data("cifar100"), "wrn_40_2", "mobilenet_v2"), # Table 1
@@ -76,7 +76,7 @@ def prepare_rows(
     check(bool(named) and all(named.values()), "named", "no results", "one or more results for each name")
     return [row_of(name, results, which) for name, results in named.items()]
 
-
+# %% ../nbs/13_paper.ipynb #1dfbf3a6
 def row_of(name: str, results: list[Result], which: str) -> Row:
     "One row from the results of its seeds"
     tables = [getattr(r.evaluation, which) for r in results]
@@ -87,7 +87,7 @@ def row_of(name: str, results: list[Result], which: str) -> Row:
     means = {k: float(v.mean()) for k, v in values.items()}
     return Row(name, results[0].spec, results[0].evaluation.n, len(results), means, spread, ends, {k: v.tolist() for k, v in values.items()})
 
-
+# %% ../nbs/13_paper.ipynb #dc01b28a
 def seeds_text(rows: Iterable[Row]) -> str:
     "How many seeds rows have"
     many = sorted({r.seeds for r in rows})
@@ -102,7 +102,7 @@ def prepare_table(
     head = [h for h in rows[0] if any(r[h] for r in rows)]
     return head, [[r[h] for h in head] for r in rows]
 
-
+# %% ../nbs/13_paper.ipynb #0fa76b75
 def cells_of(raw: Row, scaled: Row) -> dict[str, str]:
     "One row of the table by the names of its columns"
     def cell(row, key, scale=100., digits=1):
@@ -129,7 +129,7 @@ def self_distilled(
     for _ in range(n): chain.append(replace(first, method=Distil(chain[-1], T, alpha)))
     return chain
 
-
+# %% ../nbs/13_paper.ipynb #034a0fcf
 def generation_of(
     spec: RunSpec,
 ) -> tuple[RunSpec, int]: # generation zero, and how many students lie between

@@ -50,6 +50,12 @@ def test_ids_stay_as_they_are():
     assert value_id(RunSpec(Data("known"), "resnet8", Distil(RunSpec("known", "resnet14", "nll", "smoke"), 2, .5), "smoke")) == "ffe3fdbc7d2dfadf"
 
 
+def test_a_switch_that_is_on_by_default_is_refused():
+    "It would be left out when off, and come back on."
+    with pytest.raises(ValueError, match=r"Method\('loud'\): got \['on'\] on by default"): Method.register("loud")(lambda on=True: None)
+    assert "loud" not in Method.registry
+
+
 def test_a_damaged_file_is_told_wherever_the_damage_is(tmp_path):
     "One bit flipped at any place of the file is noticed."
     save_tensors(path := tmp_path/"x.safetensors", {"a": torch.arange(5.)}, note="hello")

@@ -86,6 +86,13 @@ def test_an_archive_is_not_read_before_its_md5_is_right(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="cifar-10-python.tar.gz with MD5 .* has another MD5"): photos("cifar10", archive.parent)
 
 
+def test_a_download_cut_short_leaves_nothing_that_looks_like_an_archive(tmp_path, monkeypatch):
+    def cut(url, root, name, md5): Path(root, name).write_bytes(b"half"); raise KeyboardInterrupt
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", cut)
+    with pytest.raises(KeyboardInterrupt): fetch_archive("cifar100", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_network_says_what_to_do(tmp_path, monkeypatch):
     def refuse(*args): raise OSError("no route to host")
     monkeypatch.setattr("torchvision.datasets.utils.download_url", refuse)

@@ -40,6 +40,8 @@ def test_bad_input_is_told_in_a_sentence(capsys, tmp_path):
     assert main(["--seeds", "0", "--folder", str(tmp_path)]) == 2
     assert "seeds: got 0, expected at least 1" in capsys.readouterr().err
     assert main(["--device", "tpu", "--folder", str(tmp_path)]) == 2
+    (tmp_path/"file").write_text("")
+    assert main(["--folder", str(tmp_path/"file"/"below")]) == 1 and "file" in capsys.readouterr().err, "before anything is trained"
 
 
 def test_ctrl_c_keeps_what_is_done(tmp_path):

@@ -264,7 +264,8 @@ def test_files_come_back(tmp_path):
     np.savez(tmp_path/"a.npz", logits=z.numpy(), labels=y.numpy())
     rows = [",".join([*(repr(v) for v in row), str(int(t))]) for row, t in zip(z.tolist(), y)]
     (tmp_path/"a.csv").write_text("\n".join(["a,b,c,label", *rows]))
-    for name in ("a.npz", "a.csv"):
+    (tmp_path/"excel.csv").write_text("\n".join(["label,a,b,c", *(",".join((r.rsplit(",", 1)[1], r.rsplit(",", 1)[0])) for r in rows)]), encoding="utf-8-sig")
+    for name in ("a.npz", "a.csv", "excel.csv"):
         logits, labels = load_outputs(tmp_path/name)
         assert torch.equal(logits, z) and torch.equal(labels, y), name
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
 build = runpy.run_path(str(ROOT/"nbs/_build.py"))
 PAGES = {str(p.relative_to(ROOT/"nbs")): nbformat.read(p, as_version=4) for p in build["notebooks"]()}
-HEAVY = {"matplotlib", "seaborn", "ipywidgets", "sklearn", "umap", "nbdev", "fastcore", "torchvision.datasets"}
+HEAVY = {"matplotlib", "seaborn", "ipywidgets", "sklearn", "scipy", "pandas", "PIL", "umap", "nbdev", "fastcore", "torchvision.datasets"}
 page = pytest.mark.parametrize("nb", PAGES.values(), ids=PAGES)
 
 

@@ -110,29 +110,3 @@ def test_the_explorer_goes_through_the_generations(looks):
         explorer.controls[name].value = v
         assert not explorer.refusal.value and bytes(explorer.image.value) not in pictures
         pictures.append(bytes(explorer.image.value))
-
-
-def test_progressive_distillation_learns_from_what_was_said_an_epoch_ago():
-    "By a loop over images, in NumPy."
-    g = torch.Generator().manual_seed(0)
-    method = Method("pskd", alpha=.6).build()
-    method.start(6, 3, epochs=3)
-    y, said = torch.tensor([0, 1, 2, 0, 1, 2]), {}
-    for epoch in range(3):
-        now = {}
-        for index in torch.randperm(6, generator=g).split(2):
-            z = torch.randn(2, 3, generator=g, dtype=torch.float64).float()
-            losses = []
-            for row, i in zip(z.double().numpy(), index.tolist()):
-                p = np.exp(row)/np.exp(row).sum()
-                one, a = np.eye(3)[y[i]], .6*(epoch + 1)/3
-                losses.append(-(((1 - a)*one + a*said.get(i, one))*np.log(p)).sum())
-                now[i] = p
-            assert float(method(Step(z, y[index], index, torch.tensor(epoch)))) == pytest.approx(np.mean(losses), abs=1e-5)
-        method.after_epoch(epoch, None, None)
-        said = now
-
-
-@pytest.mark.parametrize("alpha", [-.1, 1.1])
-def test_its_weight_is_a_share(alpha):
-    with pytest.raises(ValueError, match="alpha: got"): Method("pskd", alpha=alpha).build()

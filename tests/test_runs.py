@@ -126,6 +126,19 @@ def test_a_teacher_of_other_data_is_refused():
         with pytest.raises(ValueError, match="teacher: got one trained on Data.*n_test=81.*expected the student's data"): replace(STUDENT, method=Distil(teacher))
 
 
+@pytest.mark.parametrize("bad, words", [
+    (dict(data=3), "data: got 3, expected a description of a data"), (dict(method={"name": "nll"}), "method: got {'name': 'nll'}"),
+    (dict(recipe={"epochs": 2}), "recipe: got {'epochs': 2}"), (dict(model=8), "model: got 8"), (dict(seed=-1), "seed: got -1"), (dict(model="resnet7"), "depth: got 7"),
+])
+def test_a_description_of_the_wrong_kind_is_refused(bad, words):
+    with pytest.raises(ValueError, match=words): RunSpec(**dict(data="known", model="resnet8", method="nll", recipe="smoke") | bad)
+
+
+@pytest.mark.parametrize("bad", [dict(epochs=2.5), dict(epochs=2.), dict(batch_size=64.5)])
+def test_a_recipe_counts_in_whole_numbers(bad):
+    with pytest.raises(ValueError, match="expected a whole number"): Recipe(**dict(epochs=2) | bad)
+
+
 def test_a_file_of_a_method_unknown_here_is_named(store):
     "Another notebook registered a method of its own and trained with it."
     Method.register("own")(lambda: Method("nll").build())

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdc_nb.training as kt
 from kdc_nb.calibrators import Calibrator, Distillation, Method, Step
-from kdc_nb.core import load_tensors
+from kdc_nb.core import load_tensors, save_tensors
 from kdc_nb.data import Data, load_data
 from kdc_nb.runs import Distil, Posterior, RunSpec, Store, clean, new_net, run_id
 from kdc_nb.training import OutOfTime, Recipe, Training, begin_epoch, epoch_generator, fit, put_back, recorded, state_of, train_step
@@ -173,6 +173,31 @@ def test_a_step_asks_the_device_for_nothing(method):
     assert before == {k: t.data_ptr() for k, t in state_of(training).items()}, "a recorded step writes to the same places for ever"
 
 
+@pytest.mark.parametrize("spoil", [
+    lambda tensors, meta: ({k.replace("net/", "nets/"): t for k, t in tensors.items()}, meta), lambda tensors, meta: (tensors, meta | {"mood": 1}),
+    lambda tensors, meta: ({k: t[:1] for k, t in tensors.items() if t.ndim} | {k: t for k, t in tensors.items() if not t.ndim}, meta),
+])
+def test_a_checkpoint_of_another_version_is_named_and_left(tmp_path, spoil):
+    data, path = load_data(TINY), tmp_path/"x"
+    with pytest.raises(OutOfTime): fit(new_net(SPEC), data, Late(), Recipe(9, 32), device="cpu", checkpoint=path, every=0, until=time.time() + 1, progress=False)
+    tensors, meta = spoil(*load_tensors(path))
+    save_tensors(path, tensors, **meta)
+    with pytest.warns(UserWarning, match="got a checkpoint of another version.*starting again"):
+        done = fit(new_net(SPEC), data, Calibrator(), Recipe(2, 32), device="cpu", checkpoint=path, progress=False)
+    assert len(done.history) == 2
+
+
+class Late(Calibrator):
+    "A method whose second epoch ends after the time is over"
+    def after_epoch(self, epoch, *valid): time.sleep(.6)
+
+
+def test_a_full_device_is_not_taken_for_a_step_that_cannot_be_recorded(pretended_cuda, monkeypatch):
+    def full(g, stream): raise torch.OutOfMemoryError("full")
+    monkeypatch.setattr(torch.cuda, "graph", full)
+    with pytest.raises(torch.OutOfMemoryError): pretended_cuda(Training(new_net(SPEC), load_data(TINY), Calibrator(), Recipe(2, 32), 0, torch.device("cpu")))
+
+
 def test_time_that_is_over_stops_before_the_next_epoch(tmp_path):
     with pytest.raises(OutOfTime, match="0 of 3"): fit(new_net(SPEC), load_data(TINY), Calibrator(), Recipe(3, 32), device="cpu", until=time.time() - 1, progress=False)
     path = tmp_path/"x"
@@ -188,9 +213,9 @@ def pretended_cuda(monkeypatch):
     "CUDA's streams and graphs, pretended: what is recorded runs, and a replay runs the step again"
     class Graph: pass
     @contextmanager
-    def graph(g): yield
+    def graph(g, stream): yield
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, fake in dict(Stream=lambda: stream, stream=lambda s: nullcontext(), current_stream=lambda: stream, CUDAGraph=Graph, graph=graph).items():
+    for name, fake in dict(Stream=lambda device: stream, stream=lambda s: nullcontext(), current_stream=lambda device: stream, CUDAGraph=Graph, graph=graph).items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(kt, "autocast", lambda device: nullcontext())
     def record(training, teacher=None):
@@ -213,7 +238,7 @@ def test_recording_leaves_no_trace(pretended_cuda):
 
 
 def test_what_cannot_be_recorded_is_run_as_it_is_and_said(pretended_cuda, monkeypatch):
-    def refuse(g): raise RuntimeError("operation not permitted when stream is capturing")
+    def refuse(g, stream): raise RuntimeError("operation not permitted when stream is capturing")
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     plain, stubborn = (Training(new_net(SPEC), load_data(TINY), Calibrator(), Recipe(2, 32), 0, torch.device("cpu")) for _ in range(2))
     with pytest.warns(UserWarning, match="cannot be recorded as a CUDA graph.*not permitted"): stubborn.step = pretended_cuda(stubborn)

@@ -132,13 +132,6 @@ def needs(data: DataSet, model: str, kd: bool) -> tuple[float, float]:
     return flop.get_total_flops()/8, moved.total/8
 
 
-def losses_alone(device: torch.device) -> dict[str, float]:
-    "Milliseconds of each method's loss and its gradient, for a batch"
-    z, y, t = torch.randn(BATCH, C, device=device, requires_grad=True), torch.randint(0, C, (BATCH,), device=device), torch.randn(BATCH, C, device=device)
-    every = {name: Method(name).build().loss for name in Method.registry} | {"KD": lambda z, y: distillation(z, y, t, 1., .9)}
-    return {name: 1000*BATCH/statistics.median(pace(lambda: loss(z, y).backward(), device, .2) for _ in range(3)) for name, loss in every.items()}
-
-
 def measure(model: str, kd: bool, device: torch.device, args) -> dict:
     "The three loops in turns, `rounds` times"
     data = images(args.images)
@@ -184,10 +177,8 @@ def main() -> None:
         for kd in (False, True):
             rows.append(measure(model, kd, device, args))
             print(line(rows[-1], PEAKS.get(facts["name"])), flush=True)
-    alone = losses_alone(device)
-    print("loss and its gradient alone, ms a batch: " + ", ".join(f"{k} {v:.2f}" for k, v in alone.items()))
     if args.results:
-        with whole_file(args.results) as part: part.write_text(json.dumps({"facts": facts, "rows": rows, "losses": alone}))
+        with whole_file(args.results) as part: part.write_text(json.dumps({"facts": facts, "rows": rows}))
 
 
 if __name__ == "__main__": main()
