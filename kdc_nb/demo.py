@@ -72,7 +72,7 @@ def verdict(rows: list[Row]) -> str:
         return f"{100*by[name].mean['ece']:.1f}% of {name} (lower in {wins} of {r.seeds} seeds)"
     others = ("KD(UC), from NLL", "Direct, NLL", "Direct, focal + MDCA")
     sentence = lambda r: f"{r.name}: ECE {100*r.mean['ece']:.1f}% against " + ", ".join(against(r, o) for o in others) + "."
-    return "\n".join(sentence(r) for r in rows if r.name.startswith("KD(C)")) + f"\nN = {rows[0].n:,} test images, {rows[0].seeds} seeds."
+    return "\n".join(sentence(r) for r in rows if r.name.startswith("KD(C)")) + f"\nN = {rows[0].n:,} test images, {seeds_text(rows)}."
 
 # %% ../nbs/16_demo.ipynb #bf149a29
 def block_figures(
