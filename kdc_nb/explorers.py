@@ -406,7 +406,9 @@ def target_pull(eps: float, alpha: float, teacher: float) -> Pull:
     return prepare_pull(lambda z, y: (1 - alpha)*label_smoothing(z, y, eps) + alpha*distillation(z, y, said.expand_as(z), alpha=1.))
 
 
-def weight_pull(gamma: float) -> Pull: return prepare_pull(lambda z, y: focal(z, y, gamma))
+def weight_pull(gamma: float) -> Pull:
+    "A focal loss, inverse below 0"
+    return prepare_pull(lambda z, y: focal(z, y, gamma))
 
 
 LOGIT_PENALTIES = {"MbLS": lambda z, y, m: mbls(z, m), "ACLS": lambda z, y, m: acls(z, m), "ACLS, published": lambda z, y, m: acls(z, m, True),
@@ -416,10 +418,12 @@ BATCH_PENALTIES = {"MDCA": mdca, "DCA": dca, "MMCE": mmce, "MMCE, as ported": la
 
 
 def logit_pull(penalty: str, beta: float, margin: float) -> Pull:
+    "The NLL and one of LOGIT_PENALTIES"
     return prepare_pull(lambda z, y: cross_entropy(z, y) + beta*LOGIT_PENALTIES[penalty](z, y, margin))
 
 
 def batch_pull(penalty: str, beta: float, overconfidence: float) -> Pull:
+    "The NLL and one of BATCH_PENALTIES, among others of whom the network is too sure by a factor"
     return prepare_pull(lambda z, y: cross_entropy(z, y) + beta*BATCH_PENALTIES[penalty](z, y), crowd(overconfidence))
 
 # %% ../nbs/15_explorers.ipynb #7868680b
