@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['VALUES', 'check', 'lookup', 'value', 'Named', 'like', 'encode', 'decode', 'value_id', 'whole_file', 'DamagedFile',
-           'digest', 'save_tensors', 'load_tensors', 'cache_dir', 'text_table', 'html_table']
+           'digest', 'save_tensors', 'load_tensors', 'save_npz', 'load_npz', 'cache_dir', 'text_table', 'html_table']
 
 # %% ../nbs/00_core.ipynb #e2818c30
 import hashlib
 import inspect
 import json
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from uuid import uuid4
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -201,6 +204,27 @@ def load_tensors(
     except SafetensorError as e: raise DamagedFile(f"{path}: damaged ({e})") from e
     if facts.get("digest") != digest(tensors, facts.get("meta", "")): raise DamagedFile(f"{path}: damaged (its digest does not fit)")
     return tensors, json.loads(facts["meta"])
+
+# %% ../nbs/00_core.ipynb #33fc8fb5
+def save_npz(
+    path: Path | str, # the file to write
+    tensors: Mapping[str, Tensor], # by name
+    **meta: Any, # what `json.dumps` takes
+) -> None:
+    "The same as one compressed .npz, for results that are committed"
+    text = np.frombuffer(json.dumps(meta).encode(), np.uint8)
+    with whole_file(path) as part, open(part, "wb") as f: np.savez_compressed(f, meta=text, **{k: t.numpy() for k, t in tensors.items()})
+
+
+def load_npz(
+    path: Path | str, # written by `save_npz`
+) -> tuple[dict[str, Tensor], dict[str, Any]]: # tensors by name, the JSON
+    "What `save_npz` wrote; `DamagedFile` names a file that is not whole, or not such a file"
+    try:
+        with np.load(path, allow_pickle=False) as f: arrays = {k: f[k] for k in f}
+        meta = json.loads(arrays.pop("meta").tobytes())
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, AttributeError, TypeError) as e: raise DamagedFile(f"{path}: damaged ({e})") from e
+    return {k: torch.from_numpy(v) for k, v in arrays.items()}, meta
 
 # %% ../nbs/00_core.ipynb #83cdbd00
 def cache_dir() -> Path: # not made until something is written

@@ -7,7 +7,8 @@ __all__ = ['RULES', 'MEANS', 'T_RANGE', 'numbers', 'as_rows', 'as_outputs', 'sof
            'read_csv', 'load_outputs', 'Claims', 'top_claims', 'class_claims', 'width_bins', 'mass_bins', 'gap_table',
            'cell_sums', 'total', 'largest', 'farthest', 'rank_bins', 'Rule', 'binned_error', 'check_sizes', 'score',
            'ece', 'ace', 'mce', 'ks', 'sce', 'classwise_ace', 'nll_each', 'brier_each', 'top1_each', 'nll', 'brier',
-           'top1', 'true_calibration_error', 'kl_to_truth', 'truth_pair', 'nll_slope', 'fit_temperature', 'scalable']
+           'top1', 'true_calibration_error', 'kl_to_truth', 'truth_pair', 'nll_slope', 'fit_temperature', 'scalable',
+           'Outcomes', 'outcomes', 'scores']
 
 # %% ../nbs/03_metrics.ipynb #7ef39b6d
 import csv
@@ -350,3 +351,37 @@ def fit_temperature(
 def scalable(x: Tensor, kind: str) -> Tensor:
     "Logits that can be divided by a temperature: those given, or the logs of probabilities"
     return x.clamp(min=torch.finfo(x.dtype).tiny).log() if kind == "probs" else x
+
+# %% ../nbs/03_metrics.ipynb #eb3a9315
+class Outcomes(NamedTuple):
+    "How a model fares on each of N images"
+    top: Tensor # (N,) int64, the label it predicts
+    hit: Tensor # (N,) float64, 1 where that is right
+    odds: Tensor # (N,) float64, log(p/(1 - p)) of its confidence p
+    nll: Tensor # (N,) float64, in nats
+    gaps: Tensor # (C, n_bins) float64, the class-wise gaps of SCE: sum of p - hit over N
+
+    @property
+    def claims(self) -> Claims: return Claims(self.odds.sigmoid()[:, None], self.hit[:, None])
+
+
+def outcomes(
+    logits: Any, # (N, C)
+    labels: Any, # (N,) whole numbers from 0 to C-1
+    n_bins: int = 15, # of SCE
+) -> Outcomes:
+    "What is kept of a model's outputs"
+    x, y = as_outputs(logits, labels)
+    top = x.argmax(1, keepdim=True)
+    odds = x.gather(1, top) - x.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True)
+    every = class_claims(x, y, "logits")
+    return Outcomes(top.squeeze(1), top1_each(x, y, "logits"), odds.squeeze(1), nll_each(x, y, "logits"), gap_table(every, width_bins(every.p, n_bins), n_bins))
+
+# %% ../nbs/03_metrics.ipynb #b9326545
+def scores(
+    o: Outcomes,
+    n_bins: int = 15, # for the top label
+) -> dict[str, float]: # by name
+    "The metrics that follow from outcomes: all but Brier score and class-wise ACE"
+    tops = {k: binned_error(rule, o.claims, n_bins) for k, rule in RULES.items() if rule.claims is top_claims}
+    return {"nll": float(o.nll.mean()), "top1": float(o.hit.mean()), **tops, "sce": float(total(o.gaps, None))}

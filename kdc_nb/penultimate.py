@@ -294,7 +294,7 @@ def unpack(tensors: dict[str, Tensor], prefix: str, names: Iterable[str]) -> dic
 # %% ../nbs/12_penultimate.ipynb #bffa8eb6
 def write_looks(
     looks: Iterable[Look], # of one data set
-    path: Path | str, # of a .safetensors file
+    path: Path | str, # of an .npz file
 ) -> None:
     "Keep looks, small"
     looks = list(looks)
@@ -302,7 +302,7 @@ def write_looks(
     check(len(data) == 1, "looks", f"{len(data)} data sets", "looks at one data set")
     same = all(torch.equal(l.index[k], looks[0].index[k]) for l in looks for k in l.index)
     check(same, "looks", "features of different images", "looks with the same per_class")
-    save_tensors(path, pack(looks), runs=[{"result": kept_of(l.result), "merging": rounded(encode(l.merging))} for l in looks],
+    save_npz(path, pack(looks), runs=[{"result": kept_of(l.result), "merging": rounded(encode(l.merging))} for l in looks],
                  classes=looks[0].classes, superclass=looks[0].superclass)
 
 
@@ -310,7 +310,7 @@ def read_looks(
     path: Path | str, # written by `write_looks`
 ) -> dict[RunSpec, Look]: # by description
     "Looks that were kept"
-    tensors, meta = load_tensors(path)
+    tensors, meta = load_npz(path)
     shared = unpack(tensors, "all", SHARED) | {k: meta[k] and tuple(meta[k]) for k in ("classes", "superclass")}
     looks = [Look(from_light(r["result"]), **(shared | unpack(tensors, str(i), OWN)), merging=decode(r["merging"])) for i, r in enumerate(meta["runs"])]
     return {l.result.spec: l for l in looks}

@@ -7,7 +7,8 @@ __all__ = ['SCHEMA', 'DRAWING', 'RunSpec', 'whole', 'check_model', 'Scaled', 'Po
            'title_of', 'how_of', 'taught_by', 'words_of', 'parts_of', 'run_id', 'Result', 'light_of', 'from_light',
            'truth_of', 'judge', 'Store', 'new_net', 'asked', 'trained_net', 'temperature_of', 'held_out', 'mean_logits',
            'has_live_teacher', 'make_teacher', 'training_logits', 'train', 'environment', 'run', 'lineage',
-           'recalibrate', 'stored', 'clean', 'write_results', 'kept_of', 'rounded', 'read_results', 'seeded', 'by_seed']
+           'recalibrate', 'stored', 'clean', 'images_of', 'packed', 'in_steps', 'bins_of', 'bytes_of', 'from_bytes',
+           'unpacked', 'write_results', 'kept_of', 'rounded', 'read_results', 'seeded', 'by_seed']
 
 # %% ../nbs/09_runs.ipynb #101cde33
 import json
@@ -21,6 +22,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -166,18 +168,19 @@ class Result:
     confidence: dict[str, float] # mean confidence on the test images, "raw" and "scaled" by the temperature
     bins: dict[str, list[float | None]] # of the reliability diagram on the test images: `reliability_bins` as lists
     truth: dict[str, float] | None = None # `truth_of`, where the posterior is known
+    images: dict[str, Outcomes] = field(default_factory=dict, repr=False) # on the test images, "raw" and "scaled"; empty if they were not kept
     logits: dict[str, Tensor] = field(default_factory=dict, repr=False) # "valid" and "test", (N, C); empty if read from a light file
 
 # %% ../nbs/09_runs.ipynb #089936da
 def light_of(result: Result) -> dict[str, Any]:
     "The light part of a result as plain JSON"
-    return {f.name: encode(getattr(result, f.name)) for f in fields(Result) if f.name != "logits"}
+    return {f.name: encode(getattr(result, f.name)) for f in fields(Result) if f.name not in ("images", "logits")}
 
 
-def from_light(light: dict[str, Any], logits: dict[str, Tensor] | None = None) -> Result:
+def from_light(light: dict[str, Any], **more: Any) -> Result: # `images` or `logits`
     "The inverse of `light_of`"
     parts = {k: decode(v) for k, v in light.items()}
-    return Result(**parts | {"history": list(parts["history"])}, logits=logits or {})
+    return Result(**parts | {"history": list(parts["history"])}, **more)
 
 # %% ../nbs/09_runs.ipynb #d83039b1
 def truth_of(
@@ -206,7 +209,7 @@ def judge(
     evaluation = evaluate(logits["test"], data.test.labels, logits["valid"], data.valid.labels)
     bins = {k: [None if v != v else float(v) for v in column] for k, column in reliability_bins(logits["test"], data.test.labels)._asdict().items()}
     confidence = {k: float(softmax64(logits["test"]/T).amax(1).mean()) for k, T in (("raw", 1.), ("scaled", evaluation.T))}
-    return Result(spec, evaluation, history, facts, confidence, bins, truth_of(logits["test"], data.test.posterior, evaluation.T), logits)
+    return Result(spec, evaluation, history, facts, confidence, bins, truth_of(logits["test"], data.test.posterior, evaluation.T), logits=logits)
 
 # %% ../nbs/09_runs.ipynb #5fca33b3
 class Store:
@@ -232,7 +235,7 @@ class Store:
         "The result in a file; see `get`"
         try:
             logits, light = load_tensors(path)
-            return from_light(light, logits)
+            return from_light(light, logits=logits)
         except FileNotFoundError: return None
         except (ValueError, TypeError) as e: warnings.warn(f"{path.name}: {e}; the run is to be trained again", stacklevel=3)
 
@@ -395,14 +398,54 @@ def clean(
     for p in left: p.unlink()
     return left
 
-# %% ../nbs/09_runs.ipynb #c8672e68
+# %% ../nbs/09_runs.ipynb #9151f3ea
+def images_of(result: Result) -> dict[str, Outcomes]:
+    "How a run fares on each test image, \"raw\" and \"scaled\"; a `ValueError` where neither that nor the logits were kept"
+    if result.images: return result.images
+    check(result.logits, "result", f"{title_of(result.spec)} without its images", "one whose light file kept its images, or one with logits, from `run` or the store")
+    z, labels = result.logits["test"], load_data(result.spec.data).test.labels
+    return {"raw": outcomes(z, labels), "scaled": outcomes(z/result.evaluation.T, labels)}
+
+# %% ../nbs/09_runs.ipynb #97c0b3af
+def packed(images: Mapping[str, Outcomes]) -> dict[str, Tensor]: # by name
+    "Outcomes of one model as small tensors; log-odds beyond -256 to 256 and NLLs above 256 count as that"
+    top, hit = images["raw"].top, images["raw"].hit
+    out = {"top": top.to(torch.uint8 if int(top.max()) < 256 else torch.int32), "hit": torch.from_numpy(np.packbits(hit.bool().numpy()))}
+    for which, o in images.items():
+        odds = in_steps(o.odds)
+        odds += bins_of(o.odds) - bins_of(odds/128)
+        out |= {f"{which}.odds": bytes_of(odds), f"{which}.nll": bytes_of(in_steps(o.nll[hit == 0])), f"{which}.gaps": o.gaps.half()}
+    return out
+
+
+def in_steps(x: Tensor) -> Tensor: return (128*x).round().clamp(-2**15, 2**15 - 1)
+def bins_of(odds: Tensor) -> Tensor: return width_bins(odds.sigmoid(), 15)
+def bytes_of(steps: Tensor) -> Tensor: return steps.to(torch.int16).view(torch.uint8).view(-1, 2).T.contiguous()
+def from_bytes(planes: Tensor) -> Tensor: return planes.T.contiguous().view(torch.int16).flatten().double()/128
+
+
+def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Outcomes]:
+    "The inverse of `packed`, up to its rounding"
+    top = tensors["top"].long()
+    hit = torch.from_numpy(np.unpackbits(tensors["hit"].numpy(), count=len(top))).double()
+    out = {}
+    for which in ("raw", "scaled"):
+        odds = from_bytes(tensors[f"{which}.odds"])
+        nll = torch.nn.functional.softplus(-odds)
+        nll[hit == 0] = from_bytes(tensors[f"{which}.nll"])
+        out[which] = Outcomes(top, hit, odds, nll, tensors[f"{which}.gaps"].double())
+    return out
+
+# %% ../nbs/09_runs.ipynb #c219570f
 def write_results(
     results: Iterable[Result],
-    path: Path | str, # of a .json file
+    path: Path | str, # of an .npz file
+    images: bool = True, # keep how each fares on each test image: 50 kB a run
 ) -> None:
     "Keep the light part of results, numbers to 6 digits"
-    text = "[" + ",\n".join(json.dumps(kept_of(r)) for r in results) + "]\n"
-    with whole_file(path) as part: part.write_text(text, encoding="utf-8")
+    results = list(results)
+    parts = [packed(images_of(r)) if images else {} for r in results]
+    save_npz(path, {f"{i}/{k}": t for i, p in enumerate(parts) for k, t in p.items()}, runs=[kept_of(r) for r in results])
 
 
 def kept_of(result: Result) -> dict[str, Any]:
@@ -421,7 +464,10 @@ def read_results(
     path: Path | str, # written by `write_results`
 ) -> dict[RunSpec, Result]: # without logits
     "Results by description"
-    return {r.spec: r for r in map(from_light, json.loads(Path(path).read_text(encoding="utf-8")))}
+    tensors, meta = load_npz(path)
+    parts = {}
+    for name, t in tensors.items(): parts.setdefault(int(name.split("/")[0]), {})[name.split("/")[1]] = t
+    return {r.spec: r for r in (from_light(light, images=unpacked(parts[i]) if i in parts else {}) for i, light in enumerate(meta["runs"]))}
 
 # %% ../nbs/09_runs.ipynb #79216b61
 def seeded(

@@ -219,7 +219,7 @@ def main(args: Iterable[str] | None = None) -> int: # exit status: 0 all done, 7
     p.add_argument("--jobs", type=int, help="runs at a time (1)")
     p.add_argument("--budget", help="stop cleanly after a time such as 90s, 9min, 1.5h")
     p.add_argument("--plan", action="store_true", help="only say what would be done, and how long it would take")
-    p.add_argument("--results", help="write the light results of what is done to this .json file")
+    p.add_argument("--results", help="write the light results of what is done to this .npz file")
     a = p.parse_args(args)
     store = Store(a.store)
     try:

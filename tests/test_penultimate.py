@@ -150,27 +150,27 @@ def test_a_look_trains_nothing_that_is_stored(seen, monkeypatch):
 def test_looks_survive_the_disk(seen, tmp_path):
     _, (known, digits) = seen
     for one in (known, digits):
-        write_looks([one], tmp_path/"looks.safetensors")
-        back = read_looks(tmp_path/"looks.safetensors")[one.result.spec]
+        write_looks([one], tmp_path/"looks.npz")
+        back = read_looks(tmp_path/"looks.npz")[one.result.spec]
         for k in ("labels", "top"): assert torch.equal(getattr(back, k), getattr(one, k))
         for k in ("confidence", "head", "distance", "overlap"): assert torch.allclose(getattr(back, k), getattr(one, k), atol=1e-3, rtol=1e-3)
         for k in ("train", "test"): assert torch.equal(back.index[k], one.index[k]) and torch.allclose(back.features[k], one.features[k], atol=1e-3, rtol=1e-3)
         assert back.classes == one.classes and back.superclass == one.superclass and (back.merging is None) == (one.merging is None)
-    with pytest.raises(ValueError, match="looks: got 2 data sets"): write_looks([known, digits], tmp_path/"both.safetensors")
-    assert not (tmp_path/"both.safetensors").exists()
+    with pytest.raises(ValueError, match="looks: got 2 data sets"): write_looks([known, digits], tmp_path/"both.npz")
+    assert not (tmp_path/"both.npz").exists()
 
 
 def test_a_damaged_file_of_looks_is_named(seen, tmp_path):
     _, (known, _) = seen
-    write_looks([known], path := tmp_path/"looks.safetensors")
+    write_looks([known], path := tmp_path/"looks.npz")
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(DamagedFile, match="looks.safetensors: damaged"): read_looks(path)
+    with pytest.raises(DamagedFile, match="looks.npz: damaged"): read_looks(path)
 
 
 def test_looks_at_different_images_are_not_mixed(seen, tmp_path):
     store, (known, _) = seen
     with pytest.raises(ValueError, match="looks: got features of different images"):
-        write_looks([known, look(known.result.spec, store, "cpu", per_class=2)], tmp_path/"two.safetensors")
+        write_looks([known, look(known.result.spec, store, "cpu", per_class=2)], tmp_path/"two.npz")
 
 
 def test_where_an_explorer_begins(seen):

@@ -4,14 +4,17 @@ import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, strategies as st
 
 from kdc_nb.calibrators import Method
-from kdc_nb.core import encode, load_tensors
+from kdc_nb.core import DamagedFile, encode, load_npz, load_tensors, save_npz
 from kdc_nb.data import Data
-from kdc_nb.metrics import fit_temperature
-from kdc_nb.runs import Distil, Posterior, RunSpec, Scaled, Store, clean, lineage, read_results, run, run_id, stored, training_logits, write_results
+from kdc_nb.metrics import fit_temperature, nll, outcomes, scores, width_bins
+from kdc_nb.runs import (Distil, Posterior, RunSpec, Scaled, Store, clean, images_of, lineage, packed, read_results, run, run_id, stored, training_logits,
+                         unpacked, write_results)
 from kdc_nb.training import Recipe
 
 TINY = Data("known", n_train=100, n_valid=60, n_test=80)
@@ -110,10 +113,44 @@ def test_the_same_description_of_other_images_is_another_run(monkeypatch):
 
 def test_light_files_come_back_equal(store, tmp_path):
     r = go(STUDENT, store)
-    write_results([r], tmp_path/"x.json")
-    back = read_results(tmp_path/"x.json")[STUDENT]
+    write_results([r], tmp_path/"x.npz")
+    back = read_results(tmp_path/"x.npz")[STUDENT]
     assert back.spec == STUDENT and back.truth["error"] == pytest.approx(r.truth["error"], rel=1e-5)
     assert [h["loss"] for h in back.history] == pytest.approx([h["loss"] for h in r.history], rel=1e-5)
+    assert torch.equal(back.images["scaled"].hit, images_of(r)["scaled"].hit) and images_of(back) is back.images
+
+
+@given(n=st.integers(1, 300), c=st.sampled_from((2, 10, 300)), scale=st.sampled_from((.1, 3., 40.)), seed=st.integers(0, 99))
+def test_what_light_files_keep_of_images_is_near_and_in_its_bin(n, c, scale, seed):
+    rng = np.random.default_rng(seed)
+    z, y = scale*rng.normal(size=(n, c)), rng.integers(0, c, n)
+    before = {"raw": outcomes(z, y), "scaled": outcomes(z/2.5, y)}
+    for which, o in unpacked(packed(before)).items():
+        b = before[which]
+        assert torch.equal(o.top, b.top) and torch.equal(o.hit, b.hit)
+        assert torch.equal(width_bins(o.claims.p, 15), width_bins(b.claims.p, 15))
+        assert (o.odds - b.odds.clamp(-256, 256)).abs().max() <= 1.5/128 + 1e-9 and (o.nll - b.nll.clamp(max=256)).abs().max() <= 1.5/128 + 1e-9
+        old, new = scores(b), scores(o)
+        assert all(new[k] == pytest.approx(old[k], abs=2e-3) for k in ("top1", "ece", "sce")) and old["nll"] == pytest.approx(nll(z/(1 if which == "raw" else 2.5), y))
+
+
+def test_log_odds_are_those_of_the_confidence():
+    "By hand: logits 2, 0, 0 give e^2/2 to 1; at 40 no confidence in floats differs from 1, but its log-odds do"
+    assert outcomes([[2., 0., 0.]], [0]).odds.item() == pytest.approx(2 - np.log(2))
+    assert outcomes([[0., 40.]], [0]).odds.item() == 40 and outcomes([[0., 40.]], [0]).nll.item() == pytest.approx(40)
+
+
+def test_a_light_file_is_fifty_kilobytes_at_most(tmp_path):
+    "10,000 images, incompressible: ten classes, Gaussian logits"
+    z, y = 2*torch.randn(10_000, 10), torch.randint(10, (10_000,))
+    save_npz(tmp_path/"x.npz", packed({"raw": outcomes(z, y), "scaled": outcomes(z/2, y)}))
+    assert (tmp_path/"x.npz").stat().st_size < 70_000
+
+
+def test_a_light_file_with_a_pickle_is_refused(tmp_path):
+    np.savez(tmp_path/"x.npz", meta=np.array([{"runs": []}], dtype=object))
+    with pytest.raises(DamagedFile, match="pickle"): load_npz(tmp_path/"x.npz")
+    with pytest.raises(FileNotFoundError): read_results(tmp_path/"none.npz")
 
 
 def test_cleaning_an_empty_store_is_no_error(tmp_path): assert clean(Store(tmp_path/"none")) == []

@@ -17,7 +17,7 @@ import kdc_nb.runs as kr
 import kdc_nb.sweeps as ks
 from kdc_nb.calibrators import Method
 from kdc_nb.data import Data
-from kdc_nb.runs import Distil, RunSpec, Store, clean, run, stored
+from kdc_nb.runs import Distil, RunSpec, Store, clean, read_results, run, stored
 from kdc_nb.sweeps import levels, main, plan, read_specs, sweep, title_of, write_specs
 from kdc_nb.training import Recipe
 
@@ -174,8 +174,8 @@ def test_the_command(tmp_path):
     out = command(file, "--store", tmp_path/"s", "--plan").stdout
     assert "3 runs to do" in out and title_of(STUDENTS[1]) in out and not (tmp_path/"s").exists()
     assert command(file, "--store", tmp_path/"s", "--budget", "0s").returncode == 75
-    done = command(file, "--store", tmp_path/"s", "--results", tmp_path/"light.json")
-    assert done.returncode == 0 and "2 of 2 runs done" in done.stdout and len(json.loads((tmp_path/"light.json").read_text())) == 2
+    done = command(file, "--store", tmp_path/"s", "--results", tmp_path/"light.npz")
+    assert done.returncode == 0 and "2 of 2 runs done" in done.stdout and set(read_results(tmp_path/"light.npz")) == set(STUDENTS[:2])
     assert "0 runs to do" in command(file, "--store", tmp_path/"s", "--plan").stdout
 
 

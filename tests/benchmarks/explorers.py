@@ -46,8 +46,8 @@ def waits(explorer, name: str) -> list[float]:
 
 
 def explorers() -> dict[str, Explorer]:
-    looks = {s: l for s, l in read_looks(RESULTS/"systematic_diffusion_cifar10.safetensors").items() if s.seed == 0}
-    return {"explore_theory": explore_theory(), "explore_transfer": explore_transfer(read_results(RESULTS/"transfer_curve.json")),
+    looks = {s: l for s, l in read_looks(RESULTS/"systematic_diffusion_cifar10.npz").items() if s.seed == 0}
+    return {"explore_theory": explore_theory(), "explore_transfer": explore_transfer(read_results(RESULTS/"transfer_curve.npz")),
             "explore_reliability, N = 10,000, C = 10": explore_reliability(*outputs(10_000, 10)),
             "explore_reliability, N = 10,000, C = 100": explore_reliability(*outputs(10_000, 100)), "explore_classes": explore_classes(looks),
             **{f"explore_method, {f}": explore_method(f) for f in FAMILIES}}
