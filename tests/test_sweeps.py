@@ -18,7 +18,8 @@ import kdc_nb.sweeps as ks
 from kdc_nb.calibrators import Method
 from kdc_nb.data import Data
 from kdc_nb.runs import Distil, RunSpec, Store, clean, read_results, run, stored
-from kdc_nb.sweeps import levels, main, plan, read_specs, sweep, title_of, write_specs
+from kdc_nb.paper import main
+from kdc_nb.sweeps import levels, plan, read_specs, sweep, title_of, write_specs
 from kdc_nb.training import Recipe
 
 TINY = Data("known", n_train=100, n_valid=60, n_test=80)
@@ -162,7 +163,7 @@ def test_the_plan(store):
     assert min(planned[s].epochs for s in LONG) < 200, "the checkpoint is looked at"
 
 
-COMMAND = [sys.executable, "-m", "kdc_nb.sweeps"]
+COMMAND = [sys.executable, "-m", "kdc_nb.paper"]
 
 
 def command(*args): return subprocess.run([*COMMAND, *map(str, args), "--device", "cpu"], capture_output=True, text=True)
@@ -228,7 +229,7 @@ def test_a_full_disk_loses_nothing(tmp_path, alone):
     "No file may grow beyond 200 kB: the run fails in a sentence, and goes on when there is room"
     write_specs(STUDENTS[:1], file := tmp_path/"runs.json")
     limited = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));" \
-              "from kdc_nb.sweeps import main; sys.exit(main(sys.argv[1:]))"
+              "from kdc_nb.paper import main; sys.exit(main(sys.argv[1:]))"
     args = [str(file), "--store", str(tmp_path/"s"), "--device", "cpu"]
     full = subprocess.run([sys.executable, "-c", limited, *args], capture_output=True, text=True)
     assert full.returncode == 1 and "File too large" in full.stderr and "Traceback" not in full.stderr
