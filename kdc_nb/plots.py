@@ -6,11 +6,12 @@
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'GREY', 'COLORS', 'KINDS', 'MEASURES', 'CHAIN_MEASURES',
            'prepare_reliability', 'Reliability', 'plot_reliability', 'error_text', 'plot_side_by_side', 'plot_overlay',
            'Side', 'Pair', 'side_of', 'side_of_truth', 'teacher_side', 'prepare_transfer', 'Transfer', 'plot_transfer',
-           'plot_rows', 'plot_tradeoff', 'prepare_direct', 'plot_direct', 'prepare_histories', 'plot_histories', 'Pull',
-           'prepare_pull', 'PullPicture', 'plot_pull', 'prepare_similarity', 'prepare_agreement', 'plot_matrix',
-           'Shift', 'prepare_shift', 'plot_shift', 'prepare_penultimate', 'Penultimate', 'limits_of',
-           'plot_penultimate', 'Measured', 'prepare_merging', 'plot_merging', 'prepare_umap', 'plot_umap', 'Generation',
-           'mean_interval', 'prepare_generations', 'plot_generations']
+           'plot_rows', 'plot_tradeoff', 'prepare_direct', 'plot_direct', 'prepare_grid', 'plot_grid',
+           'plot_differences', 'plot_drift', 'prepare_histories', 'plot_histories', 'Pull', 'prepare_pull',
+           'PullPicture', 'plot_pull', 'prepare_similarity', 'prepare_agreement', 'plot_matrix', 'Shift',
+           'prepare_shift', 'plot_shift', 'prepare_penultimate', 'Penultimate', 'limits_of', 'plot_penultimate',
+           'Measured', 'prepare_merging', 'plot_merging', 'prepare_umap', 'plot_umap', 'Generation', 'mean_interval',
+           'prepare_generations', 'plot_generations']
 
 # %% ../nbs/16_plots.ipynb #75adf252
 import warnings
@@ -36,6 +37,8 @@ from .losses import *
 from .calibrators import *
 from .runs import *
 from .penultimate import *
+from .drift import *
+from .comparisons import *
 from .paper import *
 
 # %% ../nbs/16_plots.ipynb #90b8ee49
@@ -262,18 +265,21 @@ def plot_tradeoff(
     "Accuracy against a calibration error, seeds as ellipses"
     check(bool(rows), "rows", "none", "one or more")
     lookup(rows[0].mean, metric, "metric")
-    ax = ax or plt.subplots(figsize=(6, 4.2), layout="constrained")[1]
-    for k, r in enumerate(rows):
-        color, x, y = COLORS[k % len(COLORS)], 100*r.mean[metric], 100*r.mean["top1"]
-        ax.plot(x, y, "o" if isinstance(r.spec.method, Distil) else "s", c=color, label=r.name)
-        ax.plot(100*np.array(r.each[metric]), 100*np.array(r.each["top1"]), ".", ms=4, c=color)
+    ax, labels = ax or plt.subplots(figsize=(7, 4.6), layout="constrained")[1], set()
+    for r in rows:
+        x, y, taught = 100*r.mean[metric], 100*r.mean["top1"], isinstance(r.spec.method, Distil)
+        color, mark, label = (ORANGE, "o", "taught") if taught else (BLUE, "s", "trained directly")
+        ax.plot(x, y, mark, c=color, ms=5, label=None if label in labels else label)
+        ax.annotate(r.name.removeprefix("Direct, ").replace(", from", ""), (x, y), fontsize=7, c=color, xytext=(5, 3), textcoords="offset points")
+        labels.add(label)
+        ax.plot(100*np.array(r.each[metric]), 100*np.array(r.each["top1"]), ".", ms=3, c=color, alpha=.6)
         ax.add_patch(Ellipse((x, y), 200*r.spread[metric], 200*r.spread["top1"], color=color, alpha=.2, lw=0))
         if metric == "ece":
             ax.plot([100*r.ece.null_low, 100*r.ece.null_high], [y, y], c=SKY, lw=6, alpha=.35, zorder=0, solid_capstyle="butt")
-            ax.plot([100*r.ece.low, 100*r.ece.high], [y, y], c=color, lw=.8)
+            ax.plot([100*r.ece.low, 100*r.ece.high], [y, y], c=color, lw=.8, alpha=.6)
     ax.set(xlabel=f"{metric.upper()} in % (N = {rows[0].n:,} test images, {seeds_text(rows)})", ylabel="top-1 accuracy in %", title=title)
     ax.set_xlim(left=0)
-    ax.legend(fontsize=7)
+    ax.legend(fontsize=8)
     return ax
 
 # %% ../nbs/16_plots.ipynb #7e2c50c0
@@ -301,7 +307,7 @@ def plot_direct(
 ) -> Axes:
     "ECE of both as bars with their intervals, seeds as dots, null bands behind"
     check(bool(pairs), "pairs", "none", "one or more calibrators")
-    ax = ax or plt.subplots(figsize=(1.6*len(pairs) + 2, 3.6), layout="constrained")[1]
+    ax = ax or plt.subplots(figsize=(min(1.6*len(pairs) + 2, 11), 3.6), layout="constrained")[1]
     for k, (shift, color) in enumerate(((-.2, BLUE), (.2, ORANGE))):
         for x, rows in enumerate(pairs.values()):
             r = rows[k]
@@ -313,8 +319,88 @@ def plot_direct(
             ax.plot([x + shift]*r.seeds, 100*np.array(r.each["ece"]), ".", c="black", ms=4)
     rows = [r for own in pairs.values() for r in own]
     ax.set(xticks=range(len(pairs)), ylabel=f"ECE in % (N = {rows[0].n:,}, {seeds_text(rows)})", title=title)
-    ax.set_xticklabels([name.replace(" ", "\n", 1) for name in pairs])
+    ax.set_xticklabels([name.replace(" ", "\n") for name in pairs], fontsize=8)
     ax.legend(fontsize=8)
+    return ax
+
+# %% ../nbs/16_plots.ipynb #56aef04a
+def prepare_grid(
+    results: Mapping[RunSpec, Result], # students of several teachers, temperatures and weights
+) -> dict[str, dict[float, list[Row]]]: # by the teacher's method and alpha: rows in the order of T
+    "Students in the order of a grid; runs that nobody taught are left out"
+    grid = {}
+    for spec, own in by_seed(results).items():
+        if isinstance(spec.method, Distil): grid.setdefault(taught_by(spec.method), {}).setdefault(spec.method.alpha, []).append(row_of(how_of(spec.method), own, "raw"))
+    return {k: {a: sorted(lines[a], key=lambda r: r.spec.method.T) for a in sorted(lines)} for k, lines in grid.items()}
+
+
+def plot_grid(
+    grid: Mapping[str, Mapping[float, list[Row]]], # from `prepare_grid`
+    metric: str = "ece", # "ece", "nll" or another of a row
+    axs: Sequence[Axes] | None = None, # one for each teacher; None: new ones
+    title: str = "The student's temperature",
+) -> Sequence[Axes]:
+    "A metric against the temperature of distillation, a panel for each teacher"
+    check(bool(grid), "grid", "none", "students of one teacher or more, from `prepare_grid`")
+    axs = plt.subplots(1, len(grid), figsize=(3.4*len(grid) + .6, 3.2), sharey=True, squeeze=False, layout="constrained")[1][0] if axs is None else axs
+    rows = [r for lines in grid.values() for line in lines.values() for r in line]
+    scale = 1 if metric in ("nll", "brier", "kl") else 100
+    for ax, (name, lines) in zip(axs, grid.items()):
+        if metric == "ece": ax.axhspan(100*np.mean([r.ece.null_low for r in rows]), 100*np.mean([r.ece.null_high for r in rows]), color=GREY, alpha=.3, lw=0)
+        for k, (alpha, line) in enumerate(lines.items()):
+            T, y = [r.spec.method.T*1.04**(k - 1) for r in line], scale*np.array([r.mean[metric] for r in line])
+            ax.plot(T, y, "o-", c=COLORS[k], ms=4, label=f"$\\alpha$ = {alpha:g}")
+            if metric == "ece": ax.vlines(T, [100*r.ece.low for r in line], [100*r.ece.high for r in line], color=COLORS[k], lw=1)
+        ax.set(xscale="log", xlabel="temperature T of distillation", title=f"teacher: {name}")
+        ax.set_xticks(ticks := sorted({r.spec.method.T for r in rows}), [f"{t:g}" for t in ticks])
+        ax.minorticks_off()
+    axs[0].set_ylabel(f"{metric.upper()}{' in %'*(scale > 1)} (N = {rows[0].n:,}, {seeds_text(rows)})")
+    axs[0].legend(fontsize=8)
+    axs[0].figure.suptitle(title, fontsize=10)
+    return axs
+
+# %% ../nbs/16_plots.ipynb #fccef723
+def plot_differences(
+    differences: Mapping[str, Difference], # by what is compared
+    unit: str, # what the differences are of, for the axis
+    ax: Axes | None = None, # None: a new one
+    title: str = "Less is better for the first",
+    scale: float = 100., # 100 for percent
+) -> Axes:
+    "Differences with their intervals and seeds"
+    check(bool(differences), "differences", "none", "one or more")
+    ax = ax or plt.subplots(figsize=(7, .27*len(differences) + 1.1), layout="constrained")[1]
+    for y, (d, p) in enumerate(zip(differences.values(), holm([d.p for d in differences.values()]))):
+        color = GREY if p >= .05 else BLUE if d.mean < 0 else ORANGE
+        ax.plot([scale*d.low, scale*d.high], [y, y], c=color, lw=1.5)
+        ax.plot(scale*np.array(d.each), [y]*len(d.each), "|", c=color, ms=6)
+        ax.plot(scale*d.mean, y, "o", c=color, ms=5)
+    ax.axvline(0, c="black", lw=.8)
+    ax.set(yticks=range(len(differences)), yticklabels=list(differences), xlabel=unit, title=title)
+    ax.tick_params(axis="y", labelsize=8)
+    ax.invert_yaxis()
+    return ax
+
+# %% ../nbs/16_plots.ipynb #c17fb817
+def plot_drift(
+    drifts: Mapping[str, Sequence[Drift]], # seeds of each row
+    metric: str = "ece", # "ece", "nll" or "top1"
+    which: str = "raw", # or "scaled", by the temperature of the clean validation images
+    ax: Axes | None = None, # None: a new one
+) -> Axes:
+    "A metric against the severity of corruptions, a line for each row"
+    check(bool(drifts) and all(drifts.values()), "drifts", "none", "one or more for each row")
+    check(metric in ("ece", "nll", "top1"), "metric", repr(metric), "'ece', 'nll' or 'top1'")
+    ax = ax or plt.subplots(figsize=(4.6, 3.4), layout="constrained")[1]
+    scale = 1 if metric == "nll" else 100
+    for k, (name, own) in enumerate(drifts.items()):
+        each = scale*np.stack([by_severity(d, which)[metric] for d in own])
+        ax.plot(each.mean(0), "o-", c=COLORS[k % len(COLORS)], ms=4, label=name)
+        ax.plot(each.T, ".", c=COLORS[k % len(COLORS)], ms=3, alpha=.6)
+    if metric == "ece": ax.plot(100*np.mean([by_severity(d, which)["null_high"] for own in drifts.values() for d in own], 0), c=GREY, ls=":", label="upper end of the null band")
+    one = next(iter(drifts.values()))
+    ax.set(xlabel="severity (0: clean)", ylabel=f"{metric.upper()}{' in %'*(scale > 1)} (N = {one[0].n:,} a corruption)",
+           title=("as they are", "after TS on clean images")[which == "scaled"])
     return ax
 
 # %% ../nbs/16_plots.ipynb #ca76a847
