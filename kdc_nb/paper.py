@@ -273,8 +273,9 @@ def prepare_progress(
     printed: Mapping[str, Mapping[str, float]], # `published`; empty: there is nothing to stand beside
 ) -> tuple[list[str], list[list[str]]]: # head and rows, for `text_table` and `html_table`
     "A table as far as it is done, beside what the paper printed"
-    out = []
-    for name, own, which in [(k, own, "raw") for k, own in named.items()] + [("Direct, NLL after TS", named["Direct, NLL"], "scaled")]*("Direct, NLL" in named):
+    out, rows = [], {k: (own, "raw") for k, own in named.items()}
+    if "Direct, NLL" in named: rows["Direct, NLL after TS"] = named["Direct, NLL"], "scaled"
+    for name, (own, which) in rows.items():
         done = [r for r in own if r]
         seen = cells_of(row_of(name, done, which), row_of(name, done, "scaled")) if done else {}
         paper = printed.get(name, {})

@@ -1,4 +1,4 @@
-"The paper's settings: who teaches whom, and chains of self-distillation."
+"The paper's tables: who teaches whom, what is done of them, what they claim, and the command that trains them."
 from dataclasses import replace
 
 import numpy as np
@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from kdc_nb.calibrators import Method, Step
 from kdc_nb.data import Data
 from kdc_nb.explorers import explore_classes, source_of
-from kdc_nb.paper import SETTINGS, Setting, generation_of, self_distilled, table_specs
+from kdc_nb.comparisons import paired
+from kdc_nb.paper import (MINIATURES, PAPER, SETTINGS, Setting, collect, compare, differences, generation_of, main, paper_specs, prepare_progress, published,
+                          self_distilled, table_claims, table_specs)
 from kdc_nb.penultimate import look
 from kdc_nb.plots import prepare_generations
-from kdc_nb.runs import Distil, RunSpec, Scaled, Store, lineage, run
-from kdc_nb.sweeps import levels, sweep
+from kdc_nb.runs import Distil, RunSpec, Scaled, Store, images_of, lineage, read_results, run, write_results
+from kdc_nb.sweeps import levels, sweep, write_specs
 from kdc_nb.theory import draw_problem, gap, minimise
 from kdc_nb.training import Recipe
 
@@ -110,3 +112,97 @@ def test_the_explorer_goes_through_the_generations(looks):
         explorer.controls[name].value = v
         assert not explorer.refusal.value and bytes(explorer.image.value) not in pictures
         pictures.append(bytes(explorer.image.value))
+
+
+@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("small", [None, *MINIATURES])
+def test_every_piece_of_the_paper_is_a_table_of_runs(name, small):
+    rows = [paper_specs(name, seed=s, small=small) for s in (0, 1)]
+    assert list(rows[0]) == list(rows[1]) and len(set(rows[0].values())) == len(rows[0])
+    for spec in rows[1].values():
+        assert {r.seed for r in lineage(spec)} == {1} and spec.data == (MINIATURES[small] if small else SETTINGS[PAPER[name].setting].data)
+        assert {r.model for r in lineage(spec)} <= ({"resnet8", "resnet14"} if small else set(SETTINGS[PAPER[name].setting][1:]))
+        assert spec.recipe.epochs == (24 if small else 160)
+
+
+def test_a_miniature_keeps_who_is_larger():
+    for name, teacher, student in (("table1", "resnet14", "resnet8"), ("table2a", "resnet8", "resnet14"), ("table2b", "resnet8", "resnet8"), ("ablation", "resnet14", "resnet8")):
+        rows = paper_specs(name, small="known")
+        assert {r.model for k, s in rows.items() if k.startswith("KD") for r in lineage(s)} == {teacher, student}
+        assert {s.model for k, s in rows.items() if k.startswith("KD")} == {student}
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    "Three seeds of a small table; the last seed has no student of the teacher after TS"
+    store, setting = Store(tmp_path_factory.mktemp("table")), Setting(replace_size(TINY), "resnet8", "resnet8")
+    seeds = [table_specs(setting, METHODS, Recipe(2, 50), s) for s in range(3)]
+    results = {s: run(s, store, "cpu", progress=False) for rows in seeds for k, s in rows.items() if rows is not seeds[2] or k != "KD(C), from NLL after TS"}
+    return seeds, results
+
+
+def replace_size(data): return Data(data.name, **data.params | {"n_test": 300})
+
+
+def test_an_unfinished_table_says_what_is_missing(table):
+    seeds, results = table
+    named = collect(seeds, results)
+    head, cells = prepare_progress(named, published("self"))
+    by = {r[0]: dict(zip(head, r)) for r in cells}
+    assert by["KD(C), from NLL after TS"]["seeds"] == "2 of 3" and by["Direct, NLL"]["seeds"] == "3 of 3"
+    assert (by["Direct, NLL"]["paper: ECE"], by["Direct, focal + MDCA"]["paper: ECE"]) == ("3.30", "not in our source")
+    assert by["Direct, NLL after TS"]["NLL"] == by["Direct, NLL"]["after TS: NLL"] != by["Direct, NLL"]["NLL"]
+    head, cells = prepare_progress(collect(seeds, {}), {})
+    assert {r[1] for r in cells} == {"to do"} and not any(any(r[2:]) for r in cells) and not any(h.startswith("paper") for h in head)
+
+
+def test_rows_are_compared_seed_by_seed_over_the_seeds_that_both_have(table, tmp_path):
+    seeds, results = table
+    named = collect(seeds, results)
+    a, b = ("KD(C), from NLL after TS", "raw"), ("Direct, NLL", "scaled")
+    ours, theirs = compare(named, a, b, "nll"), paired(*([images_of(results[rows[name]])[which] for rows in seeds[:2]] for name, which in (a, b)), "nll")
+    assert ours == theirs and len(ours.each) == 2
+    truth = compare(named, a, b, "kl")
+    assert truth.each == pytest.approx([results[r[a[0]]].truth["kl"] - results[r[b[0]]].truth["scaled_kl"] for r in seeds[:2]]) and truth.n == 1
+    write_results(results.values(), tmp_path/"x.npz")
+    kept = compare(collect(seeds, read_results(tmp_path/"x.npz")), a, b, "ece")
+    assert kept.mean == pytest.approx(compare(named, a, b, "ece").mean, abs=1e-3), "from a light file"
+
+
+def test_claims_pair_each_student_with_its_own_calibrator(table):
+    seeds, results = table
+    claims, named = table_claims(seeds[0]), collect(seeds, results)
+    assert dict(claims["KD(C) beats direct calibration"]) == {("KD(C), from focal + MDCA", "raw"): ("Direct, focal + MDCA", "raw"), ("KD(C), from NLL after TS", "raw"): ("Direct, NLL", "scaled")}
+    assert [a[0] for a, _ in claims["calibrating while training beats a temperature afterwards"]] == ["Direct, PS-KD", "Direct, focal + MDCA"]
+    for claim, pairs in claims.items():
+        assert len(differences(named, pairs, "ece")) == len(pairs) > 0, claim
+        assert differences({}, pairs, "ece") == {}
+
+
+def kdc_sweep(*args, store): return main([*map(str, args), "--store", str(store), "--device", "cpu"])
+
+
+def test_the_command_takes_a_tables_name(tmp_path, capsys):
+    args = ("fig4", "--small", "digits", "--recipe", "smoke", "--seeds", 1)
+    assert kdc_sweep(*args, "--plan", store=tmp_path/"s") == 0
+    assert "14 runs to do" in capsys.readouterr().out and not (tmp_path/"s").exists()
+    assert kdc_sweep(*args, "--budget", "0s", store=tmp_path/"s") == 75 and capsys.readouterr().out.count("to do") == 14
+    assert kdc_sweep(*args, "--results", tmp_path/"x.npz", store=tmp_path/"s") == 0
+    out = capsys.readouterr().out
+    assert "in miniature on digits" in out and out.count("1 of 1") == 14 and "14 of 14 runs done" in out
+    assert set(read_results(tmp_path/"x.npz")) == set(paper_specs("fig4", "smoke", 0, "digits").values())
+
+
+@pytest.mark.parametrize("args, message", [
+    (["table7"], "what: got table7, expected a file that is there, or one of table1"), (["table1", "--seeds", "0"], "seeds: got 0, expected one or more"),
+    (["table1", "--small", "mnist"], "small: got 'mnist', expected one of cifar10, digits, known"), (["table1", "--recipe", "slow"], "recipe: got 'slow'"),
+    (["table1", "--budget", "soon"], "budget: got 'soon'")])
+def test_the_command_refuses_in_a_sentence(tmp_path, capsys, args, message):
+    assert kdc_sweep(*args, store=tmp_path/"s") == 2
+    assert message in capsys.readouterr().err and not (tmp_path/"s").exists()
+
+
+def test_a_file_says_its_own_recipe(tmp_path, capsys):
+    write_specs([NET], tmp_path/"runs.json")
+    assert kdc_sweep(tmp_path/"runs.json", "--recipe", "fast", store=tmp_path/"s") == 2
+    assert "recipe: got fast, expected none with a file" in capsys.readouterr().err

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from kdc_nb.calibrators import Method
+from kdc_nb.comparisons import difference_of
 from kdc_nb.data import Data
+from kdc_nb.drift import drift
 from kdc_nb.estimates import reliability_bins
 from kdc_nb.paper import prepare_rows, prepare_table
 from kdc_nb.penultimate import look
-from kdc_nb.plots import (Reliability, Shift, limits_of, plot_direct, plot_matrix, plot_merging, plot_overlay, plot_penultimate, plot_shift,
-                          plot_tradeoff, prepare_agreement, prepare_direct, prepare_histories, prepare_merging, prepare_penultimate,
+from kdc_nb.plots import (BLUE, GREY, ORANGE, Reliability, Shift, limits_of, plot_differences, plot_direct, plot_drift, plot_grid, plot_matrix, plot_merging,
+                          plot_overlay, plot_penultimate, plot_shift, plot_tradeoff, prepare_agreement, prepare_direct, prepare_grid, prepare_histories, prepare_merging, prepare_penultimate,
                           prepare_shift, prepare_similarity, prepare_umap)
 from kdc_nb.runs import Distil, RunSpec, Scaled, Store, run
 from kdc_nb.training import Recipe
@@ -184,3 +186,33 @@ def test_umap_keeps_two_heaps_apart():
         assert torch.get_num_threads() == 3, "numba sets torch's threads too, and with them the last digits and the speed of all that follows"
     finally: torch.set_num_threads(threads)
     with pytest.raises(ValueError, match="features: got 10 points, expected more than the 15 neighbours"): prepare_umap(torch.randn(10, 4))
+
+
+def test_a_grid_has_a_line_for_each_weight_in_the_order_of_t(store):
+    teachers = [net(Method("nll"), s, "resnet14") for s in (0, 1)]
+    specs = [net(Distil(t, T, a), t.seed) for t in teachers for T in (4, 1) for a in (1., .5)]
+    runs = {s: run(s, store, "cpu", progress=False) for s in [*teachers, *specs]}
+    grid = prepare_grid(runs)
+    assert {k: {a: [r.spec.method.T for r in line] for a, line in lines.items()} for k, lines in grid.items()} == {"nll": {.5: [1, 4], 1.: [1, 4]}}
+    assert grid["nll"][.5][1].each["ece"] == [runs[net(Distil(t, 4, .5), t.seed)].evaluation.raw["ece"].value for t in teachers]
+    for metric, scale in (("ece", 100), ("nll", 1)):
+        (ax,) = plot_grid(grid, metric)
+        assert ax.lines[0].get_ydata() == pytest.approx([scale*r.mean[metric] for r in grid["nll"][.5]])
+
+
+def test_differences_are_drawn_with_their_intervals_and_coloured_by_holm():
+    one = difference_of(np.array([[-.02], [-.03], [-.025]]))
+    shown = {"better": one._replace(p=.001), "worse": one._replace(mean=.02, p=.001), "not after Holm": one._replace(p=.04), "none": one._replace(p=.9)}
+    lines = plot_differences(shown, "x").lines
+    assert [l.get_color() for l in lines[:-1:3]] == [BLUE, ORANGE, GREY, GREY]
+    assert lines[0].get_xdata() == pytest.approx([100*one.low, 100*one.high]) and lines[1].get_xdata() == pytest.approx([-2, -3, -2.5])
+    with pytest.raises(ValueError, match="differences: got none"): plot_differences({}, "x")
+
+
+def test_drift_is_drawn_as_means_over_corruptions_and_seeds(results, store):
+    own = [drift(net("nll", s), store, ("contrast", "fog"), device="cpu") for s in (0, 1)]
+    ax = plot_drift({"direct": own}, "nll", "scaled")
+    by_hand = [np.mean([np.mean([d.rows[f"{k}/{s}"]["scaled"]["nll"] for k in ("contrast", "fog")]) for d in own]) for s in range(1, 6)]
+    assert ax.lines[0].get_ydata()[1:] == pytest.approx(by_hand) and ax.lines[0].get_label() == "direct"
+    for call, message in ((lambda: plot_drift({}), "drifts: got none"), (lambda: plot_drift({"a": own}, "sce"), "metric: got 'sce'"), (lambda: plot_drift({"a": own}, "ece", "x"), "which: got 'x'")):
+        with pytest.raises(ValueError, match=message): call()
