@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA', 'DRAWING', 'RunSpec', 'whole', 'check_model', 'Scaled', 'Posterior', 'Distil', 'runs_of', 'teacher_run',
            'title_of', 'how_of', 'taught_by', 'words_of', 'parts_of', 'run_id', 'Result', 'light_of', 'from_light',
            'truth_of', 'judge', 'Store', 'new_net', 'asked', 'trained_net', 'temperature_of', 'held_out', 'mean_logits',
-           'has_live_teacher', 'make_teacher', 'training_logits', 'train', 'environment', 'run', 'lineage',
+           'has_live_teacher', 'make_teacher', 'training_logits', 'train', 'environment', 'commit', 'run', 'lineage',
            'recalibrate', 'stored', 'clean', 'images_of', 'packed', 'in_steps', 'bins_of', 'bytes_of', 'from_bytes',
            'unpacked', 'write_results', 'kept_of', 'rounded', 'read_results', 'seeded', 'by_seed']
 
@@ -14,6 +14,7 @@ __all__ = ['SCHEMA', 'DRAWING', 'RunSpec', 'whole', 'check_model', 'Scaled', 'Po
 import json
 import math
 import platform
+import subprocess
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -164,7 +165,7 @@ class Result:
     spec: RunSpec
     evaluation: Evaluation # on the test images; the temperature is that of the validation images
     history: list[dict[str, float]] # a row an epoch
-    facts: dict[str, Any] # device, versions, seconds of training
+    facts: dict[str, Any] # device, versions, commit, seconds of training
     confidence: dict[str, float] # mean confidence on the test images, "raw" and "scaled" by the temperature
     bins: dict[str, list[float | None]] # of the reliability diagram on the test images: `reliability_bins` as lists
     truth: dict[str, float] | None = None # `truth_of`, where the posterior is known
@@ -346,7 +347,16 @@ def train(spec: RunSpec, store: Store, device: str | None, progress: bool, until
 def environment(device: torch.device) -> dict[str, Any]:
     "What else a result may depend on"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "kdc_nb": kdc_nb.__version__}
+    return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "kdc_nb": kdc_nb.__version__, "commit": commit()}
+
+
+@lru_cache
+def commit() -> str | None: # None: not run from a checkout
+    "The commit of the checkout that this package is run from"
+    root = Path(kdc_nb.__file__).parents[1]
+    if not (root/".git").exists(): return None
+    try: return subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError): return None
 
 
 def run(

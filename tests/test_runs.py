@@ -1,5 +1,6 @@
 "Runs and the store: nothing lost, nothing half-written, nothing read that is damaged."
 
+import subprocess
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
+import kdc_nb.runs as kr
 from kdc_nb.calibrators import Method
 from kdc_nb.core import DamagedFile, encode, load_npz, load_tensors, save_npz
 from kdc_nb.data import Data
@@ -195,3 +197,14 @@ def test_real_photographs_train_and_are_judged(photos, store):
     "Sixty photographs and one epoch teach little, and every part turns: the cache, flips, 10,000 test images."
     r = go(RunSpec(Data("cifar10", n_train=60, n_valid=60), "resnet8", "nll", Recipe(1, 30, augment=("flip",))), store)
     assert r.evaluation.n == 10_000 and r.truth is None and 0 < r.evaluation.raw["top1"].value < .5
+
+
+def test_a_result_names_the_commit_of_its_checkout(store, tmp_path, monkeypatch):
+    git = lambda *args: subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *args], capture_output=True, text=True, check=True).stdout.strip()
+    monkeypatch.setattr("kdc_nb.__file__", str(tmp_path/"kdc_nb"/"__init__.py"))
+    assert kr.commit.__wrapped__() is None, "installed, not a checkout"
+    git("init", "-q")
+    assert kr.commit.__wrapped__() is None, "no commit yet"
+    git("commit", "-q", "--allow-empty", "-m", "x")
+    assert kr.commit.__wrapped__() == git("rev-parse", "HEAD")
+    assert "commit" in go(TEACHER, store).facts
