@@ -6,8 +6,8 @@
 __all__ = ['SETTINGS', 'METHODS', 'TABLE_2', 'PAPER', 'MINIATURES', 'SMALLER', 'SHOWN', 'PRINTED', 'NOT_THERE', 'Shown',
            'Setting', 'table_specs', 'kd', 'published', 'Row', 'prepare_rows', 'row_of', 'seeds_text', 'prepare_table',
            'cells_of', 'self_distilled', 'generation_of', 'grid_specs', 'Piece', 'table_rows', 'grid_rows',
-           'generation_rows', 'drift_rows', 'paper_specs', 'prepare_progress', 'collect', 'table_claims', 'compare',
-           'differences', 'main', 'command', 'wanted']
+           'generation_rows', 'drift_rows', 'paper_specs', 'prepare_progress', 'collect', 'direct_of', 'table_claims',
+           'compare', 'differences', 'main', 'command', 'wanted']
 
 # %% ../nbs/15_paper.ipynb #4c8939ea
 import argparse
@@ -228,7 +228,7 @@ def grid_rows(temperatures: Sequence[float], alphas: Sequence[float]) -> Callabl
 def generation_rows(setting: Setting, recipe: Recipe | str, seed: int) -> dict[str, RunSpec]:
     "Six generations after one from the NLL, and after one from MDCA (Fig. 4)"
     chains = {k: self_distilled(RunSpec(setting.data, setting.teacher, METHODS[m], recipe, seed), 6) for k, m in (("UC", "NLL"), ("C", "MDCA"))}
-    return {f"KD({k}), generation {g}": s for k, chain in chains.items() for g, s in enumerate(chain)}
+    return {f"{k}, generation {g}": s for k, chain in chains.items() for g, s in enumerate(chain)}
 
 
 def drift_rows(setting: Setting, recipe: Recipe | str, seed: int) -> dict[str, RunSpec]:
@@ -242,12 +242,12 @@ PAPER = { # by the name that `kdc_sweep` knows
     "table1_mobilenet": Piece("Table 1, WRN-40-2 teaches MobileNetV2, CIFAR-100", "large to small, MobileNetV2", table_rows),
     "table2a": Piece("Table 2a, MobileNetV2 teaches ResNet-50, CIFAR-10", "reverse", table_rows),
     "table2b": Piece("Table 2b, MobileNetV2 teaches itself, CIFAR-10", "self", table_rows),
-    "fig2": Piece("Fig. 2: direct and by the teacher", "large to small", table_rows),
-    "fig3": Piece("Fig. 3: accuracy against calibration", "large to small", table_rows),
+    "fig2": Piece("Fig. 2, the runs of Table 1: direct and by the teacher", "large to small", table_rows),
+    "fig3": Piece("Fig. 3, the runs of Table 1: accuracy against calibration", "large to small", table_rows),
     "fig4": Piece("Fig. 4: generations of ResNet56, CIFAR-100", "generations", generation_rows),
     "fig5": Piece("Fig. 5: ResNet56 teaches ResNet8, CIFAR-100", "diffusion", grid_rows((1, 2, 4, 8, 20), (.9,))),
     "ablation": Piece("Temperature and weight, ResNet56 teaches ResNet8, CIFAR-100", "diffusion", grid_rows((1, 2, 4, 8, 20), (.5, .9, 1))),
-    "drift": Piece("Drift: rows of Table 1 for corrupted images", "large to small", drift_rows),
+    "drift": Piece("Drift: the runs of Table 1 that are asked about corrupted images", "large to small", drift_rows),
 }
 
 # %% ../nbs/15_paper.ipynb #24de2de4
@@ -273,6 +273,7 @@ def prepare_progress(
     printed: Mapping[str, Mapping[str, float]], # `published`; empty: there is nothing to stand beside
 ) -> tuple[list[str], list[list[str]]]: # head and rows, for `text_table` and `html_table`
     "A table as far as it is done, beside what the paper printed"
+    check(bool(named), "named", "no rows", "one or more, from `collect`")
     out, rows = [], {k: (own, "raw") for k, own in named.items()}
     if "Direct, NLL" in named: rows["Direct, NLL after TS"] = named["Direct, NLL"], "scaled"
     for name, (own, which) in rows.items():
@@ -281,10 +282,11 @@ def prepare_progress(
         paper = printed.get(name, {})
         out.append({"": name, "seeds": f"{len(done)} of {len(own)}" if done else "to do", **{k: seen.get(k, "") for k in SHOWN},
                     **{f"paper: {h}": f"{100*paper[k]:.2f}" if k in paper else NOT_THERE for h, k in PRINTED.items() if printed}})
-    return list(out[0]), [list(r.values()) for r in out]
+    head = [h for h in out[0] if h not in ("true error", "KL to truth") or any(r[h] for r in out)]
+    return head, [[r[h] for h in head] for r in out]
 
 
-SHOWN = ("Top-1", "ECE", "95% interval", "null band", "SCE", "ACE", "NLL", "after TS: ECE", "after TS: NLL")
+SHOWN = ("Top-1", "ECE", "95% interval", "null band", "true error", "SCE", "ACE", "NLL", "KL to truth", "after TS: ECE", "after TS: NLL")
 PRINTED, NOT_THERE = {"Top-1": "top1", "ECE": "ece", "SCE": "sce", "ACE": "ace"}, "not in our source"
 
 # %% ../nbs/15_paper.ipynb #a0e82a3b
@@ -292,11 +294,20 @@ def collect(
     seeds: Sequence[Mapping[str, RunSpec]], # the rows of each seed
     results: Mapping[RunSpec, Result],
 ) -> dict[str, list[Result | None]]: # by row, a place for each seed
-    "Results in the rows of a table; None where there is none yet"
+    "Results (or anything by description) in the rows of a table; None where there is none yet"
+    check(len(seeds) > 0, "seeds", "none", "the rows of one seed or more")
     return {name: [results.get(rows[name]) for rows in seeds] for name in seeds[0]}
 
 # %% ../nbs/15_paper.ipynb #c83c350f
 Shown = tuple[str, str] # a row's name, and "raw" or "scaled"
+
+
+def direct_of(
+    student: str, # KD(C) or KD(UC)
+) -> Shown:
+    "The row that used the calibrator of a student's teacher directly"
+    method = student.split("from ")[1]
+    return (f"Direct, {method.removesuffix(' after TS')}", "scaled" if method.endswith("after TS") else "raw")
 
 
 def table_claims(
@@ -306,10 +317,9 @@ def table_claims(
     students = [r for r in rows if r.startswith("KD(C)")]
     trained = [r for r in rows if r.startswith("Direct") and r != "Direct, NLL"]
     by_hand, plain = ("Direct, NLL", "scaled"), ("KD(UC), from NLL", "raw")
-    def direct(r): return by_hand if r.endswith("after TS") else (r.replace("KD(C), from", "Direct,"), "raw")
     return {
-        "KD(C) beats direct calibration": [((r, "raw"), direct(r)) for r in students],
-        "the same, all after temperature scaling": [((r, "scaled"), (direct(r)[0], "scaled")) for r in students],
+        "KD(C) beats direct calibration": [((r, "raw"), direct_of(r)) for r in students],
+        "the same, all after temperature scaling": [((r, "scaled"), (direct_of(r)[0], "scaled")) for r in students],
         "KD(C) beats KD(UC)": [((r, "raw"), plain) for r in students],
         "KD(UC) beats training alone": [(plain, ("Direct, NLL", "raw"))],
         "KD(C) beats temperature scaling of the plain student": [((r, "raw"), by_hand) for r in students],
@@ -324,11 +334,14 @@ def compare(
     metric: str, # of `paired`; or "error" or "kl", against a known truth
 ) -> Difference: # of a less b, over the seeds that both have
     "Two rows of a table, seed by seed and, where the images were kept, image by image"
+    for name, which in (a, b): check(name in named and which in ("raw", "scaled"), "a, b", (name, which), f"'raw' or 'scaled' of {', '.join(named)}")
     rows = [{r.spec.seed: r for r in named[name] if r} for name, _ in (a, b)]
     seeds = sorted(set(rows[0]) & set(rows[1]))
     check(bool(seeds), "named", f"no seed that {a[0]} and {b[0]} share", "one at least")
     pairs = [[own[s] for s in seeds] for own in rows]
+    check(len({r.spec.data for own in pairs for r in own}) == 1, "named", f"{a[0]} and {b[0]} on other data", "rows on the same data")
     if metric in ("error", "kl"):
+        check(pairs[0][0].truth is not None and len(seeds) > 1, "metric", f"{metric!r} of {len(seeds)} seeds on {pairs[0][0].spec.data}", "two seeds on data whose posterior is known")
         values = [[r.truth[metric if which == "raw" else f"scaled_{metric}"] for r in own] for own, (_, which) in zip(pairs, (a, b))]
         return difference_of((np.array(values[0]) - values[1])[:, None])
     return paired(*[[images_of(r)[which] for r in own] for own, (_, which) in zip(pairs, (a, b))], metric)
@@ -338,11 +351,12 @@ def differences(
     named: Mapping[str, Sequence[Result | None]], # from `collect`
     pairs: Iterable[tuple[Shown, Shown]], # of `table_claims`
     metric: str, # of `compare`
+    least: int = 1, # finished seeds that both rows must have
 ) -> dict[str, Difference]: # by what is compared
-    "The comparisons of a claim, of rows that share a finished seed"
+    "The comparisons of a claim that can be made"
     said = lambda s: s[0] + " + TS"*(s[1] == "scaled")
     done = lambda s: {r.spec.seed for r in named.get(s[0], ()) if r}
-    return {f"{said(a)} less {said(b)}": compare(named, a, b, metric) for a, b in pairs if done(a) & done(b)}
+    return {f"{said(a)} less {said(b)}": compare(named, a, b, metric) for a, b in pairs if len(done(a) & done(b)) >= least}
 
 # %% ../nbs/15_paper.ipynb #7b37c54c
 def main(args: Iterable[str] | None = None) -> int: # exit status: 0 all done, 75 time is over, 130 interrupted, 2 bad input, 1 a run failed
@@ -357,7 +371,7 @@ def main(args: Iterable[str] | None = None) -> int: # exit status: 0 all done, 7
     p.add_argument("--jobs", type=int, help="runs at a time (1)")
     p.add_argument("--budget", help="stop cleanly after a time such as 90s, 9min, 1.5h")
     p.add_argument("--plan", action="store_true", help="only say what would be done, and how long it would take")
-    p.add_argument("--results", help="write the light results of what is done to this .npz file")
+    p.add_argument("--results", help="add the light results of what is done to this .npz file")
     a = p.parse_args(args)
     store = Store(a.store)
     try: return command(a, store)
@@ -370,12 +384,13 @@ def command(a: argparse.Namespace, store: Store) -> int:
     "Do what the command was told"
     seeds = wanted(a.what, a.recipe, a.seeds, a.small)
     specs = list(dict.fromkeys(s for rows in seeds for s in rows.values()))
-    if a.plan: print(plan_text(plan(specs, store, a.device))); return 0
     until, results = None if a.budget is None else time.time() + seconds_of(a.budget), {}
+    kept = read_results(a.results) if a.results and Path(a.results).exists() else {} # what another machine has done stays in the file
+    if a.plan: print(plan_text(plan(specs, store, a.device))); return 0
     for rows in seeds:
         left = None if until is None else max(0., until - time.time())
         results |= {r.spec: r for r in sweep(rows.values(), store, a.device, a.jobs, left) if r}
-    if a.results: write_results(results.values(), a.results)
+        if a.results and results: write_results((kept | results).values(), a.results)
     if a.what in PAPER: print(f"{PAPER[a.what].title}{f', in miniature on {a.small}'*bool(a.small)}\n" + text_table(*prepare_progress(collect(seeds, results), {} if a.small else published(PAPER[a.what].setting))))
     print(f"{len(results)} of {len(specs)} runs done, in {store.folder}" + "; time is over, the same command goes on"*(len(results) < len(specs)))
     return 0 if len(results) == len(specs) else 75
@@ -386,7 +401,7 @@ def wanted(what: str, recipe: str | None, seeds: int | None, small: str | None) 
     if what in PAPER:
         check(seeds is None or seeds > 0, "seeds", seeds, "one or more")
         return [paper_specs(what, recipe, s, small) for s in range(seeds or 3)]
-    check(Path(what).exists(), "what", what, f"a file that is there, or one of {', '.join(PAPER)}")
+    check(Path(what).is_file(), "what", what, f"a file that is there, or one of {', '.join(PAPER)}")
     for k, v in dict(recipe=recipe, seeds=seeds, small=small).items(): check(v is None, k, v, f"none with a file: {what} says it all")
     return [{value_id(s): s for s in read_specs(what)}]
 

@@ -450,11 +450,11 @@ def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Outcomes]:
 def write_results(
     results: Iterable[Result],
     path: Path | str, # of an .npz file
-    images: bool = True, # keep how each fares on each test image: 50 kB a run
+    images: bool = True, # keep how each fares on each test image, where that is known: 50 kB a run
 ) -> None:
     "Keep the light part of results, numbers to 6 digits"
     results = list(results)
-    parts = [packed(images_of(r)) if images else {} for r in results]
+    parts = [packed(images_of(r)) if images and (r.images or r.logits) else {} for r in results]
     save_npz(path, {f"{i}/{k}": t for i, p in enumerate(parts) for k, t in p.items()}, runs=[kept_of(r) for r in results])
 
 

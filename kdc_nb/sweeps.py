@@ -35,6 +35,7 @@ def seconds_of(
     budget: str | float, # such as "90s", "9min", "1.5h", or seconds
 ) -> float:
     "A budget of time in seconds"
+    if isinstance(budget, float) and budget >= 0: return budget
     match = re.fullmatch(r"(\d+\.?\d*|\.\d+) *(s|min|h|)", str(budget))
     check(bool(match), "budget", repr(budget), "a time such as '90s', '9min' or '1.5h'")
     return float(match[1])*UNITS[match[2]]

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from scipy.stats import bartlett, f, ttest_1samp, ttest_rel
+from scipy.stats import ttest_1samp, ttest_rel
 
-from kdc_nb.comparisons import contributions, difference_of, holm, paired, rank_intervals, split_score, spread_ratio, verdict
+from kdc_nb.comparisons import contributions, difference_of, holm, paired, rank_intervals, split_score, spread_difference, verdict
 from kdc_nb.estimates import evaluate
 from kdc_nb.metrics import outcomes, scores
 
@@ -38,7 +38,8 @@ def test_one_image_is_the_t_test_over_seeds(d):
 
 
 def test_one_seed_is_the_paired_t_test_over_images():
-    a, b = seen(0), seen(1)
+    z, y = torch.randn(2, 300, 5), torch.arange(300) % 5
+    a, b = outcomes(z[0], y), outcomes(z[1], y)
     ours, theirs = paired([a], [b], "nll"), ttest_rel(a.nll.numpy(), b.nll.numpy())
     assert ours.p == pytest.approx(theirs.pvalue, rel=1e-6) and (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval()), rel=1e-6)
 
@@ -56,11 +57,15 @@ def test_both_kinds_of_chance_make_an_interval_wider_than_either(seed, s, n):
 def test_exact_differences_and_none():
     same, off = difference_of(np.zeros((3, 4))), difference_of(np.ones((3, 4)))
     assert (same.p, same.low, same.high) == (1, 0, 0) and off.p == pytest.approx(1e-30) and off.low == 1
-    with pytest.raises(ValueError, match="d: got one seed and one image"): difference_of(np.ones((1, 1)))
+    for bad in (np.ones((1, 1)), np.ones(3), np.array([[np.nan], [1.]])):
+        with pytest.raises(ValueError, match="d: got shape"): difference_of(bad)
 
 
 def test_other_images_are_refused():
-    with pytest.raises(ValueError, match="b: got other images"): paired([seen(0)], [seen(0, n=200)], "ece")
+    with pytest.raises(ValueError, match="images: got 300 and 200 of them"): paired([seen(0)], [seen(0, n=200)], "ece")
+    z, y = torch.randn(50, 3), torch.arange(50) % 3
+    with pytest.raises(ValueError, match="images: got some with other labels"): rank_intervals({"a": [outcomes(z, y)], "b": [outcomes(z, y.roll(1))]}, "nll")
+    with pytest.raises(ValueError, match="rows: got rows with other numbers of seeds"): rank_intervals({"a": [seen(0)], "b": [seen(0)]*3}, "nll")
     with pytest.raises(ValueError, match="b: got 0 seeds"): paired([], [], "ece")
 
 
@@ -83,18 +88,24 @@ def test_ranks_hold_the_true_order_and_shrink_with_images():
 
 
 def test_the_most_accurate_has_the_first_rank():
-    good, bad = seen(0, 2000, scale=4), seen(0, 2000, scale=.5)
+    z, y = torch.randn(2, 500, 4), torch.arange(500) % 4
+    good, bad = outcomes(z[0] + 3*torch.nn.functional.one_hot(y, 4), y), outcomes(z[1], y)
     assert rank_intervals({"bad": [bad], "good": [good]}, "top1") == {"bad": (2, 2), "good": (1, 1)}
 
 
-def test_the_ratio_of_spreads_is_fishers():
-    a, b = np.random.default_rng(0).normal(size=(2, 4, 3))
-    r, q = spread_ratio(a, 3*b), a.var(1, ddof=1).mean()/(9*b.var(1, ddof=1).mean())
-    assert r.ratio == pytest.approx(q**.5) and r.p == pytest.approx(2*min(f.cdf(q, 8, 8), f.sf(q, 8, 8)))
-    assert spread_ratio(3*b, a).ratio == pytest.approx(1/r.ratio) and spread_ratio(3*b, a).p == pytest.approx(r.p)
-    one, two = np.random.default_rng(1).normal(size=(2, 1, 40))
-    assert spread_ratio(one, two).p == pytest.approx(bartlett(one[0], two[0]).pvalue, abs=.02) # another test of the same question
-    with pytest.raises(ValueError, match="a, b: got a row of one seed"): spread_ratio([[1.]], [[2., 3.]])
+def test_spreads_are_compared_in_pairs():
+    a, b = np.random.default_rng(0).normal(size=(2, 6, 3))
+    r, theirs = spread_difference(a, 3*b), ttest_1samp(np.log(a.std(1, ddof=1)/(3*b.std(1, ddof=1))), 0)
+    assert r.p == pytest.approx(theirs.pvalue) and spread_difference(3*b, a).mean == pytest.approx(-r.mean)
+    with pytest.raises(ValueError, match="a, b: got a row of one seed"): spread_difference([[1.], [2., 1.]], [[2., 3.], [3., 4.]])
+    with pytest.raises(ValueError, match="b: got 0 rows"): spread_difference([], [])
+
+
+def test_spreads_of_rows_that_vary_very_differently_are_covered():
+    "Pooled variances would be ruled by the row that varies most"
+    rng, scales = np.random.default_rng(0), np.geomspace(.2, 3, 11)[:, None]
+    found = [spread_difference(scales*rng.normal(size=(11, 3)), scales*rng.normal(size=(11, 3))) for _ in range(300)]
+    assert .92 < np.mean([d.low <= 0 <= d.high for d in found]) < .985
 
 
 def test_a_split_adds_up_and_a_temperature_changes_only_calibration():
@@ -113,4 +124,6 @@ def test_a_verdict_counts_and_turns_with_its_sign(pairs):
     v, turned = verdict(ds, -1), verdict(ds, 1)
     assert (v.agree, v.contradict) == (turned.contradict, turned.agree) and v.total == len(ds)
     assert v.agree == sum(m < 0 and p < .01 for m, p in pairs)
-    assert (v.word == "not resolvable") == (v.agree + v.contradict == 0) and (v.word == "not reproduced") == (v.agree == 0 < v.contradict)
+    assert (v.word == "not resolvable") == (v.agree + v.contradict == 0) and (v.word == "not reproduced") == (v.agree == 0 and 2*v.contradict >= len(ds))
+    assert {v.word, turned.word} in ({"reproduced", "not reproduced"}, {"mixed"}, {"not resolvable"}) and v.seeds == 2
+    with pytest.raises(ValueError, match="sign: got 0"): verdict(ds, 0)

@@ -11,7 +11,7 @@ from kdc_nb.calibrators import Method, Step
 from kdc_nb.data import Data
 from kdc_nb.explorers import explore_classes, source_of
 from kdc_nb.comparisons import paired
-from kdc_nb.paper import (MINIATURES, PAPER, SETTINGS, Setting, collect, compare, differences, generation_of, main, paper_specs, prepare_progress, published,
+from kdc_nb.paper import (MINIATURES, PAPER, SETTINGS, Setting, collect, compare, differences, direct_of, generation_of, main, paper_specs, prepare_progress, published,
                           self_distilled, table_claims, table_specs)
 from kdc_nb.penultimate import look
 from kdc_nb.plots import prepare_generations
@@ -153,7 +153,7 @@ def test_an_unfinished_table_says_what_is_missing(table):
     assert (by["Direct, NLL"]["paper: ECE"], by["Direct, focal + MDCA"]["paper: ECE"]) == ("3.30", "not in our source")
     assert by["Direct, NLL after TS"]["NLL"] == by["Direct, NLL"]["after TS: NLL"] != by["Direct, NLL"]["NLL"]
     head, cells = prepare_progress(collect(seeds, {}), {})
-    assert {r[1] for r in cells} == {"to do"} and not any(any(r[2:]) for r in cells) and not any(h.startswith("paper") for h in head)
+    assert "true error" not in head and {r[1] for r in cells} == {"to do"} and not any(any(r[2:]) for r in cells) and not any(h.startswith("paper") for h in head)
 
 
 def test_rows_are_compared_seed_by_seed_over_the_seeds_that_both_have(table, tmp_path):
@@ -176,7 +176,20 @@ def test_claims_pair_each_student_with_its_own_calibrator(table):
     assert [a[0] for a, _ in claims["calibrating while training beats a temperature afterwards"]] == ["Direct, PS-KD", "Direct, focal + MDCA"]
     for claim, pairs in claims.items():
         assert len(differences(named, pairs, "ece")) == len(pairs) > 0, claim
-        assert differences({}, pairs, "ece") == {}
+        assert differences({}, pairs, "ece") == differences(named, pairs, "ece", least=4) == {}
+    assert direct_of("KD(C), from NLL after TS") == ("Direct, NLL", "scaled") and direct_of("KD(UC), from NLL") == ("Direct, NLL", "raw")
+
+
+def test_a_comparison_refuses_in_a_sentence(table):
+    seeds, results = table
+    named = collect(seeds, results)
+    a, b = ("Direct, NLL", "raw"), ("KD(UC), from NLL", "raw")
+    other = {k: [replace(r, spec=replace(r.spec, data=TINY)) if k == "Direct, NLL" else r for r in own] for k, own in named.items()}
+    for call, message in ((lambda: compare(named, a, ("Direct, LS", "raw"), "nll"), "a, b: got .*Direct, LS"), (lambda: compare(named, a, ("Direct, NLL", "row"), "nll"), "a, b: got .*row"),
+                          (lambda: compare({k: own[:1] for k, own in named.items()}, a, b, "kl"), "metric: got 'kl' of 1 seeds"),
+                          (lambda: compare(other, a, ("Direct, PS-KD", "raw"), "nll"), "named: got Direct, NLL and Direct, PS-KD on other data"),
+                          (lambda: collect([], {}), "seeds: got none"), (lambda: prepare_progress({}, {}), "named: got no rows")):
+        with pytest.raises(ValueError, match=message): call()
 
 
 def kdc_sweep(*args, store): return main([*map(str, args), "--store", str(store), "--device", "cpu"])
@@ -206,3 +219,15 @@ def test_a_file_says_its_own_recipe(tmp_path, capsys):
     write_specs([NET], tmp_path/"runs.json")
     assert kdc_sweep(tmp_path/"runs.json", "--recipe", "fast", store=tmp_path/"s") == 2
     assert "recipe: got fast, expected none with a file" in capsys.readouterr().err
+
+
+def test_results_are_added_to_a_file_and_a_damaged_one_is_left(tmp_path, capsys):
+    path = tmp_path/"x.npz"
+    for spec, name in ((NET, "a"), (replace(NET, seed=1), "b")):
+        write_specs([spec], tmp_path/f"{name}.json")
+        assert kdc_sweep(tmp_path/f"{name}.json", "--results", path, store=tmp_path/name) == 0
+    assert set(read_results(path)) == {NET, replace(NET, seed=1)}
+    path.write_bytes(path.read_bytes()[:-200])
+    before = path.read_bytes()
+    assert kdc_sweep(tmp_path/"a.json", "--results", path, store=tmp_path/"a") == 2
+    assert "x.npz: damaged" in capsys.readouterr().err and path.read_bytes() == before
