@@ -7,7 +7,7 @@ __all__ = ['SETTINGS', 'METHODS', 'TABLE_2', 'PAPER', 'MINIATURES', 'SMALLER', '
            'Setting', 'table_specs', 'kd', 'published', 'Row', 'prepare_rows', 'row_of', 'seeds_text', 'prepare_table',
            'cells_of', 'self_distilled', 'generation_of', 'grid_specs', 'Piece', 'table_rows', 'grid_rows',
            'generation_rows', 'drift_rows', 'paper_specs', 'prepare_progress', 'collect', 'direct_of', 'table_claims',
-           'compare', 'differences', 'main', 'command', 'wanted']
+           'table_of', 'Compared', 'differences', 'main', 'command', 'wanted']
 
 # %% ../nbs/15_paper.ipynb #4c8939ea
 import argparse
@@ -327,36 +327,44 @@ def table_claims(
     }
 
 # %% ../nbs/15_paper.ipynb #a0c25475
-def compare(
+def table_of(
     named: Mapping[str, Sequence[Result | None]], # from `collect`
-    a: Shown,
-    b: Shown,
-    metric: str, # of `paired`; or "error" or "kl", against a known truth
-) -> Difference: # of a less b, over the seeds that both have
-    "Two rows of a table, seed by seed and, where the images were kept, image by image"
-    for name, which in (a, b): check(name in named and which in ("raw", "scaled"), "a, b", (name, which), f"'raw' or 'scaled' of {', '.join(named)}")
-    rows = [{r.spec.seed: r for r in named[name] if r} for name, _ in (a, b)]
-    seeds = sorted(set(rows[0]) & set(rows[1]))
-    check(bool(seeds), "named", f"no seed that {a[0]} and {b[0]} share", "one at least")
-    pairs = [[own[s] for s in seeds] for own in rows]
-    check(len({r.spec.data for own in pairs for r in own}) == 1, "named", f"{a[0]} and {b[0]} on other data", "rows on the same data")
+    row: Shown,
+    metric: str, # of `by_image`; or "error" or "kl", against a known truth
+) -> dict[int, np.ndarray]: # by seed: a number for each image, or one where the truth is known
+    "What each image of each finished seed contributes to a metric of a row"
+    name, which = row
+    check(name in named and which in ("raw", "scaled"), "row", row, f"'raw' or 'scaled' of {', '.join(named)}")
+    done = [r for r in named[name] if r]
     if metric in ("error", "kl"):
-        check(pairs[0][0].truth is not None and len(seeds) > 1, "metric", f"{metric!r} of {len(seeds)} seeds on {pairs[0][0].spec.data}", "two seeds on data whose posterior is known")
-        values = [[r.truth[metric if which == "raw" else f"scaled_{metric}"] for r in own] for own, (_, which) in zip(pairs, (a, b))]
-        return difference_of((np.array(values[0]) - values[1])[:, None])
-    return paired(*[[images_of(r)[which] for r in own] for own, (_, which) in zip(pairs, (a, b))], metric)
+        check(all(r.truth for r in done), "metric", f"{metric!r} of {name}", "data whose posterior is known")
+        return {r.spec.seed: np.array([r.truth[metric if which == "raw" else f"scaled_{metric}"]]) for r in done}
+    return {r.spec.seed: by_image([images_of(r)[which]], metric)[0] for r in done}
+
+
+class Compared(NamedTuple):
+    "The comparisons of a claim"
+    each: dict[str, Difference] # by what is compared
+    mean: Difference | None # of all of them, over the seeds that all have; None if there is no such seed
 
 
 def differences(
     named: Mapping[str, Sequence[Result | None]], # from `collect`
-    pairs: Iterable[tuple[Shown, Shown]], # of `table_claims`
-    metric: str, # of `compare`
-    least: int = 1, # finished seeds that both rows must have
-) -> dict[str, Difference]: # by what is compared
-    "The comparisons of a claim that can be made"
+    pairs: Iterable[tuple[Shown, Shown]], # of `table_claims`: the first less the second
+    metric: str, # of `table_of`
+    least: int = 1, # finished seeds that both rows of a pair must have, or it is left out; two where the truth is known
+) -> Compared:
+    "Two rows of a table for each pair, seed by seed and image by image"
     said = lambda s: s[0] + " + TS"*(s[1] == "scaled")
     done = lambda s: {r.spec.seed for r in named.get(s[0], ()) if r}
-    return {f"{said(a)} less {said(b)}": compare(named, a, b, metric) for a, b in pairs if len(done(a) & done(b)) >= least}
+    ready = [(a, b) for a, b in pairs if len(done(a) & done(b)) >= least]
+    data = {r.spec.data for pair in ready for s in pair for r in named[s[0]] if r}
+    check(len(data) < 2, "named", f"rows on {len(data)} data sets", "rows on one")
+    tables = {s: table_of(named, s, metric) for s in {s: 0 for pair in ready for s in pair}}
+    less = {f"{said(a)} less {said(b)}": {k: tables[a][k] - tables[b][k] for k in sorted(done(a) & done(b))} for a, b in ready}
+    shared = sorted(set.intersection(*map(set, less.values()))) if less else []
+    mean = np.mean([[d[k] for k in shared] for d in less.values()], 0) if shared else None
+    return Compared({k: difference_of(np.stack(list(d.values()))) for k, d in less.items()}, None if mean is None or mean.size < 2 else difference_of(mean))
 
 # %% ../nbs/15_paper.ipynb #7b37c54c
 def main(args: Iterable[str] | None = None) -> int: # exit status: 0 all done, 75 time is over, 130 interrupted, 2 bad input, 1 a run failed

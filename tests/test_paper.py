@@ -11,8 +11,8 @@ from kdc_nb.calibrators import Method, Step
 from kdc_nb.data import Data
 from kdc_nb.explorers import explore_classes, source_of
 from kdc_nb.comparisons import paired
-from kdc_nb.paper import (MINIATURES, PAPER, SETTINGS, Setting, collect, compare, differences, direct_of, generation_of, main, paper_specs, prepare_progress, published,
-                          self_distilled, table_claims, table_specs)
+from kdc_nb.paper import (MINIATURES, PAPER, SETTINGS, Setting, collect, differences, direct_of, generation_of, main, paper_specs, prepare_progress, published,
+                          self_distilled, table_claims, table_of, table_specs)
 from kdc_nb.penultimate import look
 from kdc_nb.plots import prepare_generations
 from kdc_nb.runs import Distil, RunSpec, Scaled, Store, images_of, lineage, read_results, run, write_results
@@ -160,13 +160,24 @@ def test_rows_are_compared_seed_by_seed_over_the_seeds_that_both_have(table, tmp
     seeds, results = table
     named = collect(seeds, results)
     a, b = ("KD(C), from NLL after TS", "raw"), ("Direct, NLL", "scaled")
-    ours, theirs = compare(named, a, b, "nll"), paired(*([images_of(results[rows[name]])[which] for rows in seeds[:2]] for name, which in (a, b)), "nll")
-    assert ours == theirs and len(ours.each) == 2
-    truth = compare(named, a, b, "kl")
+    for metric in ("nll", "ece"):
+        theirs = paired(*([images_of(results[rows[name]])[which] for rows in seeds[:2]] for name, which in (a, b)), metric)
+        ours = differences(named, [(a, b)], metric)
+        assert ours.each == {"KD(C), from NLL after TS less Direct, NLL + TS": theirs} and ours.mean == theirs and len(theirs.each) == 2
+    (truth,) = differences(named, [(a, b)], "kl").each.values()
     assert truth.each == pytest.approx([results[r[a[0]]].truth["kl"] - results[r[b[0]]].truth["scaled_kl"] for r in seeds[:2]]) and truth.n == 1
     write_results(results.values(), tmp_path/"x.npz")
-    kept = compare(collect(seeds, read_results(tmp_path/"x.npz")), a, b, "ece")
-    assert kept.mean == pytest.approx(compare(named, a, b, "ece").mean, abs=1e-3), "from a light file"
+    kept = differences(collect(seeds, read_results(tmp_path/"x.npz")), [(a, b)], "ece").mean
+    assert kept.mean == pytest.approx(differences(named, [(a, b)], "ece").mean.mean, abs=2e-3), "from a light file"
+
+
+def test_the_mean_of_a_claim_is_that_of_its_pairs_over_shared_seeds(table):
+    seeds, results = table
+    named = collect(seeds, results)
+    pairs = table_claims(seeds[0])["KD(C) beats direct calibration"]
+    found = differences(named, pairs, "nll")
+    assert found.mean.each == pytest.approx(np.mean([d.each[:2] for d in found.each.values()], 0)) and [len(d.each) for d in found.each.values()] == [3, 2]
+    assert differences({k: own[:1] for k, own in named.items()}, pairs, "nll").mean.n == 300, "one seed: over images"
 
 
 def test_claims_pair_each_student_with_its_own_calibrator(table):
@@ -175,8 +186,8 @@ def test_claims_pair_each_student_with_its_own_calibrator(table):
     assert dict(claims["KD(C) beats direct calibration"]) == {("KD(C), from focal + MDCA", "raw"): ("Direct, focal + MDCA", "raw"), ("KD(C), from NLL after TS", "raw"): ("Direct, NLL", "scaled")}
     assert [a[0] for a, _ in claims["calibrating while training beats a temperature afterwards"]] == ["Direct, PS-KD", "Direct, focal + MDCA"]
     for claim, pairs in claims.items():
-        assert len(differences(named, pairs, "ece")) == len(pairs) > 0, claim
-        assert differences({}, pairs, "ece") == differences(named, pairs, "ece", least=4) == {}
+        assert len(differences(named, pairs, "ece").each) == len(pairs) > 0, claim
+        assert differences({}, pairs, "ece") == differences(named, pairs, "ece", least=4) == ({}, None)
     assert direct_of("KD(C), from NLL after TS") == ("Direct, NLL", "scaled") and direct_of("KD(UC), from NLL") == ("Direct, NLL", "raw")
 
 
@@ -185,9 +196,10 @@ def test_a_comparison_refuses_in_a_sentence(table):
     named = collect(seeds, results)
     a, b = ("Direct, NLL", "raw"), ("KD(UC), from NLL", "raw")
     other = {k: [replace(r, spec=replace(r.spec, data=TINY)) if k == "Direct, NLL" else r for r in own] for k, own in named.items()}
-    for call, message in ((lambda: compare(named, a, ("Direct, LS", "raw"), "nll"), "a, b: got .*Direct, LS"), (lambda: compare(named, a, ("Direct, NLL", "row"), "nll"), "a, b: got .*row"),
-                          (lambda: compare({k: own[:1] for k, own in named.items()}, a, b, "kl"), "metric: got 'kl' of 1 seeds"),
-                          (lambda: compare(other, a, ("Direct, PS-KD", "raw"), "nll"), "named: got Direct, NLL and Direct, PS-KD on other data"),
+    for call, message in ((lambda: table_of(named, ("Direct, LS", "raw"), "nll"), "row: got .*Direct, LS"), (lambda: table_of(named, ("Direct, NLL", "row"), "nll"), "row: got .*row"),
+                          (lambda: table_of({"a": [replace(results[seeds[0]["Direct, NLL"]], truth=None)]}, ("a", "raw"), "kl"), "metric: got 'kl' of a"),
+                          (lambda: differences({k: own[:1] for k, own in named.items()}, [(a, b)], "kl"), "d: got shape"),
+                          (lambda: differences(other, [(a, b)], "nll"), "named: got rows on 2 data sets"),
                           (lambda: collect([], {}), "seeds: got none"), (lambda: prepare_progress({}, {}), "named: got no rows")):
         with pytest.raises(ValueError, match=message): call()
 
