@@ -378,7 +378,7 @@ def plot_differences(
     ax.axvline(0, c="black", lw=.8)
     ax.set(yticks=range(len(differences)), yticklabels=list(differences), xlabel=unit, title=title)
     ax.tick_params(axis="y", labelsize=8)
-    ax.invert_yaxis()
+    ax.set_ylim(len(differences) - .4, -.6)
     return ax
 
 # %% ../nbs/16_plots.ipynb #c17fb817
