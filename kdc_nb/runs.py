@@ -118,7 +118,7 @@ def teacher_run(teacher: Any) -> RunSpec | None: # None: there is no network beh
 # %% ../nbs/09_runs.ipynb #713a12ca
 def title_of(spec: RunSpec) -> str:
     "A run in one line"
-    return f"{spec.data.name} {spec.model} {how_of(spec.method)}, seed {spec.seed}"
+    return f"{spec.data.title} {spec.model} {how_of(spec.method)}, seed {spec.seed}"
 
 
 def how_of(method: Method | Distil) -> str:
