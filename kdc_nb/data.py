@@ -6,8 +6,8 @@
 __all__ = ['N_CLASSES', 'N_GROUPS', 'N_LATENT', 'SIZE', 'ARCHIVES', 'SUPERCLASSES', 'Pair', 'Split', 'DataSet', 'Data',
            'load_data', 'channel_stats', 'known_world', 'known_split', 'paint', 'posterior_of', 'known', 'check_splits',
            'digits', 'fetch_archive', 'read_archive', 'photos', 'superclass_of', 'photo_set', 'cifar10', 'cifar100',
-           'read_votes', 'cifar10h', 'give_images', 'as_split', 'given_path', 'given', 'read_images', 'cut',
-           'WithoutFold', 'augment', 'draw_views']
+           'read_votes', 'cifar10h', 'give_images', 'as_split', 'given_path', 'given', 'read_images', 'pictures', 'cut',
+           'tiny_imagenet', 'WithoutFold', 'augment', 'draw_views']
 
 # %% ../nbs/02_data.ipynb #5ccb00fd
 import re
@@ -362,21 +362,35 @@ def given(title: str = "", fingerprint: str = "") -> DataSet:
 
 # %% ../nbs/02_data.ipynb #a89b4316
 def read_images(
-    folder: Path | str, # with one subfolder for each class
+    folder: Path | str, # with one subfolder for each class; images may lie deeper in it
     size: int = 32, # pixels a side
+    classes: Sequence[str] | None = None, # the subfolders to read; None: all
 ) -> tuple[Tensor, Tensor, tuple[str, ...]]: # inputs (N, 3, size, size) uint8, labels (N,), names of the classes
     "The images of a folder (torchvision's ImageFolder); a `ValueError` names the folder or the file and what is wrong with it"
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+    folder = Path(folder)
+    there = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    names = tuple(there if classes is None else classes)
+    missing = [n for n in names if n not in there]
+    check(not missing, "classes", ", ".join(missing[:5]), f"subfolders of {folder}")
+    check(len(names) > 1, "folder", f"{folder} with {len(names)} subfolders", "two or more, one for each class")
+    try: found = make_dataset(str(folder), {n: k for k, n in enumerate(names)}, IMG_EXTENSIONS)
+    except FileNotFoundError as e: raise ValueError(f"folder: got {folder} ({str(e).splitlines()[0]}), expected images in each subfolder") from e
+    return pictures([p for p, _ in found], size), torch.tensor([y for _, y in found]), names
+
+
+def pictures(
+    paths: Sequence[Path | str],
+    size: int, # pixels a side
+) -> Tensor: # (N, 3, size, size) uint8
+    "Picture files scaled until they fill a square, and cut to it; a `ValueError` names one that cannot be read"
     from PIL import Image, ImageOps
-    from torchvision.datasets import ImageFolder
     check(isinstance(size, int) and size >= 8, "size", size, "8 pixels or more")
-    try: found = ImageFolder(str(folder))
-    except FileNotFoundError as e: raise ValueError(f"folder: got {folder} ({str(e).splitlines()[0]}), expected one subfolder with images for each class") from e
-    check(len(found.classes) > 1, "folder", f"{folder} with one subfolder, {found.classes[0]}", "two or more, one for each class")
-    def pixels(path):
-        try: return np.asarray(ImageOps.fit(Image.open(path).convert("RGB"), (size, size), Image.Resampling.BICUBIC))
+    out = np.empty((len(paths), size, size, 3), np.uint8)
+    for row, path in zip(out, paths):
+        try: row[:] = ImageOps.fit(Image.open(path).convert("RGB"), (size, size), Image.Resampling.BICUBIC)
         except (OSError, SyntaxError, Image.DecompressionBombError) as e: raise ValueError(f"folder: got {path}, which cannot be read ({e}), expected an image") from e
-    inputs = torch.from_numpy(np.stack([pixels(p) for p, _ in found.samples])).permute(0, 3, 1, 2).contiguous()
-    return inputs, torch.tensor(found.targets), tuple(found.classes)
+    return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
 
 
 def cut(
@@ -393,6 +407,22 @@ def cut(
         ends = np.rint(np.cumsum(parts)*len(own)).astype(int)
         for k, piece in enumerate(own.tensor_split(ends[:-1].tolist())): index[k].append(piece)
     return [(inputs[i], labels[i]) for i in map(torch.cat, index)]
+
+# %% ../nbs/02_data.ipynb #e833a2aa
+def tiny_imagenet(
+    folder: Path | str, # what the official archive holds: train, val, wnids.txt
+    seed: int = 0, # of the tenth of the training images that is kept for validation
+) -> Data: # as `give_images` gives it
+    "Tiny-ImageNet as a data set (Le and Yang 2015); a `ValueError` names what is missing in the folder"
+    folder = Path(folder)
+    for name in ("wnids.txt", "val/val_annotations.txt"): check((folder/name).is_file(), "folder", f"{folder} without {name}", "the official archive, unpacked")
+    classes = sorted((folder/"wnids.txt").read_text().split())
+    inputs, labels, _ = read_images(folder/"train", 64, classes)
+    listed = [line.split("\t")[:2] for line in (folder/"val/val_annotations.txt").read_text().splitlines()]
+    wrong = [line for line in listed if len(line) < 2 or line[1] not in classes or not (folder/"val/images"/line[0]).is_file()]
+    check(not wrong and bool(listed), "folder", f"val_annotations.txt with {wrong[0] if wrong else 'nothing'}", "an image in val/images and one of wnids.txt in each line")
+    test = pictures([folder/"val/images"/name for name, _ in listed], 64), torch.tensor([classes.index(c) for _, c in listed])
+    return give_images("tiny-imagenet", *cut(inputs, labels, (.9, .1), seed), test, classes, ("crop", "flip"))
 
 # %% ../nbs/02_data.ipynb #9fc663c8
 @value

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'Net', 'conv', 'conv_bn', 'bn_conv', 'Residual', 'basic', 'bottleneck', 'stages', 'blocks_per_stage',
            'resnet', 'resnet_bottleneck', 'resnet50', 'Wide', 'wrn', 'Inverted', 'mobilenet_v2', 'mobilenet_v2_plain',
-           'Dense', 'densenet121', 'build_model', 'n_parameters']
+           'Dense', 'densenet121', 'torchvision_resnet', 'build_model', 'n_parameters']
 
 # %% ../nbs/07_models.ipynb #f4fdf1d1
 import re
@@ -192,6 +192,14 @@ def densenet121(n_classes: int, in_channels: int) -> Net:
         i += 32*n
     return Net(nn.Sequential(*body, nn.BatchNorm2d(i), nn.ReLU()), i, n_classes)
 
+# %% ../nbs/07_models.ipynb #feb8deb6
+def torchvision_resnet(n_classes: int, in_channels: int, depth: int) -> nn.Module:
+    "ResNet of torchvision for images of 64 pixels or more a side (He et al. 2016, section 3), untrained"
+    from torchvision import models
+    check(depth in (18, 34, 50), "depth", depth, "18, 34 or 50")
+    check(in_channels == 3, "in_channels", in_channels, "3: colour images")
+    return getattr(models, f"resnet{depth}")(num_classes=n_classes)
+
 # %% ../nbs/07_models.ipynb #c7e19528
 MODELS: dict[str, Callable[..., nn.Module]] = { # constructors: (n_classes, in_channels, numbers of the name) to a net
     "resnet50": resnet50,
@@ -201,6 +209,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = { # constructors: (n_classes, in_c
     "mobilenet_v2": mobilenet_v2,
     "mobilenet_v2_plain": mobilenet_v2_plain,
     "densenet121": densenet121,
+    "torchvision_resnet{depth}": torchvision_resnet,
 }
 
 # %% ../nbs/07_models.ipynb #c39d225c

@@ -172,8 +172,8 @@ def test_a_folder_is_read_in_torchvisions_order_and_cut_to_squares(tmp_path):
 
 
 @pytest.mark.parametrize("fault, message", [
-    (lambda f: None, r"folder: got .*none.* expected one subfolder"), (lambda f: (f/"none").mkdir(), "expected one subfolder with images for each class"),
-    (lambda f: pictures(f/"none", classes=("cat",)), "with one subfolder, cat, expected two or more"),
+    (lambda f: None, r"folder: got .*none with 0 subfolders, expected two or more"), (lambda f: (f/"none").mkdir(), "with 0 subfolders"),
+    (lambda f: pictures(f/"none", classes=("cat",)), "with 1 subfolders, expected two or more"),
     (lambda f: (pictures(f/"none"), (f/"none"/"dog"/"x.png").write_bytes(b"no picture")), r"dog/x.png, which cannot be read"),
     (lambda f: (pictures(f/"none"), (f/"none"/"bird").mkdir()), "bird")])
 def test_a_bad_folder_is_told_in_a_sentence(tmp_path, fault, message):
@@ -225,3 +225,39 @@ def test_images_that_are_none_are_refused(own, change, message):
 def test_given_images_that_are_elsewhere_are_named(own):
     for fingerprint, message in (("0"*16, "data: got mine, of which"), ("../../etc/passwd", "fingerprint: got")):
         with pytest.raises(ValueError, match=message): load_data(Data("given", title="mine", fingerprint=fingerprint))
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    "The layout of the official archive, in small"
+    from PIL import Image
+    monkeypatch.setenv("KDC_CACHE", str(tmp_path/"cache"))
+    rng, root, ids = np.random.default_rng(0), tmp_path/"tiny-imagenet-200", ["n02", "n01", "n03"]
+    def write(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path, quality=95)
+    for c in ids:
+        for k in range(10): write(root/"train"/c/"images"/f"{c}_{k}.JPEG")
+        (root/"train"/c/f"{c}_boxes.txt").write_text("")
+    for k in range(4): write(root/"val"/"images"/f"val_{k}.JPEG")
+    (root/"wnids.txt").write_text("\n".join(ids) + "\n")
+    (root/"val"/"val_annotations.txt").write_text("".join(f"val_{k}.JPEG\t{c}\t0\t0\t62\t57\n" for k, c in enumerate(["n03", "n01", "n01", "n02"])))
+    return root
+
+
+def test_tiny_imagenet_is_read_in_its_official_layout(tiny):
+    from PIL import Image
+    d = load_data(kd.tiny_imagenet(tiny))
+    assert (d.classes, len(d.train), len(d.valid), d.test.labels.tolist(), d.test.inputs.shape) == (("n01", "n02", "n03"), 27, 3, [2, 0, 0, 1], (4, 3, 64, 64))
+    assert torch.equal(d.test.inputs[2], torch.from_numpy(np.array(Image.open(tiny/"val"/"images"/"val_2.JPEG"))).permute(2, 0, 1))
+    assert torch.bincount(d.train.labels).tolist() == [9, 9, 9] and d.augment == ("crop", "flip")
+
+
+@pytest.mark.parametrize("fault, message", [
+    (lambda r: (r/"wnids.txt").unlink(), "without wnids.txt, expected the official archive"), (lambda r: (r/"val/images/val_1.JPEG").unlink(), "val_annotations.txt with .*val_1.JPEG"),
+    (lambda r: (r/"wnids.txt").write_text("n01\nn02\n"), "val_annotations.txt with .*n03"), (lambda r: (r/"val/val_annotations.txt").write_text(""), "val_annotations.txt with nothing"),
+    (lambda r: (r/"wnids.txt").write_text("n01\nn02\nn03\nn04\n"), "classes: got n04, expected subfolders of"),
+    (lambda r: (r/"train/n01/images/n01_3.JPEG").write_bytes(b"x"), "n01_3.JPEG, which cannot be read")])
+def test_a_damaged_tiny_imagenet_is_named(tiny, fault, message):
+    fault(tiny)
+    with pytest.raises(ValueError, match=message): kd.tiny_imagenet(tiny)

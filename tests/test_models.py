@@ -102,3 +102,21 @@ def test_a_name_of_ones_own(monkeypatch):
     build_model("Mine.3x14", 5, 1)
     build_model("resnet8", 5)
     assert made == [(5, 1, 3, 14), "exact"]
+
+
+@pytest.mark.parametrize("depth, published", [(18, 11_689_512), (34, 21_797_672), (50, 25_557_032)])
+def test_torchvisions_resnets_have_their_published_size(depth, published):
+    with torch.device("meta"): assert n_parameters(build_model(f"torchvision_resnet{depth}", 1000)) == published
+    with pytest.raises(ValueError, match="in_channels: got 1, expected 3"): build_model(f"torchvision_resnet{depth}", 10, 1)
+
+
+def test_torchvisions_resnets_train_on_larger_images_and_show_their_penultimate_layer(tmp_path, monkeypatch):
+    from kdc_nb.data import give_images, load_data
+    from kdc_nb.penultimate import look
+    from kdc_nb.runs import RunSpec, Store, run
+    from kdc_nb.training import Recipe
+    monkeypatch.setenv("KDC_CACHE", str(tmp_path))
+    pair = torch.randint(0, 256, (12, 3, 64, 64), dtype=torch.uint8), torch.arange(12) % 3
+    spec = RunSpec(give_images("large", pair, pair, pair), "torchvision_resnet18", "nll", Recipe(1, 6))
+    assert run(spec, Store(), "cpu", progress=False).evaluation.n == 12 and look(spec, Store(), "cpu").features["test"].shape == (12, 512)
+    load_data.cache_clear()
