@@ -333,7 +333,7 @@ def give_images(
     save_tensors(given_path(fingerprint), tensors, classes=classes, augment=tuple(augment))
     return Data("given", title=title, fingerprint=fingerprint)
 
-
+# %% ../nbs/02_data.ipynb #fd5f0d8b
 def as_split(what: str, inputs: Any, labels: Any) -> Split:
     "Arrays as a checked split, copied; channels come first"
     x, y = torch.as_tensor(inputs), torch.as_tensor(labels)
@@ -344,7 +344,7 @@ def as_split(what: str, inputs: Any, labels: Any) -> Split:
     check(whole and y.shape == x.shape[:1] and int(y.min()) >= 0, what, f"labels of {y.dtype} and shape {tuple(y.shape)}", f"{len(x)} whole numbers from 0")
     return Split(*(t.clone(memory_format=torch.contiguous_format) for t in (x, y.long())))
 
-
+# %% ../nbs/02_data.ipynb #27e65d92
 def given_path(fingerprint: str) -> Path:
     "Where the cache keeps a user's images"
     check(re.fullmatch("[0-9a-f]{16}", fingerprint), "fingerprint", repr(fingerprint), "16 hexadecimal digits, from `give_images`")
@@ -373,12 +373,12 @@ def read_images(
     names = tuple(there if classes is None else classes)
     missing = [n for n in names if n not in there]
     check(not missing, "classes", ", ".join(missing[:5]), f"subfolders of {folder}")
-    check(len(names) > 1, "folder", f"{folder} with {len(names)} subfolders", "two or more, one for each class")
+    check(len(names) > 1, "folder", f"{folder} with {len(names)} subfolder{'s'*(len(names) != 1)}", "two or more, one for each class")
     try: found = make_dataset(str(folder), {n: k for k, n in enumerate(names)}, IMG_EXTENSIONS)
     except FileNotFoundError as e: raise ValueError(f"folder: got {folder} ({str(e).splitlines()[0]}), expected images in each subfolder") from e
     return pictures([p for p, _ in found], size), torch.tensor([y for _, y in found]), names
 
-
+# %% ../nbs/02_data.ipynb #75293dc4
 def pictures(
     paths: Sequence[Path | str],
     size: int, # pixels a side
@@ -392,7 +392,7 @@ def pictures(
         except (OSError, SyntaxError, Image.DecompressionBombError) as e: raise ValueError(f"folder: got {path}, which cannot be read ({e}), expected an image") from e
     return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
 
-
+# %% ../nbs/02_data.ipynb #ec6e95a1
 def cut(
     inputs: Tensor, # (N, ...)
     labels: Tensor, # (N,)

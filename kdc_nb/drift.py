@@ -200,7 +200,7 @@ def snow(x, strength, rng):
 def clouds(
     n: int, # how many
     size: int, # pixels a side, a power of 2
-    decay: float, # by what the noise is divided at each step
+    decay: float, # by the square of which the noise is divided at each step
     rng: np.random.Generator,
 ) -> np.ndarray: # (n, size, size) float32, each from 0 to 1
     "Clouds by the diamond-square algorithm, without seams at the border"
@@ -403,7 +403,7 @@ class Drift:
     rows: dict # "clean" and "name/severity" -> "raw" and "scaled" -> `drift_row`
     published: bool = False # whether the corrupted images are the published ones
 
-
+# %% ../nbs/13_drift.ipynb #e7b77284
 def drift(
     spec: RunSpec, # a finished run
     store: Store | None = None, # None: the one in the cache folder
@@ -434,7 +434,7 @@ def by_severity(
     drift: Drift,
     which: str, # "raw" or "scaled"
 ) -> dict[str, np.ndarray]: # (6,) for each number of a `drift_row`: clean images first, then severity 1 to 5; NaN where none were asked about
-    "Figures averaged over the corruptions at each severity"
+    "Figures averaged over the corruptions at each severity; the ends of intervals and bands too, so they are those of one kind of images"
     check(which in ("raw", "scaled"), "which", repr(which), "'raw' or 'scaled'")
     at = [[row[which] for key, row in drift.rows.items() if key.endswith(end)] for end in ("clean", "/1", "/2", "/3", "/4", "/5")]
     return {k: np.array([np.mean([r[k] for r in rows]) if rows else np.nan for rows in at]) for k in drift.rows["clean"][which]}

@@ -357,12 +357,12 @@ class Outcomes(NamedTuple):
     "How a model fares on each of N images"
     top: Tensor # (N,) int64, the label it predicts
     hit: Tensor # (N,) float64, 1 where that is right
-    odds: Tensor # (N,) float64, log(p/(1 - p)) of its confidence p
+    log_odds: Tensor # (N,) float64, log(p/(1 - p)) of its confidence p
     nll: Tensor # (N,) float64, in nats
     gaps: Tensor # (C, n_bins) float64, the class-wise gaps of SCE: sum of p - hit over N
 
     @property
-    def claims(self) -> Claims: return Claims(self.odds.sigmoid()[:, None], self.hit[:, None])
+    def claims(self) -> Claims: return Claims(self.log_odds.sigmoid()[:, None], self.hit[:, None])
 
 
 def outcomes(

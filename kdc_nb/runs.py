@@ -422,25 +422,25 @@ def packed(images: Mapping[str, Outcomes]) -> dict[str, Tensor]: # by name
     top, hit = images["raw"].top, images["raw"].hit
     out = {"top": top.to(torch.uint8 if int(top.max()) < 256 else torch.int32), "hit": torch.from_numpy(np.packbits(hit.bool().numpy()))}
     for which, o in images.items():
-        odds = in_steps(o.odds)
-        odds += bins_of(o.odds) - bins_of(odds/128)
-        out |= {f"{which}.odds": bytes_of(odds), f"{which}.nll": bytes_of(in_steps(o.nll[hit == 0])), f"{which}.gaps": o.gaps.half()}
+        odds = in_steps(o.log_odds)
+        odds += bins_of(o.log_odds) - bins_of(odds/128)
+        out |= {f"{which}.log_odds": bytes_of(odds), f"{which}.nll": bytes_of(in_steps(o.nll[hit == 0])), f"{which}.gaps": o.gaps.half()}
     return out
 
-
+# %% ../nbs/09_runs.ipynb #248a2b70
 def in_steps(x: Tensor) -> Tensor: return (128*x).round().clamp(-2**15, 2**15 - 1)
 def bins_of(odds: Tensor) -> Tensor: return width_bins(odds.sigmoid(), 15)
 def bytes_of(steps: Tensor) -> Tensor: return steps.to(torch.int16).view(torch.uint8).view(-1, 2).T.contiguous()
 def from_bytes(planes: Tensor) -> Tensor: return planes.T.contiguous().view(torch.int16).flatten().double()/128
 
-
+# %% ../nbs/09_runs.ipynb #8b877681
 def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Outcomes]:
     "The inverse of `packed`, up to its rounding"
     top = tensors["top"].long()
     hit = torch.from_numpy(np.unpackbits(tensors["hit"].numpy(), count=len(top))).double()
     out = {}
     for which in ("raw", "scaled"):
-        odds = from_bytes(tensors[f"{which}.odds"])
+        odds = from_bytes(tensors[f"{which}.log_odds"])
         nll = torch.nn.functional.softplus(-odds)
         nll[hit == 0] = from_bytes(tensors[f"{which}.nll"])
         out[which] = Outcomes(top, hit, odds, nll, tensors[f"{which}.gaps"].double())

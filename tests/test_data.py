@@ -173,7 +173,7 @@ def test_a_folder_is_read_in_torchvisions_order_and_cut_to_squares(tmp_path):
 
 @pytest.mark.parametrize("fault, message", [
     (lambda f: None, r"folder: got .*none with 0 subfolders, expected two or more"), (lambda f: (f/"none").mkdir(), "with 0 subfolders"),
-    (lambda f: pictures(f/"none", classes=("cat",)), "with 1 subfolders, expected two or more"),
+    (lambda f: pictures(f/"none", classes=("cat",)), "with 1 subfolder, expected two or more"),
     (lambda f: (pictures(f/"none"), (f/"none"/"dog"/"x.png").write_bytes(b"no picture")), r"dog/x.png, which cannot be read"),
     (lambda f: (pictures(f/"none"), (f/"none"/"bird").mkdir()), "bird")])
 def test_a_bad_folder_is_told_in_a_sentence(tmp_path, fault, message):

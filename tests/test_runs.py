@@ -131,15 +131,15 @@ def test_what_light_files_keep_of_images_is_near_and_in_its_bin(n, c, scale, see
         b = before[which]
         assert torch.equal(o.top, b.top) and torch.equal(o.hit, b.hit)
         assert torch.equal(width_bins(o.claims.p, 15), width_bins(b.claims.p, 15))
-        assert (o.odds - b.odds.clamp(-256, 256)).abs().max() <= 1.5/128 + 1e-9 and (o.nll - b.nll.clamp(max=256)).abs().max() <= 1.5/128 + 1e-9
+        assert (o.log_odds - b.log_odds.clamp(-256, 256)).abs().max() <= 1.5/128 + 1e-9 and (o.nll - b.nll.clamp(max=256)).abs().max() <= 1.5/128 + 1e-9
         old, new = scores(b), scores(o)
         assert all(new[k] == pytest.approx(old[k], abs=2e-3) for k in ("top1", "ece", "sce")) and old["nll"] == pytest.approx(nll(z/(1 if which == "raw" else 2.5), y))
 
 
 def test_log_odds_are_those_of_the_confidence():
     "By hand: logits 2, 0, 0 give e^2/2 to 1; at 40 no confidence in floats differs from 1, but its log-odds do"
-    assert outcomes([[2., 0., 0.]], [0]).odds.item() == pytest.approx(2 - np.log(2))
-    assert outcomes([[0., 40.]], [0]).odds.item() == 40 and outcomes([[0., 40.]], [0]).nll.item() == pytest.approx(40)
+    assert outcomes([[2., 0., 0.]], [0]).log_odds.item() == pytest.approx(2 - np.log(2))
+    assert outcomes([[0., 40.]], [0]).log_odds.item() == 40 and outcomes([[0., 40.]], [0]).nll.item() == pytest.approx(40)
 
 
 def test_a_light_file_is_fifty_kilobytes_at_most(tmp_path):
