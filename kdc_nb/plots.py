@@ -278,7 +278,7 @@ def plot_tradeoff(
             ax.plot([100*r.ece.null_low, 100*r.ece.null_high], [y, y], c=SKY, lw=6, alpha=.35, zorder=0, solid_capstyle="butt")
             ax.plot([100*r.ece.low, 100*r.ece.high], [y, y], c=color, lw=.8, alpha=.6)
     ax.set(xlabel=f"{metric.upper()} in % (N = {rows[0].n:,} test images, {seeds_text(rows)})", ylabel="top-1 accuracy in %", title=title)
-    ax.set_xlim(left=0)
+    ax.set_xlim(0, 1.12*ax.get_xlim()[1])
     ax.legend(fontsize=8)
     return ax
 
