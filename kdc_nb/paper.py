@@ -399,7 +399,7 @@ def command(a: argparse.Namespace, store: Store) -> int:
         left = None if until is None else max(0., until - time.time())
         results |= {r.spec: r for r in sweep(rows.values(), store, a.device, a.jobs, left) if r}
         if a.results and results: write_results((read_kept(a.results) | results).values(), a.results)
-    if a.what in PAPER: print(f"{PAPER[a.what].title}{f', in miniature on {a.small}'*bool(a.small)}\n" + text_table(*prepare_progress(collect(seeds, results), {} if a.small else published(PAPER[a.what].setting))))
+    if a.what in PAPER: print(f"{PAPER[a.what].title}{f', in miniature on {a.small}'*bool(a.small)}\n" + text_table(*prepare_progress(collect(seeds, read_kept(a.results) | results), {} if a.small else published(PAPER[a.what].setting))))
     print(f"{len(results)} of {len(specs)} runs done, in {store.folder}" + "; time is over, the same command goes on"*(len(results) < len(specs)))
     return 0 if len(results) == len(specs) else 75
 

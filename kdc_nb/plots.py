@@ -6,7 +6,7 @@
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'GREY', 'COLORS', 'KINDS', 'MEASURES', 'CHAIN_MEASURES',
            'prepare_reliability', 'Reliability', 'plot_reliability', 'error_text', 'plot_side_by_side', 'plot_overlay',
            'Side', 'Pair', 'side_of', 'side_of_truth', 'teacher_side', 'prepare_transfer', 'Transfer', 'plot_transfer',
-           'plot_rows', 'plot_tradeoff', 'prepare_direct', 'plot_direct', 'prepare_grid', 'plot_grid',
+           'plot_rows', 'plot_tradeoff', 'prepare_direct', 'plot_direct', 'prepare_grid', 'label_of', 'plot_grid',
            'plot_differences', 'plot_drift', 'prepare_histories', 'plot_histories', 'Pull', 'prepare_pull',
            'PullPicture', 'plot_pull', 'prepare_similarity', 'prepare_agreement', 'plot_matrix', 'Shift',
            'prepare_shift', 'plot_shift', 'prepare_penultimate', 'Penultimate', 'limits_of', 'plot_penultimate',
@@ -334,6 +334,9 @@ def prepare_grid(
     return {k: {a: sorted(lines[a], key=lambda r: r.spec.method.T) for a in sorted(lines)} for k, lines in grid.items()}
 
 
+def label_of(metric: str) -> str: return "top-1 accuracy" if metric == "top1" else metric.upper()
+
+
 def plot_grid(
     grid: Mapping[str, Mapping[float, list[Row]]], # from `prepare_grid`
     metric: str = "ece", # "ece", "nll" or another of a row
@@ -354,7 +357,7 @@ def plot_grid(
         ax.set(xscale="log", xlabel="temperature T of distillation", title=f"teacher: {name}")
         ax.set_xticks(ticks := sorted({r.spec.method.T for r in rows}), [f"{t:g}" for t in ticks])
         ax.minorticks_off()
-    axs[0].set_ylabel(f"{metric.upper()}{' in %'*(scale > 1)} (N = {rows[0].n:,}, {seeds_text(rows)})")
+    axs[0].set_ylabel(f"{label_of(metric)}{' in %'*(scale > 1)} (N = {rows[0].n:,}, {seeds_text(rows)})")
     axs[0].legend(fontsize=8)
     axs[0].figure.suptitle(title, fontsize=10)
     return axs
@@ -399,7 +402,7 @@ def plot_drift(
         ax.plot(each.T, ".", c=COLORS[k % len(COLORS)], ms=3, alpha=.6)
     if metric == "ece": ax.plot(100*np.mean([by_severity(d, which)["null_high"] for own in drifts.values() for d in own], 0), c=GREY, ls=":", label="upper end of the null band")
     one = next(iter(drifts.values()))
-    ax.set(xlabel="severity (0: clean)", ylabel=f"{metric.upper()}{' in %'*(scale > 1)} (N = {one[0].n:,} a corruption)",
+    ax.set(xlabel="severity (0: clean)", ylabel=f"{label_of(metric)}{' in %'*(scale > 1)} (N = {one[0].n:,} a corruption)",
            title=("as they are", "after TS on clean images")[which == "scaled"])
     return ax
 
