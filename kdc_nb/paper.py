@@ -216,7 +216,9 @@ class Piece(NamedTuple):
     specs: Callable[[Setting, Recipe | str, int], dict[str, RunSpec]] # rows of one seed
 
 
-def table_rows(setting: Setting, recipe: Recipe | str, seed: int) -> dict[str, RunSpec]: return table_specs(setting, METHODS, recipe, seed)
+def table_rows(setting: Setting, recipe: Recipe | str, seed: int) -> dict[str, RunSpec]:
+    "All methods of the paper, direct and by the teacher"
+    return table_specs(setting, METHODS, recipe, seed)
 
 
 def grid_rows(temperatures: Sequence[float], alphas: Sequence[float]) -> Callable[[Setting, Recipe | str, int], dict[str, RunSpec]]:

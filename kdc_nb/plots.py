@@ -334,7 +334,9 @@ def prepare_grid(
     return {k: {a: sorted(lines[a], key=lambda r: r.spec.method.T) for a in sorted(lines)} for k, lines in grid.items()}
 
 
-def label_of(metric: str) -> str: return "top-1 accuracy" if metric == "top1" else metric.upper()
+def label_of(metric: str) -> str:
+    "A metric's name for an axis"
+    return "top-1 accuracy" if metric == "top1" else metric.upper()
 
 
 def plot_grid(

@@ -428,10 +428,24 @@ def packed(images: Mapping[str, Outcomes]) -> dict[str, Tensor]: # by name
     return out
 
 # %% ../nbs/09_runs.ipynb #248a2b70
-def in_steps(x: Tensor) -> Tensor: return (128*x).round().clamp(-2**15, 2**15 - 1)
-def bins_of(odds: Tensor) -> Tensor: return width_bins(odds.sigmoid(), 15)
-def bytes_of(steps: Tensor) -> Tensor: return steps.to(torch.int16).view(torch.uint8).view(-1, 2).T.contiguous()
-def from_bytes(planes: Tensor) -> Tensor: return planes.T.contiguous().view(torch.int16).flatten().double()/128
+def in_steps(x: Tensor) -> Tensor:
+    "Numbers as whole numbers of 1/128 that fit into 16 bits"
+    return (128*x).round().clamp(-2**15, 2**15 - 1)
+
+
+def bins_of(odds: Tensor) -> Tensor:
+    "The bin of ECE that each log-odds is in"
+    return width_bins(odds.sigmoid(), 15)
+
+
+def bytes_of(steps: Tensor) -> Tensor: # (N,) to (2, N)
+    "Whole numbers of 16 bits as their low and their high bytes"
+    return steps.to(torch.int16).view(torch.uint8).view(-1, 2).T.contiguous()
+
+
+def from_bytes(planes: Tensor) -> Tensor: # (2, N) to (N,)
+    "The numbers behind the bytes"
+    return planes.T.contiguous().view(torch.int16).flatten().double()/128
 
 # %% ../nbs/09_runs.ipynb #8b877681
 def unpacked(tensors: Mapping[str, Tensor]) -> dict[str, Outcomes]:
