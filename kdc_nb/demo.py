@@ -51,7 +51,7 @@ def blocks(
     return [Block(f"{name}, 5,000 training photographs", Setting(Data(name, n_train=5000), "resnet14", "resnet8"), RECIPES["cpu"])]
 
 # %% ../nbs/18_demo.ipynb #208c3b5a
-CALIBRATED = Method("mdca", beta=10, gamma=1)
+CALIBRATED = METHODS["MDCA"]
 
 # %% ../nbs/18_demo.ipynb #95d844ea
 def block_specs(
@@ -97,9 +97,8 @@ def run_block(
 ) -> dict[str, list[Result]]: # by row, over seeds
     "Train what is not there yet, and collect the results"
     specs = [block_specs(block, s) for s in range(seeds)]
-    results = iter(sweep([r for s in specs for r in s.values()], store, device, progress=progress))
-    table = [dict(zip(s, results)) for s in specs]
-    return {name: [t[name] for t in table] for name in table[0]}
+    results = sweep([r for s in specs for r in s.values()], store, device, progress=progress)
+    return collect(specs, {r.spec: r for r in results})
 
 # %% ../nbs/18_demo.ipynb #58d50ecc
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kdc_nb: demo</title>
