@@ -3,8 +3,6 @@
 import hashlib
 import os
 import pickle
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -152,35 +150,6 @@ def test_statistics_of_a_constant_image_do_not_divide_by_zero():
     assert stats["std"][0] > 0
 
 
-def pictures(folder, sizes=((40, 30), (9, 9), (8, 20)), classes=("cat", "dog")):
-    from PIL import Image
-    rng = np.random.default_rng(0)
-    for c in classes:
-        (folder/c).mkdir(parents=True)
-        for k, (w, h) in enumerate(sizes): Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(folder/c/f"{k}.png")
-
-
-def test_a_folder_is_read_in_torchvisions_order_and_cut_to_squares(tmp_path):
-    pictures(tmp_path/"a")
-    inputs, labels, classes = kd.read_images(tmp_path/"a", 9)
-    assert (inputs.shape, inputs.dtype, labels.tolist(), classes) == ((6, 3, 9, 9), torch.uint8, [0, 0, 0, 1, 1, 1], ("cat", "dog"))
-    from PIL import Image
-    assert torch.equal(inputs[1], torch.from_numpy(np.array(Image.open(tmp_path/"a"/"cat"/"1.png"))).permute(2, 0, 1)), "an image of the right size is left as it is"
-    grey = Image.new("L", (50, 20), 77)
-    grey.save(tmp_path/"a"/"cat"/"3.png")
-    assert torch.equal(kd.read_images(tmp_path/"a", 9)[0][3], torch.full((3, 9, 9), 77, dtype=torch.uint8))
-
-
-@pytest.mark.parametrize("fault, message", [
-    (lambda f: None, r"folder: got .*none with 0 subfolders, expected two or more"), (lambda f: (f/"none").mkdir(), "with 0 subfolders"),
-    (lambda f: pictures(f/"none", classes=("cat",)), "with 1 subfolder, expected two or more"),
-    (lambda f: (pictures(f/"none"), (f/"none"/"dog"/"x.png").write_bytes(b"no picture")), r"dog/x.png, which cannot be read"),
-    (lambda f: (pictures(f/"none"), (f/"none"/"bird").mkdir()), "bird")])
-def test_a_bad_folder_is_told_in_a_sentence(tmp_path, fault, message):
-    fault(tmp_path)
-    with pytest.raises(ValueError, match=message): kd.read_images(tmp_path/"none")
-
-
 @given(st.integers(3, 60), st.integers(1, 5), st.integers(0, 9))
 def test_a_cut_keeps_every_image_once_and_every_classs_share(n, c, seed):
     labels = torch.arange(n*c) % c
@@ -188,76 +157,3 @@ def test_a_cut_keeps_every_image_once_and_every_classs_share(n, c, seed):
     assert sorted(torch.cat([x for x, _ in parts]).tolist()) == list(range(n*c)) and all(torch.equal(labels[x], y) for x, y in parts)
     for (x, y), share in zip(parts, (.6, .2, .2)): assert all(abs(int((y == k).sum()) - share*n) <= 1 for k in range(c))
     with pytest.raises(ValueError, match="parts: got"): kd.cut(torch.arange(n*c), labels, (.6, .3))
-
-
-@pytest.fixture
-def own(tmp_path, monkeypatch):
-    monkeypatch.setenv("KDC_CACHE", str(tmp_path/"cache"))
-    x = torch.randint(0, 256, (12, 3, 8, 9), dtype=torch.uint8)
-    return x, torch.arange(12) % 3
-
-
-def test_given_images_come_back_and_are_found_by_another_process(own):
-    x, y = own
-    data = kd.give_images("mine", (x, y), (x[:6].numpy(), y[:6].numpy()), (x.permute(0, 2, 3, 1), y), ["a", "b", "c"], ["flip"])
-    d = load_data(data)
-    assert torch.equal(d.train.inputs, x) and torch.equal(d.test.inputs, x) and torch.equal(d.valid.labels, y[:6])
-    assert (d.classes, d.augment, d.in_channels, data.title) == (("a", "b", "c"), ("flip",), 3, "mine") and d.mean == pytest.approx((x/255.).mean((0, 2, 3)).tolist(), abs=1e-6)
-    code = f"from kdc_nb.data import *; print(load_data(Data('given', title='mine', fingerprint={data.fingerprint!r})).fingerprint)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == d.fingerprint
-    assert kd.give_images("mine", (x, y), (x[:6], y[:6]), (x, y), ["a", "b", "c"], ["flip"]) == data, "the same content is the same data set"
-    assert kd.give_images("mine", (x, y.flip(0)), (x[:6], y[:6]), (x, y), ["a", "b", "c"], ["flip"]) != data
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda x, y: dict(train=(x.float(), y)), "train: got inputs of torch.float32"), (lambda x, y: dict(test=(x[:, :2], y)), "test: got 2 channels, expected 1 or 3"),
-    (lambda x, y: dict(valid=(x, y[:5])), r"valid: got labels of torch.int64 and shape \(5,\), expected 12 whole numbers"),
-    (lambda x, y: dict(valid=(x, y.float())), "valid: got labels of torch.float32"), (lambda x, y: dict(train=(x, y - 1)), "train: got labels"),
-    (lambda x, y: dict(test=(x[:, :, :, :8], y)), "train, valid, test: got images of shapes"), (lambda x, y: dict(classes=["a", "b"]), "classes: got 2 of them"),
-    (lambda x, y: dict(train=(x[y != 1], y[y != 1])), "train: got classes without an image"), (lambda x, y: dict(augment=["spin"]), "augment: got"),
-    (lambda x, y: dict(train=(x[:0], y[:0])), "train: got inputs")])
-def test_images_that_are_none_are_refused(own, change, message):
-    x, y = own
-    with pytest.raises(ValueError, match=message): kd.give_images("mine", **{k: (x, y) for k in ("train", "valid", "test")} | change(x, y))
-    assert not cache_dir().exists(), "nothing is half-written"
-
-
-def test_given_images_that_are_elsewhere_are_named(own):
-    for fingerprint, message in (("0"*16, "data: got mine, of which"), ("../../etc/passwd", "fingerprint: got")):
-        with pytest.raises(ValueError, match=message): load_data(Data("given", title="mine", fingerprint=fingerprint))
-
-
-@pytest.fixture
-def tiny(tmp_path, monkeypatch):
-    "The layout of the official archive, in small"
-    from PIL import Image
-    monkeypatch.setenv("KDC_CACHE", str(tmp_path/"cache"))
-    rng, root, ids = np.random.default_rng(0), tmp_path/"tiny-imagenet-200", ["n02", "n01", "n03"]
-    def write(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path, quality=95)
-    for c in ids:
-        for k in range(10): write(root/"train"/c/"images"/f"{c}_{k}.JPEG")
-        (root/"train"/c/f"{c}_boxes.txt").write_text("")
-    for k in range(4): write(root/"val"/"images"/f"val_{k}.JPEG")
-    (root/"wnids.txt").write_text("\n".join(ids) + "\n")
-    (root/"val"/"val_annotations.txt").write_text("".join(f"val_{k}.JPEG\t{c}\t0\t0\t62\t57\n" for k, c in enumerate(["n03", "n01", "n01", "n02"])))
-    return root
-
-
-def test_tiny_imagenet_is_read_in_its_official_layout(tiny):
-    from PIL import Image
-    d = load_data(kd.tiny_imagenet(tiny))
-    assert (d.classes, len(d.train), len(d.valid), d.test.labels.tolist(), d.test.inputs.shape) == (("n01", "n02", "n03"), 27, 3, [2, 0, 0, 1], (4, 3, 64, 64))
-    assert torch.equal(d.test.inputs[2], torch.from_numpy(np.array(Image.open(tiny/"val"/"images"/"val_2.JPEG"))).permute(2, 0, 1))
-    assert torch.bincount(d.train.labels).tolist() == [9, 9, 9] and d.augment == ("crop", "flip")
-
-
-@pytest.mark.parametrize("fault, message", [
-    (lambda r: (r/"wnids.txt").unlink(), "without wnids.txt, expected the official archive"), (lambda r: (r/"val/images/val_1.JPEG").unlink(), "val_annotations.txt with .*val_1.JPEG"),
-    (lambda r: (r/"wnids.txt").write_text("n01\nn02\n"), "val_annotations.txt with .*n03"), (lambda r: (r/"val/val_annotations.txt").write_text(""), "val_annotations.txt with nothing"),
-    (lambda r: (r/"wnids.txt").write_text("n01\nn02\nn03\nn04\n"), "classes: got n04, expected subfolders of"),
-    (lambda r: (r/"train/n01/images/n01_3.JPEG").write_bytes(b"x"), "n01_3.JPEG, which cannot be read")])
-def test_a_damaged_tiny_imagenet_is_named(tiny, fault, message):
-    fault(tiny)
-    with pytest.raises(ValueError, match=message): kd.tiny_imagenet(tiny)

@@ -1,0 +1,219 @@
+"Images of one's own: arrays, folders, Tiny-ImageNet's layout, and what is read from disk."
+
+import shutil
+import subprocess
+import sys
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+import kdc_nb.images as ki
+from kdc_nb.calibrators import Calibrator
+from kdc_nb.data import Data, cache_dir, cut, load_data
+from kdc_nb.runs import Distil, RunSpec, Store, new_net, run
+from kdc_nb.training import Recipe, fit
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    load_data.cache_clear()
+
+
+PHOTOGRAPHS = load_sample_images().images # two, 427 x 640
+
+
+def save(path, rng, w, h):
+    "A piece of a real photograph as a file"
+    photo = PHOTOGRAPHS[rng.integers(2)]
+    top, left = rng.integers(427 - h), rng.integers(640 - w)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(photo[top:top + h, left:left + w]).save(path, quality=95)
+
+
+def pictures(folder, sizes=((40, 30), (9, 9), (8, 20)), classes=("cat", "dog")):
+    rng = np.random.default_rng(0)
+    for c in classes:
+        for k, (w, h) in enumerate(sizes): save(folder/c/f"{k}.png", rng, w, h)
+
+
+def test_a_folder_is_read_in_torchvisions_order_and_cut_to_squares(tmp_path):
+    pictures(tmp_path/"a")
+    inputs, labels, classes = ki.read_images(tmp_path/"a", 9)
+    assert (inputs.shape, inputs.dtype, labels.tolist(), classes) == ((6, 3, 9, 9), torch.uint8, [0, 0, 0, 1, 1, 1], ("cat", "dog"))
+    assert torch.equal(inputs[1], torch.from_numpy(np.array(Image.open(tmp_path/"a"/"cat"/"1.png"))).permute(2, 0, 1)), "an image of the right size is left as it is"
+    grey = Image.new("L", (50, 20), 77)
+    grey.save(tmp_path/"a"/"cat"/"3.png")
+    assert torch.equal(ki.read_images(tmp_path/"a", 9)[0][3], torch.full((3, 9, 9), 77, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("fault, message", [
+    (lambda f: None, r"folder: got .*none with 0 subfolders, expected two or more"), (lambda f: (f/"none").mkdir(), "with 0 subfolders"),
+    (lambda f: pictures(f/"none", classes=("cat",)), "with 1 subfolder, expected two or more"),
+    (lambda f: (pictures(f/"none"), (f/"none"/"dog"/"x.png").write_bytes(b"no picture")), r"dog/x.png, which cannot be read"),
+    (lambda f: (pictures(f/"none"), (f/"none"/"bird").mkdir()), "bird")])
+def test_a_bad_folder_is_told_in_a_sentence(tmp_path, fault, message):
+    fault(tmp_path)
+    with pytest.raises(ValueError, match=message): ki.read_images(tmp_path/"none")
+
+
+@pytest.fixture
+def own():
+    x = torch.randint(0, 256, (12, 3, 8, 9), dtype=torch.uint8)
+    return x, torch.arange(12) % 3
+
+
+def test_given_images_come_back_and_are_found_by_another_process(own):
+    x, y = own
+    data = ki.give_images("mine", (x, y), (x[:6].numpy(), y[:6].numpy()), (x.permute(0, 2, 3, 1), y), ["a", "b", "c"], ["flip"])
+    d = load_data(data)
+    assert torch.equal(d.train.inputs, x) and torch.equal(d.test.inputs, x) and torch.equal(d.valid.labels, y[:6])
+    assert (d.classes, d.augment, d.in_channels, data.title) == (("a", "b", "c"), ("flip",), 3, "mine") and d.mean == pytest.approx((x/255.).mean((0, 2, 3)).tolist(), abs=1e-6)
+    code = f"from kdc_nb.data import *; from kdc_nb.images import *; print(load_data(Data('given', title='mine', fingerprint={data.fingerprint!r})).fingerprint)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == d.fingerprint
+    assert ki.give_images("mine", (x, y), (x[:6], y[:6]), (x, y), ["a", "b", "c"], ["flip"]) == data, "the same content is the same data set"
+    assert ki.give_images("mine", (x, y.flip(0)), (x[:6], y[:6]), (x, y), ["a", "b", "c"], ["flip"]) != data
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda x, y: dict(train=(x.float(), y)), "train: got inputs of torch.float32"), (lambda x, y: dict(test=(x[:, :2], y)), "test: got 2 channels, expected 1 or 3"),
+    (lambda x, y: dict(valid=(x, y[:5])), r"valid: got labels of torch.int64 and shape \(5,\), expected 12 whole numbers"),
+    (lambda x, y: dict(valid=(x, y.float())), "valid: got labels of torch.float32"), (lambda x, y: dict(train=(x, y - 1)), "train: got labels"),
+    (lambda x, y: dict(test=(x[:, :, :, :8], y)), "train, valid, test: got images of shapes"), (lambda x, y: dict(classes=["a", "b"]), "classes: got 2 of them"),
+    (lambda x, y: dict(train=(x[y != 1], y[y != 1])), "train: got nothing of 1, expected samples of every class"), (lambda x, y: dict(augment=["spin"]), "augment: got"),
+    (lambda x, y: dict(train=(x[:0], y[:0])), "train: got inputs")])
+def test_images_that_are_none_are_refused(own, change, message):
+    x, y = own
+    with pytest.raises(ValueError, match=message): ki.give_images("mine", **{k: (x, y) for k in ("train", "valid", "test")} | change(x, y))
+    assert not cache_dir().exists(), "nothing is half-written"
+
+
+def test_given_images_that_are_elsewhere_are_named(own):
+    for fingerprint, message in (("0"*16, "data: got mine, of which"), ("../../etc/passwd", "fingerprint: got")):
+        with pytest.raises(ValueError, match=message): load_data(Data("given", title="mine", fingerprint=fingerprint))
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    "The layout of the official archive, in small"
+    rng, root, ids = np.random.default_rng(0), tmp_path/"tiny-imagenet-200", ["n02", "n01", "n03"]
+    def write(path): save(path, rng, 64, 64)
+    for c in ids:
+        for k in range(10): write(root/"train"/c/"images"/f"{c}_{k}.JPEG")
+        (root/"train"/c/f"{c}_boxes.txt").write_text("")
+    for k in range(4): write(root/"val"/"images"/f"val_{k}.JPEG")
+    (root/"wnids.txt").write_text("\n".join(ids) + "\n")
+    (root/"val"/"val_annotations.txt").write_text("".join(f"val_{k}.JPEG\t{c}\t0\t0\t62\t57\n" for k, c in enumerate(["n03", "n01", "n01", "n02"])))
+    return root
+
+
+def test_tiny_imagenet_is_read_in_its_official_layout(tiny):
+    d = load_data(ki.tiny_imagenet(tiny))
+    assert (d.classes, len(d.train), len(d.valid), d.test.labels.tolist(), d.test.inputs.shape) == (("n01", "n02", "n03"), 27, 3, [2, 0, 0, 1], (4, 3, 64, 64))
+    assert torch.equal(d.test.inputs[2], torch.from_numpy(np.array(Image.open(tiny/"val"/"images"/"val_2.JPEG"))).permute(2, 0, 1))
+    assert torch.bincount(d.train.labels).tolist() == [9, 9, 9] and d.augment == ("crop", "flip")
+
+
+@pytest.mark.parametrize("fault, message", [
+    (lambda r: (r/"wnids.txt").unlink(), "without wnids.txt, expected the official archive"), (lambda r: (r/"val/images/val_1.JPEG").unlink(), "val_annotations.txt with .*val_1.JPEG"),
+    (lambda r: (r/"wnids.txt").write_text("n01\nn02\n"), "val_annotations.txt with .*n03"), (lambda r: (r/"val/val_annotations.txt").write_text(""), "val_annotations.txt with nothing"),
+    (lambda r: (r/"wnids.txt").write_text("n01\nn02\nn03\nn04\n"), "classes: got n04, expected subfolders of"),
+    (lambda r: (r/"train/n01/images/n01_3.JPEG").write_bytes(b"x"), "n01_3.JPEG, which cannot be read")])
+def test_a_damaged_tiny_imagenet_is_named(tiny, fault, message):
+    fault(tiny)
+    with pytest.raises(ValueError, match=message): ki.tiny_imagenet(tiny)
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    "ImageNet's layout, in small: images of many sizes"
+    rng, root = np.random.default_rng(1), tmp_path/"imagenet"
+    for part, n in (("train", 10), ("val", 3)):
+        for c in ("n03", "n01", "n02"):
+            for k in range(n): save(root/part/c/f"{c}_{k}.JPEG", rng, *rng.integers(20, 90, 2))
+    (tmp_path/"list.txt").write_text("n03\nn01\n")
+    return root
+
+
+def test_imagenet_100_is_a_folder_and_a_list_of_classes(imagenet):
+    data = ki.imagenet100(imagenet, imagenet.parent/"list.txt", size=32)
+    d = load_data(data)
+    assert (data.title, d.classes, len(d.train), len(d.valid), len(d.test), d.in_channels) == ("imagenet-2", ("n01", "n03"), 18, 2, 6, 3)
+    assert d.train.inputs.shape == (18, 3, 32, 32) and set(d.train.inputs.names.tolist()).isdisjoint(d.valid.inputs.names.tolist())
+    assert all(d.classes[y] in n for s in (d.train, d.valid, d.test) for n, y in zip(s.inputs.names, s.labels))
+    assert ki.imagenet100(imagenet, ["n01", "n03"], 32) == data and ki.imagenet100(imagenet, ["n01", "n02"], 32) != data
+    moved = shutil.move(imagenet, imagenet.parent/"elsewhere")
+    load_data.cache_clear()
+    with pytest.raises(ValueError, match="data: got imagenet-2 of .*imagenet, which is gone"): load_data(data)
+    assert ki.imagenet100(moved, ["n01", "n03"], 32) == data, "the same files elsewhere are the same data set"
+
+
+def test_what_is_only_looked_at_is_scaled_and_cut_to_the_middle(imagenet):
+    from torchvision.transforms import v2
+    files = load_data(ki.imagenet100(imagenet, ["n01", "n02", "n03"], 28)).test.inputs
+    seen = files.to("cpu")
+    for x, name in zip(seen, files.names):
+        image = Image.open(imagenet/name).convert("RGB")
+        scale = 32/min(image.size)
+        w, h = (int(scale*s) if s != min(image.size) else 32 for s in image.size)
+        box = round((w - 28)/2), round((h - 28)/2)
+        expected = np.asarray(image.resize((w, h), Image.Resampling.BILINEAR).crop((*box, box[0] + 28, box[1] + 28)))
+        assert torch.equal(x, torch.from_numpy(expected.copy()).permute(2, 0, 1)), name
+    assert [len(b) for b in files.split(4)] == [4, 4, 1] and torch.equal(torch.cat(list(files.split(4))), seen)
+    assert torch.equal(files[torch.tensor([5, 0])].to("cpu"), seen[[5, 0]]) and torch.equal(files[1::3].to("cpu"), seen[1::3])
+
+
+def test_what_is_done_to_an_image_does_not_depend_on_who_reads_it(imagenet, monkeypatch):
+    files = load_data(ki.imagenet100(imagenet, ["n01", "n03"], 24)).train.inputs
+    index, seen = torch.arange(18).view(3, 6), {}
+    for workers in (1, 2):
+        monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(workers))
+        seen[workers] = torch.cat(list(files.views(index, ("crop", "flip"), (7, 1))))
+    before = torch.random.get_rng_state()
+    assert torch.equal(seen[1], seen[2]) and torch.equal(before, torch.random.get_rng_state())
+    backwards = torch.cat(list(files.views(index.flip(0), ("crop", "flip"), (7, 1)))).unflatten(0, (3, 6)).flip(0).flatten(0, 1)
+    assert torch.equal(backwards, seen[1])
+    assert not torch.equal(seen[1], torch.cat(list(files.views(index, ("crop", "flip"), (7, 2))))), "another epoch is another view"
+    assert torch.equal(torch.cat(list(files.views(index, (), (7, 1)))), files.to("cpu"))
+
+
+def test_a_streamed_run_can_be_killed_and_its_teacher_may_see_what_it_sees(imagenet, tmp_path):
+    data = ki.imagenet100(imagenet, ["n01", "n02", "n03"], 32)
+    recipe = Recipe(3, 8, lr=.01, augment=("crop", "flip"), live_teacher=True)
+    teacher = RunSpec(data, "resnet8", "nll", recipe)
+    student, store = RunSpec(data, "torchvision_resnet18", Distil(teacher), recipe), Store(tmp_path/"s")
+    result = run(student, store, "cpu", progress=False)
+    assert result.evaluation.n == 9 and len(result.history) == 3
+    d, part = load_data(data), tmp_path/"part"
+    for left in (2, 1, 0): # killed when the second epoch of each call begins
+        net = new_net(teacher)
+        with pytest.raises(KeyboardInterrupt) if left else nullcontext(): fit(net, d, Killed(), recipe, 0, device="cpu", checkpoint=part, every=0., progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), store.net(teacher).state_dict().values()))
+
+
+class Killed(Calibrator):
+    begun = 0
+    def draw(self, steps, generator):
+        self.begun += 1
+        if self.begun == 2: raise KeyboardInterrupt
+        return super().draw(steps, generator)
+
+
+@pytest.mark.parametrize("fault, message", [
+    (lambda r: (r/"train/n01/n01_4.JPEG").write_bytes(b"no image"), "folder: got .*n01_4.JPEG, which cannot be read"), (lambda r: shutil.rmtree(r/"val/n03"), "classes: got n03, expected subfolders of .*val"),
+    (lambda r: shutil.rmtree(r/"val"), "classes: got n01, n03, expected subfolders"), (lambda r: (r.parent/"list.txt").unlink(), "classes: got .*list.txt, expected a file"),
+    (lambda r: (r.parent/"list.txt").write_text("n01"), "with 1 subfolder")])
+def test_a_damaged_imagenet_is_named(imagenet, fault, message):
+    fault(imagenet)
+    with pytest.raises(ValueError, match=message): ki.imagenet100(imagenet, imagenet.parent/"list.txt", 32)
+    assert not cache_dir().exists()
+
+
+def test_an_image_that_breaks_later_is_named_too(imagenet):
+    data = ki.imagenet100(imagenet, ["n01", "n03"], 32)
+    path = imagenet/"train/n01/n01_4.JPEG"
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(ValueError, match="n01_4.JPEG, which cannot be read"): load_data(data).train.inputs.to("cpu")
