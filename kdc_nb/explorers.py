@@ -291,7 +291,7 @@ def explore_classes(
         panels = (left, taught, (taught,), "Teacher"), (middle, spec, tuple(students), f"Student, T = {T:g}, alpha = {alpha:g}")
         for panel, s, together, role in panels:
             shown = images_of_look(looks[s], classes, split) if images else None
-            panel.show(placed(together, classes, split)[s], [names[k] for k in classes], f"{role}: some {split} images\n{merged_text(looks[s], classes)}", shown)
+            panel.show(placed(together, classes, split)[s], [names[k] for k in classes], f"{role}: some {split} samples\n{merged_text(looks[s], classes)}", shown)
         e = looks[spec].result.evaluation
         title = f"Student, N = {e.n:,}: top-1 {100*e.raw['top1'].value:.1f}%, NLL {e.raw['nll'].value:.3f}"
         diagram.show(prepare_reliability(looks[spec].result), f"{title}\n{error_text(e.raw['ece'])}")
@@ -299,7 +299,7 @@ def explore_classes(
 
     options, begin = [(n, i) for i, n in enumerate(names)], first_triple(looks[students[0].method.teacher])
     pick = {k: widgets.Dropdown(options=options, value=v, description=f"class {k}", layout=widgets.Layout(width="13rem")) for k, v in zip("abc", begin)}
-    return Explorer(draw, **student_controls(students), **pick, split=widgets.Dropdown(options=["test", "train"], description="images of"),
+    return Explorer(draw, **student_controls(students), **pick, split=widgets.Dropdown(options=["test", "train"], description="samples of"),
                     images=widgets.Checkbox(False, description="as images"))
 
 # %% ../nbs/19_explorers.ipynb #e4cdefb5

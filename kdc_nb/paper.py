@@ -264,7 +264,7 @@ PAPER = { # by the name that `kdc_sweep` knows
 # %% ../nbs/17_paper.ipynb #24de2de4
 MINIATURES = {"known": Data("known"), "digits": Data("digits"), "cifar10": Data("cifar10", n_train=5000), "topics": Data("topics")} # data sets of a CPU's size
 SMALLER = {"wrn_40_2": "resnet14", "resnet50": "resnet14", "resnet56_bottleneck": "resnet14", "wrn_40_1": "resnet8", "mobilenet_v2": "resnet8", "resnet8": "resnet8",
-           "bert-base-uncased": "bert_2_64", "distilbert-base-uncased": "distilbert_1_32"}
+           "bert-base-uncased": "bert_2_64", "distilbert-base-uncased": "distilbert_1_64"}
 
 
 def paper_specs(

@@ -61,7 +61,7 @@ class Reliability:
     ):
         self.ax = ax = ax or plt.subplots(figsize=(4, 4), layout="constrained")[1]
         ax.plot([0, 1], [0, 1], c=GREY, lw=1)
-        self.share = ax.stairs([0], [0, 1], fill=True, color="#DDDDDD", zorder=0, label="share of images", animated=animated)
+        self.share = ax.stairs([0], [0, 1], fill=True, color="#DDDDDD", zorder=0, label="share of samples", animated=animated)
         self.band = ax.fill_between([], [], [], color=SKY, alpha=.4, lw=0, label="null band", animated=animated)
         self.ends = ax.vlines([], [], [], color=BLUE, animated=animated)
         self.dots = ax.plot([], [], "o", ms=4, c=BLUE, label="accuracy, 95%", animated=animated)[0]
@@ -70,7 +70,7 @@ class Reliability:
         ax.legend(fontsize=7, loc="upper left")
 
     def show(self, bins: Bins, title: str) -> "Reliability":
-        "Accuracy against confidence, with 95% intervals, the null band and the share of images in each bin"
+        "Accuracy against confidence, with 95% intervals, the null band and the share of samples in each bin"
         used = bins.count > 0
         x, low, high = bins.confidence[used], bins.null_low[used], bins.null_high[used]
         self.share.set_data(.25*bins.count/bins.count.max(), np.append(bins.lower, 1))
@@ -129,7 +129,7 @@ def plot_overlay(
         ax.fill_between(b.confidence[used], b.null_low[used], b.null_high[used], color=color, alpha=.12, lw=0)
         ends = np.maximum(0, [b.accuracy - b.low, b.high - b.accuracy])[:, used]
         ax.errorbar(b.confidence[used], b.accuracy[used], ends, fmt="o-", ms=3, lw=1, color=color, label=name)
-    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy (below: share of images)", title=title)
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy (below: share of samples)", title=title)
     ax.legend(fontsize=8, loc="upper left")
     return ax
 
@@ -250,7 +250,7 @@ def plot_rows(
         ax.plot([r.ece.low, r.ece.high], [y, y], c=color, lw=1.5)
         ax.plot(r.mean["ece"], y, "|", ms=14, mew=2, c=color)
         ax.plot(r.each["ece"], [y]*r.seeds, "o", ms=4, c=color, alpha=.6)
-    ax.set(yticks=range(len(rows)), yticklabels=[r.name for r in rows], xlabel=f"ECE (N = {rows[0].n:,} test images; band: a perfect model)", title=title)
+    ax.set(yticks=range(len(rows)), yticklabels=[r.name for r in rows], xlabel=f"ECE (N = {rows[0].n:,} test samples; band: a perfect model)", title=title)
     ax.set_xlim(left=0)
     ax.invert_yaxis()
     return ax
@@ -277,7 +277,7 @@ def plot_tradeoff(
         if metric == "ece":
             ax.plot([100*r.ece.null_low, 100*r.ece.null_high], [y, y], c=SKY, lw=6, alpha=.35, zorder=0, solid_capstyle="butt")
             ax.plot([100*r.ece.low, 100*r.ece.high], [y, y], c=color, lw=.8, alpha=.6)
-    ax.set(xlabel=f"{metric.upper()} in % (N = {rows[0].n:,} test images, {seeds_text(rows)})", ylabel="top-1 accuracy in %", title=title)
+    ax.set(xlabel=f"{metric.upper()} in % (N = {rows[0].n:,} test samples, {seeds_text(rows)})", ylabel="top-1 accuracy in %", title=title)
     ax.set_xlim(0, 1.12*ax.get_xlim()[1])
     ax.legend(fontsize=8)
     return ax
@@ -564,7 +564,7 @@ def plot_shift(
     for ax, right in zip(axs, (True, False)):
         used = shift.right == right
         sns.histplot(x=shift.teacher[used], y=shift.student[used], bins=30, binrange=(0, 1), norm=LogNorm(), vmin=None, vmax=None, cmap="viridis",
-                     cbar=True, cbar_kws={"label": "images"}, ax=ax)
+                     cbar=True, cbar_kws={"label": "samples"}, ax=ax)
         ax.plot([0, 1], [0, 1], c=ORANGE, lw=1)
         mean, half = shift.mean(right)
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence of the teacher", ylabel="confidence of the student",

@@ -15,7 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -153,20 +152,23 @@ def hub_tokenizer(
 
 # %% ../nbs/09_text.ipynb #dd2cf95b
 def newsgroup_texts(
-    folder: Path, # of the cache; the archive 20news-bydate.tar.gz is used if it is there
-    part: str, # "train" or "test"
+    folder: Path, # the cache folder
     bare: bool, # without headers, signatures and quotes
-) -> tuple[list[str], Tensor, tuple[str, ...]]: # texts, labels (N,), names of the classes
-    "The posts; a `ValueError` says where to put which file when they cannot be had"
+) -> tuple[list[str], Tensor, list[str], int]: # all texts, their labels, names of the classes, how many of the texts are for training
+    "The posts: from the cache file, or from scikit-learn, which makes it. A `ValueError` says where to put which file when they cannot be had"
     from sklearn.datasets import fetch_20newsgroups
-    archive = folder/"20news-bydate.tar.gz"
-    with TemporaryDirectory() as tmp:
-        if archive.exists():
-            (Path(tmp)/"20news_home").mkdir()
-            (Path(tmp)/"20news_home"/archive.name).symlink_to(archive.resolve())
-        try: posts = fetch_20newsgroups(data_home=tmp, subset=part, shuffle=False, remove=("headers", "footers", "quotes") if bare else (), n_retries=0)
-        except (URLError, OSError) as e: raise ValueError(f"newsgroups: got no archive ({e}), expected 20news-bydate.tar.gz in {folder}") from e
-    return posts.data, torch.from_numpy(posts.target).long(), tuple(posts.target_names)
+    path, archive = folder/f"newsgroups{'_bare'*bare}.safetensors", folder/"20news-bydate.tar.gz"
+    if not path.exists():
+        with TemporaryDirectory() as tmp:
+            if archive.exists():
+                (Path(tmp)/"20news_home").mkdir()
+                (Path(tmp)/"20news_home"/archive.name).symlink_to(archive.resolve())
+            try: posts = fetch_20newsgroups(data_home=tmp, subset="all", shuffle=False, remove=("headers", "footers", "quotes") if bare else ())
+            except OSError as e: raise ValueError(f"newsgroups: got no archive ({e}), expected {archive.name} in {folder}") from e
+        n_train = sum("20news-bydate-train" in name for name in posts.filenames)
+        save_tensors(path, {"labels": torch.from_numpy(posts.target).long()}, texts=list(posts.data), classes=posts.target_names, n_train=n_train)
+    tensors, meta = load_tensors(path)
+    return meta["texts"], tensors["labels"], meta["classes"], meta["n_train"]
 
 # %% ../nbs/09_text.ipynb #1ce6e9e3
 @Data.register("newsgroups")
@@ -181,11 +183,11 @@ def newsgroups(
     "Posts to 20 newsgroups (Lang, 1995)"
     check_splits("newsgroups", 11_314, n_train=n_train, n_valid=n_valid)
     cutter = hub_tokenizer(tokenizer)
-    (texts, labels, classes), (later, later_labels, _) = (newsgroup_texts(cache_dir()/"data", part, bare) for part in ("train", "test"))
-    rows, order = tokenised(cutter, texts + later, length), torch.from_numpy(np.random.RandomState(seed).permutation(len(texts)))
-    train, valid = (Split(rows[i], labels[i]) for i in (order[:n_train], order[len(texts) - n_valid:]))
+    texts, labels, classes, n = newsgroup_texts(cache_dir()/"data", bare)
+    rows, order = tokenised(cutter, texts, length), torch.from_numpy(np.random.RandomState(seed).permutation(n))
+    train, valid = (Split(rows[i], labels[i]) for i in (order[:n_train], order[n - n_valid:]))
     group = {first: k for k, first in enumerate(dict.fromkeys(c.split(".")[0] for c in classes))}
-    return TextSet(train, valid, Split(rows[len(texts):], later_labels), classes, tuple(group[c.split(".")[0]] for c in classes), tokens=vocabulary(cutter))
+    return TextSet(train, valid, Split(rows[n:], labels[n:]), tuple(classes), tuple(group[c.split(".")[0]] for c in classes), tokens=vocabulary(cutter))
 
 # %% ../nbs/09_text.ipynb #22fe2c7b
 def give_texts(

@@ -125,7 +125,7 @@ def test_every_piece_of_the_paper_is_a_table_of_runs(name, small):
     assert list(rows[0]) == list(rows[1]) and len(set(rows[0].values())) == len(rows[0])
     for spec in rows[1].values():
         assert {r.seed for r in lineage(spec)} == {1} and spec.data == (MINIATURES[small] if small else SETTINGS[PAPER[name].setting].data)
-        assert {r.model for r in lineage(spec)} <= ({"resnet8", "resnet14", "bert_2_64", "distilbert_1_32"} if small else set(SETTINGS[PAPER[name].setting][1:]))
+        assert {r.model for r in lineage(spec)} <= ({"resnet8", "resnet14", "bert_2_64", "distilbert_1_64"} if small else set(SETTINGS[PAPER[name].setting][1:]))
         assert spec.recipe == RECIPES[("text_small" if small else "text") if texts else ("cpu" if small else "paper")]
 
 

@@ -1,0 +1,206 @@
+"Texts: the generated truth, tokenizers, newsgroups' archive, pretrained weights, dropout that resumes, AdamW against torch's own loop."
+
+import hashlib
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import kdc_nb.text as kt
+from kdc_nb.calibrators import Calibrator
+from kdc_nb.core import cache_dir
+from kdc_nb.data import Data, load_data
+from kdc_nb.models import MODELS, build_model
+from kdc_nb.runs import RunSpec, Store, new_net, run
+from kdc_nb.training import Recipe, draw_epoch, epoch_seed, fit, lr_at, Training
+
+TINY = Data("topics", n_train=40, n_valid=20, n_test=30)
+RECIPE = Recipe(3, 16, lr=2e-3, weight_decay=.05, optimizer="adamw", warmup=.2)
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    load_data.cache_clear()
+
+
+def test_the_posterior_of_topics_is_true_and_the_same_everywhere():
+    d = load_data(Data("topics", n_train=30, n_valid=30, n_test=6000))
+    p, y = d.test.posterior.double(), d.test.labels
+    assert torch.allclose(p.sum(1), torch.ones(len(p)).double(), atol=1e-5)
+    for c in range(12): # every class's share is what its probabilities say
+        miss = (y == c).double() - p[:, c]
+        assert stats.norm.sf(abs(float(miss.sum()))/float((p[:, c]*(1 - p[:, c])).sum())**.5) > 1e-4
+    code = "from kdc_nb.text import *; from kdc_nb.data import *; print(load_data(Data('topics', n_train=40, n_valid=20, n_test=30)).fingerprint)"
+    said = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() for _ in range(2)}
+    assert said == {load_data(TINY).fingerprint}, "the tokenizer is learnt alike in every process"
+    assert torch.equal(load_data(TINY).test.inputs[:, :10], d.test.inputs[:30, :10])
+
+
+def bpe_folder(folder, texts):
+    "A tokenizer as the hub keeps one"
+    from transformers import PreTrainedTokenizerFast
+    PreTrainedTokenizerFast(tokenizer_object=kt.learnt_tokenizer(texts, 60)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_texts_are_cut_and_filled_up():
+    cutter = kt.learnt_tokenizer(["ab ba ab", "ba"], 12)
+    rows = kt.tokenised(cutter, ["ab ba ab ba", "ba", ""], 4)
+    assert rows.shape == (3, 4) and rows[2].tolist()[2:] == [-1, -1] and (rows[0] >= 0).all()
+    assert rows[0].tolist()[0] == 2 and rows[0].tolist()[-1] == 3, "the end token is kept"
+    with pytest.raises(ValueError, match="length: got 2, expected 3 tokens or more"): kt.tokenised(cutter, ["ab"], 2)
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    "20 Newsgroups' archive in small: three groups, some posts"
+    import sklearn.datasets._twenty_newsgroups as sk
+    for part, n in (("train", 10), ("test", 4)):
+        for group in ("rec.autos", "rec.sport", "sci.space"):
+            (tmp_path/"raw"/f"20news-bydate-{part}"/group).mkdir(parents=True)
+            for k in range(n): (tmp_path/"raw"/f"20news-bydate-{part}"/group/str(k)).write_bytes(f"From: me\nSubject: {group}\n\n> quoted\nbody {k} of {group} caf\xe9\n".encode("latin1"))
+    path = cache_dir()/"data"/"20news-bydate.tar.gz"
+    path.parent.mkdir(parents=True)
+    with tarfile.open(path, "w:gz") as t:
+        for folder in sorted((tmp_path/"raw").iterdir()): t.add(folder, folder.name)
+    monkeypatch.setattr(sk, "ARCHIVE", sk.ARCHIVE._replace(checksum=hashlib.sha256(path.read_bytes()).hexdigest(), url="file:///nowhere"))
+    return path
+
+
+def test_newsgroups_come_from_the_official_archive(archive, tmp_path):
+    name = bpe_folder(tmp_path/"tok", ["From: me Subject: rec.autos body of sci.space quoted"])
+    data = Data("newsgroups", tokenizer=name, n_train=20, n_valid=6, length=16)
+    d = load_data(data)
+    assert (len(d.train), len(d.valid), len(d.test), d.classes, d.superclass) == (20, 6, 12, ("rec.autos", "rec.sport", "sci.space"), (0, 0, 1))
+    assert d.train.inputs.shape[1] == 16 and d.in_channels == len(d.tokens) <= 60
+    words = lambda row: d.text(row).replace(" ", "")
+    assert all("Subject:".lower() in words(r).lower() for r in d.test.inputs), "headers are kept"
+    bare = load_data(Data("newsgroups", tokenizer=name, n_train=20, n_valid=6, bare=True))
+    assert not any("subject" in bare.text(r).replace(" ", "").lower() or "quoted" in bare.text(r).replace(" ", "") for r in bare.test.inputs)
+    archive.unlink()
+    load_data.cache_clear()
+    assert load_data(data).fingerprint == d.fingerprint, "the posts are in the cache"
+    assert run(RunSpec(data, "bert_1_32", "nll", RECIPE), Store(), "cpu", progress=False).evaluation.n == 12
+
+
+def test_newsgroups_that_are_not_to_be_had_are_named(archive, tmp_path):
+    name = bpe_folder(tmp_path/"tok", ["body of rec"])
+    archive.write_bytes(b"another file")
+    with pytest.warns(UserWarning, match="SHA256"), pytest.raises(ValueError, match="newsgroups: got no archive .*expected 20news-bydate.tar.gz in"): load_data(Data("newsgroups", tokenizer=name, n_train=2, n_valid=2))
+    with pytest.raises(ValueError, match="nowhere/bert: neither in the Hugging Face cache nor"): load_data(Data("newsgroups", tokenizer=f"{tmp_path}/nowhere/bert"))
+    with pytest.raises(ValueError, match="newsgroups n_train . n_valid: got"): load_data(Data("newsgroups", n_train=11_314))
+
+
+def own_bert(folder, data, pickled=False):
+    "Pretrained weights and tokenizer, as the hub keeps them, and a model that begins with them"
+    from transformers import BertConfig, BertForSequenceClassification, BertModel
+    config = BertConfig(vocab_size=data.in_channels, hidden_size=32, num_hidden_layers=1, num_attention_heads=1, intermediate_size=64)
+    torch.manual_seed(9)
+    body = BertModel(config)
+    body.save_pretrained(folder)
+    if pickled:
+        (folder/"model.safetensors").unlink()
+        torch.save(body.state_dict(), folder/"pytorch_model.bin")
+    config.num_labels = data.n_classes
+    MODELS["own_bert"] = lambda n_classes, in_channels: kt.TextNet(BertForSequenceClassification(config), str(folder))
+    return body
+
+
+def test_a_pretrained_network_begins_with_its_weights_and_a_head_of_the_seed(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("kdc_nb.models.MODELS", MODELS)
+    monkeypatch.setitem(MODELS, "own_bert", None)
+    texts, labels = ["good and kind", "bad and mean"]*4, [1, 0]*4
+    name = bpe_folder(tmp_path/"bert", texts)
+    data = kt.give_texts("mine", *[(texts, labels)]*3, tokenizer=name)
+    body = own_bert(tmp_path/"bert", load_data(data))
+    nets = [new_net(RunSpec(data, "own_bert", "nll", RECIPE, s)) for s in (0, 0, 1)]
+    assert all(torch.equal(a, b) for net in nets for a, b in zip(net.net.bert.state_dict().values(), body.state_dict().values()))
+    heads = [net.net.classifier.weight for net in nets]
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    spec, store = RunSpec(data, "own_bert", "nll", RECIPE), Store(tmp_path/"s")
+    run(spec, store, "cpu", progress=False)
+    (tmp_path/"bert"/"model.safetensors").unlink()
+    assert store.net(spec) is not None, "a trained network needs no pretrained weights"
+    said = capfd.readouterr()
+    assert "unexpected" not in (said.out + said.err).lower()
+    other = kt.give_texts("mine", *[(["other words", "than those"]*4, labels)]*3)
+    own_bert(tmp_path/"bert", load_data(data))
+    with pytest.raises(ValueError, match="whose tokenizer has another vocabulary"): new_net(RunSpec(other, "own_bert", "nll", RECIPE))
+
+
+def test_pickled_weights_are_never_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "own_bert", None)
+    texts, labels = ["good and kind", "bad and mean"]*4, [1, 0]*4
+    data = kt.give_texts("mine", *[(texts, labels)]*3, tokenizer=bpe_folder(tmp_path/"bert", texts))
+    own_bert(tmp_path/"bert", load_data(data), pickled=True)
+    with pytest.raises(ValueError, match="neither in the Hugging Face cache"): new_net(RunSpec(data, "own_bert", "nll", RECIPE))
+
+
+class Killed(Calibrator):
+    "Dies when the second epoch of a call begins"
+    begun = 0
+    def draw(self, steps, generator):
+        self.begun += 1
+        if self.begun == 2: raise KeyboardInterrupt
+        return super().draw(steps, generator)
+
+
+def test_dropout_resumes_exactly_and_leaves_the_users_numbers_alone(tmp_path):
+    spec, d = RunSpec(TINY, "bert_1_32", "nll", RECIPE), load_data(TINY)
+    before = torch.random.get_rng_state()
+    whole, again = new_net(spec), new_net(spec)
+    for net in (whole, again): fit(net, d, Calibrator(), RECIPE, 0, device="cpu", progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
+    for left in (2, 1, 0):
+        net = new_net(spec)
+        try: fit(net, d, Killed(), RECIPE, 0, device="cpu", checkpoint=tmp_path/"part", every=0., progress=False)
+        except KeyboardInterrupt: assert left
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), net.state_dict().values()))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_the_loop_is_torchs_adamw_with_linear_warmup():
+    d, nets = load_data(TINY), [build_model("distilbert_1_32", 12, load_data(TINY).in_channels) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    done = fit(nets[0], d, Calibrator(), RECIPE, 5, device="cpu", progress=False)
+    named = dict(nets[1].named_parameters())
+    opt = torch.optim.AdamW([{"params": [p for p in named.values() if p.ndim > 1]}, {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0}], 1., (.9, .999), weight_decay=.05, foreach=False)
+    plan = Training(build_model("distilbert_1_32", 12, d.in_channels), d, Calibrator(), RECIPE, 5, torch.device("cpu"))
+    for epoch in range(3):
+        plan.epoch = epoch
+        torch.manual_seed(epoch_seed(5, epoch, 0))
+        nets[1].train()
+        for k, index in enumerate(draw_epoch(plan).index):
+            loss = torch.nn.functional.cross_entropy(nets[1](d.train.inputs[index].long()), d.train.labels[index])
+            opt.zero_grad()
+            loss.backward()
+            t = (epoch + k/3)/3
+            for g in opt.param_groups: g["lr"] = lr_at(RECIPE, t)
+            assert g["lr"] == pytest.approx(2e-3*(t/.2 if t < .2 else (1 - t)/.8))
+            opt.step()
+    assert len(done.history) == 3
+    for (k, a), b in zip(nets[0].state_dict().items(), nets[1].state_dict().values()): # a key's bias moves no logit: its gradient is rounding, made large by AdamW
+        assert torch.allclose(a, b, atol=2e-6) or k.endswith("k_lin.bias"), k
+
+
+def test_without_its_libraries_text_is_refused_and_images_are_not(monkeypatch):
+    monkeypatch.setattr(kt, "find_spec", lambda name: None)
+    for call in (lambda: load_data(TINY), lambda: build_model("bert_1_32", 2, 9), lambda: build_model("distilbert-base-uncased", 2, 9)):
+        with pytest.raises(ValueError, match=r"text: got no library transformers, expected it, by pip install 'kdc_nb\[text\]'"): call()
+    build_model("resnet8", 2)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(optimizer="adam"), "optimizer: got 'adam', expected None or 'adamw'"), (dict(warmup=0.), "warmup: got 0.0"), (dict(warmup=1.), "warmup: got 1.0"),
+    (dict(warmup=.1, drops=(.5,)), "warmup: got 0.1, expected .* no drops")])
+def test_recipes_that_mean_nothing(change, message):
+    with pytest.raises(ValueError, match=message): Recipe(1, **change)
+
+
+def test_old_descriptions_keep_their_ids():
+    from kdc_nb.core import encode
+    assert {"optimizer", "warmup"}.isdisjoint(encode(Recipe(1)))
