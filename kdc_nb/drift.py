@@ -419,7 +419,7 @@ def drift(
     check(result is not None, "spec", f"{title_of(spec)}, which is not in {store.folder}", "a finished run: `run` it first")
     n = len(data.test) if n is None else n
     check(isinstance(n, int) and 1 <= n <= len(data.test), "n", n, f"1 to {len(data.test)}")
-    one, test = (Split(data.test.inputs[:m], data.test.labels[:m]) for m in (1, n))
+    one, test = (Split(data.test.inputs[:m].to("cpu"), data.test.labels[:m]) for m in (1, n))
     for severity in severities: check_severity(severity)
     for name in names: drift_images(one if folder is None else test, name, 1, folder)
     net, T = trained_net(spec, store, device).to(best_device(device)), result.evaluation.T

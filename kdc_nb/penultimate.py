@@ -248,7 +248,9 @@ def look(
 ) -> Look:
     "Look at the penultimate layer of a run"
     store = store or Store()
-    result, data = run(spec, store, device, progress=False), load_data(spec.data)
+    data = load_data(spec.data)
+    check(int(data.test.labels.bincount(minlength=data.n_classes).min()) > 1, "test", "a class with fewer than two samples", "two or more of each")
+    result = run(spec, store, device, progress=False)
     net = trained_net(spec, store, device).to(best_device(device))
     every = {k: predict(Features(net), data, getattr(data, k).inputs) for k in ("train", "test")}
     index = {k: first_of_each(getattr(data, k).labels, per_class) for k in every}

@@ -186,3 +186,10 @@ def test_where_an_explorer_begins(seen):
 def test_first_of_each_takes_what_there_is():
     assert first_of_each(torch.tensor([1, 0, 1, 1, 0]), 2).tolist() == [1, 4, 0, 2]
     assert first_of_each(torch.tensor([1, 0, 1, 1]), 2).tolist() == [1, 0, 2]
+
+
+def test_a_class_without_test_images_is_named(tmp_path):
+    from kdc_nb.images import give_images
+    x, y = torch.zeros(12, 1, 8, 8, dtype=torch.uint8), torch.arange(12) % 3
+    data = give_images("few", (x, y), (x, y), (x[:8], y[:8] % 2))
+    with pytest.raises(ValueError, match="test: got a class with fewer than two samples, expected two or more of each"): look(RunSpec(data, "resnet8"), Store(tmp_path), "cpu")
