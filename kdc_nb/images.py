@@ -240,11 +240,14 @@ def imagenet100(
     classes: Sequence[str] | Path | str, # the subfolders to take, or a file that has one in each line
     size: int = 224, # pixels a side
     seed: int = 0, # of the tenth of the training images that is kept for validation
-) -> Data: # as `stream_images` gives it
+    in_memory: bool = False, # keep the images as bytes: 15 GB for a hundred classes at 224 pixels
+) -> Data: # as `stream_images` gives it, or `give_images`
     "A part of ImageNet as a data set (Deng et al. 2009); a `ValueError` names what is missing in the folder"
     if isinstance(classes, (str, Path)):
         check(Path(classes).is_file(), "classes", classes, "a file that is there, or the names themselves")
         classes = Path(classes).read_text().split()
     found = {part: find_images(Path(folder)/part, sorted(classes)) for part in ("train", "val")}
     below = {part: (np.array([f"{part}/{n}" for n in names]), labels) for part, (names, labels, _) in found.items()}
-    return stream_images(f"imagenet-{len(classes)}", folder, *cut(*below["train"], (.9, .1), seed), below["val"], sorted(classes), size)
+    title, pairs = f"imagenet-{len(classes)}", [*cut(*below["train"], (.9, .1), seed), below["val"]]
+    if not in_memory: return stream_images(title, folder, *pairs, sorted(classes), size)
+    return give_images(title, *[(Files(Path(folder), names, size).to("cpu"), labels) for names, labels in pairs], sorted(classes), ("crop", "flip"))

@@ -145,6 +145,8 @@ def test_imagenet_100_is_a_folder_and_a_list_of_classes(imagenet):
     assert d.train.inputs.shape == (18, 3, 32, 32) and set(d.train.inputs.names.tolist()).isdisjoint(d.valid.inputs.names.tolist())
     assert all(d.classes[y] in n for s in (d.train, d.valid, d.test) for n, y in zip(s.inputs.names, s.labels))
     assert ki.imagenet100(imagenet, ["n01", "n03"], 32) == data and ki.imagenet100(imagenet, ["n01", "n02"], 32) != data
+    kept = load_data(ki.imagenet100(imagenet, ["n03", "n01"], 32, in_memory=True))
+    assert torch.equal(kept.valid.inputs, d.valid.inputs.to("cpu")) and torch.equal(kept.train.labels, d.train.labels) and (kept.classes, kept.augment) == (d.classes, d.augment)
     moved = shutil.move(imagenet, imagenet.parent/"elsewhere")
     load_data.cache_clear()
     with pytest.raises(ValueError, match="data: got imagenet-2 of .*imagenet, which is gone"): load_data(data)
