@@ -324,10 +324,9 @@ def as_labels(
     n: int, # how many there must be
 ) -> Tensor: # (n,) int64, a copy
     "Checked labels"
-    y = torch.as_tensor(labels)
-    whole = not y.is_floating_point() and not y.is_complex() and y.dtype != torch.bool
-    check(whole and y.shape == (n,) and n > 0 and int(y.min()) >= 0, what, f"labels of {y.dtype} and shape {tuple(y.shape)}", f"{n} whole numbers from 0")
-    return y.long().clone()
+    y = np.asarray(labels)
+    check(y.dtype.kind in "iu" and y.shape == (n,) and n > 0 and y.min() >= 0, what, f"labels of {y.dtype} and shape {y.shape}", f"{n} whole numbers from 0")
+    return torch.from_numpy(y.astype(np.int64))
 
 
 def named_classes(
@@ -336,8 +335,10 @@ def named_classes(
 ) -> tuple[str, ...]:
     "The names of all classes, each of which is trained on"
     top = max(int(y.max()) for y in labels.values())
+    check(classes is not None or top < len(labels["train"]), "train", f"labels up to {top}", "numbers of classes, of which there are no more than samples")
     classes = tuple(map(str, range(top + 1) if classes is None else classes))
     check(len(classes) > max(top, 1), "classes", f"{len(classes)} of them", f"two or more, and one for each label up to {top}")
+    check(len(set(classes)) == len(classes), "classes", "a name twice", "a name for each")
     missing = sorted(set(range(len(classes))) - set(labels["train"].tolist()))
     check(not missing, "train", f"nothing of {', '.join(classes[c] for c in missing[:5])}", "samples of every class")
     return classes
@@ -369,6 +370,7 @@ def cut(
 ) -> list[tuple[Tensor, Tensor]]: # a pair for each part
     "One set in several, each with its share of every class"
     check(abs(sum(parts) - 1) < 1e-9 and min(parts) > 0, "parts", tuple(parts), "positive shares of sum 1")
+    labels = as_labels("labels", labels, len(inputs))
     rng, index = np.random.RandomState(seed), [[] for _ in parts]
     for c in labels.unique().tolist():
         own = torch.from_numpy(rng.permutation(np.flatnonzero(labels.numpy() == c)))

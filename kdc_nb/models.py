@@ -41,6 +41,7 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: # (N, C, H, W) to (N, n_classes)
         "Logits"
+        check(x.ndim == 4, "inputs", f"shape {tuple(x.shape)}", "images (N, C, H, W)")
         return self.head(self.features(x))
 
 # %% ../nbs/08_models.ipynb #9ea3677c

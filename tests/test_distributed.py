@@ -11,11 +11,11 @@ from PIL import Image
 
 from kdc_nb.calibrators import Method
 from kdc_nb.core import load_tensors
-from kdc_nb.data import Data
+from kdc_nb.data import Data, load_data
 from kdc_nb.images import find_images, stream_images
 from kdc_nb.runs import Distil, RunSpec, Store
 from kdc_nb.sweeps import write_specs
-from kdc_nb.training import Recipe
+from kdc_nb.training import Recipe, predict
 
 PROGRAM = '''
 import sys
@@ -24,7 +24,7 @@ from torch import nn
 from kdc_nb.models import MODELS
 from kdc_nb.runs import Store, run
 from kdc_nb.sweeps import read_specs
-from kdc_nb.training import OutOfTime, joined
+from kdc_nb.devices import joined, place
 
 def plain(n_classes, in_channels):
     return nn.Sequential(nn.Conv2d(in_channels, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(72, n_classes))
@@ -85,15 +85,17 @@ def test_two_processes_give_what_one_does(tmp_path, monkeypatch):
 
 def test_with_batch_statistics_each_process_normalises_its_own_part(tmp_path):
     spec = RunSpec(DATA, "resnet8", "nll", RECIPE)
-    a, b = (store.get(spec).logits["test"] for store in both(tmp_path, [spec]))
-    assert float((a - b).abs().max()) > 1e-3
+    one, two = both(tmp_path, [spec])
+    said, data = two.get(spec).logits["test"], load_data(DATA)
+    assert float((one.get(spec).logits["test"] - said).abs().max()) > 1e-3
+    assert torch.allclose(predict(two.net(spec), data, data.test.inputs), said, atol=1e-5), "what was judged is the network that was kept"
 
 
 def test_the_command_speaks_once_and_a_budget_stops_all(tmp_path):
     args = ("-m", "kdc_nb.paper", "runs.json", "--store", "s", "--device", "cpu")
     write_specs([RunSpec(DATA, "resnet8", "nll", Recipe(4000, 32))], tmp_path/"runs.json")
     done = launch(tmp_path, 2, *args, "--budget", "5s")
-    assert done.stdout.count("0 of 1 runs done") == 1 and done.returncode != 0 and len(list((tmp_path/"s").glob("*.part"))) == 1
+    assert done.stdout.count("0 of 1 runs done") == 1 and done.returncode == 0 and len(list((tmp_path/"s").glob("*.part"))) == 1
     write_specs([RunSpec(DATA, "resnet8", "nll", RECIPE)], tmp_path/"runs.json")
     done = launch(tmp_path, 2, *args, "--results", "r.npz")
     assert done.stdout.count("1 of 1 runs done") == 1 and done.returncode == 0 and (tmp_path/"r.npz").exists()
@@ -103,4 +105,9 @@ def test_what_cannot_be_shared_is_refused(tmp_path):
     args = ("-m", "kdc_nb.paper", "runs.json", "--store", "s", "--device", "cpu")
     write_specs([RunSpec(DATA, "resnet8", "nll", Recipe(1, 33))], tmp_path/"runs.json")
     assert "batch_size: got 33, expected a multiple of 2" in launch(tmp_path, 2, *args).stderr
+    stores = ("program.py", "runs.json", "own")
+    (tmp_path/"program.py").write_text(PROGRAM.replace("sys.argv[2]", "sys.argv[2] + str(place()[0])"))
+    write_specs([RunSpec(DATA, "resnet8", "nll", Recipe(1, 32))], tmp_path/"runs.json")
+    launch(tmp_path, 2, *stores)
+    assert "in which one process finds what another does not, expected a folder that all processes share" in launch(tmp_path, 2, *stores).stderr
     assert "jobs: got 2, expected 1 where processes share each run" in launch(tmp_path, 2, *args, "--jobs", 2).stderr

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from sklearn.datasets import load_sample_images
 
 import kdc_nb.images as ki
 from kdc_nb.calibrators import Calibrator
-from kdc_nb.data import Data, cache_dir, cut, load_data
+from kdc_nb.data import Data, WithoutFold, cache_dir, cut, load_data
 from kdc_nb.runs import Distil, RunSpec, Store, new_net, run
+from kdc_nb.sweeps import sweep
+from kdc_nb.teachers import give
 from kdc_nb.training import Recipe, fit
 
 
@@ -79,9 +82,9 @@ def test_given_images_come_back_and_are_found_by_another_process(own):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda x, y: dict(train=(x.float(), y)), "train: got inputs of torch.float32"), (lambda x, y: dict(test=(x[:, :2], y)), "test: got 2 channels, expected 1 or 3"),
-    (lambda x, y: dict(valid=(x, y[:5])), r"valid: got labels of torch.int64 and shape \(5,\), expected 12 whole numbers"),
-    (lambda x, y: dict(valid=(x, y.float())), "valid: got labels of torch.float32"), (lambda x, y: dict(train=(x, y - 1)), "train: got labels"),
+    (lambda x, y: dict(train=(x.float(), y)), "train: got inputs of torch.float32"), (lambda x, y: dict(test=(x[:, :2], y)), "test: got inputs of shape .*, expected 1 or 3 channels"),
+    (lambda x, y: dict(valid=(x, y[:5])), r"valid: got labels of int64 and shape \(5,\), expected 12 whole numbers"),
+    (lambda x, y: dict(valid=(x, y.float())), "valid: got labels of float32"), (lambda x, y: dict(train=(x, y - 1)), "train: got labels"),
     (lambda x, y: dict(test=(x[:, :, :, :8], y)), "train, valid, test: got images of shapes"), (lambda x, y: dict(classes=["a", "b"]), "classes: got 2 of them"),
     (lambda x, y: dict(train=(x[y != 1], y[y != 1])), "train: got nothing of 1, expected samples of every class"), (lambda x, y: dict(augment=["spin"]), "augment: got"),
     (lambda x, y: dict(train=(x[:0], y[:0])), "train: got inputs")])
@@ -149,7 +152,7 @@ def test_imagenet_100_is_a_folder_and_a_list_of_classes(imagenet):
     assert torch.equal(kept.valid.inputs, d.valid.inputs.to("cpu")) and torch.equal(kept.train.labels, d.train.labels) and (kept.classes, kept.augment) == (d.classes, d.augment)
     moved = shutil.move(imagenet, imagenet.parent/"elsewhere")
     load_data.cache_clear()
-    with pytest.raises(ValueError, match="data: got imagenet-2 of .*imagenet, which is gone"): load_data(data)
+    with pytest.raises(ValueError, match="data: got imagenet-2, whose .*JPEG is gone, expected the files that"): load_data(data)
     assert ki.imagenet100(moved, ["n01", "n03"], 32) == data, "the same files elsewhere are the same data set"
 
 
@@ -170,11 +173,10 @@ def test_what_is_only_looked_at_is_scaled_and_cut_to_the_middle(imagenet):
 
 def test_what_is_done_to_an_image_does_not_depend_on_who_reads_it(imagenet, monkeypatch):
     files = load_data(ki.imagenet100(imagenet, ["n01", "n03"], 24)).train.inputs
-    index, seen = torch.arange(18).view(3, 6), {}
+    index, seen, before = torch.arange(18).view(3, 6), {}, torch.random.get_rng_state()
     for workers in (1, 2):
         monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(workers))
         seen[workers] = torch.cat(list(files.views(index, ("crop", "flip"), (7, 1))))
-    before = torch.random.get_rng_state()
     assert torch.equal(seen[1], seen[2]) and torch.equal(before, torch.random.get_rng_state())
     backwards = torch.cat(list(files.views(index.flip(0), ("crop", "flip"), (7, 1)))).unflatten(0, (3, 6)).flip(0).flatten(0, 1)
     assert torch.equal(backwards, seen[1])
@@ -217,5 +219,44 @@ def test_a_damaged_imagenet_is_named(imagenet, fault, message):
 def test_an_image_that_breaks_later_is_named_too(imagenet):
     data = ki.imagenet100(imagenet, ["n01", "n03"], 32)
     path = imagenet/"train/n01/n01_4.JPEG"
+    files = load_data(data).train.inputs
     path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(ValueError, match="n01_4.JPEG, which cannot be read"): load_data(data).train.inputs.to("cpu")
+    with pytest.raises(ValueError, match="^folder: got [^\n]*n01_4.JPEG, which cannot be read[^\n]*$"): files.to("cpu")
+    load_data.cache_clear()
+    with pytest.raises(ValueError, match="data: got imagenet-2, whose .*n01_4.JPEG has changed"): load_data(data)
+
+
+def test_images_of_one_size_in_bytes_are_told_apart(tmp_path):
+    rng, given = np.random.default_rng(0), []
+    for folder in "ab":
+        for c in "xy":
+            for k in range(3):
+                (tmp_path/folder/c).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(tmp_path/folder/c/f"{k}.bmp")
+        names, labels, classes = ki.find_images(tmp_path/folder)
+        given.append(ki.stream_images("mine", tmp_path/folder, *[(names, labels)]*3, classes, 8))
+    assert given[0] != given[1]
+    for bad, message in (("../b/x/0.bmp", "names: got"), (str(tmp_path/"b/x/0.bmp"), "names: got")):
+        with pytest.raises(ValueError, match=message): ki.stream_images("mine", tmp_path/"a", ([bad, *names[1:]], labels), (names, labels), (names, labels), classes, 8)
+    for size in (0, -3, "32", 7.5, None):
+        with pytest.raises(ValueError, match="size: got"): ki.stream_images("mine", tmp_path/"a", *[(names, labels)]*3, classes, size)
+
+
+@pytest.mark.parametrize("mode, ok", [("L", True), ("P", True), ("1", True), ("RGBA", True), ("I;16", False), ("I", False), ("F", False)])
+def test_only_eight_bits_a_channel_are_read(tmp_path, mode, ok):
+    image = Image.fromarray((np.arange(256).reshape(16, 16)*257).astype(np.uint16)) if mode == "I;16" else Image.new("L", (16, 16), 77).convert(mode)
+    image.save(tmp_path/"x.tiff")
+    if ok: assert ki.pictures([tmp_path/"x.tiff"], 16).shape == (1, 3, 16, 16)
+    else:
+        with pytest.raises(ValueError, match="x.tiff of mode [IF].*, expected 8 bits a channel"): ki.pictures([tmp_path/"x.tiff"], 16)
+
+
+def test_streamed_runs_go_in_parallel_and_by_folds(imagenet, tmp_path):
+    data = ki.imagenet100(imagenet, ["n01", "n02", "n03"], 16)
+    runs = [RunSpec(data, "resnet8", "nll", Recipe(1, 8, augment=("flip",)), s) for s in (0, 1)]
+    pooled, alone = sweep(runs, Store(tmp_path/"a"), "cpu", jobs=2, progress=False), sweep(runs, Store(tmp_path/"b"), "cpu", progress=False)
+    assert all(torch.equal(p.logits["test"], a.logits["test"]) for p, a in zip(pooled, alone))
+    fold, whole_set = load_data(WithoutFold(data, 0, 3)), load_data(data)
+    assert len(fold.train) == 18 and fold.fingerprint != whole_set.fingerprint
+    said = give("mine", torch.randn(27, 3), data, Store(tmp_path/"a"))
+    with pytest.raises(ValueError, match="who was asked about other images"): run(replace(runs[0], data=WithoutFold(data, 0, 3), method=Distil(said)), Store(tmp_path/"a"), "cpu", progress=False)

@@ -4,6 +4,8 @@ import hashlib
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from kdc_nb.calibrators import Calibrator
 from kdc_nb.core import cache_dir
 from kdc_nb.data import Data, load_data
 from kdc_nb.models import MODELS, build_model
-from kdc_nb.runs import RunSpec, Store, new_net, run
+from kdc_nb.runs import RunSpec, Store, check_model, new_net, read_results, run
 from kdc_nb.training import Recipe, draw_epoch, epoch_seed, fit, lr_at, Training
 
 TINY = Data("topics", n_train=40, n_valid=20, n_test=30)
@@ -132,6 +134,28 @@ def test_a_pretrained_network_begins_with_its_weights_and_a_head_of_the_seed(tmp
     with pytest.raises(ValueError, match="whose tokenizer has another vocabulary"): new_net(RunSpec(other, "own_bert", "nll", RECIPE))
 
 
+def test_weights_of_another_network_are_refused(tmp_path, monkeypatch):
+    from transformers import DistilBertConfig, DistilBertModel
+    monkeypatch.setitem(MODELS, "own_bert", None)
+    texts, labels = ["good and kind", "bad and mean"]*4, [1, 0]*4
+    data = kt.give_texts("mine", *[(texts, labels)]*3, tokenizer=bpe_folder(tmp_path/"bert", texts))
+    own_bert(tmp_path/"bert", load_data(data))
+    DistilBertModel(DistilBertConfig(vocab_size=load_data(data).in_channels, dim=32, n_layers=1, n_heads=1, hidden_dim=64)).save_pretrained(tmp_path/"bert")
+    with pytest.raises(ValueError, match="model: got .*bert without .*, expected weights for all of the network but its head"): new_net(RunSpec(data, "own_bert", "nll", RECIPE))
+
+
+def test_images_and_texts_are_not_taken_for_each_other(tmp_path):
+    for spec, said in ((RunSpec(TINY, "resnet8", "nll", RECIPE), r"inputs: got shape \(16, \d+\), expected images"), (RunSpec("digits", "bert_1_32", "nll", RECIPE), "inputs: got shape .*, expected texts")):
+        with pytest.raises(ValueError, match=said): run(spec, Store(tmp_path), "cpu", progress=False)
+
+
+def test_threads_do_not_disturb_each_others_dropout(tmp_path):
+    specs = [RunSpec(TINY, "bert_1_32", "nll", RECIPE, s) for s in (0, 1)]
+    alone = [run(s, Store(tmp_path/"a"), "cpu", progress=False) for s in specs]
+    with ThreadPoolExecutor(2) as pool: beside = list(pool.map(lambda s: run(s, Store(tmp_path/"b"), "cpu", progress=False), specs))
+    assert all(torch.equal(a.logits["test"], b.logits["test"]) for a, b in zip(alone, beside))
+
+
 def test_pickled_weights_are_never_read(tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "own_bert", None)
     texts, labels = ["good and kind", "bad and mean"]*4, [1, 0]*4
@@ -192,6 +216,8 @@ def test_without_its_libraries_text_is_refused_and_images_are_not(monkeypatch):
     for call in (lambda: load_data(TINY), lambda: build_model("bert_1_32", 2, 9), lambda: build_model("distilbert-base-uncased", 2, 9)):
         with pytest.raises(ValueError, match=r"text: got no library transformers, expected it, by pip install 'kdc_nb\[text\]'"): call()
     build_model("resnet8", 2)
+    check_model.cache_clear()
+    assert all(r.spec.data.name == "topics" for r in read_results(Path(__file__).parents[1]/"nbs/results/text_topics.npz").values()), "results can be looked at"
 
 
 @pytest.mark.parametrize("change, message", [

@@ -17,7 +17,8 @@ from kdc_nb.calibrators import Calibrator, Distillation, Method, Step
 from kdc_nb.core import text_table, whole_file
 from kdc_nb.models import build_model
 from kdc_nb.runs import environment, how_of
-from kdc_nb.training import Recipe, Training, begin_epoch, best_device, recorded
+from kdc_nb.devices import best_device
+from kdc_nb.training import Recipe, Training, begin_epoch, recorded
 
 
 class Count(TorchDispatchMode):

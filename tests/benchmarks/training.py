@@ -27,7 +27,8 @@ from kdc_nb.data import DataSet, Split
 from kdc_nb.losses import cross_entropy, distillation
 from kdc_nb.models import build_model
 from kdc_nb.runs import environment
-from kdc_nb.training import Recipe, Training, autocast, begin_epoch, best_device, recorded, train_step
+from kdc_nb.devices import autocast, best_device
+from kdc_nb.training import Recipe, Training, begin_epoch, recorded, train_step
 
 C, BATCH, TEACHER = 100, 128, "wrn_40_2"
 PEAKS = {"NVIDIA H100 80GB HBM3": (989e12, 3.35e12), "NVIDIA H200": (989e12, 4.8e12)} # bf16 FLOP/s and bytes/s, from the data sheets
