@@ -11,7 +11,6 @@ __all__ = ['SCHEMA', 'RunSpec', 'whole', 'check_model', 'Scaled', 'Posterior', '
            'from_bytes', 'unpacked', 'write_results', 'kept_of', 'rounded', 'read_results', 'seeded', 'by_seed']
 
 # %% ../nbs/12_runs.ipynb #101cde33
-import json
 import math
 import platform
 import subprocess

@@ -17,7 +17,6 @@ from .data import *
 from .metrics import *
 from .calibrators import *
 from .devices import *
-from .training import *
 from .runs import *
 
 # %% ../nbs/13_teachers.ipynb #156d88eb

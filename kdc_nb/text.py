@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MissingExtra', 'needs_text', 'TextSet', 'tokenised', 'vocabulary', 'learnt_tokenizer', 'topic_world', 'topic_texts',
            'topics', 'from_hub', 'hub_tokenizer', 'newsgroup_texts', 'newsgroups', 'give_texts', 'given_texts',
-           'TextNet', 'bert', 'distilbert', 'heads_of', 'bert_base', 'distilbert_base']
+           'TextNet', 'classifier', 'bert', 'distilbert', 'heads_of', 'bert_base', 'distilbert_base']
 
 # %% ../nbs/09_text.ipynb #f1ac9ea1
 from collections.abc import Callable, Iterable, Sequence
@@ -199,9 +199,9 @@ def newsgroups(
 # %% ../nbs/09_text.ipynb #22fe2c7b
 def give_texts(
     title: str, # for tables
-    train: tuple[Sequence[str], Any], # texts and labels (N,)
-    valid: tuple[Sequence[str], Any], # chooses
-    test: tuple[Sequence[str], Any], # reports
+    train: Samples, # texts and labels (N,)
+    valid: Samples, # chooses
+    test: Samples, # reports
     classes: Sequence[str] | None = None, # names; None: their numbers
     tokenizer: str | None = None, # a model's on the hub, or a folder; None: one is learnt from the training texts
     length: int = 512, # tokens that are kept of each text, its first ones
@@ -254,22 +254,31 @@ class TextNet(nn.Module):
         check(not lost, "model", f"{self.weights} without {', '.join(lost[:3])}", "weights for all of the network but its head")
 
 # %% ../nbs/09_text.ipynb #a1af5099
-def bert(n_classes: int, in_channels: int, layers: int, width: int) -> TextNet:
-    "BERT of any size (Devlin et al., 2019), untrained: heads of 32, weights that begin as large for their width as BERT's"
+def classifier(
+    kind: str, # "Bert" or "DistilBert"
+    n_classes: int,
+    weights: str | None = None, # that `pretrain` puts below the head
+    **sizes: Any, # of transformers' configuration; without any those of the published base model
+) -> TextNet:
+    "A network of transformers, untrained"
     needs_text()
-    from transformers import BertConfig, BertForSequenceClassification
-    sizes = dict(vocab_size=in_channels, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads_of(width), intermediate_size=4*width, initializer_range=.02*(768/width)**.5)
-    return TextNet(BertForSequenceClassification(BertConfig(num_labels=n_classes, **sizes)))
-
-# %% ../nbs/09_text.ipynb #db12f1e5
-def distilbert(n_classes: int, in_channels: int, layers: int, width: int) -> TextNet:
-    "DistilBERT of any size (Sanh et al., 2019), likewise"
-    needs_text()
-    from transformers import DistilBertConfig, DistilBertForSequenceClassification
-    sizes = dict(vocab_size=in_channels, dim=width, n_layers=layers, n_heads=heads_of(width), hidden_dim=4*width, initializer_range=.02*(768/width)**.5)
-    return TextNet(DistilBertForSequenceClassification(DistilBertConfig(num_labels=n_classes, **sizes)))
+    import transformers
+    config = getattr(transformers, f"{kind}Config")(num_labels=n_classes, **sizes)
+    return TextNet(getattr(transformers, f"{kind}ForSequenceClassification")(config), weights)
 
 # %% ../nbs/09_text.ipynb #4e60e78a
+def bert(n_classes: int, in_channels: int, layers: int, width: int) -> TextNet:
+    "BERT of any size (Devlin et al., 2019): heads of 32, weights that begin as large for their width as BERT's"
+    return classifier("Bert", n_classes, vocab_size=in_channels, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads_of(width),
+                      intermediate_size=4*width, initializer_range=.02*(768/width)**.5)
+
+
+def distilbert(n_classes: int, in_channels: int, layers: int, width: int) -> TextNet:
+    "DistilBERT of any size (Sanh et al., 2019), likewise"
+    return classifier("DistilBert", n_classes, vocab_size=in_channels, dim=width, n_layers=layers, n_heads=heads_of(width),
+                      hidden_dim=4*width, initializer_range=.02*(768/width)**.5)
+
+
 def heads_of(width: int) -> int:
     "Attention heads of 32 numbers each"
     check(width % 32 == 0, "width", width, "a multiple of 32")
@@ -278,16 +287,12 @@ def heads_of(width: int) -> int:
 # %% ../nbs/09_text.ipynb #403d6cef
 def bert_base(n_classes: int, in_channels: int) -> TextNet:
     "bert-base-uncased: the paper's teacher of Table 3"
-    needs_text()
-    from transformers import BertConfig, BertForSequenceClassification
-    return TextNet(BertForSequenceClassification(BertConfig(num_labels=n_classes)), "bert-base-uncased")
+    return classifier("Bert", n_classes, "bert-base-uncased")
 
-# %% ../nbs/09_text.ipynb #9dec3494
+
 def distilbert_base(n_classes: int, in_channels: int) -> TextNet:
     "distilbert-base-uncased: its student"
-    needs_text()
-    from transformers import DistilBertConfig, DistilBertForSequenceClassification
-    return TextNet(DistilBertForSequenceClassification(DistilBertConfig(num_labels=n_classes)), "distilbert-base-uncased")
+    return classifier("DistilBert", n_classes, "distilbert-base-uncased")
 
 
 MODELS.update({"bert-base-uncased": bert_base, "distilbert-base-uncased": distilbert_base, "bert_{layers}_{width}": bert, "distilbert_{layers}_{width}": distilbert})

@@ -14,7 +14,8 @@ from sklearn.datasets import load_sample_images
 
 import kdc_nb.images as ki
 from kdc_nb.calibrators import Calibrator
-from kdc_nb.data import Data, WithoutFold, cache_dir, cut, load_data
+from kdc_nb.core import cache_dir
+from kdc_nb.data import Data, WithoutFold, load_data
 from kdc_nb.runs import Distil, RunSpec, Store, new_net, run
 from kdc_nb.sweeps import sweep
 from kdc_nb.teachers import give

@@ -14,11 +14,11 @@ from scipy import stats
 
 import kdc_nb.text as kt
 from kdc_nb.calibrators import Calibrator
-from kdc_nb.core import cache_dir
+from kdc_nb.core import cache_dir, seed_of
 from kdc_nb.data import Data, load_data
 from kdc_nb.models import MODELS, build_model
 from kdc_nb.runs import RunSpec, Store, check_model, new_net, read_results, run
-from kdc_nb.training import Recipe, draw_epoch, epoch_seed, fit, lr_at, Training
+from kdc_nb.training import Recipe, draw_epoch, fit, lr_at, Training
 
 TINY = Data("topics", n_train=40, n_valid=20, n_test=30)
 RECIPE = Recipe(3, 16, lr=2e-3, weight_decay=.05, optimizer="adamw", warmup=.2)
@@ -196,7 +196,7 @@ def test_the_loop_is_torchs_adamw_with_linear_warmup():
     plan = Training(build_model("distilbert_1_32", 12, d.in_channels), d, Calibrator(), RECIPE, 5, torch.device("cpu"))
     for epoch in range(3):
         plan.epoch = epoch
-        torch.manual_seed(epoch_seed(5, epoch, 0))
+        torch.manual_seed(seed_of(5, epoch, 0))
         nets[1].train()
         for k, index in enumerate(draw_epoch(plan).index):
             loss = torch.nn.functional.cross_entropy(nets[1](d.train.inputs[index].long()), d.train.labels[index])
