@@ -25,7 +25,7 @@ def best_device(
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = name or next(k for k, ok in there.items() if ok)
     check(there.get(str(name).split(":")[0], False), "device", name, "one of " + ", ".join(k for k, ok in there.items() if ok))
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" and distributed.is_initialized() else name)
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" and place()[1] > 1 else name)
 
 # %% ../nbs/10_devices.ipynb #49688960
 def devices_of(
@@ -72,7 +72,8 @@ def joined(
 # %% ../nbs/10_devices.ipynb #adee1460
 def place() -> tuple[int, int]:
     "Which process this is, and of how many"
-    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    together = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
 
 # %% ../nbs/10_devices.ipynb #f1f7b017
 def own_part(x: Tensor) -> slice:
