@@ -254,17 +254,17 @@ class Store:
 
 # %% ../nbs/12_runs.ipynb #9ee1ca30
 def new_net(spec: RunSpec) -> nn.Module:
-    "The untrained network of a run; its weights depend on the seed alone, and on those that it begins with by its method `pretrain`, if it has one"
-    with own_randomness(spec.seed):
-        net = net_of(spec)
-        if hasattr(net, "pretrain"): net.pretrain(load_data(spec.data))
-        return net
+    "The untrained network of a run; where it has a method `pretrain`, that puts weights in that somebody trained before"
+    net = net_of(spec)
+    if hasattr(net, "pretrain"):
+        with own_randomness(spec.seed): net.pretrain(load_data(spec.data))
+    return net
 
 
 def net_of(spec: RunSpec) -> nn.Module:
-    "A network of a run's kind"
+    "A network of a run's kind, its weights drawn by the seed"
     data = load_data(spec.data)
-    return build_model(spec.model, data.n_classes, data.in_channels)
+    with own_randomness(spec.seed): return build_model(spec.model, data.n_classes, data.in_channels)
 
 # %% ../nbs/12_runs.ipynb #5da960b6
 @singledispatch
