@@ -256,7 +256,7 @@ def test_streamed_runs_go_in_parallel_and_by_folds(imagenet, tmp_path):
     data = ki.imagenet100(imagenet, ["n01", "n02", "n03"], 16)
     runs = [RunSpec(data, "resnet8", "nll", Recipe(1, 8, augment=("flip",)), s) for s in (0, 1)]
     pooled, alone = sweep(runs, Store(tmp_path/"a"), "cpu", jobs=2, progress=False), sweep(runs, Store(tmp_path/"b"), "cpu", progress=False)
-    assert all(torch.equal(p.logits["test"], a.logits["test"]) for p, a in zip(pooled, alone))
+    assert all(torch.allclose(p.logits["test"], a.logits["test"], atol=1e-4) for p, a in zip(pooled, alone)) # a worker has fewer threads, which sum in another order
     fold, whole_set = load_data(WithoutFold(data, 0, 3)), load_data(data)
     assert len(fold.train) == 18 and fold.fingerprint != whole_set.fingerprint
     said = give("mine", torch.randn(27, 3), data, Store(tmp_path/"a"))
