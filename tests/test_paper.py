@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdc_nb.calibrators import Method, Step
+from kdc_nb.calibrators import Method
 from kdc_nb.data import Data
 from kdc_nb.explorers import explore_classes, source_of
 from kdc_nb.comparisons import paired
