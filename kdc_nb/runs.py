@@ -172,6 +172,7 @@ class Result:
     confidence: dict[str, float] # mean confidence on the test images, "raw" and "scaled" by the temperature
     bins: dict[str, list[float | None]] # of the reliability diagram on the test images: `reliability_bins` as lists
     truth: dict[str, float] | None = None # `truth_of`, where the posterior is known
+    valid: dict[str, float] = field(default_factory=dict) # NLL, top-1 and ECE on the validation images, by which runs are chosen; empty in older files
     images: dict[str, Outcomes] = field(default_factory=dict, repr=False) # on the test images, "raw" and "scaled"; empty if they were not kept
     logits: dict[str, Tensor] = field(default_factory=dict, repr=False) # "valid" and "test", (N, C); empty if read from a light file
 
@@ -213,7 +214,8 @@ def judge(
     evaluation = evaluate(logits["test"], data.test.labels, logits["valid"], data.valid.labels)
     bins = {k: [None if v != v else float(v) for v in column] for k, column in reliability_bins(logits["test"], data.test.labels)._asdict().items()}
     confidence = {k: float(softmax64(logits["test"]/T).amax(1).mean()) for k, T in (("raw", 1.), ("scaled", evaluation.T))}
-    return Result(spec, evaluation, history, facts, confidence, bins, truth_of(logits["test"], data.test.posterior, evaluation.T), logits=logits)
+    valid = {m.__name__: float(m(logits["valid"], data.valid.labels)) for m in (nll, top1, ece)}
+    return Result(spec, evaluation, history, facts, confidence, bins, truth_of(logits["test"], data.test.posterior, evaluation.T), valid, logits=logits)
 
 # %% ../nbs/12_runs.ipynb #5fca33b3
 class Store:

@@ -217,9 +217,10 @@ def train_step(
 def ask(run: Training, teacher: Teacher | None, x: Tensor, index: Tensor) -> Tensor | None: # (B, C)
     "What the teacher says, or said when another student asked"
     if not teacher: return None
-    if run.heard and not run.listening: return run.heard.said[run.now, run.k][0]
+    at = run.now[None], run.k # a place named by a tensor without dimensions would be read back from the device
+    if run.heard and not run.listening: return run.heard.said[at][0]
     said = whole_batch(teacher(x[own_part(x)], index[own_part(x)]))
-    if run.heard: run.heard.said[run.now, run.k] = said.to(run.heard.said.dtype)
+    if run.heard: run.heard.said[at] = said[None].to(run.heard.said.dtype)
     return said
 
 # %% ../nbs/11_training.ipynb #fde66849

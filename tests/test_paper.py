@@ -8,11 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdc_nb.calibrators import Method
-from kdc_nb.data import Data
+from kdc_nb.data import Data, load_data
 from kdc_nb.explorers import explore_classes, source_of
 from kdc_nb.comparisons import paired
-from kdc_nb.paper import (MINIATURES, PAPER, SETTINGS, Setting, collect, differences, direct_of, generation_of, main, paper_specs, prepare_progress, published,
-                          self_distilled, table_claims, table_of, table_specs)
+from kdc_nb import paper
+from kdc_nb.metrics import ece, nll, top1
+from kdc_nb.paper import (AS_PUBLISHED, MINIATURES, PAPER, SETTINGS, Setting, candidates, choice_of, chosen, collect, differences, direct_of, generation_of, main,
+                          paper_specs, prepare_candidates, prepare_progress, published, self_distilled, table_claims, table_of, table_specs)
 from kdc_nb.penultimate import look
 from kdc_nb.plots import prepare_generations
 from kdc_nb.runs import Distil, RunSpec, Scaled, Store, images_of, lineage, read_results, run, write_results
@@ -206,6 +208,72 @@ def test_a_comparison_refuses_in_a_sentence(table):
                           (lambda: differences(other, [(a, b)], "nll"), "named: got rows on 2 data sets"),
                           (lambda: collect([], {}), "seeds: got none"), (lambda: prepare_progress({}, {}), "named: got no rows")):
         with pytest.raises(ValueError, match=message): call()
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_candidates_are_students_of_one_seed_with_the_published_among_them(name):
+    offered, setting = candidates(name), SETTINGS[PAPER[name].setting]
+    specs = [s for several in offered.values() for s in several]
+    assert len(set(specs)) == len(specs) and {(s.data, s.model, s.seed) for s in specs} == {(setting.data, setting.student, 0)}
+    for method in set(offered) - {"KD"}: assert AS_PUBLISHED.methods[method] in {s.method for s in offered[method]}, method
+    plain = replace(specs[0], model=setting.teacher, method=Method("nll"))
+    assert Distil(Scaled(plain), AS_PUBLISHED.T, AS_PUBLISHED.alpha) in {s.method for s in offered["KD"]}
+    assert ("MMCE" in offered) == (name in ("table1", "table1_mobilenet", "table2a", "table2b", "fig2", "fig3")), "only methods that the piece uses"
+
+
+@given(st.data())
+@settings(max_examples=20, deadline=None)
+def test_the_lowest_validation_nll_chooses_whatever_the_test_images_say(table, data):
+    any_result, offered = next(iter(table[1].values())), candidates("table1", small="known")
+    specs = [s for several in offered.values() for s in several]
+    nlls = data.draw(st.lists(st.integers(1, 10**6), min_size=len(specs), max_size=len(specs), unique=True))
+    by = dict(zip(specs, nlls))
+    results = {s: replace(any_result, spec=s, valid={"nll": v, "top1": .5, "ece": .1}) for s, v in by.items()}
+    best = chosen(offered, results)
+    assert best == {m: min(several, key=by.get) for m, several in offered.items()}
+    assert [f"{by[s]:.3f}" for s in best.values()] == [nll.removesuffix(" *") for *_, nll, _, _ in prepare_candidates(offered, results)[1] if nll.endswith("*")]
+    choice = choice_of(best)
+    assert (choice.T, choice.alpha) == (best["KD"].method.T, best["KD"].method.alpha) and choice.methods["CRL"] == best["CRL"].method
+    assert {m: choice.methods[m] for m in ("NLL", "AdaFocal", "PS-KD")} == {m: AS_PUBLISHED.methods[m] for m in ("NLL", "AdaFocal", "PS-KD")}
+    for name in ("table1", "fig4", "drift"):
+        for s in paper_specs(name, small="known", choice=choice).values():
+            if isinstance(s.method, Distil): assert (s.method.T, s.method.alpha) == (choice.T, choice.alpha)
+
+
+def test_an_unfinished_or_older_choice_is_none(table):
+    any_result, offered = next(iter(table[1].values())), candidates("fig4", small="known")
+    results = {s: replace(any_result, spec=s) for several in offered.values() for s in several}
+    first = offered["MDCA"][0]
+    short = {s: r for s, r in results.items() if s != first}
+    for got in ({}, short, short | {first: replace(results[first], valid={})}):
+        with pytest.raises(ValueError, match="results: got none with a validation NLL of .*mdca beta=1 gamma=0"): chosen(offered, got)
+    body = prepare_candidates(offered, short)[1]
+    assert body[0][2] == "to do" and {row[0] for row in body if row[2].endswith("*")} == {"KD"}
+
+
+def test_validation_stands_in_the_light_part(table, tmp_path):
+    result = next(iter(table[1].values()))
+    z, labels = result.logits["valid"], load_data(result.spec.data).valid.labels
+    assert result.valid == {"nll": nll(z, labels), "top1": top1(z, labels), "ece": ece(z, labels)}
+    write_results([result], tmp_path/"x.npz", images=False)
+    assert read_results(tmp_path/"x.npz")[result.spec].valid == pytest.approx(result.valid, rel=1e-5)
+
+
+def test_the_command_tries_and_then_takes_what_was_chosen(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(paper, "STRENGTHS", {"LS": [Method("ls", eps=.05), Method("ls", eps=.5)]})
+    monkeypatch.setattr(paper, "TEACHING", [(1, .9), (2, .9)])
+    args = ("table1", "--small", "digits", "--recipe", "smoke")
+    assert kdc_sweep(*args, "--chosen", tmp_path/"c.npz", store=tmp_path/"s") == 2 and "chosen: got" in capsys.readouterr().err
+    assert kdc_sweep(*args, "--candidates", "--budget", "0s", "--results", tmp_path/"c.npz", store=tmp_path/"s") == 75 and capsys.readouterr().out.count("to do") == 4
+    assert kdc_sweep(*args, "--candidates", "--results", tmp_path/"c.npz", store=tmp_path/"s") == 0
+    out, tried = capsys.readouterr().out, read_results(tmp_path/"c.npz")
+    assert "4 of 4 runs done" in out and out.count("*") == 2 and len(tried) == 4
+    kd, best = (min((r for r in tried.values() if isinstance(r.spec.method, kind)), key=lambda r: r.valid["nll"]) for kind in (Distil, Method))
+    assert kdc_sweep(*args, "--chosen", tmp_path/"c.npz", "--seeds", 1, "--plan", store=tmp_path/"s") == 0
+    plan = capsys.readouterr().out
+    assert f"eps={best.spec.method.params['eps']:g}" in plan and f"T={kd.spec.method.T:g}" in plan and f"T={3 - kd.spec.method.T:g}" not in plan
+    assert kdc_sweep(*args, "--candidates", "--seeds", 2, store=tmp_path/"s") == 2 and "seeds: got 2, expected none with --candidates" in capsys.readouterr().err
+    assert kdc_sweep(*args, "--candidates", "--chosen", tmp_path/"c.npz", store=tmp_path/"s") == 2 and "chosen: got" in capsys.readouterr().err
 
 
 def kdc_sweep(*args, store): return main([*map(str, args), "--store", str(store), "--device", "cpu"])

@@ -17,7 +17,7 @@ from kdc_nb.calibrators import Calibrator, Distillation, Method, Step
 from kdc_nb.core import load_tensors, save_tensors
 from kdc_nb.data import Data, load_data
 from kdc_nb.runs import Distil, Posterior, RunSpec, Store, clean, new_net, run_id
-from kdc_nb.training import OutOfTime, Recipe, Training, begin_epoch, epoch_generator, fit, put_back, recorded, state_of, train_step
+from kdc_nb.training import Heard, OutOfTime, Recipe, Training, begin_epoch, epoch_generator, fit, put_back, recorded, state_of, train_step
 
 TINY = Data("known", n_train=200, n_valid=50, n_test=100)
 SPEC = RunSpec(TINY, "resnet8", Distil(Posterior(.5), 2, .5), Recipe(60, 32))
@@ -156,11 +156,13 @@ class Watch(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("method", [*(Method(m).build() for m in sorted(Method.registry)), Method("mdca", gamma=1).build(), Distillation(2., .5)],
-                         ids=[*sorted(Method.registry), "focal + MDCA", "KD"])
-def test_a_step_asks_the_device_for_nothing(method):
+@pytest.mark.parametrize("method, listening", [*((Method(m).build(), None) for m in sorted(Method.registry)), (Method("mdca", gamma=1).build(), None),
+                                               *((Distillation(2., .5), listening) for listening in (None, True, False))],
+                         ids=[*sorted(Method.registry), "focal + MDCA", "KD", "KD, the first to ask", "KD, a later one"])
+def test_a_step_asks_the_device_for_nothing(method, listening):
     "What a CUDA graph cannot record: reading a value back, making a tensor from one of Python's, sizes that depend on values"
-    training = Training(new_net(SPEC), load_data(TINY), method, Recipe(2, 32), 0, torch.device("cpu"))
+    training = Training(new_net(SPEC), load_data(TINY), method, Recipe(2, 32), 0, torch.device("cpu"), None if listening is None else Heard())
+    training.listening = bool(listening)
     net = new_net(SPEC).eval()
     teacher = (lambda x, index: net(x)) if isinstance(method, Distillation) else None
     begin_epoch(training)

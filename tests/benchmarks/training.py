@@ -10,8 +10,10 @@ import argparse
 import json
 import os
 import statistics
+import tempfile
 import time
 import warnings
+from pathlib import Path
 
 import joblib
 import torch
@@ -86,6 +88,7 @@ def kit(data: DataSet, model: str, kd: bool, device: torch.device):
     one, done = recorded(training, (lambda x, index: net(x)) if kd else None), 0
     def step():
         nonlocal done
+        assert not net.training # and so keeps it alive: a recorded step reads its weights, and holds nothing
         if done and done % len(training.losses) == 0: begin_epoch(training)
         one()
         done += 1
@@ -103,12 +106,14 @@ def pace(step, device: torch.device, seconds: float) -> float:
     return n*BATCH/(time.perf_counter() - began)
 
 
-def one_of_a_pack(model: str, kd: bool, device: str, n: int, start: float, seconds: float) -> float:
+def one_of_a_pack(model: str, kd: bool, device: str, args, k: int, ready: Path) -> float:
+    "The pace of one of several processes, from when all of them are ready"
     device = torch.device(device)
-    step = kit(images(n), model, kd, device)
-    step()
-    time.sleep(max(0., start - time.time()))
-    return pace(step, device, seconds)
+    step = kit(images(args.images), model, kd, device)
+    pace(step, device, 0.)
+    (ready/str(k)).touch()
+    while len(list(ready.iterdir())) < args.pack: time.sleep(.01)
+    return pace(step, device, args.seconds)
 
 
 class Bytes(TorchDispatchMode):
@@ -142,19 +147,22 @@ def measure(model: str, kd: bool, device: torch.device, args) -> dict:
     for _ in range(args.rounds):
         for name, step in loops.items(): rates[name].append(pace(step, device, args.seconds))
         if args.pack > 1:
-            tasks = [joblib.delayed(one_of_a_pack)(model, kd, str(device), args.images, time.time() + args.warm, args.seconds) for _ in range(args.pack)]
-            rates["packed"].append(sum(joblib.Parallel(args.pack)(tasks)))
+            with tempfile.TemporaryDirectory() as ready:
+                tasks = [joblib.delayed(one_of_a_pack)(model, kd, str(device), args, k, Path(ready)) for k in range(args.pack)]
+                rates["packed"].append(sum(joblib.Parallel(args.pack)(tasks)))
     flop, moved = needs(images(16), model, kd)
-    return {"model": model, "method": "KD" if kd else "NLL", "rates": rates, "flop": flop, "bytes": moved}
+    peaks = PEAKS.get(environment(device)["name"])
+    roofs = {"FLOP": peaks[0]/flop, "bytes": 2*peaks[1]/moved} if peaks else {}
+    return {"model": model, "method": "KD" if kd else "NLL", "rates": rates, "flop": flop, "bytes": moved, "roofs": roofs}
 
 
-def line(row: dict, peaks) -> str:
+def line(row: dict) -> str:
     rate = {k: statistics.median(v) for k, v in row["rates"].items() if v}
     ratios = [k/u for u, k in zip(row["rates"]["usual"], row["rates"]["kit"])]
     cells = [f"{row['model']:20}{row['method']:5}", f"usual {rate['usual']:9,.0f}/s", f"kit {rate['kit']:9,.0f}/s ({statistics.median(ratios):.2f}x, {min(ratios):.2f} to {max(ratios):.2f})"]
     if "packed" in rate: cells.append(f"packed {rate['packed']:9,.0f}/s ({rate['packed']/rate['usual']:.2f}x)")
     cells.append(f"{row['flop']/1e9:.2f} GFLOP, {row['bytes']/1e6:.0f} MB an image")
-    if peaks: cells.append(f"roofs {peaks[0]/row['flop']:,.0f}/s by FLOP, {2*peaks[1]/row['bytes']:,.0f}/s by bytes")
+    if row["roofs"]: cells.append("roofs " + ", ".join(f"{v:,.0f}/s by {k}" for k, v in row["roofs"].items()))
     return "  ".join(cells)
 
 
@@ -166,7 +174,6 @@ def main() -> None:
     p.add_argument("--seconds", type=float, default=5., help="of each loop in each round")
     p.add_argument("--images", type=int, default=5000)
     p.add_argument("--pack", type=int, default=1, help="processes at once for the packed loop; 1: none")
-    p.add_argument("--warm", type=float, default=60., help="seconds that the processes of a pack have to get ready")
     p.add_argument("--results", help="a .json file to write")
     args = p.parse_args()
     warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
@@ -177,9 +184,9 @@ def main() -> None:
     for model in args.models:
         for kd in (False, True):
             rows.append(measure(model, kd, device, args))
-            print(line(rows[-1], PEAKS.get(facts["name"])), flush=True)
-    if args.results:
-        with whole_file(args.results) as part: part.write_text(json.dumps({"facts": facts, "rows": rows}))
+            print(line(rows[-1]), flush=True)
+            if args.results:
+                with whole_file(args.results) as part: part.write_text(json.dumps({"facts": facts, "rows": rows}))
 
 
 if __name__ == "__main__": main()
