@@ -12,7 +12,6 @@ __all__ = ['CORRUPTIONS', 'Corruption', 'corruption', 'check_severity', 'check_i
 
 # %% ../nbs/16_drift.ipynb #81753e09
 import io
-import json
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -443,17 +442,16 @@ def by_severity(
 # %% ../nbs/16_drift.ipynb #8e39fa8e
 def write_drifts(
     drifts: Iterable[Drift], # of different runs
-    path: Path | str, # of a .json file
+    path: Path | str, # of an .npz file
 ) -> None:
     "Keep drifts, numbers to 6 digits but for the descriptions"
-    kept = [{k: v if k == "spec" else rounded(v) for k, v in encode(d).items()} for d in drifts]
-    ids = [json.dumps(d["spec"]) for d in kept]
-    check(len(set(ids)) == len(ids), "drifts", "two of one run", "one of each")
-    with whole_file(path) as part: part.write_text("[" + ",\n".join(map(json.dumps, kept)) + "]\n", encoding="utf-8")
+    drifts = list(drifts)
+    check(len({d.spec for d in drifts}) == len(drifts), "drifts", "two of one run", "one of each")
+    save_npz(path, {}, drifts=[{k: v if k == "spec" else rounded(v) for k, v in encode(d).items()} for d in drifts])
 
 
 def read_drifts(
     path: Path | str, # written by `write_drifts`
 ) -> dict[RunSpec, Drift]:
     "Drifts by description"
-    return {d.spec: d for d in decode(json.loads(Path(path).read_text(encoding="utf-8")))}
+    return {d.spec: d for d in map(decode, load_npz(path)[1]["drifts"])}

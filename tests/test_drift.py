@@ -477,15 +477,15 @@ def test_json(store, tmp_path):
     ours = go(store, ("contrast", "snow"))
     assert decode(json.loads(json.dumps(encode(ours)))) == ours
     other = replace(ours, spec=replace(NET, seed=3), published=True)
-    write_drifts([ours, other], tmp_path/"sub"/"d.json")
-    read = read_drifts(tmp_path/"sub"/"d.json")
+    write_drifts([ours, other], tmp_path/"sub"/"d.npz")
+    read = read_drifts(tmp_path/"sub"/"d.npz")
     assert list(read) == [ours.spec, other.spec] and read[other.spec].published and not read[ours.spec].published
     for key, row in ours.rows.items():
         for which in row: assert read[NET].rows[key][which] == pytest.approx(row[which], rel=1e-5)
     nll = [d.rows["clean"]["raw"]["nll"] for d in (read[NET], ours)]
     assert nll[0] == float(f"{nll[1]:.6g}") != nll[1]
-    with pytest.raises(ValueError, match="drifts: got two of one run"): write_drifts([ours, replace(ours, published=True)], tmp_path/"e.json")
-    assert not (tmp_path/"e.json").exists()
+    with pytest.raises(ValueError, match="drifts: got two of one run"): write_drifts([ours, replace(ours, published=True)], tmp_path/"e.npz")
+    assert not (tmp_path/"e.npz").exists()
 
 
 def test_means_by_severity():
