@@ -21,7 +21,7 @@ help: ## this list
 setup: $(READY) ## make .venv and install the project and its tools
 
 demo: $(READY) ## calibration passes from a teacher to a student, in three minutes; DATA=cifar10 or cifar100 for photographs, SEEDS=1 for a look
-	@$(BIN)/python -m kdc_nb.demo $(if $(DATA),--data "$(DATA)") $(if $(SEEDS),--seeds "$(SEEDS)")
+	@$(BIN)/kdc_demo $(if $(DATA),--data "$(DATA)") $(if $(SEEDS),--seeds "$(SEEDS)")
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs/index.ipynb

@@ -16,7 +16,6 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
@@ -147,7 +146,7 @@ def demo(
 # %% ../nbs/21_demo.ipynb #be20806d
 def main(args: Iterable[str] | None = None) -> int: # exit status
     "The command behind `make demo`"
-    p = argparse.ArgumentParser(prog="python -m kdc_nb.demo", description="Calibration passing from teacher to student")
+    p = argparse.ArgumentParser(prog="kdc_demo", description="Calibration passing from teacher to student")
     p.add_argument("--data", choices=["cifar10", "cifar100"], help="photographs in place of known images and digits")
     p.add_argument("--seeds", type=int, default=3, help="how many times all is trained (3)")
     p.add_argument("--folder", default="demo_out", help="where figures, page and runs go (demo_out)")
@@ -159,9 +158,3 @@ def main(args: Iterable[str] | None = None) -> int: # exit status
     except (FloatingPointError, OSError, RuntimeError) as e: print(f"{type(e).__name__}: {e}", file=sys.stderr); return 1
     print(f"Figures and page: {Path(a.folder).resolve()/'index.html'}")
     return 0
-
-# %% ../nbs/21_demo.ipynb #932425ff
-#| eval: false
-if __name__ == "__main__":
-    matplotlib.use("agg")
-    sys.exit(main())

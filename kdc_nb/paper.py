@@ -531,7 +531,3 @@ def done_so_far(a: argparse.Namespace, seeds: list[dict[str, RunSpec]], results:
     "What the command has done, this time and before, as a table"
     if a.candidates: return prepare_candidates(candidates(a.what, a.recipe, a.small), results)
     return prepare_progress(collect(seeds, results), {} if a.small else published(PAPER[a.what].setting))
-
-# %% ../nbs/18_paper.ipynb #282e7da3
-#| eval: false
-if __name__ == "__main__": sys.exit(main())

@@ -6,9 +6,10 @@
 __all__ = ['SCHEMA', 'RunSpec', 'whole', 'check_model', 'Scaled', 'Posterior', 'Distil', 'runs_of', 'teacher_run', 'title_of',
            'how_of', 'taught_by', 'words_of', 'parts_of', 'run_id', 'Result', 'light_of', 'from_light', 'truth_of',
            'judge', 'Store', 'new_net', 'net_of', 'asked', 'trained_net', 'temperature_of', 'held_out', 'mean_logits',
-           'has_live_teacher', 'make_teacher', 'training_logits', 'train', 'finished', 'environment', 'commit', 'run',
-           'lineage', 'recalibrate', 'stored', 'clean', 'images_of', 'packed', 'in_steps', 'bins_of', 'bytes_of',
-           'from_bytes', 'unpacked', 'write_results', 'kept_of', 'rounded', 'read_results', 'seeded', 'by_seed']
+           'has_live_teacher', 'make_teacher', 'training_logits', 'train', 'finished', 'environment', 'commit',
+           'Stopped', 'stoppable', 'run', 'lineage', 'recalibrate', 'stored', 'clean', 'images_of', 'packed',
+           'in_steps', 'bins_of', 'bytes_of', 'from_bytes', 'unpacked', 'write_results', 'kept_of', 'rounded',
+           'read_results', 'seeded', 'by_seed']
 
 # %% ../nbs/12_runs.ipynb #101cde33
 import math
@@ -16,6 +17,7 @@ import platform
 import subprocess
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache, singledispatch
 from pathlib import Path
@@ -237,13 +239,13 @@ class Store:
         "The stored result, or None; a damaged one is named, and counts as none"
         return self.read(self.path(spec, "run"))
 
-    def read(self, path: Path) -> Result | None:
-        "The result in a file; see `get`"
+    def read(self, path: Path, otherwise: str = "the run is to be trained again") -> Result | None:
+        "The result in a file, or None; why it cannot be read is said, and what is done `otherwise`"
         try:
             logits, light = load_tensors(path)
             return from_light(light, logits=logits)
         except FileNotFoundError: return None
-        except (ValueError, TypeError) as e: warnings.warn(f"{path.name}: {e}; the run is to be trained again", stacklevel=3)
+        except (ValueError, TypeError) as e: warnings.warn(f"{path.name}: {e}; {otherwise}", stacklevel=3)
 
     def net(self, spec: RunSpec) -> nn.Module | None:
         "The trained network on the CPU, in evaluation mode, or None; damaged weights are named, and count as none"
@@ -377,7 +379,20 @@ def commit() -> str | None: # None: not run from a checkout
     try: return subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError): return None
 
+# %% ../nbs/12_runs.ipynb #5a0d91c2
+class Stopped(KeyboardInterrupt):
+    "Ctrl-C, with a sentence that says what is kept; Jupyter shows the sentence alone"
+    def _render_traceback_(self) -> list[str]: return [str(self)]
 
+
+@contextmanager
+def stoppable(folder: Path) -> Iterator[None]:
+    "Turn Ctrl-C into `Stopped`, without a traceback of what was being computed"
+    try: yield
+    except KeyboardInterrupt:
+        raise Stopped(f"Stopped. In {folder} are all finished runs, and the others as they were at most ten seconds ago; the same call goes on.") from None
+
+# %% ../nbs/12_runs.ipynb #c3f40b1e
 def run(
     spec: RunSpec, # the description
     store: Store | None = None, # None: the one in the cache folder
@@ -385,9 +400,10 @@ def run(
     progress: bool = True, # show a bar
     until: float | None = None, # when to stop, as `time.time()` tells it; None: when it is done
 ) -> Result:
-    "The result of a run: read, resumed or trained; the runs that teach it come first. `OutOfTime` if there is no time left"
+    "The result of a run: read, resumed or trained; the runs that teach it come first. `OutOfTime` if there is no time left, `Stopped` by Ctrl-C"
     store = store or Store()
-    for s in lineage(spec): result = finished(s, store, device) or train(s, store, device, progress, until)
+    with stoppable(store.folder):
+        for s in lineage(spec): result = finished(s, store, device) or train(s, store, device, progress, until)
     return result
 
 # %% ../nbs/12_runs.ipynb #2d14b9d4
@@ -411,10 +427,10 @@ def recalibrate(
 def stored(
     store: Store | None = None, # None: the one in the cache folder
 ) -> list[Result]: # the oldest first
-    "All finished runs of a store; damaged ones are named and left out"
+    "All finished runs of a store; damaged ones, and those of methods or networks that are not registered here, are named and left out"
     store = store or Store()
     paths = sorted(store.folder.glob("*.run"), key=lambda p: p.stat().st_mtime)
-    return [r for p in paths if (r := store.read(p))]
+    return [r for p in paths if (r := store.read(p, "left out"))]
 
 
 def clean(

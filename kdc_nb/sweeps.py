@@ -8,6 +8,7 @@ __all__ = ['UNITS', 'seconds_of', 'levels', 'n_images', 'attempt', 'in_pool', 's
 
 # %% ../nbs/14_sweeps.ipynb #5699d339
 import json
+import math
 import re
 import time
 import warnings
@@ -98,12 +99,12 @@ def sweep(
     budget: str | float | None = None, # such as "9min", or seconds; None: until all is done
     progress: bool = True, # show a bar
 ) -> list[Result | None]: # in the order of `specs`; None where the budget was too small
-    "Do many runs, each once and teachers first. Stopped in any way and called again, it goes on where it was"
+    "Do many runs, each once and teachers first. Stopped in any way and called again, it goes on where it was; `Stopped` by Ctrl-C"
     specs, store = list(specs), store or Store()
     check(place()[1] == 1 or joblib.effective_n_jobs(jobs) == 1, "jobs", joblib.effective_n_jobs(jobs), "1 where processes share each run")
     until = None if budget is None else time.time() + seconds_of(budget)
     missing = [[r for r in runs if store.get(r) is None] for runs in levels(specs)]
-    with tqdm(total=sum(map(len, missing)), unit="run", disable=not progress) as bar:
+    with stoppable(store.folder), tqdm(total=sum(map(len, missing)), unit="run", disable=not progress) as bar:
         for runs in missing:
             if joblib.effective_n_jobs(jobs) > 1: in_pool(runs, store, device, jobs, until, bar)
             else: one_by_one(runs, store, device, until, bar)
@@ -161,10 +162,11 @@ def planned_of(spec: RunSpec, store: Store, pace: dict[tuple, float]) -> Planned
     "The plan for one run, from its result, its checkpoint or the pace of others"
     if store.path(spec, "run").exists(): return Planned(spec, 0, 0.)
     try: meta = load_tensors(store.path(spec, "part"))[1]
-    except (FileNotFoundError, DamagedFile): meta = {"epoch": 0, "seconds": 0.}
-    an_epoch = meta["seconds"]/meta["epoch"] if meta["epoch"] else pace.get(kind_of(spec), float("nan"))*n_images(spec)/spec.recipe.epochs
-    left = spec.recipe.epochs - meta["epoch"]
-    return Planned(spec, left, None if an_epoch != an_epoch else left*an_epoch)
+    except (FileNotFoundError, DamagedFile): meta = {"epochs_done": 0., "seconds": 0.}
+    done = meta["epochs_done"]
+    an_epoch = meta["seconds"]/done if done else pace.get(kind_of(spec), float("nan"))*n_images(spec)/spec.recipe.epochs
+    left = spec.recipe.epochs - done
+    return Planned(spec, math.ceil(left), None if an_epoch != an_epoch else left*an_epoch)
 
 # %% ../nbs/14_sweeps.ipynb #fb0deb05
 def write_specs(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'Teacher', 'Recipe', 'lr_at', 'predict', 'Heard', 'Training', 'optimizer_of', 'epoch_generator', 'Plan',
            'draw_epoch', 'begin_epoch', 'batches', 'train_step', 'ask', 'recorded', 'train_epoch', 'end_epoch',
-           'state_of', 'put_back', 'resume', 'OutOfTime', 'fit', 'check_teacher']
+           'state_of', 'put_back', 'resume', 'rng_of', 'set_rng', 'OutOfTime', 'fit', 'check_teacher']
 
 # %% ../nbs/11_training.ipynb #9515dc2f
 import math
@@ -116,10 +116,16 @@ class Training:
         self.lr = torch.tensor(recipe.lr, device=device)
         self.opt, self.memory = optimizer_of(net, recipe, self.lr)
         self.k, self.now = torch.zeros(1, dtype=torch.long, device=device), torch.zeros((), dtype=torch.long, device=device) # step and epoch
-        self.plan, self.losses, self.hits, self.step = (None,)*4 # of the epoch
+        self.plan, self.step = None, None # of the epoch
+        self.losses, self.hits = torch.zeros(2, -(-len(data.train)//self.size), device=device) # of its steps
         self.epoch, self.seconds, self.history, self.best = 0, 0., [], {}
         self.heard, self.listening = heard, True
+        self.rng = {} # torch's generators in the middle of an epoch that a checkpoint resumes, where the network drops out
         self.drops_out = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in net.modules())
+
+    def epochs_done(self) -> float: # 2.5: half of the third
+        "How many epochs are done"
+        return self.epoch + int(self.k)/len(self.losses)
 
 # %% ../nbs/11_training.ipynb #d7d7866e
 def optimizer_of(
@@ -169,15 +175,15 @@ def draw_epoch(
 # %% ../nbs/11_training.ipynb #5c680a32
 def begin_epoch(
     run: Training,
+    step: int = 0, # the first to do; those before it are done
 ) -> None:
-    "Put the next epoch's plan on the device, and the counter to its start"
+    "Put the epoch's plan on the device, and the counter to its first step"
     plan = draw_epoch(run)
     if run.plan is None:
         run.plan = Plan(*(t.to(run.device, copy=True) for t in plan))
-        run.losses, run.hits = torch.zeros(2, len(plan.lr), device=run.device)
     for there, t in zip(run.plan, plan): there.copy_(t)
     if run.heard and run.heard.said is None: run.heard.said = torch.zeros(run.recipe.epochs, *plan.index.shape, run.data.n_classes, device=run.device)
-    run.k.zero_()
+    run.k.fill_(step)
     run.now.fill_(run.epoch)
     run.net.train()
 
@@ -185,9 +191,10 @@ def begin_epoch(
 def batches(
     run: Training, # which has begun an epoch
 ) -> Iterator[Tensor | None]: # (B, ...) for each step; None: the step picks them itself
-    "What the steps of an epoch are fed with"
-    if run.batch is None: return repeat(None, len(run.losses))
-    index = run.plan.index.cpu()
+    "What the steps of an epoch that are left are fed with"
+    k = int(run.k)
+    if run.batch is None: return repeat(None, len(run.losses) - k)
+    index = run.plan.index[k:].cpu()
     return (whole_batch(x.to(run.device)) for x in run.inputs.views(index[:, own_part(index[0])], run.ops, (run.seed, run.epoch)))
 
 # %% ../nbs/11_training.ipynb #eeb171b7
@@ -236,6 +243,7 @@ def recorded(
     side.wait_stream(here)
     try:
         with torch.cuda.stream(side):
+            run.k.zero_()
             for _ in range(min(3, len(run.losses))): step()
             run.k.zero_()
         graph = torch.cuda.CUDAGraph()
@@ -245,24 +253,27 @@ def recorded(
     except RuntimeError as e: warnings.warn(f"the training step cannot be recorded as a CUDA graph, which costs speed: {e}")
     finally: here.wait_stream(side)
     put_back(run, before, run.epoch, run.history, run.seconds)
-    run.k.zero_()
     return step
 
 # %% ../nbs/11_training.ipynb #6220d48a
 def train_epoch(
     run: Training,
     teacher: Teacher | None = None, # for methods that ask one
+    after_step: Callable[[], None] = lambda: None, # called after each step, such as to save
 ) -> dict[str, float]: # mean loss and accuracy over the epoch's batches
-    "Train for one epoch; a `FloatingPointError` names the step at which the loss was no number"
-    begin_epoch(run)
+    "Train for one epoch, or what is left of it; a `FloatingPointError` names the step at which the loss was no number"
+    begin_epoch(run, step := int(run.k))
     with own_randomness(seed_of(run.seed, run.epoch, place()[0]), run.device) if run.drops_out else nullcontext():
         run.step = run.step or recorded(run, teacher)
+        if step and place()[1] == 1: set_rng(run.rng, run.device)
         for x in batches(run):
             if x is not None: run.batch.copy_(x)
             run.step()
+            after_step()
+    run.k.zero_()
     if place()[1] > 1:
         for b in run.net.buffers(): distributed.broadcast(b, 0)
-    if run.heard: run.heard.epochs.add(run.epoch)
+    if run.heard and not step: run.heard.epochs.add(run.epoch)
     losses = run.losses.cpu()
     for k in (~losses.isfinite()).nonzero()[:1, 0].tolist():
         raise FloatingPointError(f"loss: got {losses[k]} at step {k} of epoch {run.epoch}, expected a number; try a smaller lr than {run.recipe.lr}")
@@ -287,17 +298,19 @@ def end_epoch(
 # %% ../nbs/11_training.ipynb #aff2c663
 def state_of(run: Training) -> dict[str, Tensor]:
     "Every tensor that the rest of the run depends on, by name"
-    parts = {"net": run.net.state_dict(), "method": run.method.state_dict(), "memory": run.memory, "best": run.best}
+    epoch = {name: getattr(run, name) for name in ("k", "losses", "hits")}
+    parts = {"net": run.net.state_dict(), "method": run.method.state_dict(), "memory": run.memory, "epoch": epoch, "best": run.best}
     return {f"{part}/{k}": t for part, d in parts.items() for k, t in d.items()}
 
 # %% ../nbs/11_training.ipynb #b9bc11b0
 def put_back(run: Training, tensors: dict[str, Tensor], epoch: int, history: list[dict[str, float]], seconds: float) -> None:
     "Make `run` what it was when `tensors` were taken from it; its own tensors stay where they are in memory"
-    parts = {"net": {}, "method": {}, "memory": {}, "best": {}}
+    parts = {"net": {}, "method": {}, "memory": {}, "epoch": {}, "best": {}}
     for k, t in tensors.items(): parts[k.split("/")[0]][k.split("/", 1)[1]] = t
     run.net.load_state_dict(parts["net"])
     run.method.load_state_dict(parts["method"])
     for name, m in run.memory.items(): m.copy_(parts["memory"][name])
+    for name, t in parts["epoch"].items(): getattr(run, name).copy_(t)
     run.epoch, run.history, run.seconds, run.best = epoch, history, seconds, parts["best"]
 
 # %% ../nbs/11_training.ipynb #b8b22c96
@@ -308,11 +321,25 @@ def resume(
     "Go to where the checkpoint was taken, if there is one"
     try:
         tensors, meta = load_tensors(path)
+        run.rng = {k: tensors.pop(k) for k in [*tensors] if k.startswith("rng/")}
         fits = {k: t.shape for k, t in tensors.items() if not k.startswith("best/")} == {k: t.shape for k, t in state_of(run).items() if not k.startswith("best/")}
-        check(fits and set(meta) == {"epoch", "history", "seconds"}, path, "a checkpoint of another version", "one of this run")
+        check(fits and set(meta) == {"epochs_done", "history", "seconds"}, path, "a checkpoint of another version", "one of this run")
     except FileNotFoundError: return
     except ValueError as e: return warnings.warn(f"{e}; starting again", stacklevel=3) # a damaged file is one
-    put_back(run, tensors, **meta)
+    put_back(run, tensors, len(meta["history"]), meta["history"], meta["seconds"])
+
+# %% ../nbs/11_training.ipynb #7d1b6a3c
+def rng_of(run: Training) -> dict[str, Tensor]: # by name; empty where nothing drops out
+    "Torch's generators, on whose place in the middle of an epoch the drop-out of its other steps depends"
+    if not run.drops_out: return {}
+    cuda = {"rng/cuda": torch.cuda.get_rng_state(run.device)} if run.device.type == "cuda" else {}
+    return {"rng/cpu": torch.get_rng_state()} | cuda
+
+
+def set_rng(states: dict[str, Tensor], device: torch.device) -> None: # from `rng_of`
+    "Put the generators where they were"
+    if "rng/cpu" in states: torch.set_rng_state(states["rng/cpu"])
+    if "rng/cuda" in states: torch.cuda.set_rng_state(states["rng/cuda"], device)
 
 # %% ../nbs/11_training.ipynb #d8ed6c24
 class OutOfTime(Exception):
@@ -338,17 +365,21 @@ def fit(
     if teacher: check_teacher(run, teacher)
     if checkpoint: resume(run, checkpoint)
     run.listening = heard is not None and not set(range(run.epoch, recipe.epochs)) <= heard.epochs
-    saved, at = run.epoch, time.time()
+    saved, began, at = run.epochs_done(), time.time(), time.time()
+    def save(least: float): # seconds since it was saved
+        nonlocal saved, at
+        if not checkpoint or place()[0] > 0 or time.time() - at < least or run.epochs_done() == saved: return
+        saved, at = run.epochs_done(), time.time()
+        save_tensors(checkpoint, state_of(run) | rng_of(run), epochs_done=saved, history=run.history, seconds=run.seconds + at - began)
     with (tqdm(total=recipe.epochs, initial=run.epoch, unit="epoch", leave=False, disable=not progress or place()[0] > 0) as bar,
           torch.backends.cudnn.flags(enabled=True, benchmark=True)):
         while run.epoch < recipe.epochs:
             began = time.time()
-            over = agreed(until is not None and began + run.seconds/max(run.epoch, 1) > until, run.device)
-            if checkpoint and place()[0] == 0 and run.epoch > saved and (over or began - at > every):
-                save_tensors(checkpoint, state_of(run), epoch=run.epoch, history=run.history, seconds=run.seconds)
-                saved, at = run.epoch, began
-            if over: raise OutOfTime(f"{run.epoch} of {recipe.epochs} epochs done")
-            end_epoch(run, train_epoch(run, teacher))
+            left = (run.epoch + 1 - run.epochs_done())*run.seconds/(run.epochs_done() or 1) # of this epoch
+            if agreed(until is not None and began + left > until, run.device):
+                save(0)
+                raise OutOfTime(f"{run.epoch} of {recipe.epochs} epochs done")
+            end_epoch(run, train_epoch(run, teacher, lambda: save(every)))
             run.seconds += time.time() - began
             bar.update(); bar.set_postfix(run.history[-1])
     if run.best: net.load_state_dict(run.best)

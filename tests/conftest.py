@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import kdc_nb # before torch, for its threads' sake
 import numpy as np
 import pytest
 import torch

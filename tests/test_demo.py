@@ -46,7 +46,7 @@ def test_bad_input_is_told_in_a_sentence(capsys, tmp_path):
 
 def test_ctrl_c_keeps_what_is_done(tmp_path):
     "Interrupted after its first run, the command says what to do, and the store holds that run."
-    child = subprocess.Popen([sys.executable, "-m", "kdc_nb.demo", "--seeds", "1", "--folder", str(tmp_path), "--device", "cpu"],
+    child = subprocess.Popen([sys.executable, "-c", "from kdc_nb import kdc_demo; raise SystemExit(kdc_demo())", "--seeds", "1", "--folder", str(tmp_path), "--device", "cpu"],
                              stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
                              preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a job in the background would ignore it
     began = time.monotonic()

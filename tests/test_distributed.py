@@ -92,7 +92,7 @@ def test_with_batch_statistics_each_process_normalises_its_own_part(tmp_path):
 
 
 def test_the_command_speaks_once_and_a_budget_stops_all(tmp_path):
-    args = ("-m", "kdc_nb.paper", "runs.json", "--store", "s", "--device", "cpu")
+    args = ("-m", "kdc_nb", "runs.json", "--store", "s", "--device", "cpu")
     write_specs([RunSpec(DATA, "resnet8", "nll", Recipe(4000, 32))], tmp_path/"runs.json")
     done = launch(tmp_path, 2, *args, "--budget", "5s")
     assert done.stdout.count("0 of 1 runs done") == 1 and done.returncode == 0 and len(list((tmp_path/"s").glob("*.part"))) == 1
@@ -102,7 +102,7 @@ def test_the_command_speaks_once_and_a_budget_stops_all(tmp_path):
 
 
 def test_what_cannot_be_shared_is_refused(tmp_path):
-    args = ("-m", "kdc_nb.paper", "runs.json", "--store", "s", "--device", "cpu")
+    args = ("-m", "kdc_nb", "runs.json", "--store", "s", "--device", "cpu")
     write_specs([RunSpec(DATA, "resnet8", "nll", Recipe(1, 33))], tmp_path/"runs.json")
     assert "batch_size: got 33, expected a multiple of 2" in launch(tmp_path, 2, *args).stderr
     stores = ("program.py", "runs.json", "own")

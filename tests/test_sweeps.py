@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import joblib
 import pytest
@@ -17,7 +18,7 @@ import kdc_nb.runs as kr
 import kdc_nb.sweeps as ks
 from kdc_nb.calibrators import Method
 from kdc_nb.data import Data
-from kdc_nb.runs import Distil, RunSpec, Store, clean, read_results, run, stored
+from kdc_nb.runs import Distil, RunSpec, Store, clean, read_results, run, stoppable, stored
 from kdc_nb.paper import main
 from kdc_nb.sweeps import levels, plan, read_specs, sweep, title_of, write_specs
 from kdc_nb.training import Recipe
@@ -163,7 +164,7 @@ def test_the_plan(store):
     assert min(planned[s].epochs for s in LONG) < 200, "the checkpoint is looked at"
 
 
-COMMAND = [sys.executable, "-m", "kdc_nb.paper"]
+COMMAND = [sys.executable, "-m", "kdc_nb"]
 
 
 def command(*args): return subprocess.run([*COMMAND, *map(str, args), "--device", "cpu"], capture_output=True, text=True)
@@ -216,6 +217,48 @@ def test_killed_thirty_times_at_random(tmp_path):
     same(results, go(runs, Store(tmp_path/"whole")))
     clean(store)
     assert {f.suffix for f in store.folder.iterdir()} == {".run", ".net"}
+
+
+SCRIPT = """
+import sys
+from kdc_nb import Data, Distil, Recipe, RunSpec, run, sweep
+from kdc_nb.runs import Store
+teacher = RunSpec(Data("known", n_train=200, n_valid=50, n_test=100), "resnet8", "nll", Recipe(1, 50))
+specs = [RunSpec(teacher.data, "resnet8", Distil(teacher), Recipe(4000, 50), s) for s in range(2)]
+if sys.argv[2] == "run": run(specs[0], Store(sys.argv[1]), "cpu", progress=False)
+else: sweep(specs, Store(sys.argv[1]), "cpu", jobs=int(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("how", ["run", "1", "2"])
+def test_ctrl_c_is_told_in_a_sentence(tmp_path, how):
+    "As a terminal does it: to the process and all its workers. A script's traceback is its own line and ours, not torch's"
+    (tmp_path/"script.py").write_text(SCRIPT)
+    child = subprocess.Popen([sys.executable, tmp_path/"script.py", tmp_path/"s", how], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    began = time.monotonic()
+    while not list(tmp_path.glob("s/*.run")) and child.poll() is None and time.monotonic() - began < 240: time.sleep(.1)
+    os.killpg(child.pid, signal.SIGINT)
+    said = child.communicate(timeout=60)[1]
+    assert f"Stopped. In {tmp_path/'s'} are all finished runs" in said and "the same call goes on" in said
+    assert "torch" not in said and said.count("Traceback") == 1, said
+
+
+def test_ctrl_c_before_anything_began():
+    child = subprocess.Popen([sys.executable, "-m", "kdc_nb", "table1"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    time.sleep(.5) # torch takes seconds to import
+    os.killpg(child.pid, signal.SIGINT)
+    assert child.communicate(timeout=60)[1] == "\nStopped before it began; the same command starts again.\n" and child.returncode == 130
+
+
+def test_jupyter_shows_the_sentence_alone(capsys):
+    from IPython.core.interactiveshell import InteractiveShell
+    def interrupted():
+        with stoppable(Path("store")): raise KeyboardInterrupt
+    shell = InteractiveShell.instance()
+    shell.user_ns["interrupted"] = interrupted
+    shell.run_cell("interrupted()")
+    InteractiveShell.clear_instance()
+    assert capsys.readouterr().out == "Stopped. In store are all finished runs, and the others as they were at most ten seconds ago; the same call goes on.\n"
 
 
 def test_two_processes_on_one_store(tmp_path, alone):

@@ -1,5 +1,6 @@
 "Training: the same bits after a kill, state that is kept, devices, faults."
 
+import itertools
 import random
 import signal
 import subprocess
@@ -101,6 +102,66 @@ def test_state_and_best_weights_survive_a_stop(tmp_path, keep):
     b = fit(stopped, data, rest, recipe, device="cpu", checkpoint=path, progress=False).history
     assert rest.seen == [3, 4, 5], "only what was missing"
     assert a == b and all(torch.equal(x, y) for x, y in zip(through.state_dict().values(), stopped.state_dict().values()))
+
+
+def dropping(seed=0):
+    "A network without BatchNorm that drops out"
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(.5), torch.nn.Linear(3*8*8, 20))
+
+
+def interrupt_at(monkeypatch, n):
+    "Ctrl-C after n steps"
+    calls, step = itertools.count(), kt.train_step
+    def interrupted(*args):
+        if next(calls) == n: raise KeyboardInterrupt
+        step(*args)
+    monkeypatch.setattr(kt, "train_step", interrupted)
+
+
+@pytest.mark.parametrize("net, method", [*((lambda: new_net(SPEC), m) for m in ("nll", "crl", "pskd", "adafocal", "mixup")), (dropping, "nll")],
+                         ids=["nll", "crl", "pskd", "adafocal", "mixup", "drop-out"])
+@pytest.mark.parametrize("n", [1, 7, 12]) # in the first epoch, at its end, in the second
+def test_stopped_in_the_middle_of_an_epoch(tmp_path, monkeypatch, net, method, n):
+    "The steps that a checkpoint holds are not done again, and the end is the same bit for bit"
+    data, recipe, path = load_data(TINY), Recipe(3, 32), tmp_path/"x"
+    go = lambda net, **kw: fit(net, data, Method(method).build(), recipe, device="cpu", progress=False, **kw).history
+    through, stopped = net(), net()
+    a = go(through)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        interrupt_at(m, n)
+        go(net(), checkpoint=path, every=0)
+    assert load_tensors(path)[1]["epochs_done"] == pytest.approx(n/7)
+    steps = []
+    with monkeypatch.context() as m:
+        step = kt.train_step
+        m.setattr(kt, "train_step", lambda *args: steps.append(1) or step(*args))
+        b = go(stopped, checkpoint=path)
+    assert len(steps) == 21 - n
+    assert a == b and all(torch.equal(x, y) for x, y in zip(through.state_dict().values(), stopped.state_dict().values()))
+
+
+def test_an_epoch_longer_than_ten_seconds_is_saved_within(tmp_path, monkeypatch):
+    "By the clock, whatever the epoch: two steps of six seconds each"
+    clock = SimpleNamespace(time=lambda: clock.now, now=0.)
+    def slow(run, teacher, step=kt.train_step): step(run, teacher); clock.now += 6
+    monkeypatch.setattr(kt, "time", clock)
+    monkeypatch.setattr(kt, "train_step", slow)
+    saved = []
+    monkeypatch.setattr(kt, "save_tensors", lambda path, tensors, **meta: saved.append((meta["epochs_done"], meta["seconds"])))
+    fit(new_net(SPEC), load_data(TINY), Calibrator(), Recipe(1, 32), device="cpu", checkpoint=tmp_path/"x", progress=False)
+    assert saved == [(pytest.approx(k/7), 6*k) for k in (2, 4, 6)]
+
+
+def test_what_a_resumed_student_did_not_hear_is_not_kept(tmp_path, monkeypatch):
+    "Another student of the same teacher asks again in the epoch of which the first heard only a part"
+    data, path, heard, net = load_data(TINY), tmp_path/"x", Heard(), new_net(SPEC).eval()
+    go = lambda **kw: fit(new_net(SPEC), data, Distillation(), Recipe(3, 32), teacher=lambda x, index: net(x), device="cpu", progress=False, **kw)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        interrupt_at(m, 10)
+        go(checkpoint=path, every=0)
+    resumed = go(checkpoint=path, heard=heard)
+    assert heard.epochs == {2} and resumed.history == go().history == go(heard=heard).history
 
 
 def test_best_keeps_the_epoch_with_the_best_validation_accuracy():
@@ -207,7 +268,7 @@ def test_time_that_is_over_stops_before_the_next_epoch(tmp_path):
         def after_epoch(self, epoch, *valid): time.sleep(.3)
     with pytest.raises(OutOfTime): fit(new_net(SPEC), load_data(TINY), Slow(), Recipe(40, 32), device="cpu", checkpoint=path, until=time.time() + 2, progress=False)
     _, meta = load_tensors(path)
-    assert 0 < meta["epoch"] == len(meta["history"]) < 40 and .3*meta["epoch"] < meta["seconds"] < 3
+    assert 0 < meta["epochs_done"] == len(meta["history"]) < 40 and .3*meta["epochs_done"] < meta["seconds"] < 3
 
 
 @pytest.fixture
