@@ -47,5 +47,6 @@ $(READY): settings.ini setup.py pyproject.toml
 	@test -f $@ || $(NEW_VENV)
 	@rm -f $@
 	@$(INSTALL) -e '.[dev]'
+	@$(BIN)/python nbs/_build.py kernel
 	@if git rev-parse --git-dir >/dev/null 2>&1; then PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_install_hooks; fi
 	@touch $@

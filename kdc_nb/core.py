@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VALUES', 'check', 'lookup', 'value', 'Named', 'like', 'encode', 'decode', 'value_id', 'seed_of', 'whole_file',
-           'DamagedFile', 'digest', 'save_tensors', 'load_tensors', 'save_npz', 'load_npz', 'cache_dir', 'text_table',
-           'html_table']
+           'DamagedFile', 'digest', 'save_tensors', 'load_tensors', 'save_npz', 'load_npz', 'cache_dir', 'results_file',
+           'text_table', 'html_table']
 
 # %% ../nbs/00_core.ipynb #e2818c30
 import hashlib
@@ -27,6 +27,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+import kdc_nb
 
 # %% ../nbs/00_core.ipynb #4fed3d88
 def check(
@@ -237,6 +239,17 @@ def cache_dir() -> Path: # not made until something is written
     "The folder for data sets and runs: `$KDC_CACHE`, or `kdc_nb` in the user's cache folder"
     base = os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache"
     return Path(os.environ.get("KDC_CACHE") or Path(base)/"kdc_nb").expanduser()
+
+# %% ../nbs/00_core.ipynb #89b58803
+def results_file(
+    name: str, # such as "transfer_curve.npz"; it need not be there
+) -> Path:
+    "A file of `nbs/results`, of the checkout that this package is run from, or of the one around the working directory"
+    here = Path.cwd()
+    folders = [root/"nbs"/"results" for root in (Path(kdc_nb.__file__).parents[1], here, *here.parents)]
+    found = next((f for f in folders if f.is_dir()), None)
+    check(found is not None, "name", f"{name!r}, with no nbs/results beside the package or above {here}", "a checkout of kdc_nb")
+    return found/name
 
 # %% ../nbs/00_core.ipynb #9dee57ae
 def text_table(

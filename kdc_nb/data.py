@@ -10,6 +10,7 @@ __all__ = ['ARCHIVES', 'SUPERCLASSES', 'Samples', 'Split', 'DataSet', 'Data', 'l
            'check_augment', 'pad_of', 'draw_views']
 
 # %% ../nbs/02_data.ipynb #5ccb00fd
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -105,13 +106,12 @@ def load_data(
 def channel_stats(
     inputs: Tensor, # (N, C, H, W) uint8
 ) -> dict[str, tuple[float, ...]]: # `mean` and `std` of input/255, one per channel
-    "Mean and deviation of each channel, exact: from the histogram of bytes"
-    levels = torch.arange(256, dtype=torch.float64)/255
-    counts = torch.stack([torch.bincount(c.flatten().long(), minlength=256) for c in inputs.transpose(0, 1)]).double()
-    share = counts/counts.sum(1, keepdim=True)
-    mean = share @ levels
-    std = ((share @ levels**2) - mean**2).clamp_min(1e-12).sqrt()
-    return dict(mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+    "Mean and deviation of each channel, exact on every machine: integers from the histogram of bytes"
+    counts = [torch.bincount(c.flatten().long(), minlength=256).tolist() for c in inputs.transpose(0, 1)]
+    n = sum(counts[0])
+    sums, squares = ([sum(k*level**power for level, k in enumerate(c)) for c in counts] for power in (1, 2))
+    var = [(n*b - a*a)/(255*n)**2 for a, b in zip(sums, squares)]
+    return dict(mean=tuple(a/(255*n) for a in sums), std=tuple(math.sqrt(max(v, 1e-12)) for v in var))
 
 # %% ../nbs/02_data.ipynb #623fb998
 _N_CLASSES, _N_GROUPS, _N_LATENT, _SIZE = 20, 4, 24, 8

@@ -1,5 +1,6 @@
 """The notebooks' housekeeping: run them and keep what they show, make README.md, test everything.
 
+    python nbs/_build.py kernel             the kernel that JupyterLab starts: one thread, the same sums on every machine
     python nbs/_build.py run [NAME ...]     all notebooks, or those whose path starts with a NAME (06, studies/)
     python nbs/_build.py readme             README.md from index.ipynb
     python nbs/_build.py test [--all]       notebooks, then tests; --all adds the long tests
@@ -20,7 +21,11 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT/"nbs"
-FLAGS = {"slow", "gpu"} # as in `tst_flags`: cells that only run when someone asks
+FLAGS = {"slow", "gpu"} # as in `tst_flags`: cells that nbdev_test runs only when asked
+ENV = { # in which a second run gives the same bytes, also on another machine (x86-64 with AVX2): no hash order, no dates, sums in one order
+    "PYTHONHASHSEED": "0", "SOURCE_DATE_EPOCH": "0", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
+    "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE", "OPENBLAS_CORETYPE": "Haswell",
+}
 PROGRESS = re.compile(r"\[\d\d:\d\d[<,]") # how every tqdm bar ends
 PRIVATE = re.compile(r"0x7f[0-9a-f]+|(?<![\w.:/])/(?:home|root|Users|tmp|private|var)/[\w.]+")
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -41,8 +46,8 @@ def directives(cell) -> set[str]:
 
 
 def skipped(cell) -> bool:
-    "Whether a cell only runs when someone asks for it"
-    return bool(directives(cell) & (FLAGS | {"eval: false"}))
+    "Whether a cell is left out where a page is made: it takes long"
+    return bool(directives(cell) & FLAGS)
 
 
 # Run
@@ -66,10 +71,11 @@ def leaks(nb) -> list[str]:
     return found
 
 
-def kernel_env() -> dict[str, str]:
-    "Surroundings in which a second run gives the same bytes: no hash order, no dates, sums by one thread, inline figures"
-    return os.environ | {"PYTHONHASHSEED": "0", "SOURCE_DATE_EPOCH": "0", "OMP_NUM_THREADS": "1",
-                         "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+def kernel() -> int:
+    "Make the kernel of this environment start in ENV, with its commands on the path"
+    from ipykernel.kernelspec import install
+    install(prefix=sys.prefix, env=ENV | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}${{PATH}}"})
+    return 0
 
 
 def executed(path: Path):
@@ -80,7 +86,8 @@ def executed(path: Path):
     for cell in nb.cells: cell.metadata["tags"] = ["skip-execution"]*skipped(cell)
     NotebookClient(nb, timeout=None, kernel_name="python3", store_widget_state=False, coalesce_streams=True,
                    extra_arguments=["--log-level=ERROR"],
-                   resources={"metadata": {"path": str(path.parent)}}).execute(env=kernel_env())
+                   resources={"metadata": {"path": str(path.parent)}}).execute(
+                       env=os.environ | ENV | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"})
     for cell in nb.cells:
         if "outputs" in cell: cell.outputs = [o for o in map(fallback, cell.outputs) if o]
     nb.metadata.pop("widgets", None)
@@ -144,7 +151,7 @@ def stream(*command: str) -> tuple[int, str]:
     "Run a command of this environment, show what it says as it says it; its status and output"
     command = (str(Path(sys.executable).with_name(command[0])), *command[1:])
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          env=os.environ | {"PYTHONUNBUFFERED": "1"}) as p:
+                          env=os.environ | ENV | {"PYTHONUNBUFFERED": "1"}) as p:
         lines = []
         for line in p.stdout:
             print(line, end="", flush=True)
@@ -188,11 +195,13 @@ def test(long: bool) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("kernel")
     commands.add_parser("run").add_argument("names", nargs="*", metavar="NAME")
     commands.add_parser("readme")
     commands.add_parser("test").add_argument("--all", action="store_true")
     args = parser.parse_args()
     match args.command:
+        case "kernel": return kernel()
         case "run": return run(args.names)
         case "readme": return readme()
         case "test": return test(args.all)

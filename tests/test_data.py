@@ -157,3 +157,12 @@ def test_a_cut_keeps_every_image_once_and_every_classs_share(n, c, seed):
     assert sorted(torch.cat([x for x, _ in parts]).tolist()) == list(range(n*c)) and all(torch.equal(labels[x], y) for x, y in parts)
     for (x, y), share in zip(parts, (.6, .2, .2)): assert all(abs(int((y == k).sum()) - share*n) <= 1 for k in range(c))
     with pytest.raises(ValueError, match="parts: got"): kd.cut(torch.arange(n*c), labels, (.6, .3))
+
+
+def test_data_are_the_same_on_every_machine():
+    "The fingerprint is in the id of every run: no sum in it may depend on the processor"
+    assert load_data(Data("known", n_train=200, n_valid=50, n_test=50)).fingerprint == "49f3e555c9d2757d"
+    assert load_data(Data("digits")).fingerprint == "13de87f1cfe28aa1"
+    x = torch.tensor([[0, 1], [2, 255]], dtype=torch.uint8).view(1, 1, 2, 2)
+    mean, square = 258/4/255, (1 + 4 + 255**2)/4/255**2
+    assert channel_stats(x) == {"mean": (mean,), "std": (pytest.approx((square - mean**2)**.5, rel=1e-15),)}
