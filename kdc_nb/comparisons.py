@@ -130,9 +130,9 @@ class ComparedMetric(NamedTuple):
 
     def texts(self, metric: str) -> list[str]: # a, b, difference, interval, p, corrected p
         "The numbers as they are shown"
-        values, d = ["infinite" if v == np.inf else metric_text(metric, v) for v in (self.a, self.b)], self.difference
+        values, d = ["infinite" if v == np.inf else metric_text(metric, v, digits=4) for v in (self.a, self.b)], self.difference
         if d is None: return [*values, "", "", "", ""]
-        mean, low, high = (metric_text(metric, v, "+") for v in (d.mean, d.low, d.high))
+        mean, low, high = (metric_text(metric, v, "+", 4) for v in (d.mean, d.low, d.high))
         return [*values, mean, f"{low} to {high}", *("<0.001" if p < .001 else f"{p:.3f}" for p in (d.p, self.p_holm))]
 
     def numbers(self, metric: str) -> list[float]: # a, b, difference, its interval, p, corrected p; NaN where there is none

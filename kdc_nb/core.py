@@ -252,12 +252,12 @@ def text_table(
 def html_table(
     head: Sequence[str],
     rows: Iterable[Sequence[str]], # a text for each column
-    caption: str = "", # above the table
+    caption: str = "", # above the table, one line or several
     notes: Sequence[str] = (), # below it, a line each
 ) -> str:
     "A table for a page"
     tr = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{escape(c)}</{tag}>" for c in cells) + "</tr>"
-    title = f"<caption>{escape(caption)}</caption>" if caption else ""
+    title = f"<caption>{escape(caption)}</caption>".replace("\n", "<br>") if caption else ""
     cell = f'<tr><td colspan="{len(head)}" style="text-align: left">'
     foot = "<tfoot>" + "".join(f"{cell}{escape(n)}</td></tr>" for n in notes) + "</tfoot>" if notes else ""
     return f"<table>{title}" + tr(head, "th") + "".join(tr(r, "td") for r in rows) + foot + "</table>"

@@ -403,9 +403,14 @@ def shown_value(metric: str, value: float) -> float: # in the metric's unit
     return 100*value if metric_unit(metric) == "%" else value
 
 
-def metric_text(metric: str, value: float, sign: str = "") -> str: # sign="+" for differences
-    "The same as text, to two decimals of a percent, four of all else"
-    return f"{shown_value(metric, value):{sign}z.{2 if metric_unit(metric) == '%' else 4}f}"
+def metric_text(
+    metric: str,
+    value: float, # as functions return it
+    sign: str = "", # "+" for differences
+    digits: int = 3, # decimals of what is not in percent, which has two
+) -> str:
+    "The same as text"
+    return f"{shown_value(metric, value):{sign}z.{2 if metric_unit(metric) == '%' else digits}f}"
 
 # %% ../nbs/05_estimates.ipynb #6e413b35
 @value
@@ -450,7 +455,7 @@ class Evaluation:
 
 _HEAD, _OUTPUTS = ("metric", "outputs", "value", "95% interval", "debiased", "null band"), {"raw": "raw", "scaled": "after TS"}
 DAGGER = "†"
-OUTSIDE = f"{DAGGER} outside its interval: that holds the error without the noise of the labels"
+OUTSIDE = f"{DAGGER} outside its interval, which is for the error without the noise of the labels"
 
 
 def _estimate_texts(metric: str, e: Estimate) -> tuple[str, ...]: # value, interval, debiased, null band

@@ -191,7 +191,7 @@ class Result:
 
     def __repr__(self):
         top1, nll, ece = (self.evaluation.raw[k].value for k in ("top1", "nll", "ece"))
-        return f"<Result of {shorten(self.title(), 90, placeholder=' ...')}: Top-1 {100*top1:.2f}%, NLL {nll:.4f} nats, ECE {100*ece:.2f}%; N = {self.evaluation.n:,}>"
+        return f"<Result of {shorten(self.title(), 90, placeholder=' ...')}: Top-1 {100*top1:.2f}%, NLL {nll:.3f} nats, ECE {100*ece:.2f}%; N = {self.evaluation.n:,}>"
 
     def __str__(self): return repr(self.table())
     def _repr_html_(self): return self.table()._repr_html_()
