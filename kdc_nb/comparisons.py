@@ -63,7 +63,7 @@ def difference_of(
     check(d.ndim == 2 and max(d.shape) > 1 and bool(np.isfinite(d).all()), "d", f"shape {d.shape}, or numbers that are none", "finite numbers of two seeds or two images at least")
     parts = [(d.mean(1 - k).var(ddof=1)/m, m - 1) for k, m in enumerate(d.shape) if m > 1]
     def reach(tail): return sum(v*t.isf(tail/2, df)**2 for v, df in parts)**.5
-    mean, half = float(d.mean()), reach(.05)
+    mean, half = float(d.mean()), float(reach(.05))
     p = brentq(lambda x: reach(10**x) - abs(mean), -30, 0) if mean and reach(1e-30) > abs(mean) else -30*(mean != 0)
     return Difference(mean, mean - half, mean + half, 10.**p, tuple(d.mean(1).tolist()), d.shape[1])
 
@@ -130,9 +130,10 @@ class ComparedMetric(NamedTuple):
 
     def texts(self, metric: str) -> list[str]: # a, b, difference, interval, p, corrected p
         "The numbers as they are shown"
-        values, d = ["infinite" if v == np.inf else metric_text(metric, v, digits=4) for v in (self.a, self.b)], self.difference
+        digits, d = 2 if metric_unit(metric) == "%" else 4, self.difference
+        values = ["infinite" if v == np.inf else metric_text(metric, v, digits=digits) for v in (self.a, self.b)]
         if d is None: return [*values, "", "", "", ""]
-        mean, low, high = (metric_text(metric, v, "+", 4) for v in (d.mean, d.low, d.high))
+        mean, low, high = (metric_text(metric, v, "+", digits) for v in d[:3])
         return [*values, mean, f"{low} to {high}", *("<0.001" if p < .001 else f"{p:.3f}" for p in (d.p, self.p_holm))]
 
     def numbers(self, metric: str) -> list[float]: # a, b, difference, its interval, p, corrected p; NaN where there is none
@@ -209,6 +210,15 @@ def _by_seed(logits: Any, argument: str) -> list[Tensor]: # (N, C) each
     return several
 
 # %% ../nbs/17_comparisons.ipynb #6d9a75e6
+def _after_temperature(a: Sequence[Tensor], b: Sequence[Tensor], valid: Sequence[Any], kind: str) -> list[list[Tensor]]: # logits of both, by seed
+    "Each seed's outputs, divided by the temperature of its validation outputs"
+    check(all(v is not None for v in valid), "valid_labels", "not all of valid_logits_a, valid_logits_b and valid_labels", "all three or none")
+    *held, y = _outputs_of_two(*valid, kind, "valid_")
+    got, expected = [(len(m), m[0].shape[1]) for m in (held[0], a)]
+    check(got == expected, "valid_logits_a", "{} seeds, {} classes".format(*got), "{} and {}, as logits_a has".format(*expected))
+    return [[scalable(x, kind)/fit_temperature(v, y, kind) for x, v in zip(*pair)] for pair in zip((a, b), held)]
+
+
 def _metric_tables(seeds: Sequence[Tensor], y: Tensor, kind: str) -> dict[str, np.ndarray]: # by metric (seeds, images)
     "What each image of each seed contributes to each metric"
     def row(k, x):
@@ -245,10 +255,7 @@ def compare(
     a, b, y = _outputs_of_two(logits_a, logits_b, labels, kind)
     check(len(y) > 1, "labels", f"{len(y)} of them", "two images or more")
     outputs, valid = {"raw": (a, b, kind)}, (valid_logits_a, valid_logits_b, valid_labels)
-    if any(v is not None for v in valid):
-        check(all(v is not None for v in valid), "valid_labels", "not all of valid_logits_a, valid_logits_b and valid_labels", "all three or none")
-        *held, vy = _outputs_of_two(*valid, kind, "valid_")
-        outputs["scaled"] = *([scalable(x, kind)/fit_temperature(v, vy, kind) for x, v in zip(m, h)] for m, h in zip((a, b), held)), "logits"
+    if any(v is not None for v in valid): outputs["scaled"] = *_after_temperature(a, b, valid, kind), "logits"
     tables = {which: [_metric_tables(m, y, k) for m in two] for which, (*two, k) in outputs.items()}
     pairs = {(which, k): (k, one[k], other[k]) for which, (one, other) in tables.items() for k in one if (which, k) != ("scaled", "top1")}
     found = _judged(pairs)

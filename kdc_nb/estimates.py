@@ -407,10 +407,11 @@ def metric_text(
     metric: str,
     value: float, # as functions return it
     sign: str = "", # "+" for differences
-    digits: int = 3, # decimals of what is not in percent, which has two
+    digits: int | None = None, # decimals; None: two in percent, three of all else
 ) -> str:
     "The same as text"
-    return f"{shown_value(metric, value):{sign}z.{2 if metric_unit(metric) == '%' else digits}f}"
+    digits = (2 if metric_unit(metric) == "%" else 3) if digits is None else digits
+    return f"{shown_value(metric, value):{sign}z.{digits}f}"
 
 # %% ../nbs/05_estimates.ipynb #6e413b35
 @value
@@ -428,6 +429,7 @@ class Evaluation:
     def estimates(self, metrics: Sequence[str] | None = None) -> Iterator[tuple[str, str, Estimate]]: # metric, "raw" or "scaled", estimate
         "All estimates, or those of some metrics, in the order of tables"
         order = metrics or sorted(self.raw, key=[*METRIC_LABELS, *self.raw].index)
+        for k in order: lookup(self.raw, k, "metrics")
         return ((k, which, table[k]) for k in order for which in ("raw", "scaled") if (table := getattr(self, which)))
 
     def table(self, metrics: Sequence[str] | None = None) -> Table:

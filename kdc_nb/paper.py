@@ -184,8 +184,9 @@ def cells_of(raw: Row, scaled: Row) -> dict[str, str]:
     "One row of the table by the names of its columns; a dagger beside an ECE that lies outside its interval"
     def cell(row, key):
         if key not in row.mean: return ""
-        return metric_text(key, row.mean[key]) + (f" ±{metric_text(key, row.spread[key])}" if row.seeds > 1 else "")
-    span = lambda low, high: f"{metric_text('ece', low)} to {metric_text('ece', high)}"
+        mean, spread = (metric_text(key, v[key]) for v in (row.mean, row.spread))
+        return f"{mean} ±{spread}" if row.seeds > 1 else mean
+    span = lambda *ends: " to ".join(metric_text("ece", e) for e in ends)
     how, own = raw.spec.method, {metric_label(k): cell(raw, k) for k in ("top1", "ece", "error", "sce", "ace", "nll", "kl")}
     own["ECE, %"] += DAGGER*raw.ece.outside()
     own |= {"95% interval": span(raw.ece.low, raw.ece.high), "null band": span(raw.ece.null_low, raw.ece.null_high)}
