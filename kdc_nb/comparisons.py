@@ -98,7 +98,8 @@ def paired(
 def _check_outcomes(several: Sequence[Any], argument: str) -> None:
     "Refuse what is not outcomes, and say what to call"
     other = [type(o).__name__ for o in several if not isinstance(o, Outcomes)]
-    check(not other, argument, f"{(other or [None])[0]} in place of Outcomes", "`outcomes(logits, labels)` of each seed, in a list; for two models' logits call `compare`")
+    expected = "`outcomes(logits, labels)` of each seed, in a list; for two models' logits call `compare`"
+    check(not other, argument, f"{(other or [None])[0]} in place of Outcomes", expected)
 
 # %% ../nbs/17_comparisons.ipynb #ca5a7459
 def same_images(several: Sequence[Outcomes]) -> None:
@@ -134,10 +135,11 @@ class ComparedMetric(NamedTuple):
         values = ["infinite" if v == np.inf else metric_text(metric, v, digits=digits) for v in (self.a, self.b)]
         if d is None: return [*values, "", "", "", ""]
         mean, low, high = (metric_text(metric, v, "+", digits) for v in d[:3])
-        return [*values, mean, f"{low} to {high}", *("<0.001" if p < .001 else f"{p:.3f}" for p in (d.p, self.p_holm))]
+        chances = ("<0.001" if p < .001 else f"{p:.3f}" for p in (d.p, self.p_holm))
+        return [*values, mean, f"{low} to {high}", *chances]
 
-    def numbers(self, metric: str) -> list[float]: # a, b, difference, its interval, p, corrected p; NaN where there is none
-        "The numbers in the unit of the metric"
+    def numbers(self, metric: str) -> list[float]: # a, b, difference, its interval, p, corrected p
+        "The numbers in the unit of the metric, NaN where there is none"
         d, none = self.difference, np.nan
         shown = [shown_value(metric, v) for v in (self.a, self.b, *(d[:3] if d else [none]*3))]
         return [*shown, *((d.p, self.p_holm) if d else (none, none))]
@@ -149,7 +151,7 @@ class Comparison:
     n: int # images
     seeds: int # of each model; 1: it speaks of other images, not of other training runs
     raw: dict[str, ComparedMetric] # by metric, for the outputs as given
-    scaled: dict[str, ComparedMetric] # the same after temperature scaling, but for top1, which it leaves alone; empty without validation images
+    scaled: dict[str, ComparedMetric] # after temperature scaling, without top1; empty without validation images
     names: tuple[str, str] = ("a", "b") # of the two models
 
     def rows(self) -> Iterator[tuple[str, str, ComparedMetric]]: # "raw" or "scaled", metric, what is known of it
@@ -163,10 +165,12 @@ class Comparison:
     def table(self) -> Table:
         "The comparison as it is shown"
         head = ["metric", *self.names, "difference", "95% interval", "p", "p, Holm", "better"]
-        rows = [[metric_label(k) if which == "raw" else "  after TS", *m.texts(k), self.winner(m)] for which, k, m in self.rows()]
-        return Table(head, rows, f"{self.n:,} test images; difference: {self.names[0]} less {self.names[1]}", _notes(self))
+        def name(which, k): return metric_label(k) if which == "raw" else "  after TS"
+        rows = [[name(which, k), *m.texts(k), self.winner(m)] for which, k, m in self.rows()]
+        caption = f"{self.n:,} test images; difference: {self.names[0]} less {self.names[1]}"
+        return Table(head, rows, caption, _notes(self))
 
-    def to_frame(self) -> "pandas.DataFrame": # a row for each metric, raw and scaled; numbers in `unit`
+    def to_frame(self) -> "pandas.DataFrame": # a row for each metric and output; numbers in `unit`
         "The comparison for pandas, which writes it as CSV, or as LaTeX with `to_latex(escape=True)`"
         import pandas as pd
         columns = ["output", "metric", "unit", *self.names, "difference", "low", "high", "p", "p_holm", "better"]
@@ -176,13 +180,17 @@ class Comparison:
     def __repr__(self): return repr(self.table())
     def _repr_html_(self): return self.table()._repr_html_()
 
-
+# %% ../nbs/17_comparisons.ipynb #410f3fc9
 def _notes(c: Comparison) -> list[str]:
     "What must be known of a comparison's numbers"
-    tests, other = [m for *_, m in c.rows() if m.difference], "other images, not of other training runs"
-    return [f"One seed each: this speaks of {other}." if c.seeds == 1 else f"{c.seeds} seeds each: this speaks of other training runs and other images.",
-            f"better: p below .05 after Holm's correction for {len(tests)} comparisons" + f"; the others cannot be told with {c.n:,} images"*any(m.better is None for m in tests) + ".",
-            "ECE, ACE and KS are debiased: less what the noise of the labels adds to them."]
+    tests = [m for *_, m in c.rows() if m.difference]
+    one = "One seed each: this speaks of other images, not of other training runs."
+    several = f"{c.seeds} seeds each: this speaks of other training runs and other images."
+    unsure = f"; the others cannot be told with {c.n:,} images"*any(m.better is None for m in tests)
+    return [one if c.seeds == 1 else several,
+            f"better: p below .05 after Holm's correction for {len(tests)} comparisons{unsure}.",
+            "ECE, ACE and KS are debiased, less what the noise of the labels adds to them.",
+            "Their intervals are too short where two models predict alike or are nearly calibrated."]
 
 # %% ../nbs/17_comparisons.ipynb #a9ec9837
 def _outputs_of_two(
@@ -195,45 +203,58 @@ def _outputs_of_two(
     a, b = _by_seed(a, first), _by_seed(b, second)
     check(len(a) == len(b), second, f"{len(b)} seeds", f"{len(a)}, as {first} has")
     for x, name in [*((x, first) for x in a), *((x, second) for x in b)]:
-        check(x.shape == a[0].shape, name, "{} images, {} classes".format(*x.shape), "{} and {}, as {} has".format(*a[0].shape, first))
+        got, expected = ("{} images, {} classes".format(*t.shape) for t in (x, a[0]))
+        check(got == expected, name, got, f"{expected}, as {first} has")
         try: y = as_outputs(x, labels, kind)[1]
-        except ValueError as e: raise ValueError(re.sub("^labels:", f"{prefix}labels:", re.sub(f"^{kind}:", f"{name}:", str(e)))) from None
+        except ValueError as e:
+            said = re.sub(f"^{kind}:", f"{name}:", str(e))
+            raise ValueError(re.sub("^labels:", f"{prefix}labels:", said)) from None
     return a, b, y
 
-
+# %% ../nbs/17_comparisons.ipynb #0fb30660
 def _by_seed(logits: Any, argument: str) -> list[Tensor]: # (N, C) each
     "The outputs of each seed: those given, or the parts of a list or of a table (seeds, N, C)"
-    parts = isinstance(logits, (list, tuple)) and logits and all(getattr(x, "ndim", 0) == 2 for x in logits)
-    several = [numbers(x, argument) for x in (logits if parts else [logits])]
+    parts = isinstance(logits, (list, tuple)) and all(getattr(x, "ndim", 0) == 2 for x in logits)
+    several = [numbers(x, argument) for x in (logits if parts and logits else [logits])]
     if several[0].ndim == 3: several = list(several[0])
     for x in several: check(x.ndim == 2, argument, f"shape {tuple(x.shape)}", "(N, C), or a list of such, one for each seed")
     return several
 
 # %% ../nbs/17_comparisons.ipynb #6d9a75e6
-def _after_temperature(a: Sequence[Tensor], b: Sequence[Tensor], valid: Sequence[Any], kind: str) -> list[list[Tensor]]: # logits of both, by seed
+def _after_temperature(
+    a: Sequence[Tensor], b: Sequence[Tensor], # outputs of each seed
+    valid: Sequence[Any], # outputs of both on validation images, labels
+    kind: str, # "logits" or "probs"
+) -> list[list[Tensor]]: # logits of both, by seed
     "Each seed's outputs, divided by the temperature of its validation outputs"
-    check(all(v is not None for v in valid), "valid_labels", "not all of valid_logits_a, valid_logits_b and valid_labels", "all three or none")
+    three = "valid_logits_a, valid_logits_b and valid_labels"
+    check(all(v is not None for v in valid), "valid_labels", f"not all of {three}", "all three or none")
     *held, y = _outputs_of_two(*valid, kind, "valid_")
-    got, expected = [(len(m), m[0].shape[1]) for m in (held[0], a)]
-    check(got == expected, "valid_logits_a", "{} seeds, {} classes".format(*got), "{} and {}, as logits_a has".format(*expected))
-    return [[scalable(x, kind)/fit_temperature(v, y, kind) for x, v in zip(*pair)] for pair in zip((a, b), held)]
+    got, expected = (f"{len(m)} seeds, {m[0].shape[1]} classes" for m in (held[0], a))
+    check(got == expected, "valid_logits_a", got, f"{expected}, as logits_a has")
+    def scaled(x, v): return scalable(x, kind)/fit_temperature(v, y, kind)
+    return [[scaled(x, v) for x, v in zip(*pair)] for pair in zip((a, b), held)]
 
-
-def _metric_tables(seeds: Sequence[Tensor], y: Tensor, kind: str) -> dict[str, np.ndarray]: # by metric (seeds, images)
-    "What each image of each seed contributes to each metric"
+# %% ../nbs/17_comparisons.ipynb #96885557
+def _metric_tables(seeds: Sequence[Tensor], y: Tensor, kind: str) -> dict[str, np.ndarray]:
+    "What each image of each seed contributes to each metric: tables (seeds, images)"
     def row(k, x):
         if k in MEANS: return MEANS[k](x, y, kind)
         claims = top_claims(x, y, kind)
         return _debiased(_signed_gaps(claims, k), claims, k)
-    return {k: torch.stack([row(k, x) for x in seeds]).numpy() for k in ("top1", "nll", "brier", "ece", "ace", "ks")}
+    names = ("top1", "nll", "brier", "ece", "ace", "ks")
+    return {k: torch.stack([row(k, x) for x in seeds]).numpy() for k in names}
 
 
-def _judged(pairs: Mapping[Any, tuple[str, np.ndarray, np.ndarray]]) -> dict[Any, ComparedMetric]: # by the same keys
-    "Comparisons of a metric's two tables, corrected for their number"
-    found = {k: difference_of(a - b) for k, (_, a, b) in pairs.items() if np.isfinite(a + b).all()}
+def _judged(
+    pairs: Mapping[tuple[str, str], tuple[np.ndarray, np.ndarray]], # by output and metric: both models' (seeds, images)
+) -> dict[tuple[str, str], ComparedMetric]:
+    "All comparisons, corrected for their number"
+    found = {k: difference_of(a - b) for k, (a, b) in pairs.items() if np.isfinite(a + b).all()}
     p = dict(zip(found, holm([d.p for d in found.values()]).tolist()))
-    def better(k, metric): return ("a" if (found[k].mean > 0) == (metric == "top1") else "b") if p.get(k, 1) < .05 else None
-    return {k: ComparedMetric(float(a.mean()), float(b.mean()), found.get(k), p.get(k), better(k, metric)) for k, (metric, a, b) in pairs.items()}
+    def better(k): return ("a" if (found[k].mean > 0) == (k[1] == "top1") else "b") if p.get(k, 1) < .05 else None
+    return {k: ComparedMetric(float(a.mean()), float(b.mean()), found.get(k), p.get(k), better(k))
+            for k, (a, b) in pairs.items()}
 
 # %% ../nbs/17_comparisons.ipynb #cc0f96c2
 def compare(
@@ -246,20 +267,24 @@ def compare(
     kind: str = "logits", # what all outputs are: "logits" or "probs"
     names: tuple[str, str] = ("a", "b"), # of the two models, for the table
 ) -> Comparison:
-    """Which of two models is better on the same images: accuracy, NLL, Brier score, ECE, ACE and KS, with the paired difference of each.
+    """Which of two models is better on the same images: the paired difference of each metric that images share.
 
-    A `ValueError` names the argument that is wrong: outputs that are no finite (N, C) numbers, or not on the images, classes and seeds of
-    the first model; labels that are not N whole numbers from 0 to C-1 (one-hot labels: take their argmax).
+    These are accuracy, NLL, Brier score, ECE, ACE and KS. A `ValueError` names the argument that is wrong: outputs that are no finite
+    (N, C) numbers, or have other images, classes or seeds than those of the first model; labels that are not N whole numbers from 0 to
+    C-1 (one-hot labels: take their argmax).
     """
     check(len(names) == 2 and names[0] != names[1], "names", names, "two that differ")
     a, b, y = _outputs_of_two(logits_a, logits_b, labels, kind)
     check(len(y) > 1, "labels", f"{len(y)} of them", "two images or more")
     outputs, valid = {"raw": (a, b, kind)}, (valid_logits_a, valid_logits_b, valid_labels)
     if any(v is not None for v in valid): outputs["scaled"] = *_after_temperature(a, b, valid, kind), "logits"
-    tables = {which: [_metric_tables(m, y, k) for m in two] for which, (*two, k) in outputs.items()}
-    pairs = {(which, k): (k, one[k], other[k]) for which, (one, other) in tables.items() for k in one if (which, k) != ("scaled", "top1")}
+    pairs = {}
+    for which, (*two, how) in outputs.items():
+        one, other = (_metric_tables(model, y, how) for model in two)
+        pairs |= {(which, k): (one[k], other[k]) for k in one if (which, k) != ("scaled", "top1")} # T changes no prediction
     found = _judged(pairs)
-    return Comparison(len(y), len(a), *({k: m for (of, k), m in found.items() if of == which} for which in ("raw", "scaled")), tuple(names))
+    raw, scaled = ({k: m for (of, k), m in found.items() if of == which} for which in ("raw", "scaled"))
+    return Comparison(len(y), len(a), raw, scaled, tuple(names))
 
 # %% ../nbs/17_comparisons.ipynb #768ac877
 def rank_intervals(

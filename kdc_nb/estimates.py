@@ -298,7 +298,7 @@ def farthest_bound(law: Law, gaps: Tensor, level: float) -> float:
 # %% ../nbs/05_estimates.ipynb #3de8b758
 @value
 class Estimate:
-    "A metric with what is known about it, a fraction (NLL in nats, Brier score from 0 to 2); what does not apply is None"
+    "A metric with what is known about it: fractions, NLL in nats; what does not apply is None"
     value: float = None # the metric, as observed; None where it is infinite
     low: float = None # lower end of the interval
     high: float = None # its upper end
@@ -383,8 +383,10 @@ def estimates(x: Tensor, y: Tensor, kind: str, n_bins: int, n_boot: int, seed: i
 
 # %% ../nbs/05_estimates.ipynb #0fa3d640
 METRIC_LABELS = { # how each metric is printed, and its unit, in the order of tables
-    "top1": ("Top-1", "%"), "nll": ("NLL", "nats"), "brier": ("Brier", ""), "ece": ("ECE", "%"), "ace": ("ACE", "%"), "ks": ("KS", "%"),
-    "mce": ("MCE", "%"), "sce": ("SCE", "%"), "classwise_ace": ("classwise ACE", "%"), "error": ("true error", "%"), "kl": ("KL to truth", "nats"),
+    "top1": ("Top-1", "%"), "nll": ("NLL", "nats"), "brier": ("Brier", ""),
+    "ece": ("ECE", "%"), "ace": ("ACE", "%"), "ks": ("KS", "%"), "mce": ("MCE", "%"),
+    "sce": ("SCE", "%"), "classwise_ace": ("classwise ACE", "%"),
+    "error": ("true error", "%"), "kl": ("KL to truth", "nats"),
 }
 
 
@@ -426,23 +428,25 @@ class Evaluation:
     T: float = None # the temperature: of the validation set, or of all images where it was cross-fitted
     cross_fitted: bool = False # whether each fifth was scaled by the T of the other four
 
-    def estimates(self, metrics: Sequence[str] | None = None) -> Iterator[tuple[str, str, Estimate]]: # metric, "raw" or "scaled", estimate
-        "All estimates, or those of some metrics, in the order of tables"
+    def estimates(self, metrics: Sequence[str] | None = None) -> Iterator[tuple[str, str, Estimate]]:
+        "Metric, \"raw\" or \"scaled\", and its estimate: of all metrics, or of some, in the order of tables"
         order = metrics or sorted(self.raw, key=[*METRIC_LABELS, *self.raw].index)
         for k in order: lookup(self.raw, k, "metrics")
         return ((k, which, table[k]) for k in order for which in ("raw", "scaled") if (table := getattr(self, which)))
 
     def table(self, metrics: Sequence[str] | None = None) -> Table:
         "The estimates of all metrics, or of some, as they are shown"
-        rows = [[metric_label(k)*(which == "raw"), _OUTPUTS[which], *_estimate_texts(k, e)] for k, which, e in self.estimates(metrics)]
-        return Table(_HEAD, rows, self.caption(), [OUTSIDE]*any(DAGGER in row[2] for row in rows))
+        shown = list(self.estimates(metrics))
+        rows = [[metric_label(k)*(which == "raw"), _OUTPUTS[which], *_estimate_texts(k, e)] for k, which, e in shown]
+        return Table(_HEAD, rows, self.caption(), [OUTSIDE]*any(e.outside() for *_, e in shown))
 
-    def to_frame(self) -> "pandas.DataFrame": # a row for each metric, raw and scaled; numbers in `unit`, NaN where there is none
+    def to_frame(self) -> "pandas.DataFrame": # a row for each metric and output; numbers in `unit`, NaN where there is none
         "The estimates for pandas, which writes them as CSV, or as LaTeX with `to_latex(escape=True)`"
         import pandas as pd
         numbers = {f: [getattr(e, f) for _, _, e in self.estimates()] for f in Estimate.__dataclass_fields__}
         keys = [(which, k, metric_unit(k)) for k, which, _ in self.estimates()]
-        table = pd.DataFrame(keys, columns=["output", "metric", "unit"]).assign(**numbers, n=self.n).astype(dict.fromkeys(numbers, float))
+        table = pd.DataFrame(keys, columns=["output", "metric", "unit"]).assign(**numbers, n=self.n)
+        table = table.astype(dict.fromkeys(numbers, float))
         table.loc[table.unit == "%", [*numbers]] *= 100
         return table.fillna({"value": math.inf})
 
@@ -455,7 +459,8 @@ class Evaluation:
     def _repr_html_(self): return self.table()._repr_html_()
 
 
-_HEAD, _OUTPUTS = ("metric", "outputs", "value", "95% interval", "debiased", "null band"), {"raw": "raw", "scaled": "after TS"}
+_HEAD = ("metric", "outputs", "value", "95% interval", "debiased", "null band")
+_OUTPUTS = {"raw": "raw", "scaled": "after TS"}
 DAGGER = "†"
 OUTSIDE = f"{DAGGER} outside its interval, which is for the error without the noise of the labels"
 

@@ -177,7 +177,8 @@ def prepare_table(
 
 def _with_footnotes(head: Sequence[str], rows: Sequence[Mapping[str, str]], caption: str) -> Table:
     "Rows by the names of their columns as a table, with what its daggers mean"
-    return Table(list(head), [[r[h] for h in head] for r in rows], caption, [OUTSIDE]*any(DAGGER in r["ECE, %"] for r in rows))
+    marked = any(DAGGER in r["ECE, %"] for r in rows)
+    return Table(list(head), [[r[h] for h in head] for r in rows], caption, [OUTSIDE]*marked)
 
 # %% ../nbs/18_paper.ipynb #0fa76b75
 def cells_of(raw: Row, scaled: Row) -> dict[str, str]:
@@ -187,11 +188,13 @@ def cells_of(raw: Row, scaled: Row) -> dict[str, str]:
         mean, spread = (metric_text(key, v[key]) for v in (row.mean, row.spread))
         return f"{mean} ±{spread}" if row.seeds > 1 else mean
     span = lambda *ends: " to ".join(metric_text("ece", e) for e in ends)
-    how, own = raw.spec.method, {metric_label(k): cell(raw, k) for k in ("top1", "ece", "error", "sce", "ace", "nll", "kl")}
+    how, metrics = raw.spec.method, ("top1", "ece", "error", "sce", "ace", "nll", "kl")
+    own = {metric_label(k): cell(raw, k) for k in metrics}
     own["ECE, %"] += DAGGER*raw.ece.outside()
     own |= {"95% interval": span(raw.ece.low, raw.ece.high), "null band": span(raw.ece.null_low, raw.ece.null_high)}
     own |= {f"after TS: {metric_label(k)}": cell(scaled, k) for k in ("ece", "nll")}
-    return {"": raw.name, **{k: f"{getattr(how, k):g}" if isinstance(how, Distil) else "" for k in ("T", "alpha")}, **{k: own[k] for k in COLUMNS}}
+    teaching = {k: f"{getattr(how, k):g}" if isinstance(how, Distil) else "" for k in ("T", "alpha")}
+    return {"": raw.name, **teaching, **{k: own[k] for k in COLUMNS}}
 
 
 COLUMNS = ("Top-1, %", "ECE, %", "95% interval", "null band", "true error, %", "SCE, %", "ACE, %", "NLL, nats", "KL to truth, nats",
@@ -388,8 +391,9 @@ def prepare_progress(
         done = [r for r in own if r]
         seen = cells_of(row_of(name, done, which), row_of(name, done, "scaled")) if done else {}
         paper = printed.get(name, {})
-        out.append({"": name, "seeds": f"{len(done)} of {len(own)}" if done else "to do", **{k: seen.get(k, "") for k in COLUMNS},
-                    **{f"paper: {metric_label(k)}": metric_text(k, paper[k]) if k in paper else NOT_THERE for k in PRINTED if printed}})
+        beside = {f"paper: {metric_label(k)}": metric_text(k, paper[k]) if k in paper else NOT_THERE for k in PRINTED if printed}
+        seeds = f"{len(done)} of {len(own)}" if done else "to do"
+        out.append({"": name, "seeds": seeds, **{k: seen.get(k, "") for k in COLUMNS}, **beside})
     head = [h for h in out[0] if h not in map(metric_label, ("error", "kl")) or any(r[h] for r in out)]
     return _with_footnotes(head, out, caption)
 

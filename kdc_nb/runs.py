@@ -184,14 +184,17 @@ class Result:
     def table(self) -> Table:
         "The main metrics and the distance to the truth, where that is known, raw and after temperature scaling"
         shown = self.evaluation.table(("top1", "nll", "ece"))
-        known = [(k, "scaled_"*scaled, scaled) for k in ("error", "kl") for scaled in (False, True)] if self.truth else []
-        rows = [[metric_label(k)*(not scaled), "after TS" if scaled else "raw", metric_text(k, self.truth[prefix + k]), "", "", ""] for k, prefix, scaled in known]
+        rows = [row for k in ("error", "kl") for row in (
+            [metric_label(k), "raw", metric_text(k, self.truth[k]), "", "", ""],
+            ["", "after TS", metric_text(k, self.truth[f"scaled_{k}"]), "", "", ""])] if self.truth else []
         seconds = f", {self.facts['seconds']:,.1f} s on {self.facts['device']}" if "seconds" in self.facts else ""
-        return replace(shown, rows=[*shown.rows, *rows], caption=f"{self.title()}\n{shown.caption}; {len(self.history)} epochs{seconds}")
+        caption = f"{self.title()}\n{shown.caption}; {len(self.history)} epochs{seconds}"
+        return replace(shown, rows=[*shown.rows, *rows], caption=caption)
 
     def __repr__(self):
         top1, nll, ece = (self.evaluation.raw[k].value for k in ("top1", "nll", "ece"))
-        return f"<Result of {shorten(self.title(), 90, placeholder=' ...')}: Top-1 {100*top1:.2f}%, NLL {nll:.3f} nats, ECE {100*ece:.2f}%; N = {self.evaluation.n:,}>"
+        seen = f"Top-1 {100*top1:.2f}%, NLL {nll:.3f} nats, ECE {100*ece:.2f}%; N = {self.evaluation.n:,}"
+        return f"<Result of {shorten(self.title(), 90, placeholder=' ...')}: {seen}>"
 
     def __str__(self): return repr(self.table())
     def _repr_html_(self): return self.table()._repr_html_()

@@ -163,7 +163,7 @@ a, b, y = two(60)
 
 @pytest.mark.parametrize("call, message", [
     (lambda: compare(a, b, y[:50]), "labels: got 50 of them, expected 60"),
-    (lambda: compare(a, b[:50], y), "logits_b: got 50 images, 5 classes, expected 60 and 5, as logits_a has"),
+    (lambda: compare(a, b[:50], y), "logits_b: got 50 images, 5 classes, expected 60 images, 5 classes, as logits_a has"),
     (lambda: compare(a, b[:, :4], y), "logits_b: got 60 images, 4 classes"),
     (lambda: compare(y, a, b), r"logits_a: got shape \(60,\), expected \(N, C\)"),
     (lambda: compare(a, y, b), r"logits_b: got shape \(60,\), expected \(N, C\)"),
@@ -181,8 +181,8 @@ a, b, y = two(60)
     (lambda: compare(a, b, y, a, b), "valid_labels: got not all of"),
     (lambda: compare(a, b, y, a, b, y[:9]), "valid_labels: got 9 of them"),
     (lambda: compare(a, b, y, a, y, y), "valid_logits_b: got shape"),
-    (lambda: compare(a, b, y, a[:, :3], b[:, :3], y.clamp(max=2)), "valid_logits_a: got 1 seeds, 3 classes, expected 1 and 5"),
-    (lambda: compare([a, a], [b, b], y, a, b, y), "valid_logits_a: got 1 seeds, 5 classes, expected 2 and 5"),
+    (lambda: compare(a, b, y, a[:, :3], b[:, :3], y.clamp(max=2)), "valid_logits_a: got 1 seeds, 3 classes, expected 1 seeds, 5 classes"),
+    (lambda: compare([a, a], [b, b], y, a, b, y), "valid_logits_a: got 1 seeds, 5 classes, expected 2 seeds, 5 classes"),
     (lambda: compare(a, b, y, names=("x", "x")), "names: got"),
 ])
 def test_compare_names_what_is_wrong(call, message):
