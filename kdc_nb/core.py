@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VALUES', 'check', 'lookup', 'value', 'Named', 'like', 'encode', 'decode', 'value_id', 'seed_of', 'whole_file',
            'DamagedFile', 'digest', 'save_tensors', 'load_tensors', 'save_npz', 'load_npz', 'cache_dir', 'results_file',
-           'text_table', 'html_table']
+           'text_table', 'html_table', 'Table']
 
 # %% ../nbs/00_core.ipynb #e2818c30
 import hashlib
@@ -262,8 +262,38 @@ def text_table(
     return "\n".join("  ".join(t.ljust(w) for t, w in zip(line, widths)).rstrip() for line in lines)
 
 # %% ../nbs/00_core.ipynb #9b7b3e90
-def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
-    "The same for a page"
+def html_table(
+    head: Sequence[str],
+    rows: Iterable[Sequence[str]], # a text for each column
+    caption: str = "", # above the table, one line or several
+    notes: Sequence[str] = (), # below it, a line each
+) -> str:
+    "A table for a page"
     tr = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{escape(c)}</{tag}>" for c in cells) + "</tr>"
-    title = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return f"<table>{title}" + tr(head, "th") + "".join(tr(r, "td") for r in rows) + "</table>"
+    title = f"<caption>{escape(caption)}</caption>".replace("\n", "<br>") if caption else ""
+    cell = f'<tr><td colspan="{len(head)}" style="text-align: left">'
+    foot = "<tfoot>" + "".join(f"{cell}{escape(n)}</td></tr>" for n in notes) + "</tfoot>" if notes else ""
+    return f"<table>{title}" + tr(head, "th") + "".join(tr(r, "td") for r in rows) + foot + "</table>"
+
+# %% ../nbs/00_core.ipynb #1bfef7c2
+@dataclass(frozen=True)
+class Table:
+    "A table of texts, which shows itself"
+    head: Sequence[str] # a text for each column
+    rows: Sequence[Sequence[str]] # the same
+    caption: str = "" # above it
+    notes: Sequence[str] = () # below it, a line each
+
+    def __iter__(self) -> Iterator:
+        "Head and rows, as `text_table` and `html_table` take them"
+        return iter((self.head, self.rows))
+
+    def __repr__(self):
+        return "\n".join([*filter(None, [self.caption]), text_table(*self), *self.notes])
+
+    def _repr_html_(self): return html_table(*self, self.caption, self.notes)
+
+    def to_frame(self) -> "pandas.DataFrame": # texts, as they are shown
+        "The table for pandas"
+        import pandas as pd
+        return pd.DataFrame([list(r) for r in self.rows], columns=list(self.head))

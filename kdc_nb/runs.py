@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache, singledispatch
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -175,8 +176,30 @@ class Result:
     bins: dict[str, list[float | None]] # of the reliability diagram on the test images: `reliability_bins` as lists
     truth: dict[str, float] | None = None # `truth_of`, where the posterior is known
     valid: dict[str, float] = field(default_factory=dict) # NLL, top-1 and ECE on the validation images, by which runs are chosen; empty in older files
-    images: dict[str, Outcomes] = field(default_factory=dict, repr=False) # on the test images, "raw" and "scaled"; empty if they were not kept
-    logits: dict[str, Tensor] = field(default_factory=dict, repr=False) # "valid" and "test", (N, C); empty if read from a light file
+    images: dict[str, Outcomes] = field(default_factory=dict) # on the test images, "raw" and "scaled"; empty if they were not kept
+    logits: dict[str, Tensor] = field(default_factory=dict) # "valid" and "test", (N, C); empty if read from a light file
+
+    def title(self) -> str:
+        "The run in one line, with what was fitted to its logits afterwards"
+        return title_of(self.spec) + (f", after {self.facts['after']['name']}" if "after" in self.facts else "")
+
+    def table(self) -> Table:
+        "The main metrics and the distance to the truth, where that is known, raw and after temperature scaling"
+        shown = self.evaluation.table(("top1", "nll", "ece"))
+        rows = [row for k in ("error", "kl") for row in (
+            [metric_label(k), "raw", metric_text(k, self.truth[k]), "", "", ""],
+            ["", "after TS", metric_text(k, self.truth[f"scaled_{k}"]), "", "", ""])] if self.truth else []
+        seconds = f", {self.facts['seconds']:,.1f} s on {self.facts['device']}" if "seconds" in self.facts else ""
+        caption = f"{self.title()}\n{shown.caption}; {len(self.history)} epochs{seconds}"
+        return replace(shown, rows=[*shown.rows, *rows], caption=caption)
+
+    def __repr__(self):
+        top1, nll, ece = (self.evaluation.raw[k].value for k in ("top1", "nll", "ece"))
+        seen = f"Top-1 {100*top1:.2f}%, NLL {nll:.3f} nats, ECE {100*ece:.2f}%; N = {self.evaluation.n:,}"
+        return f"<Result of {shorten(self.title(), 90, placeholder=' ...')}: {seen}>"
+
+    def __str__(self): return repr(self.table())
+    def _repr_html_(self): return self.table()._repr_html_()
 
 # %% ../nbs/12_runs.ipynb #089936da
 def light_of(result: Result) -> dict[str, Any]:

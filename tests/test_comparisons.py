@@ -1,13 +1,16 @@
 "Comparisons: against scipy's tests, by hand, and by what must hold for any numbers"
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, strategies as st
 from scipy.stats import ttest_1samp, ttest_rel
 
-from kdc_nb.comparisons import contributions, difference_of, holm, paired, rank_intervals, split_score, spread_difference, verdict
-from kdc_nb.estimates import evaluate
-from kdc_nb.metrics import outcomes, scores
+from kdc_nb.comparisons import compare, contributions, difference_of, holm, paired, rank_intervals, split_score, spread_difference, verdict
+from kdc_nb.estimates import evaluate, interval
+from kdc_nb.metrics import fit_temperature, outcomes, scores
+
+from .conftest import made
 
 numbers = st.lists(st.floats(-5, 5), min_size=2, max_size=6, unique=True)
 
@@ -67,6 +70,139 @@ def test_other_images_are_refused():
     with pytest.raises(ValueError, match="images: got some with other labels"): rank_intervals({"a": [outcomes(z, y)], "b": [outcomes(z, y.roll(1))]}, "nll")
     with pytest.raises(ValueError, match="rows: got rows with other numbers of seeds"): rank_intervals({"a": [seen(0)], "b": [seen(0)]*3}, "nll")
     with pytest.raises(ValueError, match="b: got 0 seeds"): paired([], [], "ece")
+
+
+# -- two models' logits --------------------------------------------------------
+
+def two(n=300, c=5, seed=0):
+    "Logits of an overconfident and of a noisy model, and labels"
+    z, y, _ = made(n, c, seed=seed)
+    g = torch.Generator().manual_seed(seed + 1)
+    return 1.5*z, z + .8*torch.randn(z.shape, generator=g, dtype=torch.float64), y
+
+
+def test_compare_is_paired_metric_by_metric():
+    a, b, y = two()
+    c = compare(a, b, y)
+    assert list(c.raw) == ["top1", "nll", "brier", "ece", "ace", "ks"] and (c.n, c.seeds, c.scaled, c.names) == (300, 1, {}, ("a", "b"))
+    for k in ("top1", "nll", "ece", "ace", "ks"):
+        theirs = paired([outcomes(a, y)], [outcomes(b, y)], k)
+        assert c.raw[k].difference[:4] == pytest.approx(theirs[:4], rel=1e-6, abs=1e-12), k
+    assert c.raw["ece"].a == pytest.approx(interval(a, y, "ece", n_boot=200)["ece"].debiased)
+    assert [m.p_holm for m in c.raw.values()] == holm([m.difference.p for m in c.raw.values()]).tolist()
+
+
+def test_compare_by_hand():
+    "Probabilities .8 and .6 of the first of two classes, labels 0, 0, 0, 1: NLLs, Brier scores and paired t tests"
+    p = np.array([[.8, .2]]*4), np.array([[.6, .4]]*4)
+    c = compare(*p, [0, 0, 0, 1], kind="probs")
+    nll = np.log([[.6/.8]*3 + [.4/.2]]).squeeze()
+    assert c.raw["nll"].difference.mean == pytest.approx(nll.mean()) and c.raw["nll"].difference.p == pytest.approx(ttest_1samp(nll, 0).pvalue)
+    assert (c.raw["brier"].a, c.raw["brier"].b) == (pytest.approx((3*.08 + 1.28)/4), pytest.approx((3*.32 + .72)/4))
+    assert c.raw["top1"].difference == (0, 0, 0, 1, (0,), 4) and c.raw["top1"].better is None
+    assert all(m.better is None for m in c.raw.values()) and repr(c).count("cannot be told") == 7 # a line each, and the footnote
+
+
+def test_the_better_is_named_whichever_comes_first():
+    a, b, y = two(4000)
+    c, turned = compare(a, b, y, names=("bold", "noisy")), compare(b, a, y)
+    assert (c.raw["top1"].better, c.raw["ece"].better) == ("a", "b") == (turned.raw["top1"].better.replace("b", "a"), turned.raw["ece"].better.replace("a", "b"))
+    for k, m in c.raw.items():
+        assert (m.difference.mean, m.difference.low, m.p_holm) == pytest.approx((-turned.raw[k].difference.mean, -turned.raw[k].difference.high, turned.raw[k].p_holm))
+    assert [r[-1] for r in c.table().rows][:2] == ["bold", "noisy" if c.raw["nll"].better == "b" else "bold"]
+    assert c.table().head[1:3] == ["bold", "noisy"] and {"bold", "noisy"} < set(c.to_frame())
+
+
+def test_any_framework_and_both_kinds():
+    a, b, y = two(60)
+    first = compare(a, b, y)
+    for x, z, labels in ((a.numpy(), b.tolist(), y.tolist()), (a.float().requires_grad_(), b.float(), y.float()), (pd.DataFrame(a.numpy()), b.numpy(), pd.Series(y.numpy()))):
+        for k, m in compare(x, z, labels).raw.items(): assert m.a == pytest.approx(first.raw[k].a, abs=1e-4), k
+    for k, m in compare(a.softmax(1), b.softmax(1), y, kind="probs").raw.items(): assert m[:2] == pytest.approx(first.raw[k][:2]), k
+
+
+def test_seeds_are_compared_in_pairs():
+    (a, b, y), noise = two(), .2*torch.randn(3, 300, 5, generator=torch.Generator().manual_seed(5))
+    c = compare([a + e for e in noise], [b - e for e in noise], y)
+    theirs = paired([outcomes(a + e, y) for e in noise], [outcomes(b - e, y) for e in noise], "nll")
+    assert c.seeds == 3 and c.raw["nll"].difference[:4] == pytest.approx(theirs[:4]) and c.raw["nll"].difference.each == pytest.approx(theirs.each) and len(c.raw["ece"].difference.each) == 3
+    assert compare(a + noise, (b - noise).numpy(), y).raw == c.raw, "as one table (seeds, N, C)"
+    assert "other training runs and other images" in repr(c) and "not of other training runs" in repr(compare(a, b, y))
+
+
+def test_after_temperature_scaling_each_model_has_its_own_temperature():
+    (a, b, y), (va, vb, vy) = two(), two(200, seed=9)
+    c = compare(a, b, y, va, vb, vy)
+    T = [fit_temperature(v, vy) for v in (va, vb)]
+    theirs = paired([outcomes(a/T[0], y)], [outcomes(b/T[1], y)], "nll")
+    assert c.scaled["nll"].difference[:4] == pytest.approx(theirs[:4]) and set(c.scaled) == set(c.raw) - {"top1"}
+    found = [*c.raw.values(), *c.scaled.values()]
+    assert sorted(m.p_holm for m in found) == pytest.approx(sorted(holm([m.difference.p for m in found]))), "corrected for all that is shown"
+    assert [r[0] for r in c.table().rows][:4] == ["Top-1, %", "NLL, nats", "  after TS", "Brier"]
+
+
+def test_a_comparison_goes_to_pandas_in_its_unit():
+    a, b, y = two(2000)
+    frame = compare(a, b, y).to_frame()
+    assert list(frame) == ["output", "metric", "unit", "a", "b", "difference", "low", "high", "p", "p_holm", "better", "n", "seeds"]
+    row = frame.set_index("metric").loc["top1"]
+    assert row.a == pytest.approx(100*scores(outcomes(a, y))["top1"]) and row.unit == "%" and row.n == 2000
+    assert frame[["a", "b", "difference", "low", "high", "p", "p_holm"]].dtypes.eq(float).all() and frame.p.between(0, 1).all()
+
+
+def test_an_infinite_nll_is_not_tested():
+    p = np.array([[1., 0.], [0., 1.], [.7, .3], [.4, .6]])
+    c = compare(p, np.full((4, 2), .5), [0, 0, 0, 1], kind="probs")
+    assert c.raw["nll"] == (np.inf, pytest.approx(np.log(2)), None, None, None) and c.raw["brier"].difference is not None
+    assert "infinite" in repr(c) and "nan" not in repr(c) and "for 5 comparisons" in repr(c)
+    assert np.isnan(c.to_frame().set_index("metric").loc["nll", "difference"])
+
+
+a, b, y = two(60)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: compare(a, b, y[:50]), "labels: got 50 of them, expected 60"),
+    (lambda: compare(a, b[:50], y), "logits_b: got 50 images, 5 classes, expected 60 images, 5 classes, as logits_a has"),
+    (lambda: compare(a, b[:, :4], y), "logits_b: got 60 images, 4 classes"),
+    (lambda: compare(y, a, b), r"logits_a: got shape \(60,\), expected \(N, C\)"),
+    (lambda: compare(a, y, b), r"logits_b: got shape \(60,\), expected \(N, C\)"),
+    (lambda: compare(a, b, torch.eye(5)[y]), r"labels: got shape \(60, 5\), expected \(N,\)"),
+    (lambda: compare(a, b, y + .5), "labels: got numbers with a fraction"),
+    (lambda: compare(a, b, y + 1), "labels: got 1 to 5, expected 0 to 4"),
+    (lambda: compare(a, b.clone().fill_(np.nan), y), "logits_b: got NaN or infinity"),
+    (lambda: compare(a.softmax(1), b, y, kind="probs"), "logits_b: got numbers that are none, expected numbers between 0 and 1"),
+    (lambda: compare(a, b, y, kind="prob"), "kind: got 'prob'"),
+    (lambda: compare("a.npz", b, y), "logits_a: got a str that is no table of numbers"),
+    (lambda: compare([a, a], [b], y), "logits_b: got 1 seeds, expected 2, as logits_a has"),
+    (lambda: compare([a, a[:50]], [b, b], y), "logits_a: got 50 images"),
+    (lambda: compare([], b, y), "logits_a: got shape"),
+    (lambda: compare(a[:1], b[:1], y[:1]), "labels: got 1 of them, expected two images or more"),
+    (lambda: compare(a, b, y, a, b), "valid_labels: got not all of"),
+    (lambda: compare(a, b, y, a, b, y[:9]), "valid_labels: got 9 of them"),
+    (lambda: compare(a, b, y, a, y, y), "valid_logits_b: got shape"),
+    (lambda: compare(a, b, y, a[:, :3], b[:, :3], y.clamp(max=2)), "valid_logits_a: got 1 seeds, 3 classes, expected 1 seeds, 5 classes"),
+    (lambda: compare([a, a], [b, b], y, a, b, y), "valid_logits_a: got 1 seeds, 5 classes, expected 2 seeds, 5 classes"),
+    (lambda: compare(a, b, y, names=("x", "x")), "names: got"),
+])
+def test_compare_names_what_is_wrong(call, message):
+    with pytest.raises(ValueError, match=f"^{message}"): call()
+
+
+@pytest.mark.parametrize("call", [lambda: paired(a, b, "ece"), lambda: paired(a.numpy(), b.numpy()[:9], "ece"), lambda: paired([a], [b], "nll"),
+                                  lambda: paired(outcomes(a, y), outcomes(b, y), "nll"), lambda: rank_intervals({"a": [a], "b": [b]}, "nll")])
+def test_outcomes_are_asked_for_where_logits_came(call):
+    with pytest.raises(ValueError, match="in place of Outcomes, expected .* call `compare`"): call()
+
+
+def test_two_models_as_good_as_each_other_are_seldom_told_apart():
+    "Both see the same logits with noise of their own; 100 comparisons of six metrics, of which 5 should be wrong"
+    wrong = 0
+    for seed in range(100):
+        z, y, _ = made(500, 10, seed=seed)
+        noise = .5*torch.randn(2, *z.shape, generator=torch.Generator().manual_seed(seed + 1000), dtype=torch.float64)
+        wrong += any(m.better for m in compare(z + noise[0], z + noise[1], y).raw.values())
+    assert wrong <= 12 # at 5% more than 12 have a chance of .2%
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))

@@ -140,8 +140,59 @@ def test_evaluation_is_a_value():
     e = evaluate(z, y, n_boot=30)
     assert decode(json.loads(json.dumps(encode(e), allow_nan=False))) == e
     assert isinstance(e, Evaluation) and isinstance(e.raw["ece"], Estimate)
-    assert "classwise_ace" in repr(e) and e._repr_html_().count("<tr>") == 1 + 2*len(RULES | MEANS)
+    daggers = any(v.outside() for t in (e.raw, e.scaled) for v in t.values())
+    assert "classwise ACE, %" in repr(e) and e._repr_html_().count("<tr>") == 1 + 2*len(RULES | MEANS) + daggers
+    assert max(map(len, repr(e).splitlines())) <= 80, "a terminal's width"
     assert evaluate(z[:4], y[:4], n_boot=30).scaled is None
+
+
+def test_a_table_shows_percent_raw_and_scaled_together():
+    z, y, _ = made(400, 10, 2.)
+    e = evaluate(z, y, n_boot=50)
+    head, rows = e.table(["ece", "nll"])
+    assert head == ("metric", "outputs", "value", "95% interval", "debiased", "null band")
+    assert [r[:2] for r in rows] == [["ECE, %", "raw"], ["", "after TS"], ["NLL, nats", "raw"], ["", "after TS"]]
+    raw = e.raw["ece"]
+    assert rows[0][2:5] == [f"{100*raw.value:.2f}", f"{100*raw.low:.2f} to {100*raw.high:.2f}", f"{100*raw.debiased:.2f}"]
+    assert rows[3][2] == f"{e.scaled['nll'].value:.3f}" and rows[3][4] == ""
+    with pytest.raises(ValueError, match="metrics: got 'ecee', expected one of ace"): e.table(["ecee"])
+
+
+def test_a_value_outside_its_interval_has_a_footnote_and_no_other_has():
+    "A perfect model of 200 images: the classwise errors are noise, and lie above the interval of the error without it"
+    z, y, _ = made(200, 10, 1., 3.)
+    e = evaluate(z, y, n_boot=50)
+    table = e.table()
+    marked = [r[2].endswith("†") for r in table.rows]
+    assert marked == [not v.low <= v.value <= v.high for _, _, v in e.estimates()] and any(marked)
+    assert len(table.notes) == 1 and table.notes[0].startswith("†") and table.notes[0] in repr(e) and table.notes[0] in e._repr_html_()
+    assert not e.table(["top1", "nll"]).notes
+
+
+def test_a_frame_holds_every_estimate_in_its_unit(tmp_path):
+    z, y, _ = made(300, 4, 2.)
+    e = evaluate(z, y, n_boot=50)
+    frame = e.to_frame()
+    assert list(frame) == ["output", "metric", "unit", "value", "low", "high", "debiased", "null_low", "null_high", "n"]
+    assert len(frame) == 2*len(RULES | MEANS) and set(frame.n) == {300}
+    assert all(frame[c].dtype == float for c in ("value", "low", "high", "debiased", "null_low", "null_high"))
+    for which in ("raw", "scaled"):
+        for k, v in getattr(e, which).items():
+            (row,) = frame[(frame.output == which) & (frame.metric == k)].to_dict("records")
+            scale = 1 if k in ("nll", "brier") else 100
+            for field in ("value", "low", "high", "debiased", "null_low", "null_high"):
+                assert row[field] == pytest.approx(np.nan if getattr(v, field) is None else scale*getattr(v, field), nan_ok=True)
+            assert row["unit"] == {"nll": "nats", "brier": ""}.get(k, "%")
+    frame.to_csv(tmp_path/"e.csv", index=False)
+    assert (tmp_path/"e.csv").read_text().splitlines()[0] == "output,metric,unit,value,low,high,debiased,null_low,null_high,n"
+    assert r"null\_low" in frame.to_latex(escape=True) and r"\%" in frame.to_latex(escape=True)
+    alone = evaluate(z[:4], y[:4], n_boot=30).to_frame()
+    assert set(alone.output) == {"raw"} and len(alone) == len(RULES | MEANS)
+
+
+def test_an_infinite_nll_is_shown_as_that():
+    e = evaluate([[1., 0.]]*6, [0, 1]*3, n_boot=5, kind="probs")
+    assert e.table(["nll"]).rows[0][2:4] == ["infinite", ""] and e.to_frame().query("metric == 'nll' and output == 'raw'").value.item() == np.inf
 
 
 def test_means_have_the_promised_null_band():

@@ -14,7 +14,7 @@ from kdc_nb.comparisons import paired
 from kdc_nb import paper
 from kdc_nb.metrics import ece, nll, top1
 from kdc_nb.paper import (AS_PUBLISHED, MINIATURES, PAPER, SETTINGS, Setting, candidates, choice_of, chosen, collect, differences, direct_of, generation_of, main,
-                          paper_specs, prepare_candidates, prepare_progress, published, self_distilled, table_claims, table_of, table_specs)
+                          paper_specs, prepare_candidates, prepare_progress, prepare_table, published, self_distilled, table_claims, table_of, table_specs)
 from kdc_nb.penultimate import look
 from kdc_nb.plots import prepare_generations
 from kdc_nb.runs import Distil, RunSpec, Scaled, Store, images_of, lineage, read_results, run, write_results
@@ -156,10 +156,34 @@ def test_an_unfinished_table_says_what_is_missing(table):
     head, cells = prepare_progress(named, published("self"))
     by = {r[0]: dict(zip(head, r)) for r in cells}
     assert by["KD(C), from NLL after TS"]["seeds"] == "2 of 3" and by["Direct, NLL"]["seeds"] == "3 of 3"
-    assert (by["Direct, NLL"]["paper: ECE"], by["Direct, focal + MDCA"]["paper: ECE"]) == ("3.30", "not in our source")
-    assert by["Direct, NLL after TS"]["NLL"] == by["Direct, NLL"]["after TS: NLL"] != by["Direct, NLL"]["NLL"]
+    assert (by["Direct, NLL"]["paper: ECE, %"], by["Direct, focal + MDCA"]["paper: ECE, %"]) == ("3.30", "not in our source")
+    assert by["Direct, NLL after TS"]["NLL, nats"] == by["Direct, NLL"]["after TS: NLL, nats"] != by["Direct, NLL"]["NLL, nats"]
     head, cells = prepare_progress(collect(seeds, {}), {})
-    assert "true error" not in head and {r[1] for r in cells} == {"to do"} and not any(any(r[2:]) for r in cells) and not any(h.startswith("paper") for h in head)
+    assert "true error, %" not in head and {r[1] for r in cells} == {"to do"} and not any(any(r[2:]) for r in cells) and not any(h.startswith("paper") for h in head)
+
+
+def test_an_ece_outside_its_interval_is_marked_and_said_below(table):
+    "The mean interval is moved below the mean ECE"
+    seeds, results = table
+    done = [results[rows["Direct, NLL"]] for rows in seeds]
+    low = [replace(r, evaluation=replace(r.evaluation, raw=r.evaluation.raw | {"ece": replace(r.evaluation.raw["ece"], value=.5, low=.1, high=.4)})) for r in done]
+    inside = [replace(r, evaluation=replace(r.evaluation, raw=r.evaluation.raw | {"ece": replace(r.evaluation.raw["ece"], value=.5, low=.1, high=.6)})) for r in done]
+    shown = prepare_table({"a": low, "b": inside}, "two rows")
+    assert [r[shown.head.index("ECE, %")] for r in shown.rows] == ["50.00 ±0.00†", "50.00 ±0.00"] and len(shown.notes) == 1
+    text = repr(shown).splitlines()
+    assert text[0] == "two rows" and text[-1] == shown.notes[0] and text[-1].startswith("†") and shown.notes[0] in shown._repr_html_()
+    assert prepare_table({"b": inside}).notes == prepare_progress({"b": inside}, {}).notes == [] and len(prepare_progress({"a": low}, {}).notes) == 1
+
+
+def test_tables_go_to_pandas(table, tmp_path):
+    seeds, results = table
+    shown = prepare_progress(collect(seeds, results), published("self"))
+    head, rows = shown
+    frame = shown.to_frame()
+    assert list(frame) == head and frame.values.tolist() == rows
+    frame.to_csv(tmp_path/"t.csv", index=False)
+    assert (tmp_path/"t.csv").read_text().splitlines()[0].startswith(',seeds,"Top-1, %","ECE, %",95% interval')
+    assert r"ECE, \%" in frame.to_latex(index=False, escape=True)
 
 
 def test_rows_are_compared_seed_by_seed_over_the_seeds_that_both_have(table, tmp_path):
@@ -231,7 +255,7 @@ def test_the_lowest_validation_nll_chooses_whatever_the_test_images_say(table, d
     results = {s: replace(any_result, spec=s, valid={"nll": v, "top1": .5, "ece": .1}) for s, v in by.items()}
     best = chosen(offered, results)
     assert best == {m: min(several, key=by.get) for m, several in offered.items()}
-    assert [f"{by[s]:.3f}" for s in best.values()] == [nll.removesuffix(" *") for *_, nll, _, _ in prepare_candidates(offered, results)[1] if nll.endswith("*")]
+    assert [f"{by[s]:.3f}" for s in best.values()] == [nll.removesuffix(" *") for *_, nll, _, _ in prepare_candidates(offered, results).rows if nll.endswith("*")]
     choice = choice_of(best)
     assert (choice.T, choice.alpha) == (best["KD"].method.T, best["KD"].method.alpha) and choice.methods["CRL"] == best["CRL"].method
     assert {m: choice.methods[m] for m in ("NLL", "AdaFocal", "PS-KD")} == {m: AS_PUBLISHED.methods[m] for m in ("NLL", "AdaFocal", "PS-KD")}
@@ -247,7 +271,7 @@ def test_an_unfinished_or_older_choice_is_none(table):
     short = {s: r for s, r in results.items() if s != first}
     for got in ({}, short, short | {first: replace(results[first], valid={})}):
         with pytest.raises(ValueError, match="results: got none with a validation NLL of .*mdca beta=1 gamma=0"): chosen(offered, got)
-    body = prepare_candidates(offered, short)[1]
+    body = prepare_candidates(offered, short).rows
     assert body[0][2] == "to do" and {row[0] for row in body if row[2].endswith("*")} == {"KD"}
 
 

@@ -82,9 +82,11 @@ def test_a_table_has_the_columns_that_its_rows_speak_of(results):
     row = dict(zip(head, a))
     mean = np.mean([r.truth["scaled_kl"] for r in direct])
     assert prepare_rows({"a": direct}, "scaled")[0].mean["kl"] == pytest.approx(mean) and (row["T"], dict(zip(head, b))["T"]) == ("", "1")
-    assert row["ECE"] == f"{50*sum(r.evaluation.raw['ece'].value for r in direct):.1f} ±{100*np.std([r.evaluation.raw['ece'].value for r in direct], ddof=1):.1f}"
+    seen = np.array([r.evaluation.raw["ece"].value for r in direct])
+    ends = [np.mean([getattr(r.evaluation.raw["ece"], k) for r in direct]) for k in ("low", "high")]
+    assert row["ECE, %"] == f"{100*seen.mean():.2f} ±{100*seen.std(ddof=1):.2f}" + "†"*(not ends[0] <= seen.mean() <= ends[1])
     unknown = [replace(r, truth=None) for r in direct]
-    assert set(head) - set(prepare_table({"direct": unknown})[0]) == {"T", "alpha", "true error", "KL to truth"}
+    assert set(head) - set(prepare_table({"direct": unknown}).head) == {"T", "alpha", "true error, %", "KL to truth, nats"}
 
 
 def test_rows_refuse_what_is_not_there(results):

@@ -15,8 +15,8 @@ from kdc_nb.calibrators import Method
 from kdc_nb.core import DamagedFile, encode, load_npz, load_tensors, save_npz
 from kdc_nb.data import Data
 from kdc_nb.metrics import fit_temperature, nll, outcomes, scores, width_bins
-from kdc_nb.runs import (Distil, Posterior, RunSpec, Scaled, Store, clean, images_of, lineage, packed, read_results, run, run_id, stored, training_logits,
-                         unpacked, write_results)
+from kdc_nb.runs import (Distil, Posterior, RunSpec, Scaled, Store, clean, images_of, lineage, packed, read_results, recalibrate, run, run_id, stored, title_of,
+                         training_logits, unpacked, write_results)
 from kdc_nb.training import Recipe
 
 TINY = Data("known", n_train=100, n_valid=60, n_test=80)
@@ -36,6 +36,23 @@ def test_a_second_call_trains_nothing(store, monkeypatch):
     monkeypatch.setattr("kdc_nb.runs.fit", lambda *a, **k: pytest.fail("trained again"))
     again = go(STUDENT, store)
     assert torch.equal(first.logits["test"], again.logits["test"]) and encode(first.evaluation) == encode(again.evaluation)
+
+
+def test_a_result_is_shown_in_short(store):
+    "One line in a list, a table of a page's width in a cell or printed, and every field is still there"
+    result = go(STUDENT, store)
+    assert "\n" not in repr(result) and len(repr(result)) < 200 and f"ECE {100*result.evaluation.raw['ece'].value:.2f}%" in repr(result)
+    head, rows = result.table()
+    assert [r[0] for r in rows] == ["Top-1, %", "", "NLL, nats", "", "ECE, %", "", "true error, %", "", "KL to truth, nats", ""]
+    by = {(name or rows[i - 1][0], which): value for i, (name, which, value, *_) in enumerate(rows)}
+    assert by["true error, %", "after TS"] == f"{100*result.truth['scaled_error']:.2f}" and by["KL to truth, nats", "raw"] == f"{result.truth['kl']:.3f}"
+    assert by["NLL, nats", "after TS"] == f"{result.evaluation.scaled['nll'].value:.3f}"
+    title, facts = str(result).splitlines()[:2]
+    assert title == title_of(STUDENT) and facts.startswith("80 images") and f"T = {result.evaluation.T:.4g}; 2 epochs, " in facts and facts.endswith("s on cpu")
+    assert "<br>" in result._repr_html_() and result._repr_html_().count("<tr>") == 1 + 10 + len(result.table().notes)
+    photos = replace(result, truth=None)
+    assert len(photos.table().rows) == 6 and len(str(photos).splitlines()) == 9 + len(photos.table().notes)
+    assert "after ts" in str(recalibrate(result, "ts")).splitlines()[0]
 
 
 def test_chains_train_the_first_teacher_first(store):
