@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ARCHIVES', 'SUPERCLASSES', 'Samples', 'Split', 'DataSet', 'Data', 'load_data', 'channel_stats', 'known_world',
            'known_split', 'paint', 'posterior_of', 'known', 'check_splits', 'digits', 'fetch_archive', 'read_archive',
-           'photos', 'superclass_of', 'photo_set', 'cifar10', 'cifar100', 'read_votes', 'cifar10h', 'as_labels',
-           'named_classes', 'check_fingerprint', 'own_path', 'read_own', 'cut', 'WithoutFold', 'augment',
+           'photos', 'to_fetch', 'superclass_of', 'photo_set', 'cifar10', 'cifar100', 'read_votes', 'cifar10h',
+           'as_labels', 'named_classes', 'check_fingerprint', 'own_path', 'read_own', 'cut', 'WithoutFold', 'augment',
            'check_augment', 'pad_of', 'draw_views']
 
 # %% ../nbs/02_data.ipynb #5ccb00fd
@@ -250,6 +250,15 @@ def photos(
         save_tensors(path, tensors, classes=classes)
     tensors, meta = load_tensors(path)
     return tensors, meta["classes"]
+
+# %% ../nbs/02_data.ipynb #dd31ff9b
+def to_fetch(
+    data: Data,
+) -> str: # a file's name; empty: nothing
+    "What `load_data` would have to fetch from elsewhere for a data set of the kit's own"
+    sources = {"cifar10": "cifar10", "cifar100": "cifar100", "cifar10h": "cifar10"}
+    file = f"{sources.get(data.name)}.safetensors"
+    return "" if data.name not in sources or (cache_dir()/"data"/file).exists() else ARCHIVES[sources[data.name]][1]
 
 # %% ../nbs/02_data.ipynb #b2d522b0
 SUPERCLASSES = { # the classes of each group, in the order of the official group labels

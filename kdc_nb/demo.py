@@ -117,12 +117,12 @@ def report_block(
     "Table, verdict and figures of one block; the figures are written as PNG"
     rows, table = prepare_rows(results), prepare_table(results)
     said = told(rows)
-    html = f"<h2>{escape(block.title)}</h2>" + f"<p>{escape(said)}</p>".replace("\n", "<br>") + html_table(*table)
+    html = f"<h2>{escape(block.title)}</h2>" + f"<p>{escape(said)}</p>".replace("\n", "<br>") + table._repr_html_()
     for name, fig in block_figures(block, rows, results).items():
         with whole_file(folder/f"{name}.png") as part: fig.savefig(part, format="png", dpi=120)
         plt.close(fig)
         html += f'<p><img alt="{name}" src="data:image/png;base64,{b64encode((folder/f"{name}.png").read_bytes()).decode()}"></p>'
-    return f"{block.title}\n\n{text_table(*table)}\n\n{said}\n", html
+    return f"{block.title}\n\n{table}\n\n{said}\n", html
 
 # %% ../nbs/21_demo.ipynb #db7e15d4
 def demo(

@@ -437,7 +437,8 @@ class Evaluation:
     def table(self, metrics: Sequence[str] | None = None) -> Table:
         "The estimates of all metrics, or of some, as they are shown"
         shown = list(self.estimates(metrics))
-        rows = [[metric_label(k)*(which == "raw"), _OUTPUTS[which], *_estimate_texts(k, e)] for k, which, e in shown]
+        name = {"raw": metric_label, "scaled": lambda k: "  after TS"}
+        rows = [[name[which](k), *_estimate_texts(k, e)] for k, which, e in shown]
         return Table(_HEAD, rows, self.caption(), [OUTSIDE]*any(e.outside() for *_, e in shown))
 
     def to_frame(self) -> "pandas.DataFrame": # a row for each metric and output; numbers in `unit`, NaN where there is none
@@ -459,8 +460,7 @@ class Evaluation:
     def _repr_html_(self): return self.table()._repr_html_()
 
 
-_HEAD = ("metric", "outputs", "value", "95% interval", "debiased", "null band")
-_OUTPUTS = {"raw": "raw", "scaled": "after TS"}
+_HEAD = ("metric", "value", "95% interval", "debiased", "null band")
 DAGGER = "†"
 OUTSIDE = f"{DAGGER} outside its interval, which is for the error without the noise of the labels"
 

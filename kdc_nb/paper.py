@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SETTINGS', 'METHODS', 'AS_PUBLISHED', 'TABLE_2', 'COLUMNS', 'Rows', 'PAPER', 'MINIATURES', 'SMALLER', 'STRENGTHS',
-           'TEACHING', 'PRINTED', 'NOT_THERE', 'Shown', 'Setting', 'Choice', 'table_specs', 'kd', 'published', 'Row',
-           'prepare_rows', 'row_of', 'seeds_text', 'prepare_table', 'cells_of', 'self_distilled', 'generation_of',
-           'grid_specs', 'Piece', 'table_rows', 'text_rows', 'grid_rows', 'generation_rows', 'drift_rows', 'setting_of',
-           'paper_specs', 'candidates', 'chosen', 'choice_of', 'prepare_candidates', 'prepare_progress', 'collect',
-           'direct_of', 'table_claims', 'table_of', 'Compared', 'differences', 'main', 'command', 'read_kept', 'wanted',
-           'done_so_far']
+           'TEACHING', 'PRINTED', 'NOT_THERE', 'Shown', 'EXITS', 'Setting', 'Choice', 'table_specs', 'kd', 'published',
+           'Row', 'prepare_rows', 'row_of', 'seeds_text', 'prepare_table', 'cells_of', 'self_distilled',
+           'generation_of', 'grid_specs', 'Piece', 'table_rows', 'text_rows', 'grid_rows', 'generation_rows',
+           'drift_rows', 'setting_of', 'paper_specs', 'candidates', 'chosen', 'choice_of', 'prepare_candidates',
+           'prepare_progress', 'collect', 'direct_of', 'table_claims', 'table_of', 'Compared', 'differences', 'main',
+           'command', 'read_kept', 'wanted', 'done_so_far']
 
 # %% ../nbs/18_paper.ipynb #4c8939ea
 import argparse
@@ -478,9 +478,13 @@ def differences(
     return Compared({k: difference_of(np.stack(list(d.values()))) for k, d in less.items()}, None if mean is None or mean.size < 2 else difference_of(mean))
 
 # %% ../nbs/18_paper.ipynb #7b37c54c
-def main(args: Iterable[str] | None = None) -> int: # exit status: 0 all done, 75 time is over (0 under torchrun, which takes all else for a fault), 130 interrupted, 2 bad input, 1 a run failed
+EXITS = """Exit status: 0 all is done; 75 time is over, the same command goes on (0 under torchrun, which takes all else for a fault);
+130 stopped by Ctrl-C, the same command goes on; 2 bad input; 1 a run failed. Shares in tables are percent, NLL is in nats."""
+
+
+def main(args: Iterable[str] | None = None) -> int: # exit status, see EXITS
     "The command `kdc_sweep`"
-    p = argparse.ArgumentParser(prog="kdc_sweep", description="Do many runs; called again, go on where it was")
+    p = argparse.ArgumentParser(prog="kdc_sweep", description="Do many runs; called again, go on where it was", epilog=EXITS)
     p.add_argument("what", help=f"a table or figure of the paper ({', '.join(PAPER)}), or a .json file of descriptions")
     p.add_argument("--recipe", help="of a table or figure: paper, fast, cpu or smoke (paper; cpu for a miniature; text and text_small for table3)")
     p.add_argument("--seeds", type=int, help="how many of a table or figure (3)")
@@ -513,7 +517,7 @@ def command(a: argparse.Namespace, store: Store) -> int:
         left = None if until is None else max(0., until - time.time())
         results |= {r.spec: r for r in sweep(rows.values(), store, a.device, a.jobs, left) if r}
         if a.results and results and place()[0] == 0: write_results((read_kept(a.results) | results).values(), a.results, images=not a.candidates)
-    if a.what in PAPER: print(f"{PAPER[a.what].title}{f', in miniature on {a.small}'*bool(a.small)}\n" + text_table(*done_so_far(a, seeds, read_kept(a.results) | results)))
+    if a.what in PAPER: print(f"{PAPER[a.what].title}{f', in miniature on {a.small}'*bool(a.small)}\n{done_so_far(a, seeds, read_kept(a.results) | results)}")
     print(f"{len(results)} of {len(specs)} runs done, in {store.folder}" + "; time is over, the same command goes on"*(len(results) < len(specs)))
     return 0 if len(results) == len(specs) or place()[1] > 1 else 75
 
@@ -540,7 +544,7 @@ def wanted(a: argparse.Namespace) -> list[dict[str, RunSpec]]:
     return [paper_specs(a.what, a.recipe, s, a.small, choice) for s in range(a.seeds or 3)]
 
 
-def done_so_far(a: argparse.Namespace, seeds: list[dict[str, RunSpec]], results: Mapping[RunSpec, Result]) -> tuple[list[str], list[list[str]]]:
-    "What the command has done, this time and before, as a table"
+def done_so_far(a: argparse.Namespace, seeds: list[dict[str, RunSpec]], results: Mapping[RunSpec, Result]) -> Table:
+    "What the command has done, this time and before"
     if a.candidates: return prepare_candidates(candidates(a.what, a.recipe, a.small), results)
     return prepare_progress(collect(seeds, results), {} if a.small else published(PAPER[a.what].setting))

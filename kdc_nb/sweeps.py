@@ -150,16 +150,17 @@ def plan(
     store: Store | None = None, # None: the one in the cache folder
     device: str | None = None, # None: the fastest there is
 ) -> list[Planned]: # teachers first
-    "What `sweep` would do, and how long it would take one by one"
+    "What `sweep` would do, and how long it would take one by one; nothing is fetched for it"
     store, here = store or Store(), environment(best_device(device))["name"]
     pace = {}
     for r in stored(store): # the slowest: of students who share their teacher's words only the first had to ask
-        if r.facts["name"] == here: pace[kind_of(r.spec)] = max(pace.get(kind_of(r.spec), 0.), r.facts["seconds"]/n_images(r.spec))
+        if r.facts["name"] == here and not to_fetch(whole(r.spec.data)): pace[kind_of(r.spec)] = max(pace.get(kind_of(r.spec), 0.), r.facts["seconds"]/n_images(r.spec))
     return [planned_of(r, store, pace) for runs in levels(specs) for r in runs]
 
 
 def planned_of(spec: RunSpec, store: Store, pace: dict[tuple, float]) -> Planned:
     "The plan for one run, from its result, its checkpoint or the pace of others"
+    if to_fetch(whole(spec.data)): return Planned(spec, spec.recipe.epochs, None)
     if store.path(spec, "run").exists(): return Planned(spec, 0, 0.)
     try: meta = load_tensors(store.path(spec, "part"))[1]
     except (FileNotFoundError, DamagedFile): meta = {"epochs_done": 0., "seconds": 0.}
@@ -202,4 +203,6 @@ def plan_text(planned: list[Planned]) -> str:
     def left(p): return f"{p.epochs} of {p.spec.recipe.epochs} epochs left" if p.epochs else "done"
     known, unknown = sum(p.seconds or 0. for p in planned), sum(p.seconds is None for p in planned)
     total = f"{sum(p.epochs > 0 for p in planned)} runs to do, one by one {as_time(known)}" + f" and {unknown} of which nothing is known"*(unknown > 0)
-    return "\n".join([*(f"{left(p):28}{as_time(p.seconds):>18}  {title_of(p.spec)}" for p in planned), total])
+    files = ", ".join(dict.fromkeys(f for p in planned if (f := to_fetch(whole(p.spec.data)))))
+    fetched = [f"{files} will be downloaded first, or taken from {cache_dir()/'data'}"] if files else []
+    return "\n".join([*(f"{left(p):28}{as_time(p.seconds):>18}  {title_of(p.spec)}" for p in planned), total, *fetched])

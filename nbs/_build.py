@@ -120,11 +120,15 @@ def from_root(text: str) -> str:
 def readme() -> int:
     "README.md from index.ipynb; pictures among its outputs go to nbs/images"
     from nbconvert import MarkdownExporter
+    from traitlets.config import Config
     nb = nbformat.read(NBS/"index.ipynb", as_version=4)
     nb.metadata["language_info"] = {"name": "python"}
     nb.cells = [c for c in nb.cells if "hide" not in directives(c)]
-    for cell in nb.cells: cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
-    text, resources = MarkdownExporter().from_notebook_node(nb, {"unique_key": "index", "output_files_dir": "images"})
+    for cell in nb.cells:
+        cell.metadata["tags"] = ["output alone"]*("echo: false" in directives(cell))
+        cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
+    config = {"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": {"output alone"}}}
+    text, resources = MarkdownExporter(config=Config(config)).from_notebook_node(nb, {"unique_key": "index", "output_files_dir": "images"})
     for old in NBS.glob("images/index_*"): old.unlink()
     for name, data in resources["outputs"].items():
         (NBS/name).parent.mkdir(exist_ok=True)

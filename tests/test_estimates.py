@@ -150,11 +150,11 @@ def test_a_table_shows_percent_raw_and_scaled_together():
     z, y, _ = made(400, 10, 2.)
     e = evaluate(z, y, n_boot=50)
     head, rows = e.table(["ece", "nll"])
-    assert head == ("metric", "outputs", "value", "95% interval", "debiased", "null band")
-    assert [r[:2] for r in rows] == [["ECE, %", "raw"], ["", "after TS"], ["NLL, nats", "raw"], ["", "after TS"]]
+    assert head == ("metric", "value", "95% interval", "debiased", "null band")
+    assert [r[0] for r in rows] == ["ECE, %", "  after TS", "NLL, nats", "  after TS"]
     raw = e.raw["ece"]
-    assert rows[0][2:5] == [f"{100*raw.value:.2f}", f"{100*raw.low:.2f} to {100*raw.high:.2f}", f"{100*raw.debiased:.2f}"]
-    assert rows[3][2] == f"{e.scaled['nll'].value:.3f}" and rows[3][4] == ""
+    assert rows[0][1:4] == [f"{100*raw.value:.2f}", f"{100*raw.low:.2f} to {100*raw.high:.2f}", f"{100*raw.debiased:.2f}"]
+    assert rows[3][1] == f"{e.scaled['nll'].value:.3f}" and rows[3][3] == ""
     with pytest.raises(ValueError, match="metrics: got 'ecee', expected one of ace"): e.table(["ecee"])
 
 
@@ -163,7 +163,7 @@ def test_a_value_outside_its_interval_has_a_footnote_and_no_other_has():
     z, y, _ = made(200, 10, 1., 3.)
     e = evaluate(z, y, n_boot=50)
     table = e.table()
-    marked = [r[2].endswith("†") for r in table.rows]
+    marked = [r[1].endswith("†") for r in table.rows]
     assert marked == [not v.low <= v.value <= v.high for _, _, v in e.estimates()] and any(marked)
     assert len(table.notes) == 1 and table.notes[0].startswith("†") and table.notes[0] in repr(e) and table.notes[0] in e._repr_html_()
     assert not e.table(["top1", "nll"]).notes
