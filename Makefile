@@ -24,7 +24,7 @@ demo: $(READY) ## calibration passes from a teacher to a student, in three minut
 	@$(BIN)/kdc_demo $(if $(DATA),--data "$(DATA)") $(if $(SEEDS),--seeds "$(SEEDS)")
 
 lab: $(READY) ## open the notebooks in JupyterLab
-	@$(BIN)/jupyter lab nbs/index.ipynb
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/jupyter lab nbs/index.ipynb
 
 notebooks: $(READY) ## run every notebook, keep its outputs, make README.md
 	@$(BIN)/python nbs/_build.py run

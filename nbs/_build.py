@@ -25,6 +25,7 @@ FLAGS = {"slow", "gpu"} # as in `tst_flags`: cells that nbdev_test runs only whe
 ENV = { # in which a second run gives the same bytes, also on another machine (x86-64 with AVX2): no hash order, no dates, sums in one order
     "PYTHONHASHSEED": "0", "SOURCE_DATE_EPOCH": "0", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
     "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE", "OPENBLAS_CORETYPE": "Haswell",
+    "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR", "NUMBA_CPU_NAME": "generic",
 }
 PROGRESS = re.compile(r"\[\d\d:\d\d[<,]") # how every tqdm bar ends
 PRIVATE = re.compile(r"0x7f[0-9a-f]+|(?<![\w.:/])/(?:home|root|Users|tmp|private|var)/[\w.]+")

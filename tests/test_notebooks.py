@@ -84,3 +84,21 @@ def test_modules_below_plots_are_light():
     light = sorted(m for m, (floor, _) in modules().items() if floor < top)
     lines = [f"import kdc_nb.{m}; bad = {HEAVY} & set(sys.modules); assert not bad, ('kdc_nb.{m}', bad)" for m in light]
     subprocess.run([sys.executable, "-c", "\n".join(["import sys", *lines])], cwd=ROOT, check=True)
+
+
+def test_the_readmes_code_runs_from_any_folder(tmp_path):
+    "As somebody pastes it: block after block, in a folder that is not the checkout"
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT/"README.md").read_text(encoding="utf-8"), flags=re.M | re.S)
+    assert len(blocks) >= 3
+    (tmp_path/"readme.py").write_text("\n".join(blocks), encoding="utf-8")
+    subprocess.run([sys.executable, "-W", "error", "readme.py"], cwd=tmp_path, check=True)
+
+
+@page
+def test_nothing_runs_for_the_asking_alone(nb):
+    "JupyterLab's Run All knows no `eval: false`: what trains is behind a switch, results are found from any folder and never written over"
+    for cell in nb.cells:
+        if cell.cell_type != "code": continue
+        assert "eval: false" not in build["directives"](cell) and not re.search(r"^!", cell.source, flags=re.M)
+        assert not re.search(r"[\"'](\.\./)*results/", cell.source), "results_file(name)"
+        assert not re.search(r"write_\w+\([^)]*results_file", cell.source)

@@ -1,0 +1,69 @@
+"The package's own door: names, threads, commands"
+import os
+import subprocess
+import sys
+
+import pytest
+
+import kdc_nb
+from kdc_nb.data import Data
+from kdc_nb.models import MODELS
+from kdc_nb.runs import RunSpec, Store, run, stored
+from kdc_nb.sweeps import plan, plan_text
+from kdc_nb.training import Recipe
+
+SPINS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess:
+    "A program in an environment that says nothing of threads"
+    plain = {k: v for k, v in os.environ.items() if k not in SPINS}
+    return subprocess.run([sys.executable, "-c", code], env=plain | env, capture_output=True, text=True, check=True)
+
+
+@pytest.mark.parametrize("name", kdc_nb._PUBLIC)
+def test_public_names(name):
+    assert callable(getattr(kdc_nb, name)) and name in dir(kdc_nb)
+
+
+def test_an_unknown_name():
+    with pytest.raises(AttributeError, match="module 'kdc_nb' has no attribute 'evaluat'"): kdc_nb.evaluat
+
+
+def test_nothing_heavy_is_imported_before_somebody_asks():
+    assert python("import sys, kdc_nb; print({'torch', 'numpy', 'matplotlib'} & {*sys.modules})").stdout == "set()\n"
+
+
+def test_threads_sleep_while_they_wait():
+    assert python("import kdc_nb, os, torch; print(os.environ['OMP_WAIT_POLICY'])").stdout == "PASSIVE\n"
+    assert python("import kdc_nb, os; print(os.environ['OMP_WAIT_POLICY'])", OMP_WAIT_POLICY="ACTIVE").stdout == "ACTIVE\n", "whoever says so has a reason"
+
+
+def test_where_torch_was_first_it_is_said_what_to_set():
+    code = "import torch; torch.set_num_threads({}); import kdc_nb"
+    assert "set OMP_WAIT_POLICY=PASSIVE before Python starts" in python(code.format(2)).stderr
+    assert not python(code.format(1)).stderr and not python(code.format(2), GOMP_SPINCOUNT="0").stderr
+
+
+def test_a_plan_fetches_nothing(tmp_path, monkeypatch):
+    "On a machine that has no CIFAR-100, what there is to do is said, and which file will be needed"
+    monkeypatch.setattr("kdc_nb.data.fetch_archive", lambda *args: pytest.fail("fetched"))
+    spec = RunSpec("cifar100", "resnet8", "nll", "fast")
+    planned = plan([spec], Store(tmp_path), "cpu")
+    assert [(p.spec, p.epochs, p.seconds) for p in planned] == [(spec, 40, None)]
+    assert plan_text(planned).endswith(f"cifar-100-python.tar.gz will be downloaded first, or taken from {os.environ['KDC_CACHE']}/data")
+
+
+def test_a_persons_own_runs_are_left_out_and_not_said_to_be_trained_again(tmp_path, monkeypatch):
+    "A run with a network that is not registered here is no damaged run"
+    store = Store(tmp_path)
+    with monkeypatch.context() as m:
+        m.setitem(MODELS, "mine", MODELS["resnet8"])
+        run(RunSpec(Data("known", n_train=40, n_valid=20, n_test=20), "mine", "nll", Recipe(1, 20)), store, "cpu", progress=False)
+    with pytest.warns(UserWarning, match="'mine'.*left out") as said: assert stored(store) == []
+    assert "trained again" not in str(said[0].message)
+
+
+def test_help_tells_the_exit_status():
+    text = subprocess.run([sys.executable, "-m", "kdc_nb", "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(f"{k} " in text.partition("Exit status:")[2] for k in (0, 75, 130, 2, 1))
