@@ -7,8 +7,8 @@ import pytest
 
 import kdc_nb
 from kdc_nb.data import Data
-from kdc_nb.models import MODELS
-from kdc_nb.runs import RunSpec, Store, run, stored
+from kdc_nb.models import MODELS, build_model
+from kdc_nb.runs import RunSpec, Store, check_model, run, stored
 from kdc_nb.sweeps import plan, plan_text
 from kdc_nb.training import Recipe
 
@@ -58,8 +58,9 @@ def test_a_persons_own_runs_are_left_out_and_not_said_to_be_trained_again(tmp_pa
     "A run with a network that is not registered here is no damaged run"
     store = Store(tmp_path)
     with monkeypatch.context() as m:
-        m.setitem(MODELS, "mine", MODELS["resnet8"])
+        m.setitem(MODELS, "mine", lambda n_classes, in_channels: build_model("resnet8", n_classes, in_channels))
         run(RunSpec(Data("known", n_train=40, n_valid=20, n_test=20), "mine", "nll", Recipe(1, 20)), store, "cpu", progress=False)
+    check_model.cache_clear()
     with pytest.warns(UserWarning, match="'mine'.*left out") as said: assert stored(store) == []
     assert "trained again" not in str(said[0].message)
 
