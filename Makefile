@@ -4,6 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c 'import sys;
 UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
 BIN := .venv/bin
 READY := .venv/.installed
+HOOK := .venv/etc/jupyter/jupyter_server_config.py
 
 ifdef UV
   NEW_VENV = uv venv --quiet --clear --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv
@@ -18,12 +19,12 @@ endif
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1	/p' Makefile | expand -t 12
 
-setup: $(READY) ## make .venv and install the project and its tools
+setup: $(READY) $(HOOK) ## make .venv and install the project and its tools
 
 demo: $(READY) ## calibration passes from a teacher to a student, in three minutes; DATA=cifar10 or cifar100 for photographs, SEEDS=1 for a look
 	@$(BIN)/python -m kdc_nb.demo $(if $(DATA),--data "$(DATA)") $(if $(SEEDS),--seeds "$(SEEDS)")
 
-lab: $(READY) ## open the notebooks in JupyterLab
+lab: $(READY) $(HOOK) ## open the notebooks in JupyterLab
 	@$(BIN)/jupyter lab nbs/index.ipynb
 
 notebooks: $(READY) ## run every notebook, keep its outputs, make README.md
@@ -49,3 +50,8 @@ $(READY): settings.ini setup.py pyproject.toml
 	@$(INSTALL) -e '.[dev]'
 	@if git rev-parse --git-dir >/dev/null 2>&1; then PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_install_hooks; fi
 	@touch $@
+
+# Every JupyterLab of .venv, wherever it is started, saves and opens the pages as nbs/_jupyter.py says
+$(HOOK): $(READY)
+	@mkdir -p $(@D)
+	@echo 'load_subconfig("_jupyter.py", path="$(CURDIR)/nbs")' > $@

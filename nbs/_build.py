@@ -51,8 +51,17 @@ def fallback(output):
     "An output without its live widget and its progress bar; None where nothing remains"
     data = output.get("data", {})
     if WIDGET in data: del data[WIDGET]
-    if PROGRESS.search(output.get("text", data.get("text/plain", ""))): return None
-    return output if data or output.output_type in ("stream", "error") else None
+    if PROGRESS.search("".join(output.get("text", data.get("text/plain", "")))): return None
+    return output if data or output["output_type"] in ("stream", "error") else None
+
+
+def make_static(nb) -> None:
+    "Leave of a notebook what is committed: no live widgets, no progress bars, no counts"
+    from nbdev.clean import clean_nb
+    for cell in nb["cells"]:
+        if "outputs" in cell: cell["outputs"] = [o for o in map(fallback, cell["outputs"]) if o]
+    nb["metadata"].pop("widgets", None)
+    clean_nb(nb)
 
 
 def leaks(nb) -> list[str]:
@@ -75,16 +84,12 @@ def kernel_env() -> dict[str, str]:
 def executed(path: Path):
     "The notebook at `path`, run in a kernel of its own and cleaned; the cells that `skipped` names keep their outputs"
     from nbclient import NotebookClient
-    from nbdev.clean import clean_nb
     nb = nbformat.read(path, as_version=4)
     for cell in nb.cells: cell.metadata["tags"] = ["skip-execution"]*skipped(cell)
     NotebookClient(nb, timeout=None, kernel_name="python3", store_widget_state=False, coalesce_streams=True,
                    extra_arguments=["--log-level=ERROR"],
                    resources={"metadata": {"path": str(path.parent)}}).execute(env=kernel_env())
-    for cell in nb.cells:
-        if "outputs" in cell: cell.outputs = [o for o in map(fallback, cell.outputs) if o]
-    nb.metadata.pop("widgets", None)
-    clean_nb(nb)
+    make_static(nb)
     return nb
 
 
