@@ -20,7 +20,7 @@ help: ## this list
 
 setup: $(READY) ## make .venv and install the project and its tools
 
-demo: $(READY) ## calibration passes from a teacher to a student, in three minutes; DATA=cifar10 or cifar100 for photographs, SEEDS=1 for a look
+demo: $(READY) ## calibration passes from a teacher to a student, in four minutes; DATA=cifar10 or cifar100 for photographs, SEEDS=1 for a look
 	@$(BIN)/kdc_demo $(if $(DATA),--data "$(DATA)") $(if $(SEEDS),--seeds "$(SEEDS)")
 
 lab: $(READY) ## open the notebooks in JupyterLab
@@ -47,6 +47,6 @@ $(READY): settings.ini setup.py pyproject.toml
 	@test -f $@ || $(NEW_VENV)
 	@rm -f $@
 	@$(INSTALL) -e '.[dev]'
-	@$(BIN)/python nbs/_build.py kernel
+	@$(BIN)/python nbs/_build.py jupyter
 	@if git rev-parse --git-dir >/dev/null 2>&1; then PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_install_hooks; fi
 	@touch $@

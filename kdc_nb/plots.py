@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'GREY', 'COLORS', 'KINDS', 'MEASURES', 'CHAIN_MEASURES',
-           'prepare_reliability', 'Reliability', 'plot_reliability', 'error_text', 'plot_side_by_side', 'plot_overlay',
-           'Side', 'Pair', 'side_of', 'side_of_truth', 'teacher_side', 'prepare_transfer', 'Transfer', 'plot_transfer',
-           'plot_rows', 'plot_tradeoff', 'prepare_direct', 'plot_direct', 'prepare_grid', 'label_of', 'plot_grid',
-           'plot_differences', 'plot_drift', 'prepare_histories', 'plot_histories', 'Pull', 'prepare_pull',
-           'PullPicture', 'plot_pull', 'prepare_similarity', 'prepare_agreement', 'plot_matrix', 'Shift',
-           'prepare_shift', 'plot_shift', 'prepare_penultimate', 'Penultimate', 'limits_of', 'plot_penultimate',
-           'Measured', 'prepare_merging', 'plot_merging', 'prepare_umap', 'plot_umap', 'Generation', 'mean_interval',
-           'prepare_generations', 'plot_generations']
+           'prepare_reliability', 'percent_axes', 'Reliability', 'error_text', 'Diagram', 'prepare_diagram',
+           'plot_reliability', 'plot_side_by_side', 'plot_overlay', 'Side', 'Pair', 'side_of', 'side_of_truth',
+           'teacher_side', 'prepare_transfer', 'Transfer', 'plot_transfer', 'plot_rows', 'plot_tradeoff',
+           'prepare_direct', 'plot_direct', 'prepare_grid', 'label_of', 'plot_grid', 'plot_differences', 'plot_drift',
+           'prepare_histories', 'plot_histories', 'Pull', 'prepare_pull', 'PullPicture', 'plot_pull',
+           'prepare_similarity', 'prepare_agreement', 'plot_matrix', 'Shift', 'prepare_shift', 'plot_shift',
+           'prepare_penultimate', 'Penultimate', 'limits_of', 'plot_penultimate', 'Measured', 'prepare_merging',
+           'plot_merging', 'prepare_umap', 'plot_umap', 'Generation', 'mean_interval', 'prepare_generations',
+           'plot_generations']
 
 # %% ../nbs/19_plots.ipynb #75adf252
 import warnings
@@ -52,6 +53,21 @@ def prepare_reliability(
     return Bins(*(np.array(result.bins[k], float) for k in Bins._fields))
 
 # %% ../nbs/19_plots.ipynb #5834f606
+def percent_axes(ax: Axes, axis: str = "both") -> None: # "x", "y" or "both"
+    "Show an axis of fractions in percent"
+    for a in {"x": [ax.xaxis], "y": [ax.yaxis], "both": [ax.xaxis, ax.yaxis]}[axis]:
+        a.set_major_formatter(lambda fraction, _: f"{100*fraction:.6g}")
+
+
+def _share_axis(ax: Axes, **kw) -> Any: # the text that says how high the highest bar is
+    "An axis on the right for bars that fill a quarter of the height"
+    right = ax.secondary_yaxis("right")
+    right.set_yticks([0, .25], ["0", ""])
+    right.set_ylabel("share of samples (%)", loc="bottom", color=GREY, labelpad=12)
+    right.tick_params(colors=GREY)
+    return ax.text(1.025, .25, "100", transform=ax.transAxes, va="center", color=GREY, **kw)
+
+
 class Reliability:
     "A reliability diagram; `show` gives it other bins"
 
@@ -59,35 +75,29 @@ class Reliability:
         ax: Axes | None = None, # None: a new one
         animated: bool = False, # its moving parts are drawn by an explorer
     ):
-        self.ax = ax = ax or plt.subplots(figsize=(4, 4), layout="constrained")[1]
+        self.ax = ax = ax or plt.subplots(figsize=(4.4, 4), layout="constrained")[1]
         ax.plot([0, 1], [0, 1], c=GREY, lw=1)
-        self.share = ax.stairs([0], [0, 1], fill=True, color="#DDDDDD", zorder=0, label="share of samples", animated=animated)
+        self.share = ax.stairs([0], [0, 1], fill=True, color="#DDDDDD", zorder=0, animated=animated)
+        self.most = _share_axis(ax, animated=animated)
         self.band = ax.fill_between([], [], [], color=SKY, alpha=.4, lw=0, label="null band", animated=animated)
         self.ends = ax.vlines([], [], [], color=BLUE, animated=animated)
-        self.dots = ax.plot([], [], "o", ms=4, c=BLUE, label="accuracy, 95%", animated=animated)[0]
-        self.title = ax.set_title(" \n ", animated=animated) # room for two lines
-        ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy")
-        ax.legend(fontsize=7, loc="upper left")
+        self.dots = ax.plot([], [], "o", ms=4, c=BLUE, label="accuracy, 95% interval", animated=animated)[0]
+        self.title = ax.set_title(" \n ", fontsize="medium", animated=animated) # room for two lines
+        ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence (%)", ylabel="accuracy (%)")
+        percent_axes(ax)
+        ax.legend(fontsize="small", loc="upper left").set_animated(animated) # above what moves
 
     def show(self, bins: Bins, title: str) -> "Reliability":
         "Accuracy against confidence, with 95% intervals, the null band and the share of samples in each bin"
         used = bins.count > 0
         x, low, high = bins.confidence[used], bins.null_low[used], bins.null_high[used]
         self.share.set_data(.25*bins.count/bins.count.max(), np.append(bins.lower, 1))
+        self.most.set_text(f"{100*bins.count.max()/bins.count.sum():.0f}")
         self.band.set_verts([np.column_stack([np.append(x, x[::-1]), np.append(low, high[::-1])])])
         self.ends.set_segments([[(c, a), (c, b)] for c, a, b in zip(x, bins.low[used], bins.high[used])])
         self.dots.set_data(x, bins.accuracy[used])
         self.title.set_text(title)
         return self
-
-
-def plot_reliability(
-    bins: Bins,
-    ax: Axes | None = None, # None: a new one
-    title: str = "Reliability",
-) -> Axes:
-    "A reliability diagram"
-    return Reliability(ax).show(bins, title).ax
 
 # %% ../nbs/19_plots.ipynb #5796bb4f
 def error_text(
@@ -95,6 +105,47 @@ def error_text(
 ) -> str:
     "An ECE in percent with its 95% interval and null band"
     return f"ECE {100*e.value:.1f}% [{100*e.low:.1f}, {100*e.high:.1f}], null {100*e.null_low:.1f} to {100*e.null_high:.1f}"
+
+# %% ../nbs/19_plots.ipynb #5ab1d0c2
+class Diagram(NamedTuple):
+    "What a reliability diagram of one model shows"
+    bins: Bins
+    n: int # samples
+    ece: Estimate | None # None where only the bins are known
+
+    @property
+    def error(self) -> str: # "ECE 2.1% [1.6, 2.7], null 0.8 to 1.9"
+        "The ECE in percent; without interval and null band where only the bins are known"
+        if self.ece: return error_text(self.ece)
+        gaps = abs(self.bins.accuracy - self.bins.confidence)
+        return f"ECE {100*np.nansum(self.bins.count*gaps)/self.n:.1f}%"
+
+
+def prepare_diagram(
+    outputs: Any, # (N, C) logits or probabilities of any framework; or a `Result`, or `Bins`
+    labels: Any = None, # (N,) integers from 0 to C-1; None beside a result or bins
+    kind: str = "logits", # what the outputs are: "logits" or "probs"
+) -> Diagram:
+    "Bins, N and ECE of a model; a `ValueError` says what is wrong with outputs and labels"
+    if isinstance(outputs, (Result, Bins)):
+        check(labels is None, "labels", "some", "none beside a result or bins, which have their own")
+        if isinstance(outputs, Bins): return Diagram(outputs, int(outputs.count.sum()), None)
+        return Diagram(prepare_reliability(outputs), outputs.evaluation.n, outputs.evaluation.raw["ece"])
+    check(labels is not None, "labels", "none", "one for each row of the outputs")
+    x, y = as_outputs(outputs, labels, kind)
+    return Diagram(reliability_bins(x, y, kind=kind), len(y), interval(x, y, "ece", kind=kind)["ece"])
+
+# %% ../nbs/19_plots.ipynb #77c0be1e
+def plot_reliability(
+    outputs: Any, # (N, C) logits or probabilities of any framework; or a `Result`, or `Bins`
+    labels: Any = None, # (N,) integers from 0 to C-1; None beside a result or bins
+    kind: str = "logits", # what the outputs are: "logits" or "probs"
+    ax: Axes | None = None, # None: a new one
+    title: str = "Reliability", # N and ECE are added
+) -> Axes:
+    "A reliability diagram with N and ECE in its title"
+    d = prepare_diagram(outputs, labels, kind)
+    return Reliability(ax).show(d.bins, f"{title} (N = {d.n:,})\n{d.error}").ax
 
 # %% ../nbs/19_plots.ipynb #16d8bbe1
 def plot_side_by_side(
@@ -105,9 +156,9 @@ def plot_side_by_side(
     check(bool(named), "named", "no results", "one or more")
     columns = min(columns, len(named))
     lines = -(-len(named)//columns)
-    fig, axs = plt.subplots(lines, columns, figsize=(3.5*columns, 3.7*lines), layout="constrained", squeeze=False)
+    fig, axs = plt.subplots(lines, columns, figsize=(3.6*columns, 3.5*lines), layout="constrained", squeeze=False)
     for ax in axs.flat[len(named):]: ax.axis("off")
-    for ax, (name, r) in zip(axs.flat, named.items()): plot_reliability(prepare_reliability(r), ax, f"{name}, N = {r.evaluation.n:,}\n{error_text(r.evaluation.raw['ece'])}")
+    for ax, (name, r) in zip(axs.flat, named.items()): plot_reliability(r, ax=ax, title=name)
     return fig
 
 # %% ../nbs/19_plots.ipynb #e7d82571
@@ -115,23 +166,41 @@ COLORS = (BLUE, ORANGE, GREEN, PINK, SKY, "#E69F00", GREY)
 
 
 def plot_overlay(
-    named: Mapping[str, Bins], # up to seven
+    named: Mapping[str, Any], # up to seven: (N, C) outputs of any framework, or a `Result`, or `Bins`
+    labels: Any = None, # (N,) integers from 0 to C-1, the same for all; None beside results or bins
+    kind: str = "logits", # what the outputs are: "logits" or "probs"
     ax: Axes | None = None, # None: a new one
-    title: str = "Reliability",
+    title: str = "Reliability", # N is added
 ) -> Axes:
-    "Reliability diagrams of several models over one another"
+    "Reliability diagrams of several models over one another, with the ECE of each"
     check(1 <= len(named) <= len(COLORS), "named", f"{len(named)} models", f"1 to {len(COLORS)}")
-    ax = ax or plt.subplots(figsize=(4.5, 4.5), layout="constrained")[1]
+    ax = ax or plt.subplots(figsize=(5.2, 5), layout="constrained")[1]
+    diagrams = {name: prepare_diagram(x, labels, kind) for name, x in named.items()}
+    most = max(d.bins.count.max()/d.n for d in diagrams.values())
     ax.plot([0, 1], [0, 1], c=GREY, lw=1)
-    for color, (name, b) in zip(COLORS, named.items()):
-        used = b.count > 0
-        ax.stairs(.25*b.count/b.count.max(), np.append(b.lower, 1), color=color, lw=.8)
-        ax.fill_between(b.confidence[used], b.null_low[used], b.null_high[used], color=color, alpha=.12, lw=0)
-        ends = np.maximum(0, [b.accuracy - b.low, b.high - b.accuracy])[:, used]
-        ax.errorbar(b.confidence[used], b.accuracy[used], ends, fmt="o-", ms=3, lw=1, color=color, label=name)
-    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy (below: share of samples)", title=title)
-    ax.legend(fontsize=8, loc="upper left")
+    for color, (name, d) in zip(COLORS, diagrams.items()): _overlay_bins(ax, d.bins, most, color, f"{name}: {d.error}")
+    ns = sorted({d.n for d in diagrams.values()})
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence (%)", ylabel="accuracy (%)")
+    ax.set_title(f"{title} (N = {' to '.join(f'{n:,}' for n in (ns[0], ns[-1])[:len(ns)])})", fontsize="medium")
+    percent_axes(ax)
+    _share_axis(ax).set_text(f"{100*most:.0f}")
+    ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(.5, -.12))
     return ax
+
+
+def _overlay_bins(
+    ax: Axes,
+    b: Bins,
+    most: float, # share of samples that fills a quarter of the height
+    color: str,
+    label: str,
+) -> None:
+    "One model of several: accuracy with intervals, null band, share of samples"
+    used = b.count > 0
+    ax.stairs(.25*b.count/b.count.sum()/most, np.append(b.lower, 1), color=color, lw=.8)
+    ax.fill_between(b.confidence[used], b.null_low[used], b.null_high[used], color=color, alpha=.12, lw=0)
+    ends = np.maximum(0, [b.accuracy - b.low, b.high - b.accuracy])[:, used]
+    ax.errorbar(b.confidence[used], b.accuracy[used], ends, fmt="o-", ms=3, lw=1, color=color, label=label)
 
 # %% ../nbs/19_plots.ipynb #0ae9028e
 class Side(NamedTuple):
@@ -187,7 +256,7 @@ def prepare_transfer(
     return [row(s, t, results[s]) for s, t in sides.items() if t]
 
 # %% ../nbs/19_plots.ipynb #cce580b5
-KINDS = {Posterior: ("tempered truth", BLUE), RunSpec: ("trained net", ORANGE), Scaled: ("trained net after TS", GREEN)} # teachers
+KINDS = {Posterior: ("tempered truth", BLUE), RunSpec: ("trained network", ORANGE), Scaled: ("after temperature scaling", GREEN)} # teachers
 
 
 class Transfer:
@@ -206,19 +275,25 @@ class Transfer:
         self.ends = ax.vlines([], [], [], lw=1, animated=animated)
         self.dots = ax.scatter([], [], s=25, animated=animated)
         for name, color in KINDS.values(): ax.plot([], [], "o", ms=5, c=color, label=name)
-        self.title = ax.set_title("", animated=animated)
-        ax.set(xlim=(0, limit), ylim=(0, limit), xlabel="ECE of the teacher", ylabel="true calibration error of the student" if true_error else "ECE of the student")
-        ax.legend(fontsize=7, loc="upper left")
+        self.chosen = ax.plot([], [], "o", ms=12, mfc="none", mec="black", mew=1.2, animated=animated)[0]
+        self.title = ax.set_title("", fontsize="medium", animated=animated)
+        error = "true calibration error" if true_error else "ECE"
+        ax.set(xlim=(0, limit), ylim=(0, limit), xlabel="ECE of the teacher (%)", ylabel=f"{error} of the student (%)")
+        percent_axes(ax)
+        ax.legend(fontsize="small", loc="upper left")
 
-    def show(self, pairs: Iterable[Pair], T: float, alpha: float) -> "Transfer":
-        "The students of one temperature and one weight"
+    def show(self, pairs: Iterable[Pair], T: float, alpha: float, chosen: RunSpec | None = None) -> "Transfer":
+        "The students of one temperature and one weight; a ring around the chosen one"
         rows = [p for p in pairs if (p.spec.method.T, p.spec.method.alpha) == (T, alpha)]
         colors = [KINDS[type(p.spec.method.teacher)][1] for p in rows]
         bar = lambda p, low, high: [(p.teacher.ece, low), (p.teacher.ece, high)]
         self.null.set_segments([] if self.true_error else [bar(p, p.ece.null_low, p.ece.null_high) for p in rows])
         self.ends.set_segments([] if self.true_error else [bar(p, p.ece.low, p.ece.high) for p in rows])
         self.ends.set_color(colors)
-        self.dots.set_offsets(np.array([(p.teacher.ece, p.true_error if self.true_error else p.ece.value) for p in rows]).reshape(-1, 2))
+        height = {p.spec: p.true_error if self.true_error else p.ece.value for p in rows}
+        self.dots.set_offsets(np.array([(p.teacher.ece, height[p.spec]) for p in rows]).reshape(-1, 2))
+        ring = [(p.teacher.ece, height[p.spec]) for p in rows if p.spec == chosen]
+        self.chosen.set_data(*np.reshape(ring, (-1, 2)).T)
         self.dots.set(edgecolor=colors, facecolor=[c if p.student.gap > 0 else "white" for c, p in zip(colors, rows)])
         self.title.set_text(f"T = {T:g}, alpha = {alpha:g}" + f" (N = {rows[0].n:,})"*bool(rows))
         return self
@@ -250,8 +325,9 @@ def plot_rows(
         ax.plot([r.ece.low, r.ece.high], [y, y], c=color, lw=1.5)
         ax.plot(r.mean["ece"], y, "|", ms=14, mew=2, c=color)
         ax.plot(r.each["ece"], [y]*r.seeds, "o", ms=4, c=color, alpha=.6)
-    ax.set(yticks=range(len(rows)), yticklabels=[r.name for r in rows], xlabel=f"ECE (N = {rows[0].n:,} test samples; band: a perfect model)", title=title)
+    ax.set(yticks=range(len(rows)), yticklabels=[r.name for r in rows], xlabel=f"ECE in % (N = {rows[0].n:,} test samples; band: a perfect model)", title=title)
     ax.set_xlim(left=0)
+    percent_axes(ax, "x")
     ax.invert_yaxis()
     return ax
 
@@ -477,7 +553,7 @@ class PullPicture:
                                     for c, lw, a, name in ((GREY, 5, .4, "p itself"), (BLUE, 1.5, 1, "effective target")))
         self.curve.set(xlim=(-4, 14), ylim=(-.3, 1.6), xlabel="logits by which the label is ahead of two equal others", ylabel="of the label")
         self.curve.legend(loc="upper right")
-        self.title = self.triangle.set_title(" ", animated=animated)
+        self.title = self.triangle.set_title(" ", fontsize="medium", animated=animated)
 
     def show(self, pull: Pull, title: str) -> "PullPicture":
         "Draw a pull; an arrow's length grows with the square root of the speed"
@@ -656,8 +732,8 @@ def prepare_merging(
     return [Measured(taught_by(s.method), s.method, s.seed, l.result.evaluation.n, l.merging | l.result.evaluation.raw) for s, l in students.items()]
 
 
-MEASURES = {"ratio": "distance of similar over others", "similar": "overlap of similar classes", "dissimilar": "overlap of other classes",
-            "top1": "top-1 accuracy", "ece": "ECE", "nll": "NLL"}
+MEASURES = {"ratio": "distance of similar over others", "similar": "overlap of similar classes (%)",
+            "dissimilar": "overlap of other classes (%)", "top1": "top-1 accuracy (%)", "ece": "ECE (%)", "nll": "NLL"}
 
 
 def plot_merging(
@@ -681,6 +757,7 @@ def plot_merging(
         ax.set(xscale="log", xticks=Ts, xticklabels=[f"{T:g}" for T in Ts], xlabel="T", title=f"{title}\nalpha = {alpha:g}, N = {own[0].n:,}")
         ax.minorticks_off()
         if key == "ece": ax.set_ylim(bottom=0)
+        if "%" in title: percent_axes(ax, "y")
     fig.legend(*axs[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), title="teacher")
     return fig
 
@@ -758,7 +835,8 @@ def prepare_generations(
 
 # %% ../nbs/19_plots.ipynb #94f6b804
 CHAIN_MEASURES = {k: MEASURES[k] for k in ("top1", "ece", "nll")} | {
-    "gap": "confidence less accuracy", "agreement": "agreement with generation 0", "error": "true calibration error", "kl": "KL(truth || network)"}
+    "gap": "confidence less accuracy (%)", "agreement": "agreement with generation 0 (%)",
+    "error": "true calibration error (%)", "kl": "KL(truth || network)"}
 
 
 def plot_generations(
@@ -786,6 +864,7 @@ def plot_generations(
         if key == "gap" and end is not None: ax.axhline(end, c=GREY, lw=1)
         if key in ("ece", "error", "kl"): ax.set_ylim(bottom=0)
         ax.set(xlabel="generation t", title=title)
+        if "%" in title: percent_axes(ax, "y")
     fig.legend(*axs[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, title="generation zero")
     seeds = len({r.seed for r in own})
     fig.suptitle(f"T = {T:g}, alpha = {alpha:g}, N = {own[0].n:,}, {seeds} seed{'s'*(seeds > 1)}", fontsize=10)

@@ -1,6 +1,6 @@
 """The notebooks' housekeeping: run them and keep what they show, make README.md, test everything.
 
-    python nbs/_build.py kernel             the kernel that JupyterLab starts: one thread, the same sums on every machine
+    python nbs/_build.py jupyter            JupyterLab as the pages want it: kernels with the same sums on every machine, clean files
     python nbs/_build.py run [NAME ...]     all notebooks, or those whose path starts with a NAME (06, studies/)
     python nbs/_build.py readme             README.md from index.ipynb
     python nbs/_build.py test [--all]       notebooks, then tests; --all adds the long tests
@@ -57,8 +57,17 @@ def fallback(output):
     "An output without its live widget and its progress bar; None where nothing remains"
     data = output.get("data", {})
     if WIDGET in data: del data[WIDGET]
-    if PROGRESS.search(output.get("text", data.get("text/plain", ""))): return None
-    return output if data or output.output_type in ("stream", "error") else None
+    if PROGRESS.search("".join(output.get("text", data.get("text/plain", "")))): return None
+    return output if data or output["output_type"] in ("stream", "error") else None
+
+
+def make_static(nb) -> None:
+    "Leave of a notebook what is committed: no live widgets, no progress bars, no counts"
+    from nbdev.clean import clean_nb
+    for cell in nb["cells"]:
+        if "outputs" in cell: cell["outputs"] = [o for o in map(fallback, cell["outputs"]) if o]
+    nb["metadata"].pop("widgets", None)
+    clean_nb(nb)
 
 
 def leaks(nb) -> list[str]:
@@ -72,27 +81,26 @@ def leaks(nb) -> list[str]:
     return found
 
 
-def kernel() -> int:
-    "Make the kernel of this environment start in ENV, with its commands on the path"
+def jupyter() -> int:
+    "Make every JupyterLab of this environment start kernels in ENV, with its commands on the path, and save and open pages as _jupyter.py says"
     from ipykernel.kernelspec import install
     install(prefix=sys.prefix, env=ENV | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}${{PATH}}"})
+    config = Path(sys.prefix)/"etc"/"jupyter"/"jupyter_server_config.py"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(f'load_subconfig("_jupyter.py", path={str(NBS)!r})\n')
     return 0
 
 
 def executed(path: Path):
     "The notebook at `path`, run in a kernel of its own and cleaned; the cells that `skipped` names keep their outputs"
     from nbclient import NotebookClient
-    from nbdev.clean import clean_nb
     nb = nbformat.read(path, as_version=4)
     for cell in nb.cells: cell.metadata["tags"] = ["skip-execution"]*skipped(cell)
     NotebookClient(nb, timeout=None, kernel_name="python3", store_widget_state=False, coalesce_streams=True,
                    extra_arguments=["--log-level=ERROR"],
                    resources={"metadata": {"path": str(path.parent)}}).execute(
                        env=os.environ | ENV | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"})
-    for cell in nb.cells:
-        if "outputs" in cell: cell.outputs = [o for o in map(fallback, cell.outputs) if o]
-    nb.metadata.pop("widgets", None)
-    clean_nb(nb)
+    make_static(nb)
     return nb
 
 
@@ -200,13 +208,13 @@ def test(long: bool) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("kernel")
+    commands.add_parser("jupyter")
     commands.add_parser("run").add_argument("names", nargs="*", metavar="NAME")
     commands.add_parser("readme")
     commands.add_parser("test").add_argument("--all", action="store_true")
     args = parser.parse_args()
     match args.command:
-        case "kernel": return kernel()
+        case "jupyter": return jupyter()
         case "run": return run(args.names)
         case "readme": return readme()
         case "test": return test(args.all)

@@ -1,12 +1,20 @@
 "Explorers without a browser: every control moves the picture, nothing is made or computed twice, bad input is told."
+from base64 import b64decode
+from dataclasses import replace
+from io import BytesIO
+
+import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
+from PIL import Image
 
 import kdc_nb.explorers as explorers
 from kdc_nb.data import Data
 from kdc_nb.explorers import crowd, explore_classes, explore_method, explore_reliability, explore_transfer
+from kdc_nb.metrics import as_outputs, fit_temperature
 from kdc_nb.penultimate import look
+from kdc_nb.plots import Transfer, prepare_transfer
 from kdc_nb.runs import Distil, Posterior, RunSpec, Store, from_light, light_of, run
 from kdc_nb.training import Recipe
 
@@ -108,9 +116,10 @@ def test_what_is_not_stored_is_said(results):
     explorer.controls["T"].value = 4.
     before = bytes(explorer.image.value)
     explorer.controls["alpha"].value = 1.
-    assert "expected those of a stored student" in explorer.refusal.value and bytes(explorer.image.value) == before
+    assert "expected those of a stored student: this teacher&#x27;s have T = 1 with alpha = 0.5, 1; T = 4 with alpha = 0.5" in explorer.refusal.value
+    assert bytes(explorer.image.value) == before and "kdc-stale" in explorer.image._dom_classes
     explorer.controls["T"].value = 1.
-    assert not explorer.refusal.value and bytes(explorer.image.value) != before
+    assert not explorer.refusal.value and bytes(explorer.image.value) != before and "kdc-stale" not in explorer.image._dom_classes
 
 
 def test_a_grid_with_holes_begins_with_a_student_there_is(results):
@@ -119,9 +128,86 @@ def test_a_grid_with_holes_begins_with_a_student_there_is(results):
     assert explorer.image.value and not explorer.refusal.value
 
 
-def test_looks_of_several_seeds_are_refused(looks):
-    other = [RunSpec(DATA, s.model, s.method, s.recipe, 1) for s in looks if s != TEACHER]
-    with pytest.raises(ValueError, match="looks: got 2 kinds of students, expected one"): explore_classes({**looks, **{s: looks[STUDENTS[0]] for s in other}})
+def of_seed(spec, seed):
+    "The same run with another seed, and its teacher's too"
+    method = replace(spec.method, teacher=of_seed(spec.method.teacher, seed)) if isinstance(spec.method, Distil) and isinstance(spec.method.teacher, RunSpec) else spec.method
+    return replace(spec, method=method, seed=seed)
+
+
+def test_a_seed_is_chosen_where_there_are_several(results, looks, monkeypatch):
+    "Only then; the ring is around the student of that seed"
+    assert "seed" not in explore_transfer(results).controls and "seed" not in explore_classes(looks).controls
+    changed = {of_seed(s, 3): results[STUDENTS[1] if s == STUDENTS[0] else s] for s in (TEACHER, *STUDENTS)}
+    two = explore_transfer(results | changed)
+    assert two.controls["seed"].options == (0, 3)
+    every_control(two, monkeypatch, seed=3, alpha=1.)
+    students = {s: l for s, l in looks.items() if s != TEACHER}
+    monkeypatch.undo()
+    classes = explore_classes(looks | {of_seed(s, 3): l for s, l in zip((TEACHER, *students), (looks[TEACHER], *reversed(students.values())))})
+    every_control(classes, monkeypatch, seed=3)
+
+
+def test_looks_at_several_networks_are_refused(looks):
+    other = {replace(s, model="resnet14"): l for s, l in looks.items() if s != TEACHER}
+    with pytest.raises(ValueError, match="looks: got 2 kinds of students, expected one"): explore_classes({**looks, **other})
+
+
+def test_the_chosen_student_has_a_ring(results):
+    transfer, pairs = Transfer(), prepare_transfer(results)
+    for chosen in STUDENTS[:2]:
+        transfer.show(pairs, chosen.method.T, chosen.method.alpha, chosen)
+        (pair,) = [p for p in pairs if p.spec == chosen]
+        assert transfer.chosen.get_xydata().tolist() == [[pair.teacher.ece, pair.student.ece]]
+    assert not len(transfer.show(pairs, 1, .5).chosen.get_xydata())
+
+
+def test_buttons_set_several_controls_and_draw_once(outputs, monkeypatch):
+    logits, labels = outputs
+    outputs = logits + 3*torch.nn.functional.one_hot(labels, 5), labels
+    explorer = explore_reliability(*outputs)
+    first, drawn, show = bytes(explorer.image.value), [], explorer.show
+    buttons = {b.description: b for b in explorer.children[2].children if hasattr(b, "click")}
+    monkeypatch.setattr(explorer, "show", lambda **values: drawn.append(values) or show(**values))
+    buttons["go to the fitted T"].click()
+    assert drawn == [{"T": pytest.approx(fit_temperature(*as_outputs(*outputs)), rel=1e-3), "n_bins": 15}]
+    explorer.controls["n_bins"].value = 7
+    buttons["reset"].click()
+    assert drawn[2:] == [{"T": 1., "n_bins": 15}] and bytes(explorer.image.value) == first
+    with pytest.raises(ValueError, match="values: got 'bins', expected one of T, n_bins"): explorer.move(bins=7)
+
+
+@pytest.mark.parametrize("name, typed, message", [("T", 9., "T: got 9, expected a number from 0.125 to 8"),
+                                                  ("n_bins", 2.5, "n_bins: got 2.5, expected an integer from 2 to 50")])
+def test_typed_values_are_taken_or_refused(outputs, name, typed, message):
+    explorer = explore_reliability(*outputs)
+    box, slider = explorer.controls[name].box, explorer.controls[name].slider
+    explorer.controls["T"].box.value = 1.03
+    assert explorer.values()["T"] == 1.03 and explorer.controls["T"].steps[explorer.controls["T"].slider.value] == 1.04
+    box.value = typed
+    assert message in explorer.refusal.value and box.value == typed
+    slider.value = 5
+    assert not explorer.refusal.value and box.value == explorer.controls[name].steps[5]
+
+
+def test_pictures_are_saved_as_they_are_and_over_nothing(outputs, tmp_path, monkeypatch):
+    "Also after a refusal, whose picture is of the values before"
+    monkeypatch.chdir(tmp_path)
+    explorer = explore_reliability(*outputs)
+    assert [explorer.save().name for _ in range(3)] == ["reliability.svg", "reliability_2.svg", "reliability_3.svg"]
+    assert "reliability_3.svg" in explorer.saved.value
+    before = bytes(explorer.image.value)
+    explorer.controls["T"].value = 99.
+    explorer.save("now.png")
+    seen, saved = (np.asarray(Image.open(f).convert("RGB")).astype(int) for f in (BytesIO(before), "now.png"))
+    assert seen.shape == saved.shape and (seen != saved).mean() < .01
+    with pytest.raises(ValueError, match="path: got now.png, expected a file that does not exist"): explorer.save("now.png")
+
+
+def test_the_fallback_is_the_picture(outputs):
+    explorer = explore_reliability(*outputs)
+    data, metadata = explorer._repr_mimebundle_()
+    fallback, shown = (np.asarray(Image.open(BytesIO(b)).convert("RGB")) for b in (b64decode(data["image/png"]), bytes(explorer.image.value)))
+    assert np.array_equal(fallback, shown) and metadata["image/png"]["width"] == 840 == fallback.shape[1]/2
 
 
 def test_classes_follow_every_control(looks, monkeypatch):

@@ -140,9 +140,9 @@ def another_picture(page, picture: int = 0):
 
 
 def move_slider(page, nth: int, value: float) -> None:
-    "Type a value into a slider's readout and wait for another picture"
+    "Type a value into the box beside a slider and wait for another picture"
     with another_picture(page):
-        page.locator(".widget-readout").nth(nth).click()
+        page.locator("input[type=number]").nth(nth).click()
         page.keyboard.press("Control+A")
         page.keyboard.type(str(value))
         page.keyboard.press("Enter")

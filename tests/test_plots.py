@@ -8,13 +8,14 @@ import torch
 
 from kdc_nb.calibrators import Method
 from kdc_nb.comparisons import difference_of
-from kdc_nb.data import Data
+from kdc_nb.data import Data, load_data
 from kdc_nb.drift import drift
 from kdc_nb.estimates import reliability_bins
+from kdc_nb.metrics import ece
 from kdc_nb.paper import prepare_rows, prepare_table
 from kdc_nb.penultimate import look
 from kdc_nb.plots import (BLUE, GREY, ORANGE, Reliability, Shift, limits_of, plot_differences, plot_direct, plot_drift, plot_grid, plot_matrix, plot_merging,
-                          plot_overlay, plot_penultimate, plot_shift, plot_tradeoff, prepare_agreement, prepare_direct, prepare_grid, prepare_histories, prepare_merging, prepare_penultimate,
+                          plot_overlay, plot_penultimate, plot_reliability, plot_shift, plot_tradeoff, prepare_agreement, prepare_diagram, prepare_direct, prepare_grid, prepare_histories, prepare_merging, prepare_penultimate,
                           prepare_shift, prepare_similarity, prepare_umap)
 from kdc_nb.runs import Distil, RunSpec, Scaled, Store, run
 from kdc_nb.training import Recipe
@@ -100,7 +101,30 @@ def test_overlays_are_few(results):
     b = reliability_bins(results[net("nll")].logits["test"], torch.arange(300) % 20)
     assert len(plot_overlay({"one": b, "two": b}).get_legend().get_texts()) == 2
     with pytest.raises(ValueError, match="named: got 0 models"): plot_overlay({})
+    with pytest.raises(ValueError, match="labels: got none, expected one for each row"): plot_overlay({"one": torch.zeros(3, 2)})
     with pytest.raises(ValueError, match="named: got 8 models, expected 1 to 7"): plot_overlay({str(k): b for k in range(8)})
+
+
+def test_outputs_of_any_kind_become_one_diagram(results):
+    "Logits, probabilities, lists and a stored result agree; N, ECE, interval and null band are in the title"
+    z, y = results[net("nll")].logits["test"], load_data(DATA).test.labels
+    e = results[net("nll")].evaluation.raw["ece"]
+    titles = {plot_reliability(*a).get_title() for a in ((z, y), (z.numpy(), y.tolist()), (z.tolist(), y), (z.double().softmax(1), y, "probs"), (results[net("nll")],))}
+    assert titles == {f"Reliability (N = 300)\nECE {100*e.value:.1f}% [{100*e.low:.1f}, {100*e.high:.1f}], null {100*e.null_low:.1f} to {100*e.null_high:.1f}"}
+    bins = prepare_diagram(z, y).bins
+    assert plot_reliability(bins, title="a").get_title() == f"a (N = 300)\nECE {100*e.value:.1f}%"
+    assert plot_reliability(results[net("nll")]).texts[0].get_text() == f"{100*bins.count.max()/300:.0f}"
+
+
+def test_an_overlay_names_each_ece_and_shares_one_axis():
+    "Two models of four samples: the one has all in one bin, the other half of them"
+    z = torch.tensor([[2., 0], [2, 0], [2, 0], [2, 0]])
+    models = {"teacher": z, "student": z*torch.tensor([[1.], [1], [.1], [.1]])}
+    ax = plot_overlay(models, [0, 0, 1, 0])
+    assert ax.get_title() == "Reliability (N = 4)"
+    for text, name in zip(ax.get_legend().get_texts(), models): assert text.get_text().startswith(f"{name}: ECE {100*ece(models[name], [0, 0, 1, 0]):.1f}% [")
+    heights = [p.get_data().values.max() for p in ax.patches]
+    assert heights == [.25, .125] and ax.texts[0].get_text() == "100"
 
 
 def test_histories_are_a_table(results):

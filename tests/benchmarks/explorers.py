@@ -28,8 +28,7 @@ def values(control) -> list:
     "Values from end to end, 30 at most; those of a choice twice, so that what is kept is met again"
     if isinstance(control, widgets.Checkbox): return [True, False]*2
     if hasattr(control, "options"): return [o[1] if isinstance(o, tuple) else o for o in control.options]*2
-    if isinstance(control, widgets.FloatLogSlider): return (control.base**np.linspace(control.min, control.max, 30)).tolist()
-    return [type(control.value)(v) for v in np.linspace(control.min, control.max, 30)]
+    return control.steps[np.linspace(0, len(control.steps) - 1, 30).astype(int)].tolist()
 
 
 def waits(explorer, name: str) -> list[float]:
