@@ -27,20 +27,28 @@ READY = """async () => {
   await w.revealed; await w.context.ready; await w.sessionContext.ready; await w.sessionContext.session.kernel.info
 }"""
 RUN = "() => jupyterapp.commands.execute('notebook:run-all-cells')"
-CLOSE = """async () => {
-  const w = jupyterapp.shell.currentWidget
-  await w.context.save(); await w.sessionContext.shutdown()
-}"""
+SAVE = "() => jupyterapp.shell.currentWidget.context.save()"
+SHUT = "() => jupyterapp.serviceManager.sessions.shutdownAll()"
 
 
-def write_copy(folder: Path) -> None:
-    "A copy of the pages, cells that only run when asked emptied"
-    shutil.copytree(ROOT/"nbs", folder/"nbs")
-    shutil.copy(ROOT/"settings.ini", folder)
-    for name in PAGES:
-        nb = nbformat.read(folder/name, as_version=4)
-        for cell in filter(build["skipped"], nb.cells): cell.source = ""
-        nbformat.write(nb, folder/name)
+def git(root: Path, *args: str) -> str:
+    return subprocess.run(["git", "-C", root, *args], capture_output=True, text=True, check=True).stdout
+
+
+def write_copy(root: Path) -> None:
+    "A checkout of the pages as they are now"
+    shutil.copytree(ROOT/"nbs", root/"nbs", ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("settings.ini", ".gitignore"): shutil.copy(ROOT/name, root)
+    git(root, "init", "-q")
+    git(root, "add", ".")
+    git(root, "-c", "user.name=test", "-c", "user.email=test@localhost", "commit", "-q", "-m", "as it is")
+
+
+def shape(path: Path) -> tuple:
+    "All of a page but what its outputs say: their values may differ between versions of what draws them"
+    nb = nbformat.read(path, as_version=4)
+    kinds = lambda c: [(o.output_type, o.get("name"), *sorted(o.get("data", {}))) for o in c.get("outputs", [])]
+    return nb.metadata, [(c.id, c.source, c.metadata, c.get("execution_count"), kinds(c)) for c in nb.cells]
 
 
 def lab_env(folder: Path) -> dict[str, str]:
@@ -82,11 +90,21 @@ def serving(folder: Path, root: Path):
 
 
 @pytest.fixture(scope="session")
-def lab(tmp_path_factory):
-    "Address of a JupyterLab on a copy of the notebooks"
-    folder = tmp_path_factory.mktemp("lab")
-    write_copy(root := folder/"root")
-    with serving(folder, root) as url: yield url
+def root(tmp_path_factory):
+    "The checkout that the browser works in"
+    write_copy(folder := tmp_path_factory.mktemp("lab")/"root")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def lab(root):
+    "Address of a JupyterLab that starts kernels, saves and opens pages as `make setup` has it"
+    config = root.parent/"config"
+    config.mkdir()
+    (config/"jupyter_server_config.py").write_text(f"load_subconfig('_jupyter.py', path={str(root/'nbs')!r})")
+    with pytest.MonkeyPatch.context() as patch:
+        for k, v in (build["ENV"] | {"JUPYTER_CONFIG_PATH": str(config)}).items(): patch.setenv(k, v)
+        with serving(root.parent, root) as url: yield url
 
 
 def act(page, script: str, seconds: float = 60) -> None:
@@ -96,14 +114,16 @@ def act(page, script: str, seconds: float = 60) -> None:
 
 
 @pytest.fixture
-def page(lab, browser, record_property):
-    "A tab of its own; the kernel stops at the end. The report holds how long its pictures took, from control to screen"
+def page(lab, browser, root, record_property):
+    "A tab of its own; its kernels stop and the checkout is as before at the end. The report holds how long its pictures took, from control to screen"
     tab = browser.new_page()
-    tab.lab, tab.waits = lab, []
+    tab.lab, tab.root, tab.waits = lab, root, []
     yield tab
     if tab.waits: record_property("median_seconds_to_picture", round(statistics.median(tab.waits), 3))
-    if tab.url.startswith(lab): act(tab, CLOSE)
-    tab.close()
+    if tab.url.startswith(lab): act(tab, SHUT)
+    tab.close(run_before_unload=False)
+    git(root, "checkout", "-q", ".")
+    git(root, "clean", "-q", "-d", "-f")
 
 
 def screenshot(page, shots: Path, name: str) -> None:
@@ -117,11 +137,16 @@ def errors(page) -> list[str]:
     return page.locator(", ".join(f'.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.{k}"]' for k in kinds)).all_inner_texts()
 
 
-def run_all(page, notebook: str, shots: Path, minutes: float = 10) -> None:
-    "Open a notebook, run all its cells, and fail with what any of them complained of"
+def open_page(page, notebook: str) -> None:
+    "Open a notebook and wait until its kernel is ready"
     page.goto(f"{page.lab}/lab/tree/{notebook}?reset")
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
     act(page, READY)
+
+
+def run_all(page, notebook: str, shots: Path, minutes: float = 10) -> None:
+    "Open a notebook, run all its cells, and fail with what any of them complained of"
+    open_page(page, notebook)
     act(page, RUN, minutes*60)
     screenshot(page, shots, notebook)
     assert not errors(page)
@@ -215,4 +240,9 @@ def test_the_generations_follow_the_hand(page, shots):
 
 @pytest.mark.long
 @pytest.mark.parametrize("notebook", PAGES)
-def test_every_page_runs(page, notebook, shots): run_all(page, notebook, shots)
+def test_every_page_runs_and_leaves_the_checkout_clean(page, notebook, shots):
+    "Run All, every cell, and a save: no file but the page is written, and of the page nothing but what its outputs say"
+    run_all(page, notebook, shots)
+    act(page, SAVE)
+    assert git(page.root, "status", "--porcelain").strip() in ("", f"M {notebook}")
+    assert shape(page.root/notebook) == shape(ROOT/notebook)
