@@ -4,14 +4,22 @@ import subprocess
 import sys
 import time
 
+import nbformat
 import pytest
 
 from tests.test_lab import RUN, SAVE, act, another_picture, errors, lab, open_page, page, root # noqa: F401, three of them fixtures
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.browser
-PAGE = "nbs/20_explorers.ipynb"
-RELIABILITY, THEORY = 1, 3 # explorers of the page, counted from 0
+PAGE = "nbs/scratch.ipynb"
+CELLS = ["""import torch
+from kdc_nb.core import *
+from kdc_nb.explorers import *
+from kdc_nb.penultimate import *
+logits, labels = 3*torch.randn(2000, 10, generator=torch.Generator().manual_seed(0)), torch.arange(2000) % 10
+logits[torch.arange(2000), labels] += 4""",
+         "explore_reliability(logits, labels)", "explore_classes(read_looks(results_file('self_distillation_0.npz')))", "explore_theory()", "explore_method('batches')"]
+RELIABILITY, CLASSES, THEORY, METHOD = range(4) # explorers of the page
 DIRTY = "() => jupyterapp.shell.currentWidget.context.model.dirty"
 SIZES = """k => {
   const image = document.querySelectorAll('.kdc-picture')[k], box = image.getBoundingClientRect()
@@ -30,9 +38,10 @@ EYE = """k => { // milliseconds from a key to the frame after the picture was de
 
 
 @pytest.fixture(autouse=True)
-def small_screen(page):
-    "That of a small laptop"
+def small_screen(page, root):
+    "That of a small laptop, and a page with nothing but explorers"
     page.set_viewport_size({"width": 1280, "height": 800})
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c, id=f"cell{k}") for k, c in enumerate(CELLS)]), root/PAGE)
 
 
 def open_and_run(page, name: str = PAGE) -> None:
@@ -59,13 +68,13 @@ def test_a_page_run_and_saved_twice_is_the_same(page, root):
     saved = []
     for _ in range(2):
         open_and_run(page)
-        assert page.locator(".kdc-explorer").count() == 5
+        assert page.locator(".kdc-explorer").count() == 4
         act(page, SAVE)
         saved.append((root/PAGE).read_bytes())
     assert saved[0] == saved[1] and b"model_id" not in saved[0]
 
 
-@pytest.mark.parametrize("name", [PAGE, "nbs/index.ipynb", "nbs/studies/theorems.ipynb"])
+@pytest.mark.parametrize("name", ["nbs/20_explorers.ipynb", "nbs/index.ipynb", "nbs/studies/theorems.ipynb"])
 def test_closing_an_untouched_page_asks_nothing(page, root, name):
     before = (root/name).read_bytes()
     open_page(page, name)
@@ -81,7 +90,7 @@ def test_pictures_are_sharp_and_never_stretched(page, shots):
     open_and_run(page)
     for width, height in ((1280, 800), (1920, 1080)):
         page.set_viewport_size({"width": width, "height": height})
-        for nth in range(1, 5):
+        for nth in (RELIABILITY, CLASSES, THEORY, METHOD):
             explorer(page, nth)
             natural, shown, tall, room = page.evaluate(SIZES, nth)
             assert natural >= 1.9*shown and shown == pytest.approx(840, abs=40) and shown <= room, (width, nth)
@@ -95,8 +104,8 @@ def test_dark_pictures_are_dark(page, shots):
     page.wait_for_selector("body[data-jp-theme-light=false]", state="attached")
     assert "invert" in found.locator(".kdc-picture").evaluate("e => getComputedStyle(e).filter")
     page.screenshot(path=shots/"explorer_dark.png")
-    classes = explorer(page, 2)
-    with another_picture(page, 2): classes.locator("input[type=checkbox]").check()
+    classes = explorer(page, CLASSES)
+    with another_picture(page, CLASSES): classes.locator("input[type=checkbox]").check()
     assert classes.locator(".kdc-picture").evaluate("e => getComputedStyle(e).filter") == "none"
     page.screenshot(path=shots/"explorer_dark_photographs.png")
     act(page, "() => jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Light'})")
