@@ -268,8 +268,10 @@ def html_table(
     caption: str = "", # above the table, one line or several
     notes: Sequence[str] = (), # below it, a line each
 ) -> str:
-    "A table for a page"
-    tr = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{escape(c)}</{tag}>" for c in cells) + "</tr>"
+    "A table for a page; short texts in a table of few columns are not broken into lines"
+    whole = lambda c: len(head) <= 6 and len(c) <= 24
+    text = lambda c: escape(c).replace(" ", "&nbsp;") if whole(c) else escape(c)
+    tr = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{text(c)}</{tag}>" for c in cells) + "</tr>"
     title = f"<caption>{escape(caption)}</caption>".replace("\n", "<br>") if caption else ""
     cell = f'<tr><td colspan="{len(head)}" style="text-align: left">'
     foot = "<tfoot>" + "".join(f"{cell}{escape(n)}</td></tr>" for n in notes) + "</tfoot>" if notes else ""

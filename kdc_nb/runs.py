@@ -187,8 +187,8 @@ class Result:
         "The main metrics and the distance to the truth, where that is known, raw and after temperature scaling"
         shown = self.evaluation.table(("top1", "nll", "ece"))
         rows = [row for k in ("error", "kl") for row in (
-            [metric_label(k), "raw", metric_text(k, self.truth[k]), "", "", ""],
-            ["", "after TS", metric_text(k, self.truth[f"scaled_{k}"]), "", "", ""])] if self.truth else []
+            [metric_label(k), metric_text(k, self.truth[k]), "", "", ""],
+            ["  after TS", metric_text(k, self.truth[f"scaled_{k}"]), "", "", ""])] if self.truth else []
         seconds = f", {self.facts['seconds']:,.1f} s on {self.facts['device']}" if "seconds" in self.facts else ""
         caption = f"{self.title()}\n{shown.caption}; {len(self.history)} epochs{seconds}"
         return replace(shown, rows=[*shown.rows, *rows], caption=caption)

@@ -43,8 +43,8 @@ def test_a_result_is_shown_in_short(store):
     result = go(STUDENT, store)
     assert "\n" not in repr(result) and len(repr(result)) < 200 and f"ECE {100*result.evaluation.raw['ece'].value:.2f}%" in repr(result)
     head, rows = result.table()
-    assert [r[0] for r in rows] == ["Top-1, %", "", "NLL, nats", "", "ECE, %", "", "true error, %", "", "KL to truth, nats", ""]
-    by = {(name or rows[i - 1][0], which): value for i, (name, which, value, *_) in enumerate(rows)}
+    assert [r[0] for r in rows] == ["Top-1, %", "  after TS", "NLL, nats", "  after TS", "ECE, %", "  after TS", "true error, %", "  after TS", "KL to truth, nats", "  after TS"]
+    by = {(rows[i - i % 2][0], ("raw", "after TS")[i % 2]): value for i, (_, value, *_) in enumerate(rows)}
     assert by["true error, %", "after TS"] == f"{100*result.truth['scaled_error']:.2f}" and by["KL to truth, nats", "raw"] == f"{result.truth['kl']:.3f}"
     assert by["NLL, nats", "after TS"] == f"{result.evaluation.scaled['nll'].value:.3f}"
     title, facts = str(result).splitlines()[:2]
