@@ -278,6 +278,12 @@ class Temperatures:
 _FONT = {"font.size": 9} # in pictures 840 pixels wide; at 100 pixels per inch
 
 
+def _panels(n: int, height: float, **kw) -> tuple[Figure, Any]: # with the n axes
+    "A figure that pyplot does not know: it would choose its backend here, and `rc_context` would undo that, so that no later figure is shown"
+    figure = Figure(figsize=(8.4, height), layout="constrained")
+    return figure, figure.subplots(1, n, **kw)
+
+
 @plt.rc_context(_FONT)
 def explore_reliability(
     outputs: Any, # a result with its logits, or (N, C) logits or probabilities
@@ -293,7 +299,7 @@ def explore_reliability(
     x, y = as_outputs(outputs, labels, kind)
     z = scalable(x, kind)
     fitted = fit_temperature(z, y)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.8), layout="constrained")
+    figure, (left, right) = _panels(2, 3.8)
     diagram, curves = Reliability(left, animated=True), Temperatures(z, y, fitted, right)
     at = lru_cache(64)(lambda T, n_bins: prepare_tempered(z, y, T, n_bins))
 
@@ -314,7 +320,7 @@ def explore_transfer(
     "Sliders for T and alpha, and choices of teacher and seed, over stored students"
     pairs = prepare_transfer(results)
     check(len(pairs) > 0, "results", "no student beside its teacher", "results of students and of the runs that taught them")
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.4, 3.8), layout="constrained")
+    figure, (left, right) = _panels(2, 3.8)
     transfer, diagram = Transfer(left, limit=.3, animated=True), Reliability(right, animated=True)
     students = _by_choice(p.spec for p in pairs)
 
@@ -442,7 +448,7 @@ def explore_classes(
     check(len(kinds) == 1, "looks", f"{len(kinds)} kinds of students", "one student network on one data set")
     names, students = looks[found[0]].classes, _by_choice(found)
     check(len(names) >= 3, "looks", f"{len(names)} classes", "three or more")
-    figure, axs = plt.subplots(1, 3, figsize=(8.4, 3.3), layout="constrained")
+    figure, axs = _panels(3, 3.3)
     panels, diagram = (Classes(axs[0]), Classes(axs[1], legend=False)), Reliability(axs[2], animated=True)
 
     @lru_cache(64)
@@ -515,7 +521,7 @@ class LinearPicture:
 
     @plt.rc_context(_FONT | {"font.size": 8})
     def __init__(self):
-        self.figure, (weights, points, gaps) = plt.subplots(1, 3, figsize=(8.4, 3.3), layout="constrained")
+        self.figure, (weights, points, gaps) = _panels(3, 3.3)
         def moving(ax, style, **kw): return ax.plot([], [], style, animated=True, **kw)[0]
         self.W_t, self.formula, self.exact = (moving(weights, style, c=c, mfc="none") for style, c in (("-", GREY), ("x", ORANGE), ("o", BLUE)))
         self.cosine = weights.text(.97, .04, "", transform=weights.transAxes, ha="right", animated=True)
@@ -621,6 +627,6 @@ def explore_method(
 ) -> Explorer:
     "Sliders for the strengths of a family of methods over what their loss pulls to"
     prepare, title, controls = lookup(FAMILIES, family, "family")
-    axs = plt.subplots(1, 2, figsize=(8.4, 3.6), layout="constrained", width_ratios=(1, 1.3))[1]
+    _, axs = _panels(2, 3.6, width_ratios=(1, 1.3))
     picture = PullPicture(axs, animated=True)
     return Explorer(axs[0].figure, lambda **values: picture.show(prepare(**values), title), controls(), f"method_{family}")

@@ -3,10 +3,12 @@ from base64 import b64decode
 from dataclasses import replace
 from io import BytesIO
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
+from nbclient import NotebookClient
 from PIL import Image
 
 import kdc_nb.explorers as explorers
@@ -223,3 +225,12 @@ def test_images_that_are_not_there_are_told(looks, monkeypatch):
     before = bytes(explorer.image.value)
     explorer.controls["images"].value = True
     assert "known: put it there" in explorer.refusal.value and bytes(explorer.image.value) == before
+
+
+def test_figures_are_shown_after_an_explorer():
+    "An explorer that is the first to draw in a kernel leaves pyplot as Jupyter has it"
+    code = ["from kdc_nb import explore_reliability\nfrom kdc_nb.explorers import explore_theory, explore_method\nimport numpy as np, matplotlib.pyplot as plt",
+            "explore_reliability(np.eye(4)[[0, 1, 2, 3]*5], [0, 1, 2, 0]*5); explore_theory(); explore_method('targets');", "plt.plot([0, 1]);"]
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in code])
+    NotebookClient(nb, kernel_name="python3").execute()
+    assert any("image/png" in o.get("data", {}) for o in nb.cells[-1].outputs)
