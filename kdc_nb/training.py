@@ -193,7 +193,7 @@ def batches(
 ) -> Iterator[Tensor | None]: # (B, ...) for each step; None: the step picks them itself
     "What the steps of an epoch that are left are fed with"
     k = int(run.k)
-    if run.batch is None: return repeat(None, len(run.losses) - k)
+    if run.batch is None or k == len(run.losses): return repeat(None, len(run.losses) - k) # all are done, but for looking back
     index = run.plan.index[k:].cpu()
     return (whole_batch(x.to(run.device)) for x in run.inputs.views(index[:, own_part(index[0])], run.ops, (run.seed, run.epoch)))
 

@@ -13,8 +13,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import kdc_nb.images as ki
+import kdc_nb.training as kt
 from kdc_nb.calibrators import Calibrator
-from kdc_nb.core import cache_dir
+from kdc_nb.core import cache_dir, load_tensors
 from kdc_nb.data import Data, WithoutFold, load_data
 from kdc_nb.runs import Distil, RunSpec, Store, new_net, run
 from kdc_nb.sweeps import sweep
@@ -197,6 +198,21 @@ def test_a_streamed_run_can_be_killed_and_its_teacher_may_see_what_it_sees(image
         net = new_net(teacher)
         with pytest.raises(KeyboardInterrupt) if left else nullcontext(): fit(net, d, Killed(), recipe, 0, device="cpu", checkpoint=part, every=0., progress=False)
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), store.net(teacher).state_dict().values()))
+
+
+def test_a_streamed_run_killed_after_the_last_step_of_an_epoch_goes_on(imagenet, tmp_path, monkeypatch):
+    "The checkpoint of that step leaves no image of the epoch to read"
+    d, part = load_data(ki.imagenet100(imagenet, ["n01", "n02", "n03"], 32)), tmp_path/"part"
+    spec = RunSpec(Data("known"), "resnet8", "nll", Recipe(2, 8)) # for its network
+    go = lambda net, **kw: fit(net, d, Calibrator(), spec.recipe, device="cpu", progress=False, **kw).history
+    def stop(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(kt, "end_epoch", stop)
+        go(new_net(spec), checkpoint=part, every=0.)
+    assert load_tensors(part)[1]["epochs_done"] == 1 and not load_tensors(part)[1]["history"]
+    through, stopped = new_net(spec), new_net(spec)
+    assert go(through) == go(stopped, checkpoint=part)
+    assert all(torch.equal(a, b) for a, b in zip(through.state_dict().values(), stopped.state_dict().values()))
 
 
 class Killed(Calibrator):

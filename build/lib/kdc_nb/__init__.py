@@ -1,0 +1,55 @@
+"""Calibration transfer via knowledge distillation. `from kdc_nb import evaluate` and so on; the rest is in the modules that the notebooks export"""
+
+import os
+import sys
+import warnings
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+# What most people come for, and the module that holds it; nothing is imported before somebody asks
+_PUBLIC = {
+    "evaluate": "estimates", "compare": "comparisons", "plot_reliability": "plots", "explore_reliability": "explorers", "load_outputs": "metrics",
+    "Data": "data", "Method": "calibrators", "Recipe": "training", "RunSpec": "runs", "Distil": "runs", "run": "runs", "sweep": "sweeps",
+    "read_results": "runs", "results_file": "core",
+}
+
+
+def __getattr__(name):
+    if name not in _PUBLIC: raise AttributeError(f"module 'kdc_nb' has no attribute {name!r}")
+    return getattr(import_module(f"kdc_nb.{_PUBLIC[name]}"), name)
+
+
+def __dir__(): return sorted([*globals(), *_PUBLIC])
+
+
+def _no_spinning() -> None:
+    """Let torch's threads sleep while they wait for one another: spinning, they slow training down up to seven times beside another program.
+
+    OpenMP reads this when torch is loaded; where torch was there first, a warning says what to set.
+    """
+    if any(k in os.environ for k in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")): return
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    torch = sys.modules.get("torch")
+    if torch and torch.get_num_threads() > 1:
+        warnings.warn("torch was imported before kdc_nb, so its threads spin while they wait, which makes a busy machine up to seven times slower. "
+                      "Import kdc_nb first, or set OMP_WAIT_POLICY=PASSIVE before Python starts", RuntimeWarning, stacklevel=3)
+
+
+def _command(module: str) -> int:
+    "Import a command and run it; Ctrl-C is told in a sentence also while torch is being imported"
+    try: return import_module(f"kdc_nb.{module}").main()
+    except KeyboardInterrupt:
+        print("\nStopped before it began; the same command starts again.", file=sys.stderr)
+        return 130
+
+
+def kdc_sweep() -> int: return _command("paper")
+
+
+def kdc_demo() -> int:
+    os.environ["MPLBACKEND"] = "agg" # it draws into files
+    return _command("demo")
+
+
+_no_spinning()
