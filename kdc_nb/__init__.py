@@ -1,6 +1,7 @@
 """Calibration transfer via knowledge distillation. `from kdc_nb import evaluate` and so on; the rest is in the modules that the notebooks export"""
 
 import os
+import signal
 import sys
 import warnings
 from importlib import import_module
@@ -13,6 +14,7 @@ _PUBLIC = {
     "Data": "data", "Method": "calibrators", "Recipe": "training", "RunSpec": "runs", "Distil": "runs", "run": "runs", "sweep": "sweeps",
     "read_results": "runs", "results_file": "core",
 }
+__all__ = [*_PUBLIC]
 
 
 def __getattr__(name):
@@ -38,10 +40,12 @@ def _no_spinning() -> None:
 
 def _command(module: str) -> int:
     "Import a command and run it; Ctrl-C is told in a sentence also while torch is being imported"
-    try: return import_module(f"kdc_nb.{module}").main()
+    try: status = import_module(f"kdc_nb.{module}").main()
     except KeyboardInterrupt:
         print("\nStopped before it began; the same command starts again.", file=sys.stderr)
-        return 130
+        status = 130
+    if status == 130: signal.signal(signal.SIGINT, signal.SIG_DFL) # once more, while Python cleans up for seconds, ends it without a traceback
+    return status
 
 
 def kdc_sweep() -> int: return _command("paper")

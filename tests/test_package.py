@@ -1,5 +1,6 @@
 "The package's own door: names, threads, commands"
 import os
+import signal
 import subprocess
 import sys
 
@@ -24,6 +25,27 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("name", kdc_nb._PUBLIC)
 def test_public_names(name):
     assert callable(getattr(kdc_nb, name)) and name in dir(kdc_nb)
+
+
+def test_a_star_takes_the_public_names():
+    assert python("from kdc_nb import *; print(evaluate.__name__, 'os' in globals())").stdout == "evaluate False\n"
+
+
+CLEANING = """
+import atexit, sys, time
+import kdc_nb
+def stop(name): raise KeyboardInterrupt
+kdc_nb.import_module = stop
+atexit.register(lambda: print("cleaning", flush=True) or time.sleep(60))
+sys.exit(kdc_nb.kdc_sweep())
+"""
+
+
+def test_ctrl_c_once_more_while_python_cleans_up():
+    child = subprocess.Popen([sys.executable, "-c", CLEANING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "cleaning\n"
+    child.send_signal(signal.SIGINT)
+    assert child.communicate(timeout=30)[1] == "\nStopped before it began; the same command starts again.\n" and child.returncode == -signal.SIGINT
 
 
 def test_an_unknown_name():
