@@ -164,7 +164,7 @@ def planned_of(spec: RunSpec, store: Store, pace: dict[tuple, float]) -> Planned
     if store.path(spec, "run").exists(): return Planned(spec, 0, 0.)
     try: meta = load_tensors(store.path(spec, "part"))[1]
     except (FileNotFoundError, DamagedFile): meta = {"epochs_done": 0., "seconds": 0.}
-    done = meta["epochs_done"]
+    done = meta.get("epochs_done", 0.) # not there: a checkpoint of an older version, from which no run goes on
     an_epoch = meta["seconds"]/done if done else pace.get(kind_of(spec), float("nan"))*n_images(spec)/spec.recipe.epochs
     left = spec.recipe.epochs - done
     return Planned(spec, math.ceil(left), None if an_epoch != an_epoch else left*an_epoch)

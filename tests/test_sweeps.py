@@ -17,6 +17,7 @@ import torch
 import kdc_nb.runs as kr
 import kdc_nb.sweeps as ks
 from kdc_nb.calibrators import Method
+from kdc_nb.core import save_tensors
 from kdc_nb.data import Data
 from kdc_nb.runs import Distil, RunSpec, Store, clean, read_results, run, stoppable, stored
 from kdc_nb.paper import main
@@ -162,6 +163,12 @@ def test_the_plan(store):
     planned = {p.spec: p for p in plan([*STUDENTS, *LONG], store, "cpu")}
     assert planned[TEACHER].epochs == 0 and all(0 < planned[s].seconds < 60 for s in STUDENTS)
     assert min(planned[s].epochs for s in LONG) < 200, "the checkpoint is looked at"
+
+
+def test_the_plan_where_a_checkpoint_is_of_an_older_version(store):
+    "As `fit` takes it: the run starts again"
+    save_tensors(store.path(TEACHER, "part"), {}, epoch=1, history=[], seconds=1.)
+    assert [(p.epochs, p.seconds) for p in plan([TEACHER], store, "cpu")] == [(TEACHER.recipe.epochs, None)]
 
 
 COMMAND = [sys.executable, "-m", "kdc_nb"]
