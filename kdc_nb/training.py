@@ -264,8 +264,9 @@ def train_epoch(
     "Train for one epoch, or what is left of it; a `FloatingPointError` names the step at which the loss was no number"
     begin_epoch(run, step := int(run.k))
     with own_randomness(seed_of(run.seed, run.epoch, place()[0]), run.device) if run.drops_out else nullcontext():
+        rng = run.rng if step and place()[1] == 1 else rng_of(run) # recording draws, too
         run.step = run.step or recorded(run, teacher)
-        if step and place()[1] == 1: set_rng(run.rng, run.device)
+        set_rng(rng, run.device)
         for x in batches(run):
             if x is not None: run.batch.copy_(x)
             run.step()

@@ -141,6 +141,17 @@ def test_stopped_in_the_middle_of_an_epoch(tmp_path, monkeypatch, net, method, n
     assert a == b and all(torch.equal(x, y) for x, y in zip(through.state_dict().values(), stopped.state_dict().values()))
 
 
+def test_recording_a_step_draws_nothing_from_its_drop_out(monkeypatch):
+    "Whoever goes on at the start of an epoch records there, and drops the same units out"
+    def go():
+        net = dropping()
+        fit(net, load_data(TINY), Calibrator(), Recipe(1, 32), device="cpu", progress=False)
+        return net[2].weight
+    plain, record = go(), kt.recorded
+    monkeypatch.setattr(kt, "recorded", lambda *args: torch.rand(5) is not None and record(*args)) # as the steps before a recording draw
+    assert torch.equal(plain, go())
+
+
 def test_an_epoch_longer_than_ten_seconds_is_saved_within(tmp_path, monkeypatch):
     "By the clock, whatever the epoch: two steps of six seconds each"
     clock = SimpleNamespace(time=lambda: clock.now, now=0.)
