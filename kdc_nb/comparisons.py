@@ -216,7 +216,7 @@ def _by_seed(logits: Any, argument: str) -> list[Tensor]: # (N, C) each
     "The outputs of each seed: those given, or the parts of a list or of a table (seeds, N, C)"
     parts = isinstance(logits, (list, tuple)) and all(getattr(x, "ndim", 0) == 2 for x in logits)
     several = [numbers(x, argument) for x in (logits if parts and logits else [logits])]
-    if several[0].ndim == 3: several = list(several[0])
+    if several[0].ndim == 3 and len(several[0]): several = list(several[0])
     for x in several: check(x.ndim == 2, argument, f"shape {tuple(x.shape)}", "(N, C), or a list of such, one for each seed")
     return several
 
@@ -273,7 +273,8 @@ def compare(
     (N, C) numbers, or have other images, classes or seeds than those of the first model; labels that are not N whole numbers from 0 to
     C-1 (one-hot labels: take their argmax).
     """
-    check(len(names) == 2 and names[0] != names[1], "names", names, "two that differ")
+    check(isinstance(names, (list, tuple)) and len(names) == 2 and all(isinstance(n, str) for n in names) and names[0] != names[1], "names", names, "two texts that differ")
+    check(kind in ("logits", "probs"), "kind", repr(kind), "'logits' or 'probs'")
     a, b, y = _outputs_of_two(logits_a, logits_b, labels, kind)
     check(len(y) > 1, "labels", f"{len(y)} of them", "two images or more")
     outputs, valid = {"raw": (a, b, kind)}, (valid_logits_a, valid_logits_b, valid_labels)

@@ -428,13 +428,13 @@ class Evaluation:
     T: float = None # the temperature: of the validation set, or of all images where it was cross-fitted
     cross_fitted: bool = False # whether each fifth was scaled by the T of the other four
 
-    def estimates(self, metrics: Sequence[str] | None = None) -> Iterator[tuple[str, str, Estimate]]:
+    def estimates(self, metrics: str | Sequence[str] | None = None) -> Iterator[tuple[str, str, Estimate]]:
         "Metric, \"raw\" or \"scaled\", and its estimate: of all metrics, or of some, in the order of tables"
-        order = metrics or sorted(self.raw, key=[*METRIC_LABELS, *self.raw].index)
+        order = [metrics] if isinstance(metrics, str) else metrics or sorted(self.raw, key=[*METRIC_LABELS, *self.raw].index)
         for k in order: lookup(self.raw, k, "metrics")
         return ((k, which, table[k]) for k in order for which in ("raw", "scaled") if (table := getattr(self, which)))
 
-    def table(self, metrics: Sequence[str] | None = None) -> Table:
+    def table(self, metrics: str | Sequence[str] | None = None) -> Table:
         "The estimates of all metrics, or of some, as they are shown"
         shown = list(self.estimates(metrics))
         name = {"raw": metric_label, "scaled": lambda k: "  after TS"}

@@ -184,6 +184,10 @@ a, b, y = two(60)
     (lambda: compare(a, b, y, a[:, :3], b[:, :3], y.clamp(max=2)), "valid_logits_a: got 1 seeds, 3 classes, expected 1 seeds, 5 classes"),
     (lambda: compare([a, a], [b, b], y, a, b, y), "valid_logits_a: got 1 seeds, 5 classes, expected 2 seeds, 5 classes"),
     (lambda: compare(a, b, y, names=("x", "x")), "names: got"),
+    (lambda: compare(a, b, y, names=(1, 2)), r"names: got \(1, 2\), expected two texts"),
+    (lambda: compare(a, b, y, names=None), "names: got None"),
+    (lambda: compare(a, b, y, kind="("), r"kind: got '\('"),
+    (lambda: compare(a[None][:0], b[None][:0], y), r"logits_a: got shape \(0, 60, 5\)"),
 ])
 def test_compare_names_what_is_wrong(call, message):
     with pytest.raises(ValueError, match=f"^{message}"): call()

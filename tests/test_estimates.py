@@ -146,6 +146,11 @@ def test_evaluation_is_a_value():
     assert evaluate(z[:4], y[:4], n_boot=30).scaled is None
 
 
+def test_a_table_of_one_metric_by_its_name():
+    e = evaluate(*made()[:2], n_boot=20)
+    assert e.table("ece") == e.table(["ece"]) and len(e.table("ece").rows) == 2
+
+
 def test_a_table_shows_percent_raw_and_scaled_together():
     z, y, _ = made(400, 10, 2.)
     e = evaluate(z, y, n_boot=50)
