@@ -372,15 +372,19 @@ def fit(
         if not checkpoint or place()[0] > 0 or time.time() - at < least or run.epochs_done() == saved: return
         saved, at = run.epochs_done(), time.time()
         save_tensors(checkpoint, state_of(run) | rng_of(run), epochs_done=saved, history=run.history, seconds=run.seconds + at - began)
+    def stop():
+        save(0)
+        raise OutOfTime(f"{run.epochs_done():.4g} of {recipe.epochs} epochs done")
+    def after_step():
+        save(every)
+        if until is not None and place()[1] == 1 and time.time() > until: stop()
     with (tqdm(total=recipe.epochs, initial=run.epoch, unit="epoch", leave=False, disable=not progress or place()[0] > 0) as bar,
           torch.backends.cudnn.flags(enabled=True, benchmark=True)):
         while run.epoch < recipe.epochs:
             began = time.time()
-            left = (run.epoch + 1 - run.epochs_done())*run.seconds/(run.epochs_done() or 1) # of this epoch
-            if agreed(until is not None and began + left > until, run.device):
-                save(0)
-                raise OutOfTime(f"{run.epoch} of {recipe.epochs} epochs done")
-            end_epoch(run, train_epoch(run, teacher, lambda: save(every)))
+            left = (run.epoch + 1 - run.epochs_done())*run.seconds/(run.epochs_done() or 1)*(place()[1] > 1) # several agree before an epoch, whether it is over in time
+            if agreed(until is not None and began + left > until, run.device): stop()
+            end_epoch(run, train_epoch(run, teacher, after_step))
             run.seconds += time.time() - began
             bar.update(); bar.set_postfix(run.history[-1])
     if run.best: net.load_state_dict(run.best)
