@@ -268,6 +268,7 @@ class Store:
             logits, light = load_tensors(path)
             return from_light(light, logits=logits)
         except FileNotFoundError: return None
+        except KeyError as e: warnings.warn(f"{path.name}: no {e} in it; {otherwise}", stacklevel=3)
         except (ValueError, TypeError) as e: warnings.warn(f"{path.name}: {e}; {otherwise}", stacklevel=3)
 
     def net(self, spec: RunSpec) -> nn.Module | None:

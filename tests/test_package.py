@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import kdc_nb
+from kdc_nb.core import save_tensors
 from kdc_nb.data import Data
 from kdc_nb.models import MODELS, build_model
 from kdc_nb.runs import RunSpec, Store, check_model, run, stored
@@ -85,6 +86,12 @@ def test_a_persons_own_runs_are_left_out_and_not_said_to_be_trained_again(tmp_pa
     check_model.cache_clear()
     with pytest.warns(UserWarning, match="'mine'.*left out") as said: assert stored(store) == []
     assert "trained again" not in str(said[0].message)
+
+
+def test_a_whole_file_that_is_no_result_is_left_out(tmp_path):
+    "Such as weights under another name"
+    save_tensors(tmp_path/"x.run", {})
+    with pytest.warns(UserWarning, match="x.run: no 'history' in it; left out"): assert stored(Store(tmp_path)) == []
 
 
 def test_help_tells_the_exit_status():
