@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['give_images', 'as_split', 'given', 'find_images', 'read_images', 'opened', 'check_size', 'pictures', 'Files',
-           'Pictures', 'loaded', 'OnDisk', 'stream_images', 'piece_of', 'streamed', 'tiny_imagenet', 'imagenet100']
+           'Pictures', 'deaf', 'loaded', 'OnDisk', 'stream_images', 'piece_of', 'streamed', 'tiny_imagenet',
+           'imagenet100']
 
 # %% ../nbs/03_images.ipynb #5ccba174
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -166,6 +168,11 @@ class Pictures(torch.utils.data.Dataset):
             return self.change(opened(self.files.folder/self.files.names[i]))
 
 # %% ../nbs/03_images.ipynb #1e0c6e94
+def deaf(worker: int) -> None:
+    "Leave Ctrl-C to the process that reads: a worker that is gone before it looks is an error of torch's"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def loaded(
     source: Pictures,
     batches: Sequence[Tensor], # of positions
@@ -173,7 +180,7 @@ def loaded(
     "Batches, read by as many workers as there are cores, 16 at most; a process that is itself a worker reads alone"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = 0 if parent_process() else min(cores, 16, len(batches))
-    loader = torch.utils.data.DataLoader(source, batch_sampler=[b.tolist() for b in batches], num_workers=workers, generator=torch.Generator())
+    loader = torch.utils.data.DataLoader(source, batch_sampler=[b.tolist() for b in batches], num_workers=workers, generator=torch.Generator(), worker_init_fn=deaf)
     try: yield from loader
     except ValueError as e: raise ValueError(str(e).splitlines()[-1].removeprefix("ValueError: ")) from None # without the worker's traceback
 

@@ -1,6 +1,9 @@
 "Images of one's own: arrays, folders, Tiny-ImageNet's layout, and what is read from disk."
 
+import multiprocessing
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -241,6 +244,15 @@ def test_an_image_that_breaks_later_is_named_too(imagenet):
     with pytest.raises(ValueError, match="^folder: got [^\n]*n01_4.JPEG, which cannot be read[^\n]*$"): files.to("cpu")
     load_data.cache_clear()
     with pytest.raises(ValueError, match="data: got imagenet-2, whose .*n01_4.JPEG has changed"): load_data(data)
+
+
+def test_ctrl_c_is_left_to_the_process_that_reads(imagenet):
+    "A terminal sends it to all; workers that end by it would turn it into an error of torch's"
+    files = load_data(ki.imagenet100(imagenet, ["n01", "n02", "n03"], 32)).train.inputs
+    batches = files.split(1)
+    first = next(batches)
+    for worker in multiprocessing.active_children(): os.kill(worker.pid, signal.SIGINT)
+    assert torch.equal(torch.cat([first, *batches]), files.to("cpu"))
 
 
 def test_images_of_one_size_in_bytes_are_told_apart(tmp_path):
