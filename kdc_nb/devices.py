@@ -52,7 +52,8 @@ def own_randomness(
     "Torch's generators seeded for as long as the block lasts, for one thread at a time"
     with DRAWING, torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)
-        if device.type == "cuda": torch.cuda.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device): torch.cuda.manual_seed(seed) # which seeds the current one
         yield
 
 # %% ../nbs/10_devices.ipynb #08713c34
