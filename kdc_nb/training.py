@@ -382,8 +382,8 @@ def fit(
           torch.backends.cudnn.flags(enabled=True, benchmark=True)):
         while run.epoch < recipe.epochs:
             began = time.time()
-            left = (run.epoch + 1 - run.epochs_done())*run.seconds/(run.epochs_done() or 1)*(place()[1] > 1) # several agree before an epoch, whether it is over in time
-            if agreed(until is not None and began + left > until, run.device): stop()
+            ahead = run.seconds/(run.epochs_done() or 1) if place()[1] > 1 else 0 # several processes stop between epochs only
+            if agreed(until is not None and began + ahead > until, run.device): stop()
             end_epoch(run, train_epoch(run, teacher, after_step))
             run.seconds += time.time() - began
             bar.update(); bar.set_postfix(run.history[-1])
