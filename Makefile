@@ -48,5 +48,5 @@ $(READY): settings.ini setup.py pyproject.toml
 	@rm -f $@
 	@$(INSTALL) -e '.[dev]'
 	@$(BIN)/python nbs/_build.py jupyter
-	@if git rev-parse --git-dir >/dev/null 2>&1; then PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_install_hooks; fi
+	@if git rev-parse --git-dir >/dev/null 2>&1; then git config --local include.path ../.gitconfig; fi
 	@touch $@

@@ -53,6 +53,7 @@ def kdc_sweep() -> int: return _command("paper")
 
 def kdc_demo() -> int:
     os.environ["MPLBACKEND"] = "agg" # it draws into files
+    print("Loading PyTorch takes a few seconds.", file=sys.stderr)
     return _command("demo")
 
 

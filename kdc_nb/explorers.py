@@ -213,6 +213,7 @@ class Explorer(widgets.VBox):
         "Save the picture as it is; a `ValueError` where the file exists"
         path = _free_path(Path(f"{self.name}.svg")) if path is None else Path(path)
         check(not path.exists(), "path", str(path), "a file that does not exist yet")
+        check(not self.refusal.value, "controls", "values that were refused", "values whose picture is shown")
         self.show(**self.shown)
         self.blitter.figure.savefig(path, dpi=self.blitter.figure.dpi)
         self.saved.value = f"saved as {escape(str(path))}"
@@ -254,7 +255,7 @@ class Temperatures:
     "ECE and NLL over the temperature; `show` moves the marks"
 
     def __init__(self, logits: Tensor, labels: Tensor, fitted: float, ax: Axes):
-        grid = 2**np.linspace(-3, 3, 25)
+        grid = np.sort(np.append(2**np.linspace(-3, 3, 49), np.clip(fitted, 1/8, 8)))
         curves = [[f(logits/T, labels) for T in grid] for f in (ece, nll)]
         self.axes = ax, right = ax, ax.twinx()
         for ax, y, c, name in zip(self.axes, curves, (BLUE, ORANGE), ("ECE (%)", "negative log-likelihood (nats)")):

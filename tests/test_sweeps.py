@@ -237,17 +237,36 @@ else: sweep(specs, Store(sys.argv[1]), "cpu", jobs=int(sys.argv[2]))
 """
 
 
+@pytest.mark.parametrize("kill", [os.killpg, os.kill], ids=["a terminal, to all", "a notebook, to one"])
 @pytest.mark.parametrize("how", ["run", "1", "2"])
-def test_ctrl_c_is_told_in_a_sentence(tmp_path, how):
-    "As a terminal does it: to the process and all its workers. A script's traceback is its own line and ours, not torch's"
+def test_ctrl_c_is_told_in_a_sentence(tmp_path, how, kill):
+    "A script's traceback is its own line and ours, not torch's; no worker goes on (it would hold the pipe open)"
     (tmp_path/"script.py").write_text(SCRIPT)
     child = subprocess.Popen([sys.executable, tmp_path/"script.py", tmp_path/"s", how], stderr=subprocess.PIPE, text=True, start_new_session=True)
     began = time.monotonic()
     while not list(tmp_path.glob("s/*.run")) and child.poll() is None and time.monotonic() - began < 240: time.sleep(.1)
-    os.killpg(child.pid, signal.SIGINT)
+    kill(child.pid, signal.SIGINT)
     said = child.communicate(timeout=60)[1]
     assert f"Stopped. In {tmp_path/'s'} are all finished runs" in said and "the same call goes on" in said
     assert "torch" not in said and said.count("Traceback") == 1, said
+
+
+def workers_of(pid: int) -> int:
+    "How many processes of a pool a process has started"
+    found = subprocess.run(["pgrep", "-P", str(pid), "-f", "popen_loky"], capture_output=True, text=True)
+    return len(found.stdout.split())
+
+
+def test_ctrl_c_while_workers_start(tmp_path):
+    "They import for seconds, and must not answer with a traceback of whatever they import"
+    (tmp_path/"script.py").write_text(SCRIPT.replace("Distil(teacher)", "'nll'"))
+    child = subprocess.Popen([sys.executable, tmp_path/"script.py", tmp_path/"s", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    began = time.monotonic()
+    while workers_of(child.pid) < 2 and child.poll() is None and time.monotonic() - began < 240: time.sleep(.02)
+    time.sleep(.5)
+    os.killpg(child.pid, signal.SIGINT)
+    said = child.communicate(timeout=60)[1]
+    assert "Stopped. In" in said and said.count("Traceback") == 1 and "import" not in said, said
 
 
 def test_ctrl_c_before_anything_began():
