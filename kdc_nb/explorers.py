@@ -164,7 +164,7 @@ class Explorer(widgets.VBox):
         self.refusal, self.saved, self.errors = widgets.HTML(), widgets.HTML(), widgets.Output()
         first = {k: c.value for k, c in controls.items()}
         row = [*(self._button(text, lambda values=v: self.move(**values)) for text, v in ({"reset": first} | dict(buttons)).items()),
-               self._button("save as SVG", lambda: self.save()), self.saved, self.refusal]
+               self._button("save as SVG", self._save), self.saved, self.refusal]
         wrap, hidden = widgets.Layout(flex_flow="row wrap"), widgets.Layout(display="none")
         super().__init__([widgets.HTML(_STYLE, layout=hidden), widgets.HBox(list(controls.values()), layout=wrap),
                           widgets.HBox(row, layout=wrap), self.image, self.errors])
@@ -210,14 +210,18 @@ class Explorer(widgets.VBox):
     def save(self,
         path: str | Path | None = None, # ending in .svg, .pdf or .png; None: a new .svg in the working directory
     ) -> Path:
-        "Save the picture as it is; a `ValueError` where the file exists"
+        "Save the picture as it is; a `ValueError` where the file exists, or where the controls' values have no picture"
         path = _free_path(Path(f"{self.name}.svg")) if path is None else Path(path)
         check(not path.exists(), "path", str(path), "a file that does not exist yet")
-        check(not self.refusal.value, "controls", "values that were refused", "values whose picture is shown")
+        check(not self.refusal.value, "controls", "values without a picture", "values that are not refused")
         self.show(**self.shown)
         self.blitter.figure.savefig(path, dpi=self.blitter.figure.dpi)
         self.saved.value = f"saved as {escape(str(path))}"
         return path
+
+    def _save(self) -> None:
+        try: self.save()
+        except (ValueError, OSError) as e: self.saved.value = f"not saved: {escape(str(e))}"
 
     def _repr_mimebundle_(self, **kwargs):
         png = b64encode(_png_bytes(self.blitter.pixels()[..., :3], level=9)).decode()

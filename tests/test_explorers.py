@@ -192,13 +192,17 @@ def test_typed_values_are_taken_or_refused(outputs, name, typed, message):
 
 
 def test_pictures_are_saved_as_they_are_and_over_nothing(outputs, tmp_path, monkeypatch):
-    "Also after a refusal, whose picture is of the values before"
+    "Not after a refusal, whose picture is of the values before"
     monkeypatch.chdir(tmp_path)
     explorer = explore_reliability(*outputs)
     assert [explorer.save().name for _ in range(3)] == ["reliability.svg", "reliability_2.svg", "reliability_3.svg"]
     assert "reliability_3.svg" in explorer.saved.value
     before = bytes(explorer.image.value)
     explorer.controls["T"].value = 99.
+    with pytest.raises(ValueError, match="controls: got values without a picture"): explorer.save("now.png")
+    explorer._save()
+    assert explorer.saved.value.startswith("not saved: controls") and not (tmp_path/"now.png").exists()
+    explorer.move(T=1.)
     explorer.save("now.png")
     seen, saved = (np.asarray(Image.open(f).convert("RGB")).astype(int) for f in (BytesIO(before), "now.png"))
     assert seen.shape == saved.shape and (seen != saved).mean() < .01
