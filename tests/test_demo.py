@@ -5,12 +5,15 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from kdc_nb.data import Data
-from kdc_nb.demo import block_specs, blocks, demo, main
+from kdc_nb.demo import block_specs, blocks, demo, main, verdict_text
+from kdc_nb.metrics import outcomes
 from kdc_nb.training import Recipe
+from tests.conftest import made
 
 
 @pytest.fixture
@@ -54,3 +57,12 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     child.send_signal(signal.SIGINT)
     assert child.wait(timeout=60) == 130 and "the same command goes on" in child.stderr.read()
     assert list(tmp_path.glob("runs/*.run"))
+
+
+@pytest.mark.parametrize("better, said", [(True, "Calibration passed"), (False, "It cannot be told here")])
+def test_the_verdict_is_beyond_chance(monkeypatch, better, said):
+    "The student of a calibrated teacher may be better calibrated, or made of the same outputs as the other"
+    z, y, _ = made(2000, 10, 2.)
+    of = lambda logits: [SimpleNamespace(spec=SimpleNamespace(seed=0, data="made"), images={"raw": outcomes(logits, y)})]
+    results = {"KD(UC), from NLL": of(z), "KD(C), from NLL after TS": of(z/2 if better else z)}
+    assert verdict_text(results).startswith(said)
