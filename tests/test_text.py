@@ -165,12 +165,12 @@ def test_pickled_weights_are_never_read(tmp_path, monkeypatch):
 
 
 class Killed(Calibrator):
-    "Dies when the second epoch of a call begins"
-    begun = 0
-    def draw(self, steps, generator):
-        self.begun += 1
-        if self.begun == 2: raise KeyboardInterrupt
-        return super().draw(steps, generator)
+    "Dies in the fifth step of a call"
+    steps = 0
+    def forward(self, step):
+        self.steps += 1
+        if self.steps == 5: raise KeyboardInterrupt
+        return super().forward(step)
 
 
 def test_dropout_resumes_exactly_and_leaves_the_users_numbers_alone(tmp_path):
@@ -179,7 +179,7 @@ def test_dropout_resumes_exactly_and_leaves_the_users_numbers_alone(tmp_path):
     whole, again = new_net(spec), new_net(spec)
     for net in (whole, again): fit(net, d, Calibrator(), RECIPE, 0, device="cpu", progress=False)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
-    for left in (2, 1, 0):
+    for left in (2, 1, 0): # four steps, in the second epoch, four, in the third, and the last of nine
         net = new_net(spec)
         try: fit(net, d, Killed(), RECIPE, 0, device="cpu", checkpoint=tmp_path/"part", every=0., progress=False)
         except KeyboardInterrupt: assert left
