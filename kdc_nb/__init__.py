@@ -48,10 +48,13 @@ def _command(module: str) -> int:
     return status
 
 
-def kdc_sweep() -> int: return _command("paper")
+def kdc_sweep() -> int:
+    "The command: many runs, or a table of the paper"
+    return _command("paper")
 
 
 def kdc_demo() -> int:
+    "The command behind `make demo`"
     os.environ["MPLBACKEND"] = "agg" # it draws into files
     print("Loading PyTorch takes a few seconds.", file=sys.stderr)
     return _command("demo")

@@ -256,9 +256,9 @@ def to_fetch(
     data: Data,
 ) -> str: # a file's name; empty: nothing
     "What `load_data` would have to fetch from elsewhere for a data set of the kit's own"
-    sources = {"cifar10": "cifar10", "cifar100": "cifar100", "cifar10h": "cifar10"}
-    file = f"{sources.get(data.name)}.safetensors"
-    return "" if data.name not in sources or (cache_dir()/"data"/file).exists() else ARCHIVES[sources[data.name]][1]
+    name = "cifar10" if data.name == "cifar10h" else data.name
+    there = name not in ARCHIVES or (cache_dir()/"data"/f"{name}.safetensors").exists()
+    return "" if there else ARCHIVES[name][1]
 
 # %% ../nbs/02_data.ipynb #b2d522b0
 SUPERCLASSES = { # the classes of each group, in the order of the official group labels
