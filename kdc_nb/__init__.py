@@ -50,7 +50,7 @@ def _command(module: str) -> int:
 
 def kdc_sweep() -> int:
     "The command: many runs, or a table of the paper"
-    return _command("paper")
+    return _command("commands")
 
 
 def kdc_demo() -> int:

@@ -4,15 +4,19 @@
 
 # %% auto #0
 __all__ = ['DRAWING', 'best_device', 'devices_of', 'autocast', 'own_randomness', 'joined', 'place', 'own_part', 'whole_batch',
-           'in_order', 'agreed']
+           'in_order', 'agreed', 'deaf_to_ctrl_c', 'worker_processes', 'in_fresh_process']
 
 # %% ../nbs/10_devices.ipynb #4e01d70a
 import os
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Lock
+from typing import Any
 
+import joblib
 import torch
+from joblib.externals import loky
 from torch import Tensor, distributed
 
 from .core import *
@@ -41,7 +45,7 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 # %% ../nbs/10_devices.ipynb #04d2b98a
-DRAWING = Lock()
+DRAWING = threading.Lock()
 
 
 @contextmanager
@@ -109,9 +113,41 @@ def in_order(
     return torch.stack(parts, 1).flatten(0, 1)[:total]
 
 # %% ../nbs/10_devices.ipynb #ee77a6a2
-def agreed(yes: bool, device: torch.device) -> bool:
+def agreed(value: int, device: torch.device) -> int: # a bool is one
     "What the first process thinks"
-    if place()[1] == 1: return yes
-    said = torch.tensor(float(yes), device=device)
+    if place()[1] == 1: return value
+    said = torch.tensor(value, device=device)
     distributed.broadcast(said, 0)
-    return bool(said)
+    return said.item()
+
+# %% ../nbs/10_devices.ipynb #d2f1c0a7
+@contextmanager
+def deaf_to_ctrl_c() -> Iterator[None]:
+    "Processes that are started in the block never hear of Ctrl-C; nor does this one, for the moment that it takes"
+    if threading.current_thread() is not threading.main_thread(): return (yield) # only that one may say so
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try: yield
+    finally: signal.signal(signal.SIGINT, before)
+
+# %% ../nbs/10_devices.ipynb #4b7a90e3
+class _DeafPool(loky.ProcessPoolExecutor):
+    "One that starts its processes, which it does when it is given something to do, without an ear for Ctrl-C"
+    def submit(self, *args, **kw):
+        with deaf_to_ctrl_c(): return super().submit(*args, **kw)
+
+
+@contextmanager
+def worker_processes(
+    n: int,
+) -> Iterator[loky.ProcessPoolExecutor]:
+    "Processes that share the processor's cores and end with the block, whatever they are doing then"
+    threads = str(max(1, joblib.cpu_count()//n))
+    env = {k: os.environ.get(k, threads) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    pool = _DeafPool(n, timeout=60, env=env) # idle ones end after that many seconds
+    try: yield pool
+    finally: pool.shutdown(kill_workers=True)
+
+
+def in_fresh_process(f: Callable, *args: Any) -> Any:
+    "What a function gives in a process of its own, which nothing has happened to"
+    with worker_processes(1) as pool: return pool.submit(f, *args).result()

@@ -8,17 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdc_nb.calibrators import Method
+from kdc_nb.commands import main
 from kdc_nb.data import Data, load_data
 from kdc_nb.explorers import explore_classes, source_of
 from kdc_nb.comparisons import paired
 from kdc_nb import paper
 from kdc_nb.metrics import ece, nll, top1
-from kdc_nb.paper import (AS_PUBLISHED, MINIATURES, PAPER, SETTINGS, Setting, candidates, choice_of, chosen, collect, differences, direct_of, generation_of, main,
+from kdc_nb.paper import (AS_PUBLISHED, MINIATURES, PAPER, SETTINGS, Setting, candidates, choice_of, chosen, collect, differences, direct_of, generation_of,
                           paper_specs, prepare_candidates, prepare_progress, prepare_table, published, self_distilled, table_claims, table_of, table_specs)
 from kdc_nb.penultimate import look
 from kdc_nb.plots import prepare_generations
 from kdc_nb.runs import Distil, RunSpec, Scaled, Store, images_of, lineage, read_results, run, write_results
-from kdc_nb.sweeps import levels, sweep, write_specs
+from kdc_nb.sweeps import required, sweep, write_specs
 from kdc_nb.theory import draw_problem, gap, minimise
 from kdc_nb.training import RECIPES, Recipe
 
@@ -47,7 +48,7 @@ def test_the_rows_train(tmp_path):
 def test_each_generation_is_taught_by_the_one_before(n, seed):
     chain = self_distilled(replace(NET, seed=seed), n, T=2, alpha=.5)
     assert [generation_of(s) for s in chain] == [(chain[0], k) for k in range(n + 1)] and lineage(chain[-1]) == chain
-    assert list(levels(chain)) == [[s] for s in chain]
+    assert required(chain[::-1]) == chain
 
 
 def test_a_chain_begins_where_a_network_was_not_taught_by_a_network():

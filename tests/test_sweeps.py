@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import joblib
 import pytest
 import torch
 
@@ -19,10 +20,10 @@ import kdc_nb.sweeps as ks
 from kdc_nb.calibrators import Method
 from kdc_nb.core import save_tensors
 from kdc_nb.data import Data
-from kdc_nb.runs import Distil, RunSpec, Store, clean, read_results, run, stoppable, stored
-from kdc_nb.paper import main
-from kdc_nb.sweeps import levels, plan, read_specs, sweep, title_of, write_specs
-from kdc_nb.training import Recipe
+from kdc_nb.runs import Distil, RunSpec, Scaled, Store, Where, clean, read_results, run, stoppable, stored
+from kdc_nb.commands import main
+from kdc_nb.sweeps import Agenda, SideBySide, TeacherCaches, plan, read_specs, required, sweep, title_of, write_specs
+from kdc_nb.training import NotRecorded, Recipe
 
 TINY = Data("known", n_train=100, n_valid=60, n_test=80)
 TEACHER = RunSpec(TINY, "resnet8", Method("focal"), Recipe(2, 50))
@@ -51,7 +52,7 @@ def same(a, b, within=0.): assert all((x.logits["test"] - y.logits["test"]).abs(
 
 def test_each_run_once_and_teachers_first(store):
     third = replace(STUDENTS[0], method=Distil(STUDENTS[0]))
-    assert list(levels([third, TEACHER, third])) == [[TEACHER], [STUDENTS[0]], [third]]
+    assert required([third, TEACHER, third]) == [TEACHER, STUDENTS[0], third]
     assert [r.spec for r in go([third, TEACHER, third], store)] == [third, TEACHER, third]
     assert [r.spec for r in stored(store)] == [TEACHER, STUDENTS[0], third]
 
@@ -65,23 +66,23 @@ def test_a_pool_gives_the_same_answer(store, alone):
     assert len(stored(store)) == 4
 
 
-def test_the_users_own_backend_is_asked(store, alone):
-    with joblib.parallel_config(backend="threading", n_jobs=2): same(go(STUDENTS, store), alone, 1e-3)
+def test_the_users_own_pool_is_asked(store, alone):
+    with ThreadPoolExecutor(2) as pool: same(go(STUDENTS, store, jobs=2, pool=pool), alone, 1e-3)
 
 
 @pytest.mark.long
 def test_a_dask_cluster(store, alone):
     distributed = pytest.importorskip("distributed")
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, distributed.Client(cluster):
-        with joblib.parallel_config(backend="dask"): same(go(STUDENTS, store), alone, 1e-3)
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, distributed.Client(cluster) as client:
+        same(go(STUDENTS, store, jobs=2, pool=client.get_executor()), alone, 1e-3)
 
 
-def killed_once(spec, folder, device, until):
+def killed_once(spec, where, until):
     "A worker whose process is killed during its second run, once"
-    if spec == STUDENTS[1] and not (mark := folder/"killed").exists():
+    if spec == STUDENTS[1] and not (mark := where.store.folder/"killed").exists():
         mark.touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    return attempt(spec, folder, device, until)
+    return attempt(spec, where, until)
 
 
 attempt = ks.attempt
@@ -93,7 +94,7 @@ def test_a_killed_worker_costs_only_its_run(store, alone, monkeypatch):
     assert (store.folder/"killed").exists()
 
 
-def always_killed(spec, folder, device, until): os.kill(os.getpid(), signal.SIGKILL)
+def always_killed(spec, where, until): os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_run_that_always_kills_its_worker_is_given_up(store, monkeypatch):
@@ -105,8 +106,12 @@ def test_a_run_that_always_kills_its_worker_is_given_up(store, monkeypatch):
 
 def test_one_failure_stops_no_other_run(store):
     wild = replace(TEACHER, recipe=Recipe(2, 50, lr=1e20))
-    with joblib.parallel_config(backend="threading", n_jobs=2), pytest.raises(FloatingPointError, match="try a smaller lr"):
-        go([wild, TEACHER, replace(TEACHER, seed=1)], store)
+    for kw in ({}, {"slots": 2}):
+        with pytest.raises(FloatingPointError, match="try a smaller lr"): go([replace(TEACHER, method=Distil(wild)), TEACHER, replace(TEACHER, seed=1)], store, **kw)
+        assert {r.spec.seed for r in stored(store)} == {0, 1} and len(stored(store)) == 2
+        for f in store.folder.iterdir(): f.unlink()
+    with ThreadPoolExecutor(2) as pool, pytest.raises(FloatingPointError, match="try a smaller lr"):
+        go([wild, TEACHER, replace(TEACHER, seed=1)], store, jobs=2, pool=pool)
     assert {r.spec.seed for r in stored(store)} == {0, 1}
 
 
@@ -119,8 +124,8 @@ def test_a_full_gpu_is_given_fewer_runs(store, monkeypatch):
         at_once.remove(spec)
         return torch.OutOfMemoryError("CUDA out of memory") if crowd else attempt(spec, *rest)
     monkeypatch.setattr(ks, "attempt", full_above_one)
-    with joblib.parallel_config(backend="threading"), pytest.warns(UserWarning, match="out of memory; . runs start again, 2 at a time"):
-        results = go([TEACHER, *(replace(TEACHER, seed=s) for s in (1, 2, 3))], store, jobs=4)
+    with ThreadPoolExecutor(4) as pool, pytest.warns(UserWarning, match="out of memory; . runs start again, 2 at a time"):
+        results = go([TEACHER, *(replace(TEACHER, seed=s) for s in (1, 2, 3))], store, jobs=4, pool=pool)
     assert all(results)
 
 
@@ -128,21 +133,22 @@ def test_a_grid_asks_its_live_teacher_once(store, monkeypatch):
     "The second student of a teacher who sees augmented images hears what was said to the first, to the bit; one that was stopped asks again"
     recipe = Recipe(2, 50, augment=("crop",), live_teacher=True)
     master = RunSpec(Data("digits", n_train=100, n_valid=60), "resnet8", Method("nll"), recipe)
-    pupils = [replace(master, method=Distil(master, T, .5)) for T in (1, 2)]
+    pupils = [replace(master, method=Distil(t, T, .5)) for t, T in ((master, 1), (master, 2), (Scaled(master), 1))]
     asked, make = [], kr.make_teacher
     def counting(*args):
-        teacher = make(*args)
-        return teacher and (lambda x, index: asked.append(len(x)) or teacher(x, index))
+        teacher, T = make(*args)
+        return teacher and (lambda x, index: asked.append(len(x)) or teacher(x, index)), T
     monkeypatch.setattr(kr, "make_teacher", counting)
     shared = go(pupils, store)
-    assert asked == [1, 50, 50, 50, 50, 1], "both at the door, and only the first in each of four steps"
+    assert asked == [1, 50, 50, 50, 50, 1, 1], "each at the door, and only the first in each of four steps, scaled or not"
     same(shared, [run(p, Store(store.folder.parent/"alone"), "cpu", progress=False) for p in pupils])
-    heard = ks.Heard()
-    with monkeypatch.context() as m:
-        m.setattr("kdc_nb.training.end_epoch", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt): ks.train(pupils[0], Store(store.folder.parent/"alone"), "cpu", False, heard=heard)
+    heard, where = ks.Heard(), kr.Where(Store(store.folder.parent/"alone"), "cpu")
+    first, second = (kr.Trainee(p, where, heard) for p in pupils[:2])
+    for mark in first.pieces(None):
+        if first.training.epoch == 1: break
     assert heard.epochs == {0}
-    same([ks.train(pupils[1], Store(store.folder.parent/"alone"), "cpu", False, heard=heard)], shared[1:])
+    list(second.pieces(None))
+    assert torch.equal(second.trained().logits["test"], shared[1].logits["test"])
 
 
 def test_a_budget_is_kept_and_nothing_of_it_lost(store):
@@ -298,7 +304,7 @@ def test_a_full_disk_loses_nothing(tmp_path, alone):
     "No file may grow beyond 200 kB: the run fails in a sentence, and goes on when there is room"
     write_specs(STUDENTS[:1], file := tmp_path/"runs.json")
     limited = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));" \
-              "from kdc_nb.paper import main; sys.exit(main(sys.argv[1:]))"
+              "from kdc_nb.commands import main; sys.exit(main(sys.argv[1:]))"
     args = [str(file), "--store", str(tmp_path/"s"), "--device", "cpu"]
     full = subprocess.run([sys.executable, "-c", limited, *args], capture_output=True, text=True)
     assert full.returncode == 1 and "File too large" in full.stderr and "Traceback" not in full.stderr

@@ -18,7 +18,8 @@ from kdc_nb.calibrators import Calibrator, Distillation, Method, Step
 from kdc_nb.core import load_tensors, save_tensors
 from kdc_nb.data import Data, load_data
 from kdc_nb.runs import Distil, Posterior, RunSpec, Store, clean, new_net, run_id
-from kdc_nb.training import Heard, OutOfTime, Recipe, Training, begin_epoch, epoch_generator, fit, put_back, recorded, state_of, train_step
+from kdc_nb.training import (Heard, NotRecorded, OutOfTime, Recipe, Training, begin_epoch, drive, epoch_generator, fit, match_strides, put_back,
+                             recorded, state_of, train_epoch, train_step)
 
 TINY = Data("known", n_train=200, n_valid=50, n_test=100)
 SPEC = RunSpec(TINY, "resnet8", Distil(Posterior(.5), 2, .5), Recipe(60, 32))
@@ -155,7 +156,7 @@ def test_recording_a_step_draws_nothing_from_its_drop_out(monkeypatch):
 def test_an_epoch_longer_than_ten_seconds_is_saved_within(tmp_path, monkeypatch):
     "By the clock, whatever the epoch: two steps of six seconds each"
     clock = SimpleNamespace(time=lambda: clock.now, now=0.)
-    def slow(run, teacher, step=kt.train_step): step(run, teacher); clock.now += 6
+    def slow(run, step=kt.train_step): step(run); clock.now += 6
     monkeypatch.setattr(kt, "time", clock)
     monkeypatch.setattr(kt, "train_step", slow)
     saved = []
@@ -167,7 +168,8 @@ def test_an_epoch_longer_than_ten_seconds_is_saved_within(tmp_path, monkeypatch)
 def test_what_a_resumed_student_did_not_hear_is_not_kept(tmp_path, monkeypatch):
     "Another student of the same teacher asks again in the epoch of which the first heard only a part"
     data, path, heard, net = load_data(TINY), tmp_path/"x", Heard(), new_net(SPEC).eval()
-    go = lambda **kw: fit(new_net(SPEC), data, Distillation(), Recipe(3, 32), teacher=lambda x, index: net(x), device="cpu", progress=False, **kw)
+    student = lambda heard: Training(new_net(SPEC), data, Distillation(), Recipe(3, 32), 0, torch.device("cpu"), lambda x, index: net(x), heard=heard)
+    go = lambda heard=None, **kw: drive(student(heard), progress=False, **kw)
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         interrupt_at(m, 10)
         go(checkpoint=path, every=0)
@@ -233,17 +235,18 @@ class Watch(TorchDispatchMode):
                          ids=[*sorted(Method.registry), "focal + MDCA", "KD", "KD, the first to ask", "KD, a later one"])
 def test_a_step_asks_the_device_for_nothing(method, listening):
     "What a CUDA graph cannot record: reading a value back, making a tensor from one of Python's, sizes that depend on values"
-    training = Training(new_net(SPEC), load_data(TINY), method, Recipe(2, 32), 0, torch.device("cpu"), None if listening is None else Heard())
-    training.listening = bool(listening)
     net = new_net(SPEC).eval()
     teacher = (lambda x, index: net(x)) if isinstance(method, Distillation) else None
+    heard = None if listening is None else Heard()
+    training = Training(new_net(SPEC), load_data(TINY), method, Recipe(2, 32), 0, torch.device("cpu"), teacher, 1.5, heard)
+    training.listening = bool(listening)
     begin_epoch(training)
-    train_step(training, teacher)
+    train_step(training)
     before = {k: t.data_ptr() for k, t in state_of(training).items()}
-    with Watch() as watch: train_step(training, teacher)
+    with Watch() as watch: train_step(training)
     assert "convolution_backward" in watch.seen and not watch.seen & {"_local_scalar_dense", "lift_fresh", "nonzero", "bincount", "_unique2"}
     begin_epoch(training)
-    put_back(training, {k: t.clone() for k, t in state_of(training).items()}, 0, [], 0.)
+    put_back(training, {k: t.clone() for k, t in state_of(training).items()}, 0, [])
     assert before == {k: t.data_ptr() for k, t in state_of(training).items()}, "a recorded step writes to the same places for ever"
 
 
@@ -306,11 +309,12 @@ def pretended_cuda(monkeypatch):
     for name, fake in dict(Stream=lambda device: stream, stream=lambda s: nullcontext(), current_stream=lambda device: stream, CUDAGraph=Graph, graph=graph).items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(kt, "autocast", lambda device: nullcontext())
-    def record(training, teacher=None):
-        Graph.replay = lambda self: train_step(training, teacher)
+    def record(training):
+        Graph.replay = lambda self: train_step(training)
         begin_epoch(training)
         training.device = SimpleNamespace(type="cuda")
-        step = recorded(training, teacher)
+        try: step = recorded(training)
+        finally: NotRecorded.happened = False
         training.device = torch.device("cpu")
         return step
     return record
@@ -322,12 +326,43 @@ def test_recording_leaves_no_trace(pretended_cuda):
     before = {k: (t.data_ptr(), t.clone()) for k, t in state_of(recording).items()}
     recording.step = pretended_cuda(recording)
     assert all(t.data_ptr() == before[k][0] and torch.equal(t, before[k][1]) for k, t in state_of(recording).items())
-    assert [kt.train_epoch(plain) for _ in range(2)] == [kt.train_epoch(recording) for _ in range(2)]
+    for run in (plain, recording, plain, recording): list(train_epoch(run))
+    assert plain.history == recording.history and len(plain.history) == 2
 
 
-def test_what_cannot_be_recorded_is_run_as_it_is_and_said(pretended_cuda, monkeypatch):
+def test_what_cannot_be_recorded_ends_in_a_sentence_unless_nobody_wants_it_recorded(pretended_cuda, monkeypatch):
     def refuse(g, stream): raise RuntimeError("operation not permitted when stream is capturing")
     monkeypatch.setattr(torch.cuda, "graph", refuse)
-    plain, stubborn = (Training(new_net(SPEC), load_data(TINY), Calibrator(), Recipe(2, 32), 0, torch.device("cpu")) for _ in range(2))
-    with pytest.warns(UserWarning, match="cannot be recorded as a CUDA graph.*not permitted"): stubborn.step = pretended_cuda(stubborn)
-    assert kt.train_epoch(plain) == kt.train_epoch(stubborn)
+    make = lambda **kw: Training(new_net(SPEC), load_data(TINY), Calibrator(), Recipe(2, 32), 0, torch.device("cpu"), **kw)
+    with pytest.raises(NotRecorded, match="cannot be recorded as a CUDA graph.*not permitted"): pretended_cuda(make())
+    plain, eager = make(), make(record=False)
+    eager.step = pretended_cuda(eager)
+    for run in (plain, eager): list(train_epoch(run))
+    assert plain.history == eager.history
+
+
+class OddStrides(torch.nn.Module):
+    "A layer whose gradient is laid out in memory in another way than its weight (pytorch issue 106951), and one whose is not"
+    def __init__(self, d):
+        super().__init__()
+        self.w, self.v = (torch.nn.Parameter(torch.ones(2, d, 100)) for _ in range(2))
+
+    def forward(self, x): return torch.bmm(x.transpose(0, 1), self.w.transpose(1, 2)).sum() + (self.v**2).sum()
+
+
+@pytest.mark.parametrize("d", [1, 3])
+def test_gradients_are_laid_out_as_their_parameters(d):
+    net, x = OddStrides(d), torch.randn(10, 2, 100, generator=torch.Generator().manual_seed(0))
+    net(x).backward()
+    before = [p.grad.clone() for p in net.parameters()]
+    odd = [p.grad.stride() != p.stride() for p in net.parameters()]
+    match_strides(net)
+    assert odd[0] == (d == 1) and not odd[1]
+    assert all(p.grad.stride() == p.stride() and torch.equal(p.grad, g) for p, g in zip(net.parameters(), before))
+
+
+def test_gradients_that_are_transposed_in_memory_are_copied():
+    net = torch.nn.Linear(3, 2)
+    net.weight.grad = torch.arange(6.).view(3, 2).T
+    match_strides(net)
+    assert net.weight.grad.stride() == net.weight.stride() and net.weight.grad.tolist() == [[0, 2, 4], [1, 3, 5]]

@@ -11,7 +11,7 @@ import time
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import BATCH, C, images, synchronize # the benchmark beside this one
+from training import BATCH, C, images, kernels, synchronize # the benchmark beside this one
 
 from kdc_nb.calibrators import Calibrator, Distillation, Method, Step
 from kdc_nb.core import text_table, whole_file
@@ -49,10 +49,11 @@ def loss_alone(method: Calibrator, device: torch.device):
 
 def training_step(method: Calibrator, device: torch.device):
     "A whole step; a teacher's answers are at hand"
-    run = Training(build_model("wrn_40_1", C), images(BATCH), method, Recipe(2, BATCH, augment=("crop", "flip")), 0, device)
+    teacher = (lambda x, index: said[index]) if isinstance(method, Distillation) else None
+    run = Training(build_model("wrn_40_1", C), images(BATCH), method, Recipe(2, BATCH, augment=("crop", "flip")), 0, device, teacher)
     said = torch.randn(BATCH, C, device=device)
     begin_epoch(run)
-    step = recorded(run, (lambda x, index: said[index]) if isinstance(method, Distillation) else None)
+    step = recorded(run)
     def once():
         run.k.zero_()
         step()
@@ -67,19 +68,12 @@ def seconds(step, device: torch.device, times: int = 1) -> float:
     return (time.perf_counter() - start)/times
 
 
-def kernels(step) -> int:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        step()
-        torch.cuda.synchronize()
-    return sum(e.count for e in seen.key_averages())
-
-
 def cost(method: Calibrator, plain, device: torch.device, rounds: int) -> dict[str, float]:
     loss, step = loss_alone(method, device), None
     loss(); loss()
     with Count() as asked: loss()
     row = {"operations": asked.n, "ms": 1000*statistics.median(seconds(loss, device, 10) for _ in range(5))}
-    if device.type == "cuda": row["kernels"] = kernels(loss)
+    if device.type == "cuda": row["kernels"] = kernels(loss, device)
     step = training_step(method, device)
     step(); plain()
     pairs = [(seconds(step, device), seconds(plain, device)) for _ in range(rounds)]
