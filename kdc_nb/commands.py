@@ -97,7 +97,7 @@ class ResultsFile:
 def wanted(a: argparse.Namespace) -> list[dict[str, RunSpec]]:
     "The rows of each seed that the command's words stand for; those of a file as one"
     if a.what not in PAPER:
-        check(Path(a.what).is_file(), "what", a.what, f"a file that is there, or one of {', '.join(PAPER)}")
+        check(a.what and Path(a.what).is_file(), "what", a.what, f"a file that is there, or one of {', '.join(PAPER)}")
         for k in ("recipe", "seeds", "small", "candidates", "chosen"): check(not getattr(a, k), k, getattr(a, k), f"none with a file: {a.what} says it all")
         return [{value_id(s): s for s in read_specs(a.what)}]
     check(a.seeds is None or a.seeds > 0, "seeds", a.seeds, "one or more")

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import joblib
 import torch
 from joblib.externals import loky
 from torch import Tensor, distributed
@@ -140,12 +139,14 @@ class _DeafPool(loky.ProcessPoolExecutor):
 def worker_processes(
     n: int,
 ) -> Iterator[loky.ProcessPoolExecutor]:
-    "Processes that share the processor's cores and end with the block, whatever they are doing then"
-    threads = str(max(1, joblib.cpu_count()//n))
-    env = {k: os.environ.get(k, threads) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+    "Processes that share the threads of this one and end with the block, after an error at once"
+    env = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(max(1, torch.get_num_threads()//n)))
     pool = _DeafPool(n, timeout=60, env=env) # idle ones end after that many seconds
     try: yield pool
-    finally: pool.shutdown(kill_workers=True)
+    except BaseException:
+        pool.shutdown(kill_workers=True)
+        raise
+    pool.shutdown()
 
 
 def in_fresh_process(f: Callable, *args: Any) -> Any:

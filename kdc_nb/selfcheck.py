@@ -47,7 +47,7 @@ def _epoch_losses(training: Training, checkpoint: Path | None = None) -> list[fl
     return [row["loss"] for row in drive(training, checkpoint, every=0., progress=False).history]
 
 # %% ../nbs/22_selfcheck.ipynb #a0000009
-_WITHIN = .15 # of each other: losses of an epoch, as a share
+_WITHIN = .1 # of each other: losses of an epoch, as a share
 
 
 class Checked(NamedTuple):

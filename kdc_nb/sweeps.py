@@ -8,7 +8,6 @@ __all__ = ['UNITS', 'Done', 'seconds_of', 'required', 'n_images', 'Planned', 'ki
            'elsewhere', 'rest_of', 'sweep', 'write_specs', 'read_specs']
 
 # %% ../nbs/14_sweeps.ipynb #5699d339
-import heapq
 import json
 import math
 import os
@@ -145,13 +144,13 @@ class Agenda:
         self.rows = [left(lineage(s)) for s in left(dict.fromkeys(specs))]
         self.order = list(dict.fromkeys(r for row in self.rows for r in row))
         self.missing, self.running, self.left_out = set(self.order), {}, {} # running: when each began; left out: why
-        self.pace, self.overhead = Pace(where.store, where.device, where.at_once) if until else None, 0. # seconds beside training
+        self.pace, self.overhead = Pace(where.store, where.device, where.at_once) if until is not None else None, 0. # seconds beside training
         self.begun = 0 # how many
 
     def next(self, can_begin: Callable[[RunSpec], bool] = lambda run: True) -> RunSpec | None:
         "The first run that can begin now, if there is one"
-        runs = self.admitted()
-        if self.until and not runs and not self.begun and time.time() < self.until: runs = self.order[:1]
+        runs = [r for r, wait in self.admitted().items() if wait <= 0]
+        if self.pace and not self.begun and not runs and time.time() < self.until: runs = self.order[:1]
         ready = lambda r: r not in self.running and not set(lineage(r)[:-1]) & self.missing and can_begin(r)
         first = next((self.order.index(r) for r in runs if ready(r)), -1)
         first = agreed(first, best_device(self.where.device)) # processes that share each run must not differ
@@ -159,23 +158,23 @@ class Agenda:
         self.running[self.order[first]], self.begun = time.time(), self.begun + 1
         return self.order[first]
 
-    def admitted(self) -> list[RunSpec]:
+    def admitted(self) -> dict[RunSpec, float]: # seconds from now until it can begin
         "The runs of all rows that can be finished in time on as many places as there are"
         rows = [left for row in self.rows if (left := [r for r in row if r in self.missing]) and not self.left_out.keys() & left]
-        if not self.until: return list(dict.fromkeys(r for row in rows for r in row))
-        now, out = time.time(), {}
-        ends = {r: now + self.seconds(r) for r in self.running}
-        free = [*ends.values(), *[now]*(self.where.at_once - len(ends))] # when each place is
-        heapq.heapify(free)
+        if not self.pace: return {r: 0. for row in rows for r in row}
+        ends, out = {r: self.seconds(r) for r in self.running}, {}
+        free = [*ends.values(), *[0.]*(self.where.at_once - len(ends))] # when each place is
         for row in rows:
-            then, places = dict(ends), free.copy()
+            then, places, begins = dict(ends), free.copy(), {}
             for r in row:
                 if r in then: continue
-                begins = max([heapq.heappop(places), *(then[t] for t in lineage(r)[:-1] if t in then)])
-                then[r] = begins + self.seconds(r)
-                heapq.heappush(places, then[r])
-            if all(then[r] <= self.until for r in row): ends, free, out = then, places, out | dict.fromkeys(row)
-        return list(out)
+                ready = max((then[t] for t in lineage(r)[:-1] if t in then), default=0.)
+                place = max((p for p in places if p <= ready), default=min(places)) # the one that waits least
+                begins[r] = max(place, ready)
+                then[r] = begins[r] + self.seconds(r)
+                places[places.index(place)] = then[r]
+            if time.time() + max(then[r] for r in row) <= self.until: ends, free, out = then, places, out | begins
+        return out
 
     def seconds(self, run: RunSpec) -> float:
         "How long a run will take, or what is left of it; without anything like it as long as with the slowest measured pace"
@@ -453,7 +452,7 @@ def sweep(
     first rows first. When a run fails the others are done, and then its error is raised.
     """
     specs, store = list(specs), store or Store()
-    jobs = jobs or 1
+    jobs = 1 if jobs is None else jobs
     for k, v in dict(jobs=jobs, slots=slots).items(): check(isinstance(v, int) and v >= 1, k, v, "a whole number, at least 1")
     check(jobs == 1 or slots == 1, "slots", slots, f"1 beside {jobs} jobs: runs are side by side in processes or in this one")
     check(place()[1] == 1 or jobs == slots == 1, "jobs", max(jobs, slots), "1, and one slot, where processes share each run")

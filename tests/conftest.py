@@ -1,6 +1,5 @@
 """What several tests share: a store of their own, made-up outputs, a browser, and real photographs where they are to be had."""
 
-import io
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from kdc_nb.core import save_tensors
+from tests.shards import write_photos
 
 settings.register_profile("kit", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("kit")
@@ -49,27 +48,6 @@ def browser(tmp_path_factory):
 def shots(tmp_path):
     "Where screenshots go: `$KDC_SCREENSHOTS`, for those who want to look at them."
     return Path(os.environ.get("KDC_SCREENSHOTS", tmp_path))
-
-
-def unpack(shard: Path) -> torch.Tensor:
-    "The images of one shard: 100 lossless WebP strips of 100 images each, as (10000, 3, 32, 32) uint8."
-    from PIL import Image
-    with np.load(shard, allow_pickle=False) as z:
-        data, ends = z["webp"].tobytes(), z["offsets"]
-    strips = [np.asarray(Image.open(io.BytesIO(data[a:b])).convert("RGB")) for a, b in zip(ends, ends[1:])]
-    return torch.from_numpy(np.concatenate(strips).reshape(-1, 32, 32, 3)).permute(0, 3, 1, 2).contiguous()
-
-
-def write_photos(name: str, source: Path, folder: Path) -> None:
-    "Write a photo set of the test data in the form of the kit's cache."
-    labels, names = ("label", "names") if name == "cifar10" else ("fine", "fine_names")
-    shards = {"train": sorted(source.glob(f"{name}-train-*.npz")), "test": [source/f"{name}-test.npz"]}
-    tensors = {}
-    for split, paths in shards.items():
-        tensors[f"{split}_inputs"] = torch.cat([unpack(p) for p in paths])
-        tensors[f"{split}_labels"] = torch.cat([torch.from_numpy(np.load(p, allow_pickle=False)[labels].astype(np.int64)) for p in paths])
-    classes = np.load(shards["test"][0], allow_pickle=False)[names].tolist()
-    save_tensors(folder/"data"/f"{name}.safetensors", tensors, classes=classes)
 
 
 @pytest.fixture(scope="session")

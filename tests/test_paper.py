@@ -18,7 +18,7 @@ from kdc_nb.paper import (AS_PUBLISHED, MINIATURES, PAPER, SETTINGS, Setting, ca
                           paper_specs, prepare_candidates, prepare_progress, prepare_table, published, self_distilled, table_claims, table_of, table_specs)
 from kdc_nb.penultimate import look
 from kdc_nb.plots import prepare_generations
-from kdc_nb.runs import Distil, RunSpec, Scaled, Store, images_of, lineage, read_results, run, write_results
+from kdc_nb.runs import Distil, RunSpec, Scaled, Store, images_of, lineage, read_results, run, title_of, write_results
 from kdc_nb.sweeps import required, sweep, write_specs
 from kdc_nb.theory import draw_problem, gap, minimise
 from kdc_nb.training import RECIPES, Recipe
@@ -130,6 +130,23 @@ def test_every_piece_of_the_paper_is_a_table_of_runs(name, small):
         assert {r.seed for r in lineage(spec)} == {1} and spec.data == (MINIATURES[small] if small else SETTINGS[PAPER[name].setting].data)
         assert {r.model for r in lineage(spec)} <= ({"resnet8", "resnet14", "bert_2_64", "distilbert_1_64"} if small else set(SETTINGS[PAPER[name].setting][1:]))
         assert spec.recipe == RECIPES[("text_small" if small else "text") if texts else ("cpu" if small else "paper")]
+
+
+def test_the_most_telling_rows_come_first():
+    "Worked out by hand"
+    def first(name, n):
+        rows = paper_specs(name)
+        return [next(k for k, v in rows.items() if v == s) for s in paper.by_worth(rows)[:n]]
+    assert first("table1", 7) == ["KD(UC), from NLL", "Teacher, NLL", "Direct, NLL", "KD(C), from NLL after TS", "KD(C), from MDCA", "Teacher, MDCA", "Direct, MDCA"]
+    assert first("table2b", 4) == ["KD(UC), from NLL", "Direct, NLL", "KD(C), from NLL after TS", "KD(C), from MDCA"], "a student of itself"
+    assert first("fig4", 6) == ["UC, generation 1", "UC, generation 0", "C, generation 1", "C, generation 0", "UC, generation 2", "C, generation 2"]
+    assert first("ablation", 7) == [f"KD(UC), from NLL, T={T}, alpha=0.9" for T in (1, 2, 4, 8, 20)] + ["Teacher, NLL", "KD(C), from MDCA, T=1, alpha=0.9"]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_worth_is_an_order_of_all_rows(name):
+    rows = paper_specs(name)
+    assert sorted(map(title_of, paper.by_worth(rows))) == sorted(map(title_of, rows.values()))
 
 
 def test_a_miniature_keeps_who_is_larger():

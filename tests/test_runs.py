@@ -217,6 +217,13 @@ def test_real_photographs_train_and_are_judged(photos, store):
     assert r.evaluation.n == 10_000 and r.truth is None and 0 < r.evaluation.raw["top1"].value < .5
 
 
+def test_a_copy_is_told_its_commit(monkeypatch):
+    kr.commit.cache_clear()
+    monkeypatch.setenv("KDC_COMMIT", "abc")
+    assert kr.environment(torch.device("cpu"))["commit"] == "abc"
+    kr.commit.cache_clear()
+
+
 def test_a_result_names_the_commit_of_its_checkout(store, tmp_path, monkeypatch):
     git = lambda *args: subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *args], capture_output=True, text=True, check=True).stdout.strip()
     monkeypatch.setattr("kdc_nb.__file__", str(tmp_path/"kdc_nb"/"__init__.py"))

@@ -17,6 +17,7 @@ import kdc_nb.training as kt
 from kdc_nb.calibrators import Calibrator, Distillation, Method, Step
 from kdc_nb.core import load_tensors, save_tensors
 from kdc_nb.data import Data, load_data
+from kdc_nb.models import build_model
 from kdc_nb.runs import Distil, Posterior, RunSpec, Store, clean, new_net, run_id
 from kdc_nb.training import (Heard, NotRecorded, OutOfTime, Recipe, Training, begin_epoch, drive, epoch_generator, fit, match_strides, put_back,
                              recorded, state_of, train_epoch, train_step)
@@ -339,6 +340,30 @@ def test_what_cannot_be_recorded_ends_in_a_sentence_unless_nobody_wants_it_recor
     eager.step = pretended_cuda(eager)
     for run in (plain, eager): list(train_epoch(run))
     assert plain.history == eager.history
+
+
+def test_logits_keep_their_precision_where_the_body_is_in_16_bits():
+    "bf16 knows steps of 1/16 between 8 and 16: that would round confidences"
+    for name, x in (("resnet8", torch.randn(64, 3, 8, 8)), ("torchvision_resnet18", torch.randn(2, 3, 64, 64))):
+        net = build_model(name, 10).eval()
+        head = next(m for m in reversed([*net.modules()]) if isinstance(m, torch.nn.Linear))
+        with torch.no_grad(): head.weight *= 20
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): z = net(x)
+        assert z.dtype == torch.float32 and (z*16 % 1 != 0).float().mean() > .9 and z.abs().max() > 8, name
+    assert net.double()(x.double()).dtype == torch.float64
+
+
+def test_what_a_student_of_a_scaled_teacher_hears_is_divided_whoever_asked():
+    data, net = load_data(TINY), new_net(SPEC).eval()
+    heard = Heard()
+    class Looks(Distillation):
+        seen = []
+        def forward(self, step):
+            self.seen.append(step.teacher.clone())
+            return super().forward(step)
+    for T in (1., 4.): drive(Training(new_net(SPEC), data, Looks(), Recipe(1, 100), 0, torch.device("cpu"), lambda x, i: net(x), T, heard), progress=False)
+    first, second, again_first, again_second = Looks.seen # two steps of each
+    assert torch.equal(again_first, first/4) and torch.equal(again_second, second/4)
 
 
 class OddStrides(torch.nn.Module):

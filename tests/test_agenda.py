@@ -1,0 +1,156 @@
+"What comes next: whole rows, the most telling first, and with a budget only what can be finished"
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kdc_nb.sweeps as ks
+from kdc_nb.calibrators import Method
+from kdc_nb.core import save_tensors
+from kdc_nb.data import Data
+from kdc_nb.runs import Distil, RunSpec, Scaled, Store, Where, lineage, title_of
+from kdc_nb.sweeps import Agenda, sweep
+from kdc_nb.training import Recipe
+
+TINY = Data("known", n_train=100, n_valid=60, n_test=80)
+TEACHER = RunSpec(TINY, "resnet14", Method("nll"), Recipe(2, 50))
+STUDENT = RunSpec(TINY, "resnet8", Distil(TEACHER), Recipe(2, 50))
+OTHER = RunSpec(TINY, "resnet8", Distil(replace(TEACHER, method=Method("ls"))), Recipe(2, 50))
+
+
+class Clock:
+    "Time that passes when somebody says so"
+    now = 0.
+    def time(self): return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    it = Clock()
+    monkeypatch.setattr(ks, "time", it)
+    return it
+
+
+def agenda(folder, rows, until, places=1, **seconds):
+    "An agenda that knows how long networks take"
+    made = Agenda(rows, Where(Store(folder), "cpu", places), until)
+    if made.pace: made.pace.seconds = {(TINY.name, model, 50): s/200 for model, s in seconds.items()} # two epochs of 100 images
+    return made
+
+
+def finish(made, run, seconds): made.done(SimpleNamespace(spec=run, facts={"seconds": seconds}))
+
+
+def test_a_row_is_begun_only_if_its_student_can_be_finished(tmp_path, clock):
+    "Teacher 10 s, student 5"
+    rows = [STUDENT, OTHER, replace(STUDENT, seed=3)]
+    left = lambda until, places=1: [title_of(r) for r in agenda(tmp_path, rows, until, places, resnet14=10., resnet8=5.).admitted()]
+    assert left(14.9) == []
+    assert left(15) == [title_of(r) for r in (TEACHER, STUDENT)]
+    assert left(20) == [title_of(r) for r in (TEACHER, STUDENT, rows[2])], "the row that is too long is passed over"
+    assert left(30) == [title_of(r) for r in (*lineage(STUDENT), *lineage(OTHER))]
+    assert left(15, 2) == [title_of(r) for r in (*lineage(STUDENT), *lineage(OTHER))], "two places, side by side"
+
+
+def test_what_is_running_takes_its_place_and_its_time(tmp_path, clock):
+    made = agenda(tmp_path, [STUDENT, OTHER], 32., resnet14=10., resnet8=5.)
+    assert made.next() == TEACHER and made.next() is None, "its student waits for it, and there is one place"
+    clock.now = 4.
+    assert made.seconds(TEACHER) == 6.
+    clock.now = 12. # slower than promised
+    finish(made, TEACHER, 12.)
+    assert made.next() == STUDENT
+    clock.now = 17.
+    finish(made, STUDENT, 5.)
+    assert made.next() is None, "a teacher takes 12 seconds now, and 15 are left for it and its student"
+    assert made.begun == 2
+
+
+def test_time_beside_training_is_learned(tmp_path, clock):
+    made = agenda(tmp_path, [STUDENT, OTHER], 30., resnet14=10., resnet8=5.)
+    made.next()
+    clock.now = 13.
+    finish(made, TEACHER, 10.) # and 3 s of evaluation
+    assert made.seconds(STUDENT) == 8.
+
+
+def test_the_first_is_begun_even_if_it_cannot_be_finished(tmp_path, clock):
+    made = agenda(tmp_path, [STUDENT, OTHER], 7., resnet14=10., resnet8=5.)
+    assert made.next() == TEACHER
+    made.leave_out(TEACHER, ks.OutOfTime())
+    assert made.next() is None
+    assert agenda(tmp_path, [STUDENT], 0., resnet14=10.).next() is None, "no time at all"
+
+
+def test_a_checkpoint_tells_what_is_left(tmp_path, clock):
+    made = agenda(tmp_path, [STUDENT, OTHER], 100., resnet14=10., resnet8=5.)
+    save_tensors(made.where.store.path(TEACHER, "part"), {}, epochs_done=1.5, history=[], seconds=30.)
+    assert made.seconds(TEACHER) == pytest.approx(10), "half an epoch at twenty seconds an epoch"
+
+
+def test_without_a_pace_runs_are_begun_and_what_is_unlike_others_counts_as_the_slowest(tmp_path, clock):
+    assert agenda(tmp_path, [STUDENT, OTHER], 5.).admitted() == dict.fromkeys([*lineage(STUDENT), *lineage(OTHER)], 0.)
+    assert agenda(tmp_path, [STUDENT, OTHER], 19., resnet14=10.).admitted() == {}
+    assert agenda(tmp_path, [STUDENT, OTHER], 20., resnet14=10.).admitted() == {TEACHER: 0., STUDENT: 10.}
+
+
+def test_who_fails_takes_its_students_along(tmp_path):
+    made = agenda(tmp_path, [STUDENT, OTHER, replace(TEACHER, seed=5)], None)
+    made.next()
+    made.leave_out(TEACHER, ValueError())
+    assert [made.next(), made.next(), made.next()] == [OTHER.method.teacher, replace(TEACHER, seed=5), None]
+
+
+RUNS = [RunSpec(TINY, model, Method(m), Recipe(2, 50)) for model in ("resnet8", "resnet14", "resnet20") for m in ("nll", "ls")]
+
+
+@settings(max_examples=150)
+@given(st.data(), st.integers(1, 3), st.floats(1, 60))
+def test_what_is_admitted_is_finished_in_time(tmp_path, data, places, until):
+    "Played through on places that work as fast as promised: all that was begun ends in time, teachers before students, whole rows"
+    some = data.draw(st.lists(st.sampled_from(RUNS), min_size=1, max_size=4))
+    rows = some + [replace(data.draw(st.sampled_from(RUNS)), method=Distil(t)) for t in data.draw(st.lists(st.sampled_from(RUNS), max_size=4))]
+    rows = data.draw(st.permutations(rows))
+    took = {m: data.draw(st.floats(1, 20)) for m in ("resnet8", "resnet14", "resnet20")}
+    clock, before = Clock(), ks.time
+    ks.time = clock
+    try:
+        made, running, done = agenda(tmp_path, rows, until, places, **took), {}, []
+        first = made.admitted()
+        while True:
+            while len(running) < places and (run := made.next()):
+                assert not set(lineage(run)[:-1]) - set(done), "its teachers are done"
+                running[run] = clock.now + took[run.model]
+            if not running: break
+            run = min(running, key=running.get)
+            clock.now = running.pop(run)
+            finish(made, run, took[run.model])
+            done.append(run)
+        assert set(first) <= set(done), "what is admitted is done"
+        if first: assert clock.now <= until + 1e-6 and all(any(r in lineage(s) for s in rows if s in done) for r in done), "no teacher without its student"
+        if sum(took[r.model] for r in made.order) <= until: assert len(done) == len(made.order), "where there is time for all, all is done"
+    finally: ks.time = before
+
+
+def test_an_interrupted_sweep_has_whole_rows(tmp_path):
+    "In the order that was given"
+    rows, seen = [STUDENT, OTHER, replace(TEACHER, seed=5)], []
+    def stop(result):
+        seen.append(result.spec)
+        if len(seen) == 4: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): sweep(rows, Store(tmp_path), "cpu", progress=False, each=stop)
+    assert seen == [*lineage(STUDENT), *lineage(OTHER)]
+
+
+@pytest.mark.parametrize("bad", [dict(jobs=0), dict(slots=0), dict(slots=1.5), dict(jobs=2, slots=2), dict(jobs=True, slots=-1)])
+def test_numbers_that_mean_nothing_are_refused(tmp_path, bad):
+    with pytest.raises(ValueError, match="(jobs|slots): got"): sweep([TEACHER], Store(tmp_path), "cpu", **bad)
+
+
+def test_the_budget_of_scaled_teachers(tmp_path, clock):
+    "A student of the scaled teacher needs that teacher only"
+    rows = [STUDENT, replace(STUDENT, method=Distil(Scaled(TEACHER)))]
+    assert agenda(tmp_path, rows, 20., resnet14=10., resnet8=5.).admitted() == {TEACHER: 0., rows[0]: 10., rows[1]: 15.}

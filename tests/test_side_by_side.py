@@ -1,0 +1,219 @@
+"Several runs in one process: each as if it were alone, on a stream of its own, whatever fails beside it"
+import os
+import signal
+import time
+import warnings
+from collections import defaultdict
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+import kdc_nb.runs as kr
+import kdc_nb.sweeps as ks
+import kdc_nb.training as kt
+from kdc_nb.calibrators import Method
+from kdc_nb.data import Data
+from kdc_nb.models import MODELS
+from kdc_nb.runs import Distil, RunSpec, Scaled, Store, Where, run, stored
+from kdc_nb.sweeps import Agenda, SideBySide, TeacherCaches, sweep
+from kdc_nb.training import NotRecorded, Recipe
+
+DIGITS = Data("digits", n_train=100, n_valid=60)
+RECIPE = Recipe(2, 50, augment=("crop",), live_teacher=True)
+TEACHER = RunSpec(DIGITS, "resnet8", Method("nll"), RECIPE)
+STUDENTS = [replace(TEACHER, method=Distil(t, T, .5)) for t, T in ((TEACHER, 1), (Scaled(TEACHER), 1), (TEACHER, 4))]
+OTHERS = [replace(TEACHER, method=Method(m), seed=1) for m in ("crl", "pskd", "adafocal", "mixup")]
+ALL = [*STUDENTS, *OTHERS]
+
+
+def go(specs, store, **kw): return sweep(specs, store, "cpu", progress=False, **kw)
+def same(a, b): assert all(torch.equal(x.logits["test"], y.logits["test"]) and x.history == y.history for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture
+def store(tmp_path): return Store(tmp_path/"runs")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = Store(tmp_path_factory.mktemp("alone"))
+    return [run(s, folder, "cpu", progress=False) for s in ALL]
+
+
+@pytest.fixture(autouse=True)
+def sound():
+    yield
+    NotRecorded.happened = False
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_each_comes_out_as_if_alone(store, alone, slots):
+    results = go(ALL, store, slots=slots)
+    same(results, alone)
+    assert {r.facts.get("at_once", 1) for r in results} == {slots}
+
+
+class Device:
+    "A device that does what it is asked, but is behind: a mark is reached when it was asked about three times"
+    def __init__(self): self.stream, self.marks, self.steps = None, defaultdict(list), defaultdict(list) # by stream
+
+    @contextmanager
+    def on(self, stream):
+        before, self.stream = self.stream, stream
+        try: yield
+        finally: self.stream = before
+
+    def mark(self, device):
+        mark = Mark()
+        self.marks[self.stream].append(mark)
+        return mark
+
+    def step(self, training, step):
+        self.steps[self.stream].append(training)
+        ahead = sum(m.left > 0 for m in self.marks[self.stream])
+        assert ahead < 2, "the host is two pieces ahead at most"
+        step(training)
+
+
+class Mark:
+    left = 3
+    def query(self):
+        self.left -= 1
+        return self.left <= 0
+    def synchronize(self): self.left = 0
+
+
+@pytest.fixture
+def device(monkeypatch):
+    "Streams, pretended; a piece is of two steps"
+    it, step = Device(), kt.train_step
+    class Pretended(SideBySide):
+        def __init__(self, agenda, *rest):
+            super().__init__(agenda, *rest)
+            self.streams = [f"stream {k}" for k in range(agenda.where.at_once)]
+    monkeypatch.setattr(ks, "SideBySide", Pretended)
+    monkeypatch.setattr(torch.cuda, "stream", it.on)
+    monkeypatch.setattr(kt, "mark_of", it.mark)
+    monkeypatch.setattr(kt, "PIECE", {"cpu": 2})
+    monkeypatch.setattr(kt, "train_step", lambda training: it.step(training, step))
+    return it
+
+
+def test_each_run_is_on_a_stream_of_its_own(store, alone, device):
+    same(go(ALL, store, slots=3), alone)
+    assert set(device.steps) == {"stream 0", "stream 1", "stream 2"}
+    on = [set(map(id, several)) for several in device.steps.values()]
+    assert sum(map(len, on)) == len(set.union(*on)) == len(ALL) + 1, "none changes its stream"
+    turns = {name: [i for i, t in enumerate(several) if i and t is not several[i - 1]] for name, several in device.steps.items()}
+    assert all(len(set(map(id, several))) == len(turns[name]) + 1 for name, several in device.steps.items()), "and each has it to itself"
+
+
+class Dropping(torch.nn.Module):
+    def __init__(self, n_classes, in_channels):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(.5), torch.nn.Linear(in_channels*8*8, n_classes))
+
+    def forward(self, x): return self.layers(x)
+
+
+def test_those_that_drop_out_share_a_stream_and_come_out_as_if_alone(store, device, monkeypatch, tmp_path):
+    monkeypatch.setitem(MODELS, "dropping", Dropping)
+    runs = [replace(TEACHER, model="dropping", seed=s) for s in (0, 1)]
+    together = go([*runs, TEACHER], store, slots=3)
+    dropping = {stream for stream, several in device.steps.items() for t in several if t.drops_out}
+    assert dropping == {"stream 0"} and len(device.steps) == 2
+    same(together[:2], [run(s, Store(tmp_path/"alone"), "cpu", progress=False) for s in runs])
+
+
+def refusing(monkeypatch, error, which=lambda run: True):
+    "Recording fails in this process; another process knows nothing of that"
+    recorded = kt.recorded
+    def refuse(run):
+        if not (run.record and which(run)): return recorded(run)
+        NotRecorded.happened = True
+        raise error
+    monkeypatch.setattr(kt, "recorded", refuse)
+
+
+def test_after_a_recording_that_failed_the_rest_goes_on_in_a_fresh_process(store, alone, monkeypatch):
+    refusing(monkeypatch, NotRecorded("the step cannot be recorded: why"), lambda run: type(run.method).__name__ == "CorrectnessRanking")
+    seen = []
+    with pytest.warns(UserWarning, match="crl beta=1, seed 1: the step cannot be recorded: why; it is trained without"):
+        same(go(ALL, store, slots=2, each=seen.append), alone)
+    assert len(seen) == len({r.spec for r in seen}) == len(ALL) + 1, "each is told once, the teacher too"
+    assert NotRecorded.happened
+    monkeypatch.setattr(ks.SideBySide, "work", None) # of no use in this process any more
+    assert go([replace(TEACHER, seed=7)], store)[0].spec.seed == 7
+
+
+def test_a_single_run_that_cannot_be_recorded_is_trained_in_a_fresh_process(store, alone, monkeypatch):
+    refusing(monkeypatch, NotRecorded("the step cannot be recorded: why"))
+    with pytest.warns(UserWarning, match="cannot be recorded: why; it is trained without, which costs speed, in a fresh process"):
+        same([run(OTHERS[0], store, "cpu", progress=False)], [alone[3]])
+
+
+def test_a_full_device_is_given_fewer_runs_in_a_fresh_process(store, alone, monkeypatch):
+    refusing(monkeypatch, torch.OutOfMemoryError("full"))
+    with pytest.warns(UserWarning, match="out of memory; 7 runs start again, 2 at a time"):
+        results = go(OTHERS + [replace(o, seed=2) for o in OTHERS[:3]], store, slots=4)
+    same(results[:4], alone[3:])
+    assert {r.facts["at_once"] for r in results} == {2}
+
+
+def test_a_full_device_with_one_run_is_told(store, monkeypatch):
+    refusing(monkeypatch, torch.OutOfMemoryError("full"))
+    with pytest.raises(torch.OutOfMemoryError): go(OTHERS[:1], store)
+
+
+def dies(*args): os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_nobody_else_looks_at_is_looked_at_here(store, alone, monkeypatch):
+    "The process that was to look is killed"
+    class Killed(SideBySide):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.pool.submit(dies)
+    monkeypatch.setattr(ks, "SideBySide", Killed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore") # of joblib
+        same(go(ALL, store, slots=2), alone)
+
+
+def test_a_failure_beside_others_stops_none_of_them(store, alone):
+    wild = replace(TEACHER, recipe=replace(RECIPE, lr=1e20))
+    with pytest.raises(FloatingPointError, match="try a smaller lr"): go([replace(wild, method=Distil(wild)), *OTHERS], store, slots=3)
+    same(go(OTHERS, store, slots=3), alone[3:])
+    assert len(stored(store)) == len(OTHERS)
+
+
+def test_ctrl_c_keeps_what_is_done(store, alone, monkeypatch):
+    calls, step = [], kt.train_step
+    def interrupted(training):
+        calls.append(1)
+        if len(calls) == 18: raise KeyboardInterrupt
+        step(training)
+    with monkeypatch.context() as m:
+        m.setattr(kt, "train_step", interrupted)
+        with pytest.raises(kr.Stopped): go(ALL, store, slots=2)
+    same(go(ALL, store, slots=2), alone)
+
+
+def test_an_answer_is_kept_only_while_somebody_may_ask_and_no_more_than_fits(monkeypatch):
+    specs = [kr.seeded(s, k) for k in range(3) for s in STUDENTS]
+    caches = TeacherCaches(specs)
+    first = [caches.take(s) for s in specs[::3]]
+    assert len(set(map(id, first))) == 3 and not any(map(caches.can_begin, specs))
+    for s, cache in zip(specs[::3], first):
+        cache.epochs = {0, 1} # heard to the end
+        caches.give_back(s)
+    assert all(map(caches.can_begin, specs))
+    monkeypatch.setattr(TeacherCaches, "size", staticmethod(lambda spec: 1.5e9))
+    assert caches.take(specs[1]) is first[0], "and is now the one last used"
+    assert len(caches.caches) == 3
+    caches.sizes = dict.fromkeys(caches.sizes, 1.5e9)
+    assert caches.take(specs[7]) is first[2] and len(caches.caches) == 2 and caches.key(specs[3]) not in caches.caches
+    for s in (specs[1], specs[2]): caches.give_back(s)
+    assert caches.key(specs[0]) not in caches.caches, "nobody is left to ask"
