@@ -59,7 +59,8 @@ class Checked(NamedTuple):
 
 def _apart(a: list[float], b: list[float]) -> float:
     "How far two courses of losses are apart at most, as a share"
-    return max(abs(x - y)/max(abs(y), .05) for x, y in zip(a, b, strict=True))
+    x, y = torch.tensor([a, b], dtype=torch.float64)
+    return float(((x - y).abs()/y.abs().clamp_min(.05)).max()) # which is no number if one of them is none
 
 
 def _compared(name: str, losses: dict[str, list[float]]) -> Checked: # the first with the others
