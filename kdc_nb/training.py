@@ -13,7 +13,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from itertools import islice, repeat
 from pathlib import Path
@@ -302,7 +302,7 @@ def train_epoch(
     from_the_start, mark = run.steps_done == 0, None
     begin_epoch(run)
     if not run.step:
-        with own_randomness(0, run.device): run.step = recorded(run) # warming up draws, too
+        with own_randomness(0, run.device) if run.drops_out else nullcontext(): run.step = recorded(run) # warming up draws, too
     feed = batches(run)
     while run.steps_done < len(run.losses):
         with own_drop_out(run):

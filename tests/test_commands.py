@@ -1,0 +1,101 @@
+"The command: the check of a machine, results that are written while runs go on"
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import kdc_nb.commands as kc
+import kdc_nb.selfcheck as kf
+import kdc_nb.training as kt
+from kdc_nb.calibrators import Method
+from kdc_nb.commands import ResultsFile, main
+from kdc_nb.data import Data
+from kdc_nb.runs import RunSpec, Store, read_results, run
+from kdc_nb.training import NotRecorded, Recipe
+
+TINY = RunSpec(Data("known", n_train=100, n_valid=60, n_test=80), "resnet8", Method("focal"), Recipe(1, 50))
+
+
+@pytest.fixture
+def few(monkeypatch):
+    "Three methods instead of all"
+    monkeypatch.setattr(kf, "_METHODS", {k: kf._METHODS[k] for k in ("nll", "crl", "mdca")})
+    yield
+    NotRecorded.happened = False
+
+
+def test_the_check_passes_here(few, capsys):
+    assert main(["--check", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("device cpu, ") and lines[-1] == "All is well."
+    assert [line.split("  ")[0] for line in lines[2:-1]] == ["nll", "distillation", "crl", "mdca", "stopped and resumed", "side by side"]
+
+
+def test_a_method_that_trains_otherwise_the_second_time_is_a_fault(few, capsys, monkeypatch):
+    learn, times = kf._epoch_losses, []
+    def drifting(training, *rest):
+        if type(training.method).__name__ == "CorrectnessRanking": times.append(1)
+        return [x*(1 + .2*(len(times) == 1)) for x in learn(training, *rest)]
+    monkeypatch.setattr(kf, "_epoch_losses", drifting)
+    assert main(["--check", "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert "crl                   FAULT   again is 20% off on the CPU" in out and "nll                   well" in out
+    assert out.splitlines()[-1] == "Faults: crl"
+
+
+def test_after_a_recording_that_failed_the_others_are_checked_in_fresh_processes(few, capsys, monkeypatch):
+    recorded, here = kt.recorded, os.getpid()
+    def refuse(run):
+        if type(run.method).__name__ == "CorrectnessRanking":
+            NotRecorded.happened = True
+            raise NotRecorded("the step cannot be recorded: why")
+        return recorded(run)
+    monkeypatch.setattr(kt, "recorded", refuse)
+    asked, elsewhere = [], kf.in_fresh_process
+    monkeypatch.setattr(kf, "in_fresh_process", lambda f, *args: asked.append(args) or elsewhere(f, *args))
+    assert main(["--check", "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert "crl                   FAULT   NotRecorded: the step cannot be recorded: why" in out and out.splitlines()[-1] == "Faults: crl"
+    assert asked == [("mdca", "cpu"), ("cpu",), ("cpu",)]
+
+
+@pytest.mark.parametrize("args, message", [
+    ([], "what: got None"), (["table1", "--check"], "what: got table1, expected nothing with --check"), (["--check", "--device", "tpu"], "device: got tpu"),
+    (["table1", "--small", "known", "--slots", "0"], "slots: got 0"), (["table1", "--small", "known", "--slots", "2", "--jobs", "2"], "slots: got 2, expected 1 beside 2 jobs")])
+def test_what_makes_no_sense_is_told_in_a_sentence(capsys, args, message, tmp_path):
+    assert main([*args, "--store", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_results_are_written_while_runs_go_on(tmp_path):
+    "After half a minute, here none; what another machine left in the file stays"
+    store, path = Store(tmp_path/"store"), tmp_path/"r.npz"
+    first, second = (run(RunSpec(TINY.data, "resnet8", Method(m), TINY.recipe), store, "cpu", progress=False) for m in ("nll", "ls"))
+    ResultsFile(None, True).add(first) # nowhere to write to
+    file = ResultsFile(str(path), images=True, every=0.)
+    file.add(first)
+    assert set(read_results(path)) == {first.spec}
+    later = ResultsFile(str(path), images=False)
+    later.add(second)
+    assert set(read_results(path)) == {first.spec}
+    later.close()
+    kept = read_results(path)
+    assert set(kept) == {first.spec, second.spec} and not kept[second.spec].images
+    before = path.stat().st_mtime_ns
+    later.close()
+    assert path.stat().st_mtime_ns == before, "there was nothing new"
+
+
+def test_ctrl_c_leaves_the_results_of_what_was_done(tmp_path):
+    args = ["table1", "--small", "known", "--recipe", "smoke", "--seeds", "1", "--device", "cpu", "--store", tmp_path/"s", "--results", tmp_path/"r.npz"]
+    child = subprocess.Popen([sys.executable, "-m", "kdc_nb", *map(str, args)], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    began = time.monotonic()
+    while len(list(tmp_path.glob("s/*.run"))) < 2 and child.poll() is None and time.monotonic() - began < 240: time.sleep(.1)
+    os.killpg(child.pid, signal.SIGINT)
+    assert "Stopped. What is done is kept" in child.communicate(timeout=60)[1] and child.returncode == 130
+    names = {r.title() for r in read_results(tmp_path/"r.npz").values()}
+    assert {"known resnet14 nll, seed 0", "known resnet8 KD(T=1, alpha=0.9) from [known resnet14 nll, seed 0], seed 0"} <= names, "a teacher and its student"
