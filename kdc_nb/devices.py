@@ -140,7 +140,8 @@ def worker_processes(
     n: int,
 ) -> Iterator[loky.ProcessPoolExecutor]:
     "Processes that share the threads of this one and end with the block, after an error at once"
-    env = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(max(1, torch.get_num_threads()//n)))
+    threads = str(max(1, torch.get_num_threads()//n))
+    env = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
     pool = _DeafPool(n, timeout=60, env=env) # idle ones end after that many seconds
     try: yield pool
     except BaseException:

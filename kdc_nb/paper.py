@@ -321,8 +321,9 @@ def by_worth(
 ) -> list[RunSpec]:
     """The rows of a table or figure, the most telling first.
 
-    First the weight of the teacher that the table names first, then early generations before late ones, then methods as in `WORTH`;
-    of each method the student before what was trained directly, and of the NLL the student of the scaled teacher last.
+    First those with the teacher's weight that the table names first, then early generations before late ones, then
+    methods as in `WORTH`; of each method the student before what was trained directly, and the student of a scaled
+    teacher last.
     """
     alphas = list(dict.fromkeys(s.method.alpha for s in rows.values() if isinstance(s.method, Distil)))
     def key(spec):
@@ -335,7 +336,7 @@ def by_worth(
     return sorted(rows.values(), key=key)
 
 
-WORTH = ("nll", "mdca", "ls", "adafocal", "mmce", "acls", "cpc") # methods, those first on which most of what the paper claims depends
+WORTH = ("nll", "mdca", "ls", "adafocal", "mmce", "acls", "cpc") # methods, by how much of the paper's claims depends on them
 
 # %% ../nbs/18_paper.ipynb #911be44f
 STRENGTHS = { # from the literature, by the names of METHODS; those that are not here have one

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'RunSpec', 'whole', 'check_model', 'drops_out', 'Scaled', 'Posterior', 'Distil', 'runs_of', 'teacher_run',
            'title_of', 'how_of', 'taught_by', 'words_of', 'parts_of', 'run_id', 'Result', 'light_of', 'from_light',
-           'truth_of', 'figures_of', 'evidence', 'judge', 'Store', 'new_net', 'net_of', 'asked', 'trained_net',
-           'temperature_of', 'held_out', 'mean_logits', 'has_live_teacher', 'make_teacher', 'unscaled',
-           'training_logits', 'Where', 'Trained', 'Trainee', 'keep', 'train', 'finished', 'environment', 'commit',
-           'Stopped', 'stoppable', 'run', 'lineage', 'recalibrate', 'stored', 'clean', 'images_of', 'packed',
+           'truth_of', 'evaluate_logits', 'evaluation_inputs', 'make_result', 'Store', 'new_net', 'net_of', 'asked',
+           'trained_net', 'temperature_of', 'held_out', 'mean_logits', 'has_live_teacher', 'make_teacher', 'unscaled',
+           'training_logits', 'Where', 'TrainedRun', 'TrainingRun', 'store_result', 'train', 'finished', 'environment',
+           'commit', 'Stopped', 'stoppable', 'run', 'lineage', 'recalibrate', 'stored', 'clean', 'images_of', 'packed',
            'in_steps', 'bins_of', 'bytes_of', 'from_bytes', 'unpacked', 'write_results', 'kept_of', 'rounded',
            'read_results', 'seeded', 'by_seed']
 
@@ -237,14 +237,14 @@ def truth_of(
     }
 
 # %% ../nbs/12_runs.ipynb #12aa5274
-def figures_of(
+def evaluate_logits(
     valid: Tensor, # (M, C) logits
     valid_labels: Tensor, # (M,)
     test: Tensor, # (N, C) logits
     test_labels: Tensor, # (N,)
     posterior: Tensor | None, # (N, C) on the test images
 ) -> dict[str, Any]: # by the names of `Result`
-    "All that is said of a trained network, from its logits; seconds of a processor, on which it needs nothing else"
+    "All that is said of a trained network, from its logits: seconds of a processor, in whatever process"
     evaluation = evaluate(test, test_labels, valid, valid_labels)
     columns = reliability_bins(test, test_labels)._asdict()
     return {
@@ -256,20 +256,22 @@ def figures_of(
     }
 
 
-def evidence(data: Data | WithoutFold, logits: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
-    "What `figures_of` looks at"
-    d = load_data(data)
-    return logits["valid"], d.valid.labels, logits["test"], d.test.labels, d.test.posterior
+def evaluation_inputs(spec: RunSpec, logits: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+    "What `evaluate_logits` looks at"
+    data = load_data(spec.data)
+    return logits["valid"], data.valid.labels, logits["test"], data.test.labels, data.test.posterior
 
 
-def judge(
+def make_result(
     spec: RunSpec,
     logits: dict[str, Tensor], # "valid" and "test", (N, C)
     history: list[dict[str, float]],
     facts: dict[str, Any],
+    figures: dict[str, Any] | None = None, # what `evaluate_logits` gave; None: it is asked now
 ) -> Result:
-    "The result of a trained network, from its logits"
-    return Result(spec, history=history, facts=facts, logits=logits, **figures_of(*evidence(spec.data, logits)))
+    "The result of a trained network"
+    figures = figures or evaluate_logits(*evaluation_inputs(spec, logits))
+    return Result(spec, history=history, facts=facts, logits=logits, **figures)
 
 # %% ../nbs/12_runs.ipynb #5fca33b3
 class Store:
@@ -388,7 +390,7 @@ def make_teacher(
     store: Store,
     device: str | None,
 ) -> tuple[Teacher | None, float]: # None for a run without one; what its logits are divided by
-    "The teacher of a student's run; one with a network, asked about augmented images, answers as that network does, and is scaled afterwards"
+    "The teacher of a student's run; one who is asked about augmented images is scaled afterwards, not in what it says"
     if not isinstance(spec.method, Distil): return None, 1.
     if has_live_teacher(spec):
         plain = unscaled(spec.method.teacher)
@@ -418,8 +420,8 @@ class Where(NamedTuple):
     record: bool = True # on CUDA, turn the step into a graph
 
 
-class Trained(NamedTuple):
-    "What came out of training, before anybody has looked at it"
+class TrainedRun(NamedTuple):
+    "What came out of training, before it is evaluated"
     spec: RunSpec
     net: nn.Module # on the CPU
     logits: dict[str, Tensor] # "valid" (M, C) and "test" (N, C)
@@ -427,49 +429,56 @@ class Trained(NamedTuple):
     facts: dict[str, Any]
 
 
-class Trainee:
+class TrainingRun:
     "A run in training: `pieces` does it, after which `trained` is what came out"
 
-    def __init__(self, spec: RunSpec, where: Where, heard: Heard | None = None): # what other students of its teacher heard
+    def __init__(self,
+        spec: RunSpec,
+        where: Where,
+        heard: Heard | None = None, # what other students of its teacher heard
+    ):
         self.spec, self.where, self.data = spec, where, load_data(spec.data)
-        teacher, T = make_teacher(spec, where.store, where.device)
-        device, method = best_device(where.device), spec.method.build()
-        self.training = Training(new_net(spec), self.data, method, spec.recipe, spec.seed, device, teacher, T, heard, where.record)
-        self.checkpoint = where.store.path(spec, "part")
+        self.checkpoint, device = where.store.path(spec, "part"), best_device(where.device)
+        self.training = Training(
+            new_net(spec), self.data, spec.method.build(), spec.recipe, spec.seed, device,
+            *make_teacher(spec, where.store, where.device), heard, where.record)
 
-    def pieces(self, until: float | None) -> Iterator[torch.cuda.Event | None]: # what to wait for before the next
+    def pieces(self, until: float | None) -> Iterator[torch.cuda.Event | None]: # to be waited for before the next
         "Train, piece by piece; `OutOfTime` if there is no time left"
         return train_to_end(self.training, self.checkpoint, until=until)
 
-    def trained(self) -> Trained:
+    def trained(self) -> TrainedRun:
         "The trained network and what it says"
         run = self.training
         logits = {k: predict(run.net, self.data, getattr(self.data, k).inputs) for k in ("valid", "test")}
         facts = environment(run.device) | {"seconds": round(run.seconds, 2)}
         if self.where.at_once > 1: facts["at_once"] = self.where.at_once
-        return Trained(self.spec, run.net.cpu(), logits, run.history, facts)
+        return TrainedRun(self.spec, run.net.cpu(), logits, run.history, facts)
 
 
-def keep(trained: Trained, store: Store, figures: dict[str, Any]) -> Result: # with what `figures_of` gave
+def store_result(
+    trained: TrainedRun,
+    store: Store,
+    figures: dict[str, Any] | None = None, # what `evaluate_logits` gave; None: it is asked now
+) -> Result:
     "Put a run into the store"
-    spec, net, logits, history, facts = trained
-    result = Result(spec, history=history, facts=facts, logits=logits, **figures)
+    spec, net, *rest = trained
+    result = make_result(spec, *rest, figures)
     if place()[0] == 0: store.put(result, net)
     if place()[1] > 1: distributed.barrier() # nobody looks for it before it is there
     return result
 
 
 def train(spec: RunSpec, where: Where, progress: bool, until: float | None = None) -> Result:
-    "Train a run, from its checkpoint if there is one, and keep it; where its step cannot be recorded, in a fresh process and without"
+    "Train a run, from its checkpoint if there is one; where its step cannot be recorded, in a fresh process and without"
     if NotRecorded.happened: return in_fresh_process(train, spec, where, progress, until)
     try:
-        trainee = Trainee(spec, where)
-        drive(trainee.training, trainee.checkpoint, until=until, progress=progress)
+        run = TrainingRun(spec, where)
+        drive(run.training, run.checkpoint, until=until, progress=progress)
     except NotRecorded as e:
         warnings.warn(f"{title_of(spec)}: {e}; it is trained without, which costs speed, in a fresh process", stacklevel=2)
         return in_fresh_process(train, spec, where._replace(record=False), progress, until)
-    trained = trainee.trained()
-    return keep(trained, where.store, figures_of(*evidence(spec.data, trained.logits)))
+    return store_result(run.trained(), where.store)
 
 
 def finished(spec: RunSpec, store: Store, device: str | None) -> Result | None:
@@ -489,7 +498,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 @lru_cache
 def commit() -> str | None: # None: not run from a checkout
-    "The commit of the checkout that this package is run from; `KDC_COMMIT` says it where there is a copy only"
+    "The commit of the checkout that this package is run from, or `KDC_COMMIT`, for a copy that is no checkout"
     if "KDC_COMMIT" in os.environ: return os.environ["KDC_COMMIT"]
     root = Path(kdc_nb.__file__).parents[1]
     if not (root/".git").exists(): return None
@@ -538,7 +547,8 @@ def recalibrate(
     check(result.logits, "result", "one from a light file", "one with its logits, from `run` or the store")
     how = PostHoc(how) if isinstance(how, str) else how
     after = how.build(result.logits["valid"], load_data(result.spec.data).valid.labels)
-    return judge(result.spec, {k: after(z) for k, z in result.logits.items()}, result.history, result.facts | {"after": encode(how)})
+    logits = {k: after(z) for k, z in result.logits.items()}
+    return make_result(result.spec, logits, result.history, result.facts | {"after": encode(how)})
 
 # %% ../nbs/12_runs.ipynb #1c2268eb
 def stored(

@@ -28,7 +28,8 @@ from .paper import *
 # %% ../nbs/22_selfcheck.ipynb #a0000006
 _DATA = Data("known", n_train=1024, n_valid=500, n_test=500)
 _RECIPE = Recipe(3, 128, augment=("crop", "flip"), live_teacher=True)
-_METHODS = {k: Method(k) for k in sorted(Method.registry)} | {"mdca, focal": METHODS["MDCA"], "mmce, ported": METHODS["MMCE"]}
+_METHODS = {k: Method(k) for k in sorted(Method.registry)}
+_METHODS |= {"mdca, focal": METHODS["MDCA"], "mmce, ported": METHODS["MMCE"]}
 _KD = "distillation"
 
 
@@ -37,9 +38,8 @@ def _make_training(name: str, device: str, record: bool = True) -> Training: # o
     data = replace(load_data(_DATA), augment=_RECIPE.augment)
     with own_randomness(0): net, master = (build_model(m, data.n_classes) for m in ("resnet8", "resnet14"))
     master = master.to(device, memory_format=torch.channels_last).eval()
-    if name != _KD: return Training(net, data, _METHODS[name].build(), _RECIPE, 0, torch.device(device), record=record)
-    teacher = lambda x, index: master(x).float()
-    return Training(net, data, Distillation(2., .5), _RECIPE, 0, torch.device(device), teacher, record=record)
+    method, teacher = (_METHODS[name].build(), None) if name != _KD else (Distillation(2., .5), lambda x, index: master(x).float())
+    return Training(net, data, method, _RECIPE, 0, torch.device(device), teacher, record=record)
 
 
 def _epoch_losses(training: Training, checkpoint: Path | None = None) -> list[float]:
@@ -66,14 +66,16 @@ def _apart(a: list[float], b: list[float]) -> float:
 def _compared(name: str, losses: dict[str, list[float]]) -> Checked: # the first with the others
     "Whether a run went as it did in other ways"
     (how, first), *others = losses.items()
-    faults = [f"{how} is {100*off:.0f}% off {k}" for k, other in others if not (off := _apart(first, other)) <= _WITHIN]
+    far = {k: _apart(first, other) for k, other in others}
+    faults = [f"{how} is {100*off:.0f}% off {k}" for k, off in far.items() if not off <= _WITHIN]
     return Checked(name, ", ".join(faults), ", ".join(f"{k} {v[-1]:.4f}" for k, v in losses.items()))
 
 
 def _check_method(name: str, device: str) -> Checked: # of _METHODS, or _KD
     "Train by a method in every way that there is on the device"
-    ways = {"recorded": (device, True), "step by step": (device, False)} if device != "cpu" else {"again": ("cpu", False)}
-    return _compared(name, {k: _epoch_losses(_make_training(name, *how)) for k, how in (ways | {"on the CPU": ("cpu", False)}).items()})
+    ways = {"again": ("cpu", False)} if device == "cpu" else {"recorded": (device, True), "step by step": (device, False)}
+    ways["on the CPU"] = "cpu", False
+    return _compared(name, {k: _epoch_losses(_make_training(name, *way)) for k, way in ways.items()})
 
 # %% ../nbs/22_selfcheck.ipynb #a0000012
 def _check_resuming(device: str) -> Checked:
@@ -85,18 +87,19 @@ def _check_resuming(device: str) -> Checked:
         for mark in train_to_end(stopped, path, every=0.):
             if stopped.epoch == 2: break
         resumed = _epoch_losses(_make_training(name, device), path)
-    return _compared("stopped and resumed", {"resumed": resumed, "in one go": _epoch_losses(_make_training(name, device))})
+    whole = _epoch_losses(_make_training(name, device))
+    return _compared("stopped and resumed", {"resumed": resumed, "in one go": whole})
 
 
 def _check_side_by_side(device: str) -> Checked:
     "Train a teacher, and three students of it on two slots, and one by itself"
     master = RunSpec(Data("digits", n_train=512, n_valid=200), "resnet8", recipe=_RECIPE)
     students = [replace(master, method=Distil(t, T, .9)) for t, T in ((master, 1.), (master, 4.), (Scaled(master), 1.))]
-    losses = lambda result: [row["loss"] for row in result.history]
+    losses = lambda results: [row["loss"] for r in results for row in r.history]
     with tempfile.TemporaryDirectory() as folder:
         together = sweep(students, Store(Path(folder)/"a"), device, progress=False, slots=2)
         alone = sweep([master, *students], Store(Path(folder)/"b"), device, progress=False)[1:]
-    return _compared("side by side", {"two at a time": sum(map(losses, together), []), "one by one": sum(map(losses, alone), [])})
+    return _compared("side by side", {"two at a time": losses(together), "one by one": losses(alone)})
 
 # %% ../nbs/22_selfcheck.ipynb #a0000014
 def check_device(device: str) -> Iterator[Checked]: # "cpu", "cuda", ...
@@ -113,7 +116,7 @@ def print_check(device: str | None) -> bool: # whether all is well
     "Check a device and print how it goes, line by line"
     device = str(best_device(device))
     print(*(f"{k} {v}" for k, v in environment(torch.device(device)).items()), sep=", ")
-    if device == "cpu": print("On a CPU nothing is recorded: what is checked is that each method trains, and the same way twice.")
+    if device == "cpu": print("On a CPU nothing is recorded: each method is trained twice, and must end the same.")
     faults = []
     for c in check_device(device):
         print(f"{c.name:22}{'FAULT' if c.fault else 'well':8}{c.fault or c.shown}", flush=True)

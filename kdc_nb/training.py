@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'Teacher', 'PIECE', 'Recipe', 'lr_at', 'predict', 'Heard', 'Training', 'optimizer_of', 'epoch_generator',
            'Plan', 'draw_epoch', 'begin_epoch', 'batches', 'train_step', 'match_strides', 'ask', 'NotRecorded',
-           'recorded', 'own_drop_out', 'train_epoch', 'mark_of', 'end_epoch', 'state_of', 'put_back', 'resume',
+           'recorded', 'own_drop_out', 'train_epoch', 'record_event', 'end_epoch', 'state_of', 'put_back', 'resume',
            'rng_of', 'set_rng', 'OutOfTime', 'Checkpoint', 'train_to_end', 'drive', 'fit', 'check_teacher']
 
 # %% ../nbs/11_training.ipynb #9515dc2f
@@ -97,7 +97,7 @@ Teacher = Callable[[Tensor, Tensor], Tensor] # (normalised inputs (B, ...), inde
 
 
 class Heard:
-    "What a teacher said at each step, before any temperature, for all students who see the same images in the same order: of one data set, recipe and seed"
+    "What a teacher said at each step, before any temperature, for all students of one data set, recipe and seed"
     def __init__(self): self.said, self.epochs = None, set() # (epochs, S, B, C), and which of them are there
 
 # %% ../nbs/11_training.ipynb #3f330615
@@ -132,7 +132,8 @@ class Training:
         self.k, self.now = torch.zeros(1, dtype=torch.long, device=device), torch.zeros((), dtype=torch.long, device=device) # step and epoch
         self.plan, self.step = None, None # of the epoch
         self.losses, self.hits = torch.zeros(2, -(-len(data.train)//self.size), device=device) # of its steps
-        self.epoch, self.steps_done, self.seconds, self.history, self.best = 0, 0, 0., [], {} # the device's own count of steps, `k`, lags behind
+        self.epoch, self.steps_done = 0, 0 # as the host counts; the device's `now` and `k` lag behind
+        self.seconds, self.history, self.best = 0., [], {}
         self.listening = True
         self.rng = {} # torch's generators in the middle of an epoch, where the network drops out
         self.drops_out = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in net.modules())
@@ -230,11 +231,16 @@ def train_step(run: Training) -> None:
 
 
 def match_strides(net: nn.Module) -> None:
-    "Lay gradients out in memory as their parameters are, which fused optimizers ask for and autograd does not promise (pytorch issue 106951)"
+    """Lay gradients out in memory as their parameters are.
+
+    Fused optimizers ask for it, and autograd does not promise it (pytorch issue 106951). A stride along one element means
+    nothing, so where only such strides differ nothing is copied.
+    """
     for p in net.parameters():
-        if p.grad is None or p.grad.stride() == p.stride(): continue
-        same = all(n == 1 or a == b for n, a, b in zip(p.shape, p.grad.stride(), p.stride())) # in memory, as steps along one element are none
-        p.grad = p.grad.as_strided(p.shape, p.stride()) if same else torch.empty_like(p).copy_(p.grad)
+        g = p.grad
+        if g is None or g.stride() == p.stride(): continue
+        same = all(n == 1 or a == b for n, a, b in zip(p.shape, g.stride(), p.stride()))
+        p.grad = g.as_strided(p.shape, p.stride()) if same else torch.empty_like(p).copy_(g)
 
 # %% ../nbs/11_training.ipynb #f5ac7c69
 @torch.no_grad()
@@ -249,14 +255,17 @@ def ask(run: Training, x: Tensor, index: Tensor) -> Tensor | None: # (B, C)
 
 # %% ../nbs/11_training.ipynb #fde66849
 class NotRecorded(RuntimeError):
-    "A step that cannot be recorded; what follows on the device in this process is not sound, so it goes on in a fresh one"
-    happened = False # in this process, here or by a device that was full
+    "A step cannot be recorded; what follows on the device in this process is not sound, so a fresh one goes on"
+    happened = False # in this process; also by a device that was full while it recorded
 
 
 def recorded(
     run: Training, # which has begun an epoch
 ) -> Callable[[], None]: # does one step
-    "The training step as a CUDA graph, or as it is where there is no CUDA, where processes share the work, or if so wanted; `NotRecorded` where it cannot be"
+    """The training step as a CUDA graph; `NotRecorded` where it cannot be one.
+
+    Where there is no CUDA, where processes share the work, or if so wanted, it is the step as it is.
+    """
     def step(): train_step(run)
     if run.device.type != "cuda" or place()[1] > 1 or not run.record: return step
     before = {name: t.clone() for name, t in state_of(run).items()}
@@ -283,7 +292,7 @@ PIECE = {"cuda": 16} # steps that are asked for at once; elsewhere one
 
 @contextmanager
 def own_drop_out(run: Training) -> Iterator[None]:
-    "Torch's generators as the run left them in this epoch, where its network drops out, for as long as the block lasts"
+    "Torch's generators as the run left them in this epoch, for the block; nothing where its network drops nothing out"
     if not run.drops_out: return (yield)
     with own_randomness(seed_of(run.seed, run.epoch, place()[0]), run.device):
         set_rng(run.rng, run.device)
@@ -296,13 +305,14 @@ def train_epoch(
 ) -> Iterator[torch.cuda.Event | None]:
     """Train for one epoch, or what is left of it, piece by piece.
 
-    After each piece it yields what to wait for before the next, so that the host is two pieces ahead of the device at most; None: nothing.
-    A `FloatingPointError` names the step at which the loss was no number.
+    After each piece it yields what to wait for before the next, so that the host is two pieces ahead of the device at
+    most; None: nothing. A `FloatingPointError` names the step at which the loss was no number.
     """
     from_the_start, mark = run.steps_done == 0, None
     begin_epoch(run)
     if not run.step:
-        with own_randomness(0, run.device) if run.drops_out else nullcontext(): run.step = recorded(run) # warming up draws, too
+        with own_randomness(0, run.device) if run.drops_out else nullcontext(): # warming up draws, too
+            run.step = recorded(run)
     feed = batches(run)
     while run.steps_done < len(run.losses):
         with own_drop_out(run):
@@ -310,7 +320,7 @@ def train_epoch(
                 if x is not None: run.batch.copy_(x)
                 run.step()
                 run.steps_done += 1
-        before, mark = mark, mark_of(run.device)
+        before, mark = mark, record_event(run.device)
         yield before
     yield mark
     if place()[1] > 1:
@@ -319,7 +329,7 @@ def train_epoch(
     end_epoch(run)
 
 
-def mark_of(device: torch.device) -> torch.cuda.Event | None: # None: such a device is waited for anyway
+def record_event(device: torch.device) -> torch.cuda.Event | None: # None: such a device is waited for anyway
     "A mark in what was asked of the device"
     if device.type != "cuda": return None
     mark = torch.cuda.Event()
@@ -328,10 +338,11 @@ def mark_of(device: torch.device) -> torch.cuda.Event | None: # None: such a dev
 
 # %% ../nbs/11_training.ipynb #4c761242
 def end_epoch(run: Training) -> None:
-    "Look at the losses, let the method look back, note the epoch in the history, keep the best weights if the recipe says so"
+    "Look at the losses, let the method look back, note the epoch, keep the best weights if the recipe says so"
     losses, logits = run.losses.cpu(), None
     for k in (~losses.isfinite()).nonzero()[:1, 0].tolist():
-        raise FloatingPointError(f"loss: got {losses[k]} at step {k} of epoch {run.epoch}, expected a number; try a smaller lr than {run.recipe.lr}")
+        seen = f"got {losses[k]} at step {k} of epoch {run.epoch}"
+        raise FloatingPointError(f"loss: {seen}, expected a number; try a smaller lr than {run.recipe.lr}")
     row = dict(loss=float(losses.mean()), accuracy=float(run.hits.mean()))
     if run.recipe.keep == "best" or run.method.needs_valid:
         logits = predict(run.net, run.data, run.data.valid.inputs)

@@ -141,7 +141,7 @@ def test_an_interrupted_sweep_has_whole_rows(tmp_path):
     def stop(result):
         seen.append(result.spec)
         if len(seen) == 4: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): sweep(rows, Store(tmp_path), "cpu", progress=False, each=stop)
+    with pytest.raises(KeyboardInterrupt): sweep(rows, Store(tmp_path), "cpu", progress=False, on_result=stop)
     assert seen == [*lineage(STUDENT), *lineage(OTHER)]
 
 

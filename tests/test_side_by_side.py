@@ -95,7 +95,7 @@ def device(monkeypatch):
             self.streams = [f"stream {k}" for k in range(agenda.where.at_once)]
     monkeypatch.setattr(ks, "SideBySide", Pretended)
     monkeypatch.setattr(torch.cuda, "stream", it.on)
-    monkeypatch.setattr(kt, "mark_of", it.mark)
+    monkeypatch.setattr(kt, "record_event", it.mark)
     monkeypatch.setattr(kt, "PIECE", {"cpu": 2})
     monkeypatch.setattr(kt, "train_step", lambda training: it.step(training, step))
     return it
@@ -141,7 +141,7 @@ def test_after_a_recording_that_failed_the_rest_goes_on_in_a_fresh_process(store
     refusing(monkeypatch, NotRecorded("the step cannot be recorded: why"), lambda run: type(run.method).__name__ == "CorrectnessRanking")
     seen = []
     with pytest.warns(UserWarning, match="crl beta=1, seed 1: the step cannot be recorded: why; it is trained without"):
-        same(go(ALL, store, slots=2, each=seen.append), alone)
+        same(go(ALL, store, slots=2, on_result=seen.append), alone)
     assert len(seen) == len({r.spec for r in seen}) == len(ALL) + 1, "each is told once, the teacher too"
     assert NotRecorded.happened
     monkeypatch.setattr(ks.SideBySide, "work", None) # of no use in this process any more

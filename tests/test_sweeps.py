@@ -143,7 +143,7 @@ def test_a_grid_asks_its_live_teacher_once(store, monkeypatch):
     assert asked == [1, 50, 50, 50, 50, 1, 1], "each at the door, and only the first in each of four steps, scaled or not"
     same(shared, [run(p, Store(store.folder.parent/"alone"), "cpu", progress=False) for p in pupils])
     heard, where = ks.Heard(), kr.Where(Store(store.folder.parent/"alone"), "cpu")
-    first, second = (kr.Trainee(p, where, heard) for p in pupils[:2])
+    first, second = (kr.TrainingRun(p, where, heard) for p in pupils[:2])
     for mark in first.pieces(None):
         if first.training.epoch == 1: break
     assert heard.epochs == {0}
