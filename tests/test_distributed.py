@@ -110,4 +110,4 @@ def test_what_cannot_be_shared_is_refused(tmp_path):
     write_specs([RunSpec(DATA, "resnet8", "nll", Recipe(1, 32))], tmp_path/"runs.json")
     launch(tmp_path, 2, *stores)
     assert "in which one process finds what another does not, expected a folder that all processes share" in launch(tmp_path, 2, *stores).stderr
-    assert "jobs: got 2, expected 1 where processes share each run" in launch(tmp_path, 2, *args, "--jobs", 2).stderr
+    assert "jobs: got 2, expected 1, as the processes share each run" in launch(tmp_path, 2, *args, "--jobs", 2).stderr
