@@ -8,6 +8,7 @@ __all__ = ['EXITS', 'NOT_ALL', 'parser', 'main', 'command', 'ResultsFile', 'want
 # %% ../nbs/23_commands.ipynb #b0000003
 import argparse
 import io
+import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -60,7 +61,8 @@ def main(args: Iterable[str] | None = None) -> int: # exit status, see EXITS
         with joined(a.device), redirect_stdout(sys.stdout if place()[0] == 0 else io.StringIO()): return command(a, store)
     except KeyboardInterrupt: status, why = 130, f"\nStopped. What is done is kept in {store.folder}; the same command goes on."
     except ValueError as e: status, why = 2, e
-    except (FloatingPointError, OSError, RuntimeError) as e: status, why = 1, f"{type(e).__name__}: {e}"
+    except (FloatingPointError, OSError, RuntimeError) as e:
+        status, why = 1, "\n".join([f"{type(e).__name__}: {e}", *getattr(e, "__notes__", [])])
     print(why, file=sys.stderr)
     return status
 
@@ -100,19 +102,25 @@ class ResultsFile:
         every: float = 30., # seconds
     ):
         self.path, self.images, self.every, self.at = path, images, every, time.time()
-        self.results = read_results(path) if path and Path(path).exists() else {}
-        self.new = False
+        self.results, self.new = self.read(), {}
+        if path:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            check(os.access(Path(path).parent, os.W_OK), "results", path, "a file in a folder that can be written to")
+
+    def read(self) -> dict[RunSpec, Result]:
+        "What is in the file"
+        return read_results(self.path) if self.path and Path(self.path).exists() else {}
 
     def add(self, result: Result) -> None:
         images = images_of(result) if self.path and self.images else {}
-        self.results[result.spec], self.new = replace(result, images=images, logits={}), True
+        self.results[result.spec] = self.new[result.spec] = replace(result, images=images, logits={})
         if time.time() - self.at > self.every: self.close()
 
     def close(self) -> None:
-        "Write what is not yet written"
+        "Write what is not yet written, beside what another command has written"
         if not (self.path and self.new) or place()[0] > 0: return
-        write_results(self.results.values(), self.path, self.images)
-        self.at, self.new = time.time(), False
+        write_results((self.read() | self.new).values(), self.path, self.images)
+        self.at, self.new = time.time(), {}
 
 # %% ../nbs/23_commands.ipynb #b0000009
 def wanted(a: argparse.Namespace) -> list[dict[str, RunSpec]]:

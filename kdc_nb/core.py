@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VALUES', 'check', 'lookup', 'value', 'Named', 'like', 'encode', 'decode', 'value_id', 'seed_of', 'whole_file',
-           'DamagedFile', 'digest', 'save_tensors', 'load_tensors', 'save_npz', 'load_npz', 'cache_dir', 'results_file',
-           'text_table', 'html_table', 'Table']
+           'DamagedFile', 'digest', 'save_tensors', 'load_tensors', 'load_meta', 'save_npz', 'load_npz', 'cache_dir',
+           'results_file', 'text_table', 'html_table', 'Table']
 
 # %% ../nbs/00_core.ipynb #e2818c30
 import hashlib
@@ -212,6 +212,15 @@ def load_tensors(
     except SafetensorError as e: raise DamagedFile(f"{path}: damaged ({e})") from e
     if facts.get("digest") != digest(tensors, facts.get("meta", "")): raise DamagedFile(f"{path}: damaged (its digest does not fit)")
     return tensors, json.loads(facts["meta"])
+
+
+def load_meta(
+    path: Path | str, # written by `save_tensors`
+) -> dict[str, Any]: # the JSON
+    "The JSON beside the tensors, which are not read; errors as those of `load_tensors`, but for its digest"
+    try:
+        with safe_open(path, "pt") as f: return json.loads((f.metadata() or {})["meta"])
+    except (SafetensorError, KeyError) as e: raise DamagedFile(f"{path}: damaged ({e})") from e
 
 # %% ../nbs/00_core.ipynb #33fc8fb5
 def save_npz(

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['DRAWING', 'best_device', 'devices_of', 'autocast', 'own_randomness', 'joined', 'place', 'own_part', 'whole_batch',
-           'in_order', 'agreed', 'deaf_to_ctrl_c', 'worker_processes', 'in_fresh_process']
+           'in_order', 'agreed', 'deaf_to_ctrl_c', 'free_memory', 'worker_processes', 'in_fresh_process']
 
 # %% ../nbs/10_devices.ipynb #4e01d70a
+import gc
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -129,20 +131,36 @@ def deaf_to_ctrl_c() -> Iterator[None]:
     finally: signal.signal(signal.SIGINT, before)
 
 # %% ../nbs/10_devices.ipynb #4b7a90e3
+def free_memory() -> None:
+    "Give back what this process holds of a GPU and does not use"
+    gc.collect()
+    if not torch.cuda.is_initialized(): return
+    try: torch.cuda.empty_cache()
+    except RuntimeError: pass # after a recording that failed, that may be too much to ask
+
+
 class _DeafPool(loky.ProcessPoolExecutor):
     "One that starts its processes, which it does when it is given something to do, without an ear for Ctrl-C"
     def submit(self, *args, **kw):
         with deaf_to_ctrl_c(): return super().submit(*args, **kw)
 
 
+def _end_with(parent: int) -> None: # a process
+    "End this process when its parent has ended, in whatever way"
+    def watch():
+        while os.getppid() == parent: time.sleep(1)
+        os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @contextmanager
 def worker_processes(
     n: int,
 ) -> Iterator[loky.ProcessPoolExecutor]:
-    "Processes that share the threads of this one and end with the block, after an error at once"
+    "Processes that share the threads of this one and end with the block, after an error at once, or when this one dies"
     threads = str(max(1, torch.get_num_threads()//n))
     env = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
-    pool = _DeafPool(n, timeout=60, env=env) # idle ones end after that many seconds
+    pool = _DeafPool(n, timeout=60, env=env, initializer=_end_with, initargs=(os.getpid(),)) # idle ones end after a minute
     try: yield pool
     except BaseException:
         pool.shutdown(kill_workers=True)
@@ -152,4 +170,5 @@ def worker_processes(
 
 def in_fresh_process(f: Callable, *args: Any) -> Any:
     "What a function gives in a process of its own, which nothing has happened to"
+    free_memory()
     with worker_processes(1) as pool: return pool.submit(f, *args).result()

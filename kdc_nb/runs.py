@@ -355,7 +355,8 @@ def _(teacher: Posterior, data, store, device):
 def trained_net(spec: RunSpec, store: Store, device: str | None) -> nn.Module:
     "The network of a finished run; one without weights is trained, and that is said"
     if (net := store.net(spec)) is not None: return net
-    if not store.path(spec, "net").exists(): warnings.warn(f"no weights of {spec} in {store.folder}; it is trained again", stacklevel=2)
+    if not store.path(spec, "net").exists():
+        warnings.warn(f"no weights of {title_of(spec)} in {store.folder}; it is trained again", stacklevel=2)
     train(spec, Where(store, device), progress=False)
     return store.net(spec)
 
@@ -451,6 +452,8 @@ class TrainingRun:
         "The trained network and what it says"
         run = self.training
         logits = {k: predict(run.net, self.data, getattr(self.data, k).inputs) for k in ("valid", "test")}
+        if not all(z.isfinite().all() for z in logits.values()):
+            raise FloatingPointError(f"logits: not all are numbers after training; try a smaller lr than {run.recipe.lr}")
         facts = environment(run.device) | {"seconds": round(run.seconds, 2)}
         if self.where.at_once > 1: facts["at_once"] = self.where.at_once
         return TrainedRun(self.spec, run.net.cpu(), logits, run.history, facts)

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'OnResult', 'seconds_of', 'required', 'n_images', 'Planned', 'kind_of', 'Pace', 'plan', 'as_time',
-           'plan_text', 'Agenda', 'attempt', 'in_pool', 'in_processes', 'TeacherCaches', 'Slot', 'SideBySide',
-           'in_this_process', 'elsewhere', 'rest_of', 'sweep', 'check_places', 'write_specs', 'read_specs']
+           'plan_text', 'Agenda', 'is_done', 'attempt', 'in_pool', 'in_processes', 'TeacherCaches', 'Slot',
+           'SideBySide', 'in_this_process', 'elsewhere', 'rest_of', 'sweep', 'check_places', 'write_specs',
+           'read_specs']
 
 # %% ../nbs/14_sweeps.ipynb #5699d339
 import json
@@ -13,12 +14,14 @@ import math
 import os
 import re
 import time
+import traceback
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, wait
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from statistics import median_low
 from typing import NamedTuple
 
 import torch
@@ -75,27 +78,35 @@ class Pace:
     "Seconds of training for an image, as measured on this device with as many runs at once"
 
     def __init__(self, store: Store, device: str | None, at_once: int = 1):
-        self.store, self.seconds = store, {} # by kind
+        self.store, self.latest = store, {} # seconds for an image, by kind, of up to nine runs
         here = environment(best_device(device))["name"], at_once
         for r in stored(store):
             measured = r.facts["name"], r.facts.get("at_once", 1)
             if measured == here and not to_fetch(whole(r.spec.data)): self.add(r)
 
     def add(self, result: Result) -> None:
-        "Note the pace of a run; the slowest counts, as of students who share a cache only the first had to ask"
-        kind, pace = kind_of(result.spec), result.facts["seconds"]/n_images(result.spec)
-        self.seconds[kind] = max(self.seconds.get(kind, 0.), pace)
+        "Note the pace of a run"
+        latest = self.latest.setdefault(kind_of(result.spec), deque(maxlen=9))
+        latest.append(result.facts["seconds"]/n_images(result.spec))
+
+    def of(self, kind: tuple) -> float | None:
+        "Seconds for an image by the latest runs of a kind: their median, as a laptop may have slept during one"
+        return median_low(self.latest[kind]) if kind in self.latest else None
+
+    def slowest(self) -> float:
+        "Of all kinds; 0 where nothing was measured"
+        return max(map(median_low, self.latest.values()), default=0.)
 
     def planned(self, spec: RunSpec) -> Planned:
         "The plan for one run, from its result, its checkpoint or the pace of others"
         if to_fetch(whole(spec.data)): return Planned(spec, spec.recipe.epochs, None)
         if self.store.path(spec, "run").exists(): return Planned(spec, 0, 0.)
-        try: meta = load_tensors(self.store.path(spec, "part"))[1]
+        try: meta = load_meta(self.store.path(spec, "part"))
         except (FileNotFoundError, DamagedFile): meta = {"epochs_done": 0., "seconds": 0.}
         done = meta.get("epochs_done", 0.) # not there: a checkpoint of an older version, from which no run goes on
         left, epoch = spec.recipe.epochs - done, n_images(spec)/spec.recipe.epochs
         if done: return Planned(spec, math.ceil(left), left*meta["seconds"]/done)
-        pace = self.seconds.get(kind_of(spec))
+        pace = self.of(kind_of(spec))
         return Planned(spec, math.ceil(left), None if pace is None else left*epoch*pace)
 
 
@@ -141,14 +152,19 @@ class Agenda:
         until: float | None, # when to stop, as `time.time()` tells it; None: when all is done
         unrecorded: Iterable[RunSpec] = (), # whose steps cannot be recorded
     ):
-        left = lambda runs: [r for r in runs if where.store.get(r) is None]
         self.where, self.until, self.unrecorded = where, until, set(unrecorded)
-        self.rows = [left(lineage(s)) for s in left(dict.fromkeys(specs))]
+        rows = [lineage(s) for s in dict.fromkeys(specs) if where.store.get(s) is None]
+        self.rows = [[*filter(self.lacks_weights, teachers), spec] for *teachers, spec in rows]
         self.order = list(dict.fromkeys(r for row in self.rows for r in row))
         self.missing, self.begun = set(self.order), 0 # how many
         self.running, self.left_out = {}, {} # when each began; why
         self.pace = None if until is None else Pace(where.store, where.device, where.at_once)
         self.overhead = 0. # seconds of a run beside its training
+
+    def lacks_weights(self, teacher: RunSpec) -> bool:
+        "Whether a teacher is still to be trained, or to be trained again as somebody removed what it learned"
+        store = self.where.store
+        return store.get(teacher) is None or not store.path(teacher, "net").exists()
 
     def next(self, can_begin: Callable[[RunSpec], bool] = lambda run: True) -> RunSpec | None:
         "The first run that can begin now, if there is one"
@@ -184,12 +200,11 @@ class Agenda:
     def seconds(self, run: RunSpec) -> float:
         "How long a run will take, or what is left of it; if nothing is like it, as long as by the slowest measured pace"
         known = self.pace.planned(run).seconds
-        most = max(self.pace.seconds.values(), default=0.)
-        whole = self.overhead + (n_images(run)*most if known is None else known)
+        whole = self.overhead + (n_images(run)*self.pace.slowest() if known is None else known)
         if run not in self.running: return whole
-        part = self.where.store.path(run, "part")
-        since = max(self.running[run], part.stat().st_mtime if part.exists() else 0.) # what is known is from then
-        return max(0., whole - (time.time() - since))
+        try: saved = self.where.store.path(run, "part").stat().st_mtime
+        except FileNotFoundError: saved = 0.
+        return max(0., whole - (time.time() - max(self.running[run], saved))) # what is known is from then
 
     def done(self, result: Result) -> None:
         "Note that a run is finished"
@@ -201,16 +216,18 @@ class Agenda:
 
     def leave_out(self, run: RunSpec, why: Exception) -> None:
         "Note that a run failed or found no time: neither it nor its students are tried again"
-        del self.running[run]
+        self.running.pop(run, None)
         self.left_out[run] = why
+        why.add_note(f"This was {title_of(run)}.")
+        traceback.clear_frames(why.__traceback__) # which hold the memory of all that went wrong
 
     def again(self) -> None:
-        "Begin those anew that were running, or found the device full"
+        "Begin those anew that were running"
         self.running = {}
-        self.left_out = {r: e for r, e in self.left_out.items() if not isinstance(e, torch.OutOfMemoryError)}
 
     def halve(self) -> None:
-        "As many runs at a time are too many"
+        "As many runs at a time are too many: begin those anew that found the device full, too"
+        self.left_out = {r: e for r, e in self.left_out.items() if not isinstance(e, torch.OutOfMemoryError)}
         self.where = self.where._replace(at_once=self.where.at_once//2)
         left = f"{len(self.missing)} runs start again, {self.where.at_once} at a time"
         warnings.warn(f"the device is out of memory; {left}")
@@ -220,9 +237,15 @@ class Agenda:
 OnResult = Callable[[Result], None] # called with each finished run
 
 
+def is_done(run: RunSpec, where: Where) -> bool:
+    "Whether a run and its weights are in the store"
+    return finished(run, where.store, where.device) is not None and where.store.path(run, "net").exists()
+
+
 def attempt(run: RunSpec, where: Where, until: float | None) -> Exception | None:
     "Do one run in a worker; why it is not finished is returned, so that it stops no other run"
-    try: finished(run, where.store, where.device) or train(run, where, False, until) # another process may have done it
+    try:
+        if not is_done(run, where): train(run, where, False, until) # another process may have done it
     except Exception as e: return e
 
 # %% ../nbs/14_sweeps.ipynb #efc10214
@@ -238,7 +261,8 @@ def in_pool(agenda: Agenda, pool: Executor, on_result: OnResult) -> None:
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             run, _ = running.pop(future)
             if error := future.result(): agenda.leave_out(run, error)
-            else: on_result(agenda.where.store.get(run))
+            elif result := agenda.where.store.get(run): on_result(result)
+            else: agenda.leave_out(run, FileNotFoundError(f"{agenda.where.store.folder}: a worker's result is not there"))
 
 
 def in_processes(agenda: Agenda, pool: Executor | None, on_result: OnResult) -> None:
@@ -266,7 +290,7 @@ class TeacherCaches:
     def __init__(self, specs: Iterable[RunSpec]): # that are to be trained
         self.waiting = Counter(filter(None, map(self.key, specs)))
         self.caches, self.sizes = {}, {} # by key, the longest unused first
-        self.filling = set() # keys of those that a student is asking for
+        self.filling, self.taken = set(), set() # keys of those that a student is asking for; who has taken one
 
     @staticmethod
     def size(spec: RunSpec) -> int: # bytes
@@ -285,6 +309,7 @@ class TeacherCaches:
     def take(self, spec: RunSpec) -> Heard | None: # None: nobody else will ask
         "For a run that begins"
         key = self.key(spec)
+        self.taken.add(spec)
         if not key or self.waiting[key] < 2 and key not in self.caches: return None
         cache = self.caches[key] = self.caches.pop(key, None) or Heard()
         if len(cache.epochs) < spec.recipe.epochs: self.filling.add(key)
@@ -295,7 +320,9 @@ class TeacherCaches:
 
     def give_back(self, spec: RunSpec) -> None:
         "For a run that is over"
+        if spec not in self.taken: return
         key = self.key(spec)
+        self.taken.remove(spec)
         self.filling.discard(key)
         self.waiting[key] -= 1
         if self.waiting[key] < 1: self.caches.pop(key, None)
@@ -350,21 +377,32 @@ class SideBySide:
         self.streams = [torch.cuda.Stream(device) if device.type == "cuda" and n > 1 else None for _ in range(n)]
         beside = place()[1] == 1 and (n > 1 or device.type == "cuda") # processes that share each run keep step
         self.workers = ExitStack()
-        self.pool = self.workers.enter_context(worker_processes(min(2*n, max(1, os.cpu_count() - 1)))) if beside else None
+        self.n_workers = min(2*n, max(1, os.cpu_count() - 1))
+        self.pool = self.workers.enter_context(worker_processes(self.n_workers)) if beside else None
 
     def work(self) -> None:
-        "Do all that the agenda says; `NotRecorded` and, with several slots, a full device end it"
+        "Do all that the agenda says, unless this process is spoilt; `NotRecorded` and, with several slots, a full device end it"
         changed = True
         with self.workers, torch.backends.cudnn.flags(enabled=True, benchmark=True):
             while True:
-                while changed and len(self.slots) < self.agenda.where.at_once:
-                    if not (run := self.agenda.next(self.caches.can_begin)): break
+                while changed and self.has_room():
+                    if not (run := self.agenda.next(self.can_begin)): break
                     self.guarded(run, self.begin)
+                if NotRecorded.happened: return
                 if not self.slots and not self.evaluated: return
                 ready = [run for run, slot in self.slots.items() if slot.ready()]
                 changed = any([self.guarded(run, self.advance) for run in ready]) | self.collect()
                 self.on_progress(len(self.evaluated) + sum(map(self.share, self.slots)))
                 if not ready and not changed: self.pause()
+
+    def has_room(self) -> bool:
+        "Whether there is a free slot, and evaluation is not far behind"
+        return len(self.slots) < self.agenda.where.at_once and len(self.evaluated) <= self.n_workers
+
+    def can_begin(self, run: RunSpec) -> bool:
+        "Runs that drop units out draw from one generator, which recorded steps of others could disturb: they keep to themselves"
+        alike = all(drops_out(other.model) == drops_out(run.model) for other in self.slots)
+        return alike and self.caches.can_begin(run)
 
     def guarded(self, run: RunSpec, do: Callable[[RunSpec], bool]) -> bool: # whether the agenda changed
         "Do something for a run; its failure stops no other run"
@@ -380,9 +418,11 @@ class SideBySide:
 
     def begin(self, run: RunSpec) -> bool:
         "Put a run into a slot, unless another process has done it"
-        where = self.agenda.where._replace(record=run not in self.agenda.unrecorded)
-        if result := finished(run, where.store, where.device): self.on_result(result)
-        else: self.slots[run] = Slot(run, where, self.agenda.until, self.caches.take(run), self.stream_for(run))
+        where, cache = self.agenda.where._replace(record=run not in self.agenda.unrecorded), self.caches.take(run)
+        if is_done(run, where):
+            self.end(run)
+            self.on_result(where.store.get(run))
+        else: self.slots[run] = Slot(run, where, self.agenda.until, cache, self.stream_for(run))
         return True
 
     def stream_for(self, run: RunSpec) -> torch.cuda.Stream | None:
@@ -423,7 +463,8 @@ class SideBySide:
 
     def end(self, run: RunSpec) -> None:
         "Free a run's slot"
-        if self.slots.pop(run, None): self.caches.give_back(run)
+        self.slots.pop(run, None)
+        self.caches.give_back(run)
 
     def share(self, run: RunSpec) -> float: # 0 to 1
         "How much of a run is done"
@@ -439,30 +480,38 @@ def in_this_process(agenda: Agenda, on_result: OnResult, on_progress: Callable[[
     "Do runs side by side; after a step that cannot be recorded, or with a device that is full, the rest in a fresh process"
     while True:
         try:
-            if NotRecorded.happened: return elsewhere(agenda, on_result)
-            return SideBySide(agenda, on_result, on_progress).work()
+            if not NotRecorded.happened: SideBySide(agenda, on_result, on_progress).work()
+            elif elsewhere(agenda, on_result): return
+            if not NotRecorded.happened: return
+            agenda.again()
         except NotRecorded as e:
             warnings.warn(f"{title_of(e.run)}: {e}; it is trained without, which costs speed. The rest goes on in a fresh process")
             agenda.unrecorded.add(e.run)
             agenda.again()
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as e:
+            traceback.clear_frames(e.__traceback__)
             NotRecorded.happened = True
             agenda.halve()
 
 
-def elsewhere(agenda: Agenda, on_result: OnResult) -> None:
+def elsewhere(agenda: Agenda, on_result: OnResult) -> bool: # False: it is spoilt, too, and there is more to do
     "Do runs side by side in a fresh process"
     store = agenda.where.store
     def collect():
         for run in [r for r in agenda.order if r in agenda.missing and store.path(r, "run").exists()]:
+            if not (result := store.get(run)): continue # damaged, and trained again
             agenda.running.setdefault(run, time.time())
-            on_result(store.get(run))
+            on_result(result)
+    free_memory()
+    rows = [row[-1] for row in agenda.rows if not agenda.left_out.keys() & row]
     with worker_processes(1) as pool:
-        rest = pool.submit(rest_of, [row[-1] for row in agenda.rows], agenda.where, agenda.until, agenda.unrecorded)
+        rest = pool.submit(rest_of, rows, agenda.where, agenda.until, agenda.unrecorded)
         while not rest.done():
             wait([rest], timeout=1.)
             collect()
-        agenda.left_out |= rest.result()
+        left_out, sound = rest.result()
+    agenda.left_out |= left_out
+    return sound
 
 
 def rest_of(
@@ -470,11 +519,11 @@ def rest_of(
     where: Where,
     until: float | None,
     unrecorded: set[RunSpec],
-) -> dict[RunSpec, Exception]: # what was left out, and why
+) -> tuple[dict[RunSpec, Exception], bool]: # what was left out, and why; whether this process is sound
     "Do what is left"
     agenda = Agenda(specs, where, until, unrecorded)
     SideBySide(agenda, agenda.done).work()
-    return agenda.left_out
+    return agenda.left_out, not NotRecorded.happened
 
 # %% ../nbs/14_sweeps.ipynb #4f1fabcd
 def sweep(
@@ -494,29 +543,48 @@ def sweep(
     can finish, the first rows first. When a run fails the others are done, and then its error is raised.
     """
     specs, store, jobs = list(specs), store or Store(), 1 if jobs is None else jobs
+    for s in specs: check(isinstance(s, RunSpec), "specs", repr(s), "descriptions of runs")
     check_places(jobs, slots)
     until = None if budget is None else time.time() + seconds_of(budget)
-    agenda = Agenda(specs, Where(store, device, max(jobs, slots)), until)
-    total = len(agenda.missing)
-    with stoppable(store.folder), tqdm(total=total, unit="run", disable=not progress) as bar:
-        def show(unfinished: float):
-            bar.n = float(f"{total - len(agenda.missing) + unfinished:.1f}") or 0
-            bar.update(0)
-        def done(result: Result):
-            agenda.done(result)
-            show(0)
-            on_result(result)
-        if jobs > 1 or pool: in_processes(agenda, pool, done)
-        else: in_this_process(agenda, done, show)
-    for error in agenda.left_out.values():
+    with stoppable(store.folder):
+        agenda = Agenda(specs, Where(store, device, max(jobs, slots)), until)
+        failures = _Watched(agenda, on_result, progress).lead(jobs, pool)
+    for error in failures:
         if not isinstance(error, OutOfTime): raise error
     return [store.get(s) for s in specs]
+
+
+class _Watched:
+    "A sweep with a bar, whose errors wait until all others are done, those of the caller's `on_result` too"
+
+    def __init__(self, agenda: Agenda, on_result: OnResult, progress: bool):
+        self.agenda, self.on_result, self.total = agenda, on_result, len(agenda.missing)
+        self.bar, self.unfinished, self.failures = tqdm(total=self.total, unit="run", disable=not progress), 0., []
+
+    def lead(self, jobs: int, pool: Executor | None) -> list[Exception]: # why something failed
+        with self.bar:
+            if jobs > 1 or pool: in_processes(self.agenda, pool, self.done)
+            else: in_this_process(self.agenda, self.done, self.show)
+        return self.failures + list(self.agenda.left_out.values())
+
+    def show(self, unfinished: float) -> None: # runs
+        "Move the bar"
+        self.unfinished = unfinished
+        self.bar.n = float(f"{self.total - len(self.agenda.missing) + unfinished:.1f}") or 0
+        self.bar.update(0)
+
+    def done(self, result: Result) -> None:
+        "A run is finished"
+        self.agenda.done(result)
+        self.show(max(0., self.unfinished - 1))
+        try: self.on_result(result)
+        except Exception as e: self.failures.append(e)
 
 
 def check_places(jobs: int, slots: int) -> None:
     "Refuse numbers of runs at a time that mean nothing together"
     for k, v in dict(jobs=jobs, slots=slots).items():
-        check(isinstance(v, int) and v >= 1, k, v, "a whole number, at least 1")
+        check(type(v) is int and v >= 1, k, v, "a whole number, at least 1")
     check(jobs == 1 or slots == 1, "slots", slots, f"1 beside {jobs} jobs: runs share either processes or this one")
     check(place()[1] == 1 or jobs == slots == 1, "jobs", max(jobs, slots), "1, as the processes share each run")
 

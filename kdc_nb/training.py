@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['RECIPES', 'Teacher', 'PIECE', 'Recipe', 'lr_at', 'predict', 'Heard', 'Training', 'optimizer_of', 'epoch_generator',
            'Plan', 'draw_epoch', 'begin_epoch', 'batches', 'train_step', 'match_strides', 'ask', 'NotRecorded',
-           'recorded', 'own_drop_out', 'train_epoch', 'record_event', 'end_epoch', 'state_of', 'put_back', 'resume',
-           'rng_of', 'set_rng', 'OutOfTime', 'Checkpoint', 'train_to_end', 'drive', 'fit', 'check_teacher']
+           'side_stream', 'recorded', 'own_drop_out', 'train_epoch', 'record_event', 'end_epoch', 'state_of',
+           'put_back', 'resume', 'rng_of', 'set_rng', 'OutOfTime', 'Checkpoint', 'train_to_end', 'drive', 'fit',
+           'check_teacher']
 
 # %% ../nbs/11_training.ipynb #9515dc2f
 import math
@@ -15,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from functools import lru_cache
 from itertools import islice, repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -259,6 +261,12 @@ class NotRecorded(RuntimeError):
     happened = False # in this process; also by a device that was full while it recorded
 
 
+@lru_cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    "The one on which is recorded what runs on the default stream, where nothing can be; each stream takes memory for good"
+    return torch.cuda.Stream(device)
+
+
 def recorded(
     run: Training, # which has begun an epoch
 ) -> Callable[[], None]: # does one step
@@ -269,7 +277,8 @@ def recorded(
     def step(): train_step(run)
     if run.device.type != "cuda" or place()[1] > 1 or not run.record: return step
     before = {name: t.clone() for name, t in state_of(run).items()}
-    side, here = torch.cuda.Stream(run.device), torch.cuda.current_stream(run.device) # of this device, which need not be the current one
+    here = torch.cuda.current_stream(run.device) # of this device, which need not be the current one
+    side = side_stream(run.device) if here == torch.cuda.default_stream(run.device) else here
     side.wait_stream(here)
     try:
         with torch.cuda.stream(side):
@@ -308,7 +317,7 @@ def train_epoch(
     After each piece it yields what to wait for before the next, so that the host is two pieces ahead of the device at
     most; None: nothing. A `FloatingPointError` names the step at which the loss was no number.
     """
-    from_the_start, mark = run.steps_done == 0, None
+    from_the_start, event = run.steps_done == 0, None
     begin_epoch(run)
     if not run.step:
         with own_randomness(0, run.device) if run.drops_out else nullcontext(): # warming up draws, too
@@ -320,9 +329,9 @@ def train_epoch(
                 if x is not None: run.batch.copy_(x)
                 run.step()
                 run.steps_done += 1
-        before, mark = mark, record_event(run.device)
+        before, event = event, record_event(run.device)
         yield before
-    yield mark
+    yield event
     if place()[1] > 1:
         for b in run.net.buffers(): distributed.broadcast(b, 0)
     if run.heard and from_the_start: run.heard.epochs.add(run.epoch)
@@ -330,11 +339,11 @@ def train_epoch(
 
 
 def record_event(device: torch.device) -> torch.cuda.Event | None: # None: such a device is waited for anyway
-    "A mark in what was asked of the device"
+    "What tells when the device has done all that it was asked so far"
     if device.type != "cuda": return None
-    mark = torch.cuda.Event()
-    mark.record(torch.cuda.current_stream(device))
-    return mark
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 # %% ../nbs/11_training.ipynb #4c761242
 def end_epoch(run: Training) -> None:
@@ -444,15 +453,17 @@ def train_to_end(
         if not over: return
         keeper.save()
         raise OutOfTime(f"{run.epochs_done():.4g} of {run.recipe.epochs} epochs done")
-    while run.epoch < run.recipe.epochs:
-        ahead = run.seconds/(run.epochs_done() or 1) if place()[1] > 1 else 0 # several processes stop between epochs only
-        stop_if(agreed(until is not None and time.time() + ahead > until, run.device))
-        for mark in train_epoch(run):
+    try:
+        while run.epoch < run.recipe.epochs:
+            ahead = run.seconds/(run.epochs_done() or 1) if place()[1] > 1 else 0 # several processes stop between epochs only
+            stop_if(agreed(until is not None and time.time() + ahead > until, run.device))
+            for event in train_epoch(run):
+                run.seconds = time.time() - began
+                keeper.save_if_due()
+                stop_if(until is not None and place()[1] == 1 and time.time() > until)
+                yield event
             run.seconds = time.time() - began
-            keeper.save_if_due()
-            stop_if(until is not None and place()[1] == 1 and time.time() > until)
-            yield mark
-        run.seconds = time.time() - began
+    finally: run.step = None # which holds the run, and so its memory
     if run.best: run.net.load_state_dict(run.best)
     run.net.eval()
 
@@ -467,8 +478,8 @@ def drive(
     "Train a run that has this process to itself to its end, with a bar; `OutOfTime` if there is no time left"
     with (tqdm(total=run.recipe.epochs, unit="epoch", leave=False, disable=not progress or place()[0] > 0) as bar,
           torch.backends.cudnn.flags(enabled=True, benchmark=True)):
-        for mark in train_to_end(run, checkpoint, every, until):
-            if mark: mark.synchronize()
+        for event in train_to_end(run, checkpoint, every, until):
+            if event: event.synchronize()
             if run.epoch > bar.n: bar.update(run.epoch - bar.n); bar.set_postfix(run.history[-1])
     return run
 

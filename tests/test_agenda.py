@@ -1,12 +1,15 @@
 "What comes next: whole rows, the most telling first, and with a budget only what can be finished"
 import time
+from collections import deque
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kdc_nb.runs as kr
 import kdc_nb.sweeps as ks
 from kdc_nb.calibrators import Method
 from kdc_nb.core import save_tensors
@@ -37,7 +40,7 @@ def clock(monkeypatch):
 def agenda(folder, rows, until, places=1, **seconds):
     "An agenda that knows how long networks take"
     made = Agenda(rows, Where(Store(folder), "cpu", places), until)
-    if made.pace: made.pace.seconds = {(TINY.name, model, 50): s/200 for model, s in seconds.items()} # two epochs of 100 images
+    if made.pace: made.pace.latest = {(TINY.name, model, 50): deque([s/200], 1) for model, s in seconds.items()} # two epochs of 100 images
     return made
 
 
@@ -95,6 +98,23 @@ def test_without_a_pace_runs_are_begun_and_what_is_unlike_others_counts_as_the_s
     assert agenda(tmp_path, [STUDENT, OTHER], 5.).admitted() == dict.fromkeys([*lineage(STUDENT), *lineage(OTHER)], 0.)
     assert agenda(tmp_path, [STUDENT, OTHER], 19., resnet14=10.).admitted() == {}
     assert agenda(tmp_path, [STUDENT, OTHER], 20., resnet14=10.).admitted() == {TEACHER: 0., STUDENT: 10.}
+
+
+def test_a_run_in_which_the_laptop_slept_is_forgotten(tmp_path, clock):
+    made = agenda(tmp_path, [STUDENT, OTHER], 100.)
+    kind = (TINY.name, "resnet8", 50)
+    for seconds in (3600., 5., 5.): made.pace.add(SimpleNamespace(spec=STUDENT, facts={"seconds": seconds}))
+    assert made.pace.of(kind) == 5/200 == made.pace.slowest() and made.pace.of(("known", "resnet20", 50)) is None
+
+
+def test_a_teacher_whose_weights_were_removed_is_a_run_like_any_other(tmp_path, monkeypatch):
+    store, trained = Store(tmp_path), []
+    before = sweep([TEACHER], store, "cpu", progress=False)
+    store.path(TEACHER, "net").unlink()
+    monkeypatch.setattr(kr, "trained_net", lambda *args, there=kr.trained_net: trained.append(store.path(TEACHER, "net").exists()) or there(*args))
+    sweep([STUDENT], store, "cpu", progress=False, on_result=lambda r: trained.append(r.spec))
+    assert trained == [TEACHER, True, STUDENT], "before its student asks"
+    assert torch.equal(store.get(TEACHER).logits["test"], before[0].logits["test"])
 
 
 def test_who_fails_takes_its_students_along(tmp_path):

@@ -90,6 +90,22 @@ def test_results_are_written_while_runs_go_on(tmp_path):
     assert path.stat().st_mtime_ns == before, "there was nothing new"
 
 
+def test_two_commands_share_a_file(tmp_path):
+    store, path = Store(tmp_path/"store"), str(tmp_path/"deeper"/"r.npz")
+    results = [run(RunSpec(TINY.data, "resnet8", Method(m), TINY.recipe), store, "cpu", progress=False) for m in ("nll", "ls")]
+    files = [ResultsFile(path, images=True) for _ in results]
+    for file, r in zip(files, results): file.add(r)
+    for file in files: file.close()
+    assert set(read_results(path)) == {r.spec for r in results}
+
+
+def test_a_results_file_that_cannot_be_is_told_first(capsys, tmp_path):
+    (tmp_path/"file").write_text("")
+    assert main(["table1", "--small", "known", "--results", str(tmp_path/"file"/"r.npz"), "--store", str(tmp_path)]) == 1
+    assert str(tmp_path/"file") in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.run"))
+
+
 def test_ctrl_c_leaves_the_results_of_what_was_done(tmp_path):
     args = ["table1", "--small", "known", "--recipe", "smoke", "--seeds", "1", "--device", "cpu", "--store", tmp_path/"s", "--results", tmp_path/"r.npz"]
     child = subprocess.Popen([sys.executable, "-m", "kdc_nb", *map(str, args)], stderr=subprocess.PIPE, text=True, start_new_session=True)

@@ -89,7 +89,7 @@ def test_a_listing_names_a_damaged_file_and_shows_the_others(store):
 def test_a_teacher_without_weights_is_trained_and_that_is_said(store):
     go(TEACHER, store)
     store.path(TEACHER, "net").unlink()
-    with pytest.warns(UserWarning, match="no weights of RunSpec"): go(STUDENT, store)
+    with pytest.warns(UserWarning, match="no weights of known resnet"): go(STUDENT, store)
 
 
 def test_a_full_disk_leaves_no_result(store, monkeypatch):

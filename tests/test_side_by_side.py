@@ -1,8 +1,12 @@
 "Several runs in one process: each as if it were alone, on a stream of its own, whatever fails beside it"
+import gc
 import os
 import signal
+import subprocess
+import sys
 import time
 import warnings
+import weakref
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import replace
@@ -57,7 +61,7 @@ def test_each_comes_out_as_if_alone(store, alone, slots):
 
 class Device:
     "A device that does what it is asked, but is behind: a mark is reached when it was asked about three times"
-    def __init__(self): self.stream, self.marks, self.steps = None, defaultdict(list), defaultdict(list) # by stream
+    def __init__(self): self.stream, self.order, self.marks, self.steps = None, [], defaultdict(list), defaultdict(list) # by stream
 
     @contextmanager
     def on(self, stream):
@@ -72,6 +76,7 @@ class Device:
 
     def step(self, training, step):
         self.steps[self.stream].append(training)
+        self.order.append(training)
         ahead = sum(m.left > 0 for m in self.marks[self.stream])
         assert ahead < 2, "the host is two pieces ahead at most"
         step(training)
@@ -124,6 +129,8 @@ def test_those_that_drop_out_share_a_stream_and_come_out_as_if_alone(store, devi
     together = go([*runs, TEACHER], store, slots=3)
     dropping = {stream for stream, several in device.steps.items() for t in several if t.drops_out}
     assert dropping == {"stream 0"} and len(device.steps) == 2
+    order = [t.drops_out for t in device.order]
+    assert sum(a != b for a, b in zip(order, order[1:])) == 1, "and others wait until they are done"
     same(together[:2], [run(s, Store(tmp_path/"alone"), "cpu", progress=False) for s in runs])
 
 
@@ -189,6 +196,102 @@ def test_a_failure_beside_others_stops_none_of_them(store, alone):
     assert len(stored(store)) == len(OTHERS)
 
 
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_network_that_ends_without_numbers_is_told_by_name_and_stops_no_other(store, alone, slots):
+    "Its losses are finite, its last step is not"
+    wild = replace(TEACHER, recipe=replace(RECIPE, epochs=1, batch_size=100, lr=1e30))
+    with pytest.raises(FloatingPointError, match="logits: not all are numbers after training") as error: go([wild, *OTHERS], store, slots=slots)
+    assert error.value.__notes__ == ["This was digits resnet8 nll, seed 0."]
+    same(go(OTHERS, store), alone[3:])
+
+
+def test_a_student_that_cannot_begin_blocks_no_other_of_its_teacher(store, alone, monkeypatch):
+    class Broken(Dropping):
+        def pretrain(self, data): raise OSError("no such weights")
+    monkeypatch.setitem(MODELS, "broken", Broken)
+    with pytest.raises(OSError, match="no such weights"): go([replace(STUDENTS[0], model="broken"), *STUDENTS], store)
+    assert len(stored(store)) == 4
+    same(go(STUDENTS, store), alone[:3])
+
+
+@pytest.mark.parametrize("kw", [dict(), dict(slots=2), dict(jobs=2)])
+def test_an_error_of_the_caller_waits_until_all_is_done(store, kw):
+    def fails(result): raise OSError("the caller's")
+    with pytest.raises(OSError, match="the caller's"): go(OTHERS[:2], store, on_result=fails, **kw)
+    assert len(stored(store)) == 2
+
+
+def test_failed_runs_free_their_memory(store, monkeypatch):
+    made, Training = [], kt.Training
+    class Noted(Training):
+        def __init__(self, *args, **kw):
+            super().__init__(*args, **kw)
+            made.append(weakref.ref(self))
+    monkeypatch.setattr(kr, "Training", Noted)
+    alive = []
+    def counting(*args, there=ks.store_result):
+        gc.collect()
+        alive.append(sum(m() is not None for m in made))
+        return there(*args)
+    monkeypatch.setattr(ks, "store_result", counting)
+    with pytest.raises(FloatingPointError): go([*(replace(TEACHER, seed=s, recipe=replace(RECIPE, lr=1e20)) for s in range(3)), OTHERS[0]], store)
+    assert len(made) == 4 and alive == [0]
+
+
+def test_evaluation_that_is_slow_holds_back_what_could_not_be_evaluated_in_time(store, monkeypatch):
+    waiting = []
+    class Slow(SideBySide):
+        def has_room(self):
+            waiting.append(len(self.evaluated))
+            return super().has_room()
+        def collect(self):
+            if len(self.evaluated) <= self.n_workers and self.slots: return False # as if none were done
+            return super().collect()
+    monkeypatch.setattr(ks, "SideBySide", Slow)
+    go([replace(TEACHER, seed=s, recipe=Recipe(1, 100)) for s in range(8)], store, slots=2)
+    assert len(stored(store)) == 8 and max(waiting) <= 1 + 2, "one worker on two cores, and what was running when there was no more room"
+
+
+def test_a_device_that_was_full_while_it_recorded_one_of_one_leaves_the_rest_to_a_fresh_process(store, alone, monkeypatch):
+    refusing(monkeypatch, torch.OutOfMemoryError("full"), lambda run: type(run.method).__name__ == "CorrectnessRanking")
+    with pytest.raises(torch.OutOfMemoryError): go(OTHERS, store)
+    same([store.get(s) for s in OTHERS[1:]], alone[4:])
+
+
+def test_a_damaged_result_is_trained_again_in_the_fresh_process_too(store, alone):
+    go(OTHERS[:1], store)
+    path = store.path(OTHERS[0], "run")
+    path.write_bytes(path.read_bytes()[:-7])
+    NotRecorded.happened = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        same(go(OTHERS[:2], store), alone[3:5])
+
+
+ORPHANS = """
+import sys, kdc_nb
+from dataclasses import replace
+from kdc_nb.runs import Store
+from kdc_nb.sweeps import sweep
+from kdc_nb.training import Recipe
+from tests.test_side_by_side import TEACHER
+sweep([replace(TEACHER, recipe=Recipe(5000, 50), seed=s) for s in range(2)], Store(sys.argv[1]), "cpu", progress=False, **eval(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("how", ["dict(jobs=2)", "dict(slots=2)"])
+def test_no_process_outlives_the_one_that_was_killed(tmp_path, how):
+    child = subprocess.Popen([sys.executable, "-c", ORPHANS, tmp_path/"s", how], start_new_session=True)
+    began = time.monotonic()
+    while not list(tmp_path.glob("s/*.part")) and child.poll() is None and time.monotonic() - began < 240: time.sleep(.1)
+    child.kill()
+    child.wait()
+    began = time.monotonic()
+    group = lambda: subprocess.run(["pgrep", "-g", str(child.pid)], capture_output=True, text=True).stdout.split()
+    while group() and time.monotonic() - began < 60: time.sleep(.2)
+    assert not group()
+
+
 def test_ctrl_c_keeps_what_is_done(store, alone, monkeypatch):
     calls, step = [], kt.train_step
     def interrupted(training):
@@ -215,5 +318,6 @@ def test_an_answer_is_kept_only_while_somebody_may_ask_and_no_more_than_fits(mon
     assert len(caches.caches) == 3
     caches.sizes = dict.fromkeys(caches.sizes, 1.5e9)
     assert caches.take(specs[7]) is first[2] and len(caches.caches) == 2 and caches.key(specs[3]) not in caches.caches
-    for s in (specs[1], specs[2]): caches.give_back(s)
+    caches.take(specs[2])
+    for s in (specs[1], specs[2], specs[2]): caches.give_back(s)
     assert caches.key(specs[0]) not in caches.caches, "nobody is left to ask"

@@ -1,11 +1,13 @@
 "Training: the same bits after a kill, state that is kept, devices, faults."
 
+import gc
 import itertools
 import random
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -307,13 +309,14 @@ def pretended_cuda(monkeypatch):
     @contextmanager
     def graph(g, stream): yield
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, fake in dict(Stream=lambda device: stream, stream=lambda s: nullcontext(), current_stream=lambda device: stream, CUDAGraph=Graph, graph=graph).items():
+    same = lambda device: stream
+    for name, fake in dict(Stream=same, stream=lambda s: nullcontext(), current_stream=same, default_stream=same, CUDAGraph=Graph, graph=graph).items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(kt, "autocast", lambda device: nullcontext())
     def record(training):
         Graph.replay = lambda self: train_step(training)
         begin_epoch(training)
-        training.device = SimpleNamespace(type="cuda")
+        training.device = torch.device("cuda")
         try: step = recorded(training)
         finally: NotRecorded.happened = False
         training.device = torch.device("cpu")
@@ -364,6 +367,19 @@ def test_what_a_student_of_a_scaled_teacher_hears_is_divided_whoever_asked():
     for T in (1., 4.): drive(Training(new_net(SPEC), data, Looks(), Recipe(1, 100), 0, torch.device("cpu"), lambda x, i: net(x), T, heard), progress=False)
     first, second, again_first, again_second = Looks.seen # two steps of each
     assert torch.equal(again_first, first/4) and torch.equal(again_second, second/4)
+
+
+def test_a_finished_run_keeps_no_memory():
+    "Nothing goes round in a circle through it"
+    gc.collect()
+    gc.disable()
+    try:
+        run = Training(new_net(SPEC), load_data(TINY), Calibrator(), Recipe(1, 100), 0, torch.device("cpu"))
+        drive(run, progress=False)
+        alive = weakref.ref(run)
+        del run
+        assert alive() is None
+    finally: gc.enable()
 
 
 class OddStrides(torch.nn.Module):
