@@ -159,7 +159,7 @@ class Agenda:
         self.missing, self.begun = set(self.order), 0 # how many
         self.running, self.left_out = {}, {} # when each began; why
         self.pace = None if until is None else Pace(where.store, where.device, where.at_once)
-        self.overhead = 0. # seconds of a run beside its training
+        self.overhead = deque([0.], maxlen=4) # seconds of the latest runs beside their training; first ones wait for imports
 
     def lacks_weights(self, teacher: RunSpec) -> bool:
         "Whether a teacher is still to be trained, or to be trained again as somebody removed what it learned"
@@ -200,7 +200,7 @@ class Agenda:
     def seconds(self, run: RunSpec) -> float:
         "How long a run will take, or what is left of it; if nothing is like it, as long as by the slowest measured pace"
         known = self.pace.planned(run).seconds
-        whole = self.overhead + (n_images(run)*self.pace.slowest() if known is None else known)
+        whole = max(self.overhead) + (n_images(run)*self.pace.slowest() if known is None else known)
         if run not in self.running: return whole
         try: saved = self.where.store.path(run, "part").stat().st_mtime
         except FileNotFoundError: saved = 0.
@@ -212,7 +212,7 @@ class Agenda:
         self.missing.remove(result.spec)
         if not self.pace: return
         self.pace.add(result)
-        self.overhead = max(self.overhead, time.time() - began - result.facts["seconds"])
+        self.overhead.append(time.time() - began - result.facts["seconds"])
 
     def leave_out(self, run: RunSpec, why: Exception) -> None:
         "Note that a run failed or found no time: neither it nor its students are tried again"

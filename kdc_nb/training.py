@@ -280,12 +280,12 @@ def recorded(
     here = torch.cuda.current_stream(run.device) # of this device, which need not be the current one
     side = side_stream(run.device) if here == torch.cuda.default_stream(run.device) else here
     side.wait_stream(here)
+    with torch.cuda.stream(side): # some real steps first; what is wrong with them is no matter of recording
+        run.k.zero_()
+        for _ in range(min(3, len(run.losses))): step()
+        run.k.zero_()
+    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.stream(side):
-            run.k.zero_()
-            for _ in range(min(3, len(run.losses))): step()
-            run.k.zero_()
-        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=side): step()
     except RuntimeError as e:
         NotRecorded.happened = True

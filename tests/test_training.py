@@ -345,6 +345,14 @@ def test_what_cannot_be_recorded_ends_in_a_sentence_unless_nobody_wants_it_recor
     assert plain.history == eager.history
 
 
+def test_what_is_wrong_with_a_step_is_no_matter_of_recording(pretended_cuda):
+    class Breaks(Calibrator):
+        def forward(self, step): raise RuntimeError("shapes do not fit")
+    with pytest.raises(RuntimeError, match="shapes do not fit") as error:
+        pretended_cuda(Training(new_net(SPEC), load_data(TINY), Breaks(), Recipe(2, 32), 0, torch.device("cpu")))
+    assert not isinstance(error.value, NotRecorded)
+
+
 def test_logits_keep_their_precision_where_the_body_is_in_16_bits():
     "bf16 knows steps of 1/16 between 8 and 16: that would round confidences"
     for name, x in (("resnet8", torch.randn(64, 3, 8, 8)), ("torchvision_resnet18", torch.randn(2, 3, 64, 64))):
