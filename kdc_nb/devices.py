@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DRAWING', 'best_device', 'devices_of', 'autocast', 'own_randomness', 'joined', 'place', 'own_part', 'whole_batch',
-           'in_order', 'agreed', 'deaf_to_ctrl_c', 'free_memory', 'worker_processes', 'in_fresh_process']
+           'in_order', 'agreed', 'spoil_process', 'process_is_spoilt', 'deaf_to_ctrl_c', 'free_memory',
+           'worker_processes', 'in_fresh_process']
 
 # %% ../nbs/10_devices.ipynb #4e01d70a
 import gc
@@ -120,6 +121,20 @@ def agreed(value: int, device: torch.device) -> int: # a bool is one
     said = torch.tensor(value, device=device)
     distributed.broadcast(said, 0)
     return said.item()
+
+# %% ../nbs/10_devices.ipynb #7e3d90b2
+_SPOILT = False
+
+
+def spoil_process(spoilt: bool = True) -> None:
+    "Note that what CUDA does in this process is not sound any more"
+    global _SPOILT
+    _SPOILT = spoilt
+
+
+def process_is_spoilt() -> bool:
+    "Whether CUDA's work belongs into a fresh process"
+    return _SPOILT
 
 # %% ../nbs/10_devices.ipynb #d2f1c0a7
 @contextmanager

@@ -332,7 +332,7 @@ def by_worth(
         alpha = alphas.index(spec.method.alpha) if taught else 0
         scaled = taught and isinstance(spec.method.teacher, Scaled)
         rank = WORTH.index(first.method.name) if first.method.name in WORTH else len(WORTH)
-        return alpha, max(1, depth), rank, 2 if scaled else not taught
+        return alpha, max(1, depth), rank, 2 if scaled else 0 if taught else 1
     return sorted(rows.values(), key=key)
 
 

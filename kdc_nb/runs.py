@@ -7,10 +7,10 @@ __all__ = ['SCHEMA', 'RunSpec', 'whole', 'check_model', 'drops_out', 'Scaled', '
            'title_of', 'how_of', 'taught_by', 'words_of', 'parts_of', 'run_id', 'Result', 'light_of', 'from_light',
            'truth_of', 'evaluate_logits', 'evaluation_inputs', 'make_result', 'Store', 'new_net', 'net_of', 'asked',
            'trained_net', 'temperature_of', 'held_out', 'mean_logits', 'has_live_teacher', 'make_teacher', 'unscaled',
-           'training_logits', 'Where', 'TrainedRun', 'TrainingRun', 'store_result', 'train', 'finished', 'environment',
-           'commit', 'Stopped', 'stoppable', 'run', 'lineage', 'recalibrate', 'stored', 'clean', 'images_of', 'packed',
-           'in_steps', 'bins_of', 'bytes_of', 'from_bytes', 'unpacked', 'write_results', 'kept_of', 'rounded',
-           'read_results', 'seeded', 'by_seed']
+           'training_logits', 'Where', 'TrainedRun', 'training_of', 'trained_run', 'store_result', 'train', 'finished',
+           'environment', 'commit', 'Stopped', 'stoppable', 'run', 'lineage', 'recalibrate', 'stored', 'clean',
+           'images_of', 'packed', 'in_steps', 'bins_of', 'bytes_of', 'from_bytes', 'unpacked', 'write_results',
+           'kept_of', 'rounded', 'read_results', 'seeded', 'by_seed']
 
 # %% ../nbs/12_runs.ipynb #101cde33
 import math
@@ -81,8 +81,7 @@ def check_model(name: str) -> None:
 @lru_cache
 def drops_out(model: str) -> bool:
     "Whether a network drops units out in training"
-    with torch.device("meta"): net = build_model(model, 2)
-    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in net.modules())
+    with torch.device("meta"): return has_dropout(build_model(model, 2))
 
 # %% ../nbs/12_runs.ipynb #e9ac81e5
 @value
@@ -417,7 +416,7 @@ class Where(NamedTuple):
     "Where a run takes place, and beside what"
     store: Store
     device: str | None = None # None: the fastest there is
-    at_once: int = 1 # runs that share the device
+    at_once: int = 1 # runs at a time, which share the devices
     record: bool = True # on CUDA, turn the step into a graph
 
 
@@ -430,33 +429,26 @@ class TrainedRun(NamedTuple):
     facts: dict[str, Any]
 
 
-class TrainingRun:
-    "A run in training: `pieces` does it, after which `trained` is what came out"
+def training_of(
+    spec: RunSpec,
+    where: Where,
+    heard: Heard | None = None, # what other students of its teacher heard
+) -> Training:
+    "A run before its first step"
+    net, method, device = new_net(spec), spec.method.build(), best_device(where.device)
+    teacher, T = make_teacher(spec, where.store, where.device)
+    return Training(net, load_data(spec.data), method, spec.recipe, spec.seed, device, teacher, T, heard, where.record)
 
-    def __init__(self,
-        spec: RunSpec,
-        where: Where,
-        heard: Heard | None = None, # what other students of its teacher heard
-    ):
-        self.spec, self.where, self.data = spec, where, load_data(spec.data)
-        self.checkpoint, device = where.store.path(spec, "part"), best_device(where.device)
-        self.training = Training(
-            new_net(spec), self.data, spec.method.build(), spec.recipe, spec.seed, device,
-            *make_teacher(spec, where.store, where.device), heard, where.record)
 
-    def pieces(self, until: float | None) -> Iterator[torch.cuda.Event | None]: # to be waited for before the next
-        "Train, piece by piece; `OutOfTime` if there is no time left"
-        return train_to_end(self.training, self.checkpoint, until=until)
-
-    def trained(self) -> TrainedRun:
-        "The trained network and what it says"
-        run = self.training
-        logits = {k: predict(run.net, self.data, getattr(self.data, k).inputs) for k in ("valid", "test")}
-        if not all(z.isfinite().all() for z in logits.values()):
-            raise FloatingPointError(f"logits: not all are numbers after training; try a smaller lr than {run.recipe.lr}")
-        facts = environment(run.device) | {"seconds": round(run.seconds, 2)}
-        if self.where.at_once > 1: facts["at_once"] = self.where.at_once
-        return TrainedRun(self.spec, run.net.cpu(), logits, run.history, facts)
+def trained_run(spec: RunSpec, where: Where, training: Training) -> TrainedRun: # that is over
+    "A trained network and what it says"
+    data = training.data
+    logits = {k: predict(training.net, data, getattr(data, k).inputs) for k in ("valid", "test")}
+    if not all(z.isfinite().all() for z in logits.values()):
+        raise FloatingPointError(f"logits: not all are numbers after training; try a smaller lr than {spec.recipe.lr}")
+    facts = environment(training.device) | {"seconds": round(training.seconds, 2)}
+    if where.at_once > 1: facts["at_once"] = where.at_once
+    return TrainedRun(spec, training.net.cpu(), logits, training.history, facts)
 
 
 def store_result(
@@ -474,14 +466,12 @@ def store_result(
 
 def train(spec: RunSpec, where: Where, progress: bool, until: float | None = None) -> Result:
     "Train a run, from its checkpoint if there is one; where its step cannot be recorded, in a fresh process and without"
-    if NotRecorded.happened: return in_fresh_process(train, spec, where, progress, until)
-    try:
-        run = TrainingRun(spec, where)
-        drive(run.training, run.checkpoint, until=until, progress=progress)
+    if process_is_spoilt(): return in_fresh_process(train, spec, where, progress, until)
+    try: training = drive(training_of(spec, where), where.store.path(spec, "part"), until=until, progress=progress)
     except NotRecorded as e:
         warnings.warn(f"{title_of(spec)}: {e}; it is trained without, which costs speed, in a fresh process", stacklevel=2)
         return in_fresh_process(train, spec, where._replace(record=False), progress, until)
-    return store_result(run.trained(), where.store)
+    return store_result(trained_run(spec, where, training), where.store)
 
 
 def finished(spec: RunSpec, store: Store, device: str | None) -> Result | None:

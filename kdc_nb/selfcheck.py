@@ -73,26 +73,26 @@ def _compared(name: str, losses: dict[str, list[float]]) -> Checked: # the first
 
 def _check_method(name: str, device: str) -> Checked: # of _METHODS, or _KD
     "Train by a method in every way that there is on the device"
-    ways = {"again": ("cpu", False)} if device == "cpu" else {"recorded": (device, True), "step by step": (device, False)}
-    ways["on the CPU"] = "cpu", False
+    ways = {"recorded": (device, True), "step by step": (device, False), "on the CPU": ("cpu", False)}
+    if device == "cpu": ways = {"the second time": ("cpu", False), "the first": ("cpu", False)}
     return _compared(name, {k: _epoch_losses(_make_training(name, *way)) for k, way in ways.items()})
 
 # %% ../nbs/22_selfcheck.ipynb #a0000012
 def _check_resuming(device: str) -> Checked:
-    "Stop a run after an epoch and go on with it"
+    "Stop a run after its first epoch and go on with it"
     name = "crl" # whose state matters
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)/"part"
         stopped = _make_training(name, device)
-        for mark in train_to_end(stopped, path, every=0.):
-            if stopped.epoch == 2: break
+        for _ in train_to_end(stopped, path, every=0.):
+            if stopped.epochs_done() >= 1: break
         resumed = _epoch_losses(_make_training(name, device), path)
     whole = _epoch_losses(_make_training(name, device))
     return _compared("stopped and resumed", {"resumed": resumed, "in one go": whole})
 
 
 def _check_side_by_side(device: str) -> Checked:
-    "Train a teacher, and three students of it on two slots, and one by itself"
+    "Three students of one teacher, two at a time and one by one"
     master = RunSpec(Data("digits", n_train=512, n_valid=200), "resnet8", recipe=_RECIPE)
     students = [replace(master, method=Distil(t, T, .9)) for t, T in ((master, 1.), (master, 4.), (Scaled(master), 1.))]
     losses = lambda results: [row["loss"] for r in results for row in r.history]
@@ -104,11 +104,10 @@ def _check_side_by_side(device: str) -> Checked:
 # %% ../nbs/22_selfcheck.ipynb #a0000014
 def check_device(device: str) -> Iterator[Checked]: # "cpu", "cuda", ...
     "Whether everything trains on a device as it should, one thing after another"
-    things = [(_check_method, k, device) for k in ("nll", _KD, *(k for k in _METHODS if k != "nll"))]
-    things += [(_check_resuming, device), (_check_side_by_side, device)]
-    for f, *args in things:
-        name = " ".join(args[:-1]) or f.__name__.removeprefix("_check_").replace("_", " ")
-        try: yield in_fresh_process(f, *args) if NotRecorded.happened else f(*args)
+    things = {k: (_check_method, k, device) for k in ("nll", _KD, *_METHODS)}
+    things |= {"stopped and resumed": (_check_resuming, device), "side by side": (_check_side_by_side, device)}
+    for name, (f, *args) in things.items():
+        try: yield in_fresh_process(f, *args) if process_is_spoilt() else f(*args)
         except Exception as e: yield Checked(name, f"{type(e).__name__}: {e}")
 
 
@@ -116,7 +115,7 @@ def print_check(device: str | None) -> bool: # whether all is well
     "Check a device and print how it goes, line by line"
     device = str(best_device(device))
     print(*(f"{k} {v}" for k, v in environment(torch.device(device)).items()), sep=", ")
-    if device == "cpu": print("On a CPU nothing is recorded: each method is trained twice, and must end the same.")
+    if device == "cpu": print("On a CPU nothing is recorded: each method is trained twice, and must end alike.")
     faults = []
     for c in check_device(device):
         print(f"{c.name:22}{'FAULT' if c.fault else 'well':8}{c.fault or c.shown}", flush=True)

@@ -4,9 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'OnResult', 'seconds_of', 'required', 'n_images', 'Planned', 'kind_of', 'Pace', 'plan', 'as_time',
-           'plan_text', 'Agenda', 'is_done', 'attempt', 'in_pool', 'in_processes', 'TeacherCaches', 'Slot',
-           'SideBySide', 'in_this_process', 'elsewhere', 'rest_of', 'sweep', 'check_places', 'write_specs',
-           'read_specs']
+           'plan_text', 'Agenda', 'attempt', 'TeacherCaches', 'SideBySide', 'sweep', 'write_specs', 'read_specs']
 
 # %% ../nbs/14_sweeps.ipynb #5699d339
 import json
@@ -98,9 +96,8 @@ class Pace:
         return max(map(median_low, self.latest.values()), default=0.)
 
     def planned(self, spec: RunSpec) -> Planned:
-        "The plan for one run, from its result, its checkpoint or the pace of others"
+        "The plan for a run that is not done, from its checkpoint or the pace of others"
         if to_fetch(whole(spec.data)): return Planned(spec, spec.recipe.epochs, None)
-        if self.store.path(spec, "run").exists(): return Planned(spec, 0, 0.)
         try: meta = load_meta(self.store.path(spec, "part"))
         except (FileNotFoundError, DamagedFile): meta = {"epochs_done": 0., "seconds": 0.}
         done = meta.get("epochs_done", 0.) # not there: a checkpoint of an older version, from which no run goes on
@@ -114,10 +111,14 @@ def plan(
     specs: Iterable[RunSpec],
     store: Store | None = None, # None: the one in the cache folder
     device: str | None = None, # None: the fastest there is
+    at_once: int = 1, # by the pace of runs that were measured with as many at a time
 ) -> list[Planned]: # teachers first
     "What `sweep` would do, and how long it would take one by one; nothing is fetched for it"
-    pace = Pace(store or Store(), device)
-    return [pace.planned(r) for r in required(specs)]
+    pace = Pace(store or Store(), device, at_once)
+    def planned(r):
+        fetched = not to_fetch(whole(r.data)) # before that nobody knows its id
+        return Planned(r, 0, 0.) if fetched and pace.store.path(r, "run").exists() else pace.planned(r)
+    return [planned(r) for r in required(specs)]
 
 # %% ../nbs/14_sweeps.ipynb #bcda93dc
 def as_time(
@@ -138,6 +139,11 @@ def plan_text(planned: list[Planned]) -> str:
     return "\n".join([*(f"{left(p):28}{as_time(p.seconds):>18}  {title_of(p.spec)}" for p in planned), total, *fetched])
 
 # %% ../nbs/14_sweeps.ipynb #a6e2d001
+def _is_done(run: RunSpec, where: Where) -> bool:
+    "Whether a run and its weights are in the store"
+    return finished(run, where.store, where.device) is not None and where.store.path(run, "net").exists()
+
+
 class Agenda:
     """What is left to do, and what comes next.
 
@@ -154,27 +160,22 @@ class Agenda:
     ):
         self.where, self.until, self.unrecorded = where, until, set(unrecorded)
         rows = [lineage(s) for s in dict.fromkeys(specs) if where.store.get(s) is None]
-        self.rows = [[*filter(self.lacks_weights, teachers), spec] for *teachers, spec in rows]
+        self.rows = [[*(t for t in teachers if not _is_done(t, where)), spec] for *teachers, spec in rows]
         self.order = list(dict.fromkeys(r for row in self.rows for r in row))
-        self.missing, self.begun = set(self.order), 0 # how many
-        self.running, self.left_out = {}, {} # when each began; why
+        self.missing, self.evaluated = set(self.order), set() # not in the store; trained, but not in the store
+        self.running, self.left_out, self.any_begun = {}, {}, False # when each began; why
         self.pace = None if until is None else Pace(where.store, where.device, where.at_once)
         self.overhead = deque([0.], maxlen=4) # seconds of the latest runs beside their training; first ones wait for imports
-
-    def lacks_weights(self, teacher: RunSpec) -> bool:
-        "Whether a teacher is still to be trained, or to be trained again as somebody removed what it learned"
-        store = self.where.store
-        return store.get(teacher) is None or not store.path(teacher, "net").exists()
 
     def next(self, can_begin: Callable[[RunSpec], bool] = lambda run: True) -> RunSpec | None:
         "The first run that can begin now, if there is one"
         runs = [r for r, wait in self.admitted().items() if wait <= 0]
-        if self.pace and not self.begun and not runs and time.time() < self.until: runs = self.order[:1]
+        if self.pace and not self.any_begun and not runs and time.time() < self.until: runs = self.order[:1]
         ready = lambda r: r not in self.running and not set(lineage(r)[:-1]) & self.missing and can_begin(r)
         first = next((self.order.index(r) for r in runs if ready(r)), -1)
         first = agreed(first, best_device(self.where.device)) # processes that share each run must not differ
         if first < 0: return None
-        self.running[self.order[first]], self.begun = time.time(), self.begun + 1
+        self.running[self.order[first]], self.any_begun = time.time(), True
         return self.order[first]
 
     def admitted(self) -> dict[RunSpec, float]: # seconds from now until it can begin
@@ -183,16 +184,17 @@ class Agenda:
         rows = [row for row in rows if row and not self.left_out.keys() & row]
         if not self.pace: return {r: 0. for row in rows for r in row}
         ends, out = {r: self.seconds(r) for r in self.running}, {}
-        free = [*ends.values(), *[0.]*(self.where.at_once - len(ends))] # when each place is
+        busy = [end for r, end in ends.items() if r not in self.evaluated]
+        free = busy + [0.]*(self.where.at_once - len(busy)) # when each place is
         for row in rows:
             then, places, begins = dict(ends), free.copy(), {}
             for r in row:
                 if r in then: continue
                 ready = max((then[t] for t in lineage(r)[:-1] if t in then), default=0.)
-                place = max((p for p in places if p <= ready), default=min(places)) # the one that waits least
-                begins[r] = max(place, ready)
+                since = max((p for p in places if p <= ready), default=min(places)) # of the place that waits least
+                begins[r] = max(since, ready)
                 then[r] = begins[r] + self.seconds(r)
-                places[places.index(place)] = then[r]
+                places[places.index(since)] = then[r]
             if time.time() + max(then[r] for r in row) > self.until: continue
             ends, free, out = then, places, out | begins
         return out
@@ -200,30 +202,37 @@ class Agenda:
     def seconds(self, run: RunSpec) -> float:
         "How long a run will take, or what is left of it; if nothing is like it, as long as by the slowest measured pace"
         known = self.pace.planned(run).seconds
-        whole = max(self.overhead) + (n_images(run)*self.pace.slowest() if known is None else known)
-        if run not in self.running: return whole
+        total = max(self.overhead) + (n_images(run)*self.pace.slowest() if known is None else known)
+        if run not in self.running: return total
         try: saved = self.where.store.path(run, "part").stat().st_mtime
         except FileNotFoundError: saved = 0.
-        return max(0., whole - (time.time() - max(self.running[run], saved))) # what is known is from then
+        return max(0., total - (time.time() - max(self.running[run], saved))) # what is known is from then
+
+    def trained(self, run: RunSpec) -> None:
+        "Note that a run needs its place no longer, only its evaluation"
+        self.evaluated.add(run)
 
     def done(self, result: Result) -> None:
         "Note that a run is finished"
         began = self.running.pop(result.spec)
         self.missing.remove(result.spec)
+        self.evaluated.discard(result.spec)
         if not self.pace: return
         self.pace.add(result)
-        self.overhead.append(time.time() - began - result.facts["seconds"])
+        beside = time.time() - began - result.facts["seconds"]
+        if beside > 0: self.overhead.append(beside) # a run that was resumed counts the seconds of its first part, too
 
     def leave_out(self, run: RunSpec, why: Exception) -> None:
-        "Note that a run failed or found no time: neither it nor its students are tried again"
+        "Note that a run failed or ran out of time: neither it nor its students are tried again"
         self.running.pop(run, None)
+        self.evaluated.discard(run)
         self.left_out[run] = why
         why.add_note(f"This was {title_of(run)}.")
         traceback.clear_frames(why.__traceback__) # which hold the memory of all that went wrong
 
     def again(self) -> None:
         "Begin those anew that were running"
-        self.running = {}
+        self.running, self.evaluated = {}, set()
 
     def halve(self) -> None:
         "As many runs at a time are too many: begin those anew that found the device full, too"
@@ -237,19 +246,14 @@ class Agenda:
 OnResult = Callable[[Result], None] # called with each finished run
 
 
-def is_done(run: RunSpec, where: Where) -> bool:
-    "Whether a run and its weights are in the store"
-    return finished(run, where.store, where.device) is not None and where.store.path(run, "net").exists()
-
-
 def attempt(run: RunSpec, where: Where, until: float | None) -> Exception | None:
     "Do one run in a worker; why it is not finished is returned, so that it stops no other run"
     try:
-        if not is_done(run, where): train(run, where, False, until) # another process may have done it
+        if not _is_done(run, where): train(run, where, False, until) # another process may have done it
     except Exception as e: return e
 
 # %% ../nbs/14_sweeps.ipynb #efc10214
-def in_pool(agenda: Agenda, pool: Executor, on_result: OnResult) -> None:
+def _in_pool(agenda: Agenda, pool: Executor, on_result: OnResult) -> None:
     "Do runs in the processes of a pool, as many at once as there are places; on several GPUs in turn"
     devices, running = devices_of(agenda.where.device), {}
     while True:
@@ -265,14 +269,14 @@ def in_pool(agenda: Agenda, pool: Executor, on_result: OnResult) -> None:
             else: agenda.leave_out(run, FileNotFoundError(f"{agenda.where.store.folder}: a worker's result is not there"))
 
 
-def in_processes(agenda: Agenda, pool: Executor | None, on_result: OnResult) -> None:
+def _in_processes(agenda: Agenda, pool: Executor | None, on_result: OnResult) -> None:
     "Do runs in a pool, or in processes of our own; when one dies or finds the device full, what is not finished begins again"
     idle = 0
     while True:
         before = len(agenda.missing)
         try:
             with nullcontext(pool) if pool else worker_processes(agenda.where.at_once) as workers:
-                in_pool(agenda, workers, on_result)
+                _in_pool(agenda, workers, on_result)
         except BrokenExecutor as e:
             idle = 0 if len(agenda.missing) < before else idle + 1
             if pool or idle == 3: raise
@@ -328,7 +332,7 @@ class TeacherCaches:
         if self.waiting[key] < 1: self.caches.pop(key, None)
 
 # %% ../nbs/14_sweeps.ipynb #d71c3a90
-class Slot:
+class _Slot:
     "A run beside others in this process, on a CUDA stream of its own"
 
     def __init__(self,
@@ -339,8 +343,9 @@ class Slot:
         stream: torch.cuda.Stream | None, # None: there is only one
     ):
         self.stream, self.event = stream, None
-        with self.on_stream(): self.training = TrainingRun(run, where, cache)
-        self.pieces = self.training.pieces(until)
+        with self.on_stream(): self.training = training_of(run, where, cache)
+        self.run, self.where = run, where
+        self.pieces = train_to_end(self.training, where.store.path(run, "part"), until=until)
 
     def on_stream(self):
         "Whatever is asked of the device in the block goes to the slot's stream"
@@ -359,7 +364,7 @@ class Slot:
 
     def trained(self) -> TrainedRun:
         "What came out"
-        with self.on_stream(): return self.training.trained()
+        with self.on_stream(): return trained_run(self.run, where=self.where, training=self.training)
 
 
 class SideBySide:
@@ -381,14 +386,14 @@ class SideBySide:
         self.pool = self.workers.enter_context(worker_processes(self.n_workers)) if beside else None
 
     def work(self) -> None:
-        "Do all that the agenda says, unless this process is spoilt; `NotRecorded` and, with several slots, a full device end it"
+        "Work until nothing is left to do or this process is spoilt; `NotRecorded`, and with several slots `OutOfMemoryError`"
         changed = True
         with self.workers, torch.backends.cudnn.flags(enabled=True, benchmark=True):
             while True:
                 while changed and self.has_room():
                     if not (run := self.agenda.next(self.can_begin)): break
                     self.guarded(run, self.begin)
-                if NotRecorded.happened: return
+                if process_is_spoilt(): return
                 if not self.slots and not self.evaluated: return
                 ready = [run for run, slot in self.slots.items() if slot.ready()]
                 changed = any([self.guarded(run, self.advance) for run in ready]) | self.collect()
@@ -419,10 +424,10 @@ class SideBySide:
     def begin(self, run: RunSpec) -> bool:
         "Put a run into a slot, unless another process has done it"
         where, cache = self.agenda.where._replace(record=run not in self.agenda.unrecorded), self.caches.take(run)
-        if is_done(run, where):
+        if _is_done(run, where):
             self.end(run)
             self.on_result(where.store.get(run))
-        else: self.slots[run] = Slot(run, where, self.agenda.until, cache, self.stream_for(run))
+        else: self.slots[run] = _Slot(run, where, self.agenda.until, cache, self.stream_for(run))
         return True
 
     def stream_for(self, run: RunSpec) -> torch.cuda.Stream | None:
@@ -435,6 +440,7 @@ class SideBySide:
         "Ask for a run's next piece, or for its evaluation if there is none"
         if self.slots[run].advance(): return False
         trained = self.slots[run].trained()
+        self.agenda.trained(run)
         self.end(run)
         self.evaluated[self.submit(trained)] = trained
         return True
@@ -468,7 +474,7 @@ class SideBySide:
 
     def share(self, run: RunSpec) -> float: # 0 to 1
         "How much of a run is done"
-        return self.slots[run].training.training.epochs_done()/run.recipe.epochs
+        return self.slots[run].training.epochs_done()/run.recipe.epochs
 
     def pause(self) -> None:
         "Wait for the device, or for an evaluation"
@@ -476,13 +482,13 @@ class SideBySide:
         else: wait(self.evaluated, return_when=FIRST_COMPLETED)
 
 # %% ../nbs/14_sweeps.ipynb #5e8d44b1
-def in_this_process(agenda: Agenda, on_result: OnResult, on_progress: Callable[[float], None]) -> None:
+def _in_this_process(agenda: Agenda, on_result: OnResult, on_progress: Callable[[float], None]) -> None:
     "Do runs side by side; after a step that cannot be recorded, or with a device that is full, the rest in a fresh process"
     while True:
         try:
-            if not NotRecorded.happened: SideBySide(agenda, on_result, on_progress).work()
-            elif elsewhere(agenda, on_result): return
-            if not NotRecorded.happened: return
+            if not process_is_spoilt(): SideBySide(agenda, on_result, on_progress).work()
+            elif _elsewhere(agenda, on_result): return
+            if not process_is_spoilt(): return
             agenda.again()
         except NotRecorded as e:
             warnings.warn(f"{title_of(e.run)}: {e}; it is trained without, which costs speed. The rest goes on in a fresh process")
@@ -490,31 +496,33 @@ def in_this_process(agenda: Agenda, on_result: OnResult, on_progress: Callable[[
             agenda.again()
         except torch.OutOfMemoryError as e:
             traceback.clear_frames(e.__traceback__)
-            NotRecorded.happened = True
+            spoil_process()
             agenda.halve()
 
 
-def elsewhere(agenda: Agenda, on_result: OnResult) -> bool: # False: it is spoilt, too, and there is more to do
+def _elsewhere(agenda: Agenda, on_result: OnResult) -> bool: # False: it is spoilt, too, and there is more to do
     "Do runs side by side in a fresh process"
     store = agenda.where.store
     def collect():
-        for run in [r for r in agenda.order if r in agenda.missing and store.path(r, "run").exists()]:
+        there = lambda r: all(store.path(r, kind).exists() for kind in ("net", "run"))
+        for run in [r for r in agenda.order if r in agenda.missing and there(r)]:
             if not (result := store.get(run)): continue # damaged, and trained again
             agenda.running.setdefault(run, time.time())
             on_result(result)
     free_memory()
     rows = [row[-1] for row in agenda.rows if not agenda.left_out.keys() & row]
     with worker_processes(1) as pool:
-        rest = pool.submit(rest_of, rows, agenda.where, agenda.until, agenda.unrecorded)
+        rest = pool.submit(_rest_of, rows, agenda.where, agenda.until, agenda.unrecorded)
         while not rest.done():
             wait([rest], timeout=1.)
             collect()
         left_out, sound = rest.result()
+    collect()
     agenda.left_out |= left_out
     return sound
 
 
-def rest_of(
+def _rest_of(
     specs: list[RunSpec],
     where: Where,
     until: float | None,
@@ -523,18 +531,18 @@ def rest_of(
     "Do what is left"
     agenda = Agenda(specs, where, until, unrecorded)
     SideBySide(agenda, agenda.done).work()
-    return agenda.left_out, not NotRecorded.happened
+    return agenda.left_out, not process_is_spoilt()
 
 # %% ../nbs/14_sweeps.ipynb #4f1fabcd
 def sweep(
     specs: Iterable[RunSpec], # the most telling first, with repeats if you like
     store: Store | None = None, # None: the one in the cache folder
     device: str | None = None, # None: the fastest there is
-    jobs: int | None = None, # processes at a time, each with a run; None: all is done in this one
+    jobs: int = 1, # processes at a time, each with a run; 1: all is done in this one
     budget: str | float | None = None, # such as "9min", or seconds; None: until all is done
     progress: bool = True, # show a bar
     slots: int = 1, # runs at a time in this process, on a GPU each on a stream of its own
-    pool: Executor | None = None, # whose processes do the jobs, such as those of a cluster; None: new ones
+    pool: Executor | None = None, # who does the jobs, such as a cluster, as many at a time as `jobs` says; None: new processes
     on_result: OnResult = lambda result: None, # called with each result as soon as it is there
 ) -> list[Result | None]: # in the order of `specs`; None where the budget was too small
     """Do many runs, each once and after those that teach it.
@@ -542,15 +550,16 @@ def sweep(
     Stopped in any way and called again, it goes on where it was; `Stopped` by Ctrl-C. With a budget it begins what it
     can finish, the first rows first. When a run fails the others are done, and then its error is raised.
     """
-    specs, store, jobs = list(specs), store or Store(), 1 if jobs is None else jobs
+    specs, store = list(specs), store or Store()
     for s in specs: check(isinstance(s, RunSpec), "specs", repr(s), "descriptions of runs")
-    check_places(jobs, slots)
+    _check_places(jobs, slots, pool)
     until = None if budget is None else time.time() + seconds_of(budget)
     with stoppable(store.folder):
         agenda = Agenda(specs, Where(store, device, max(jobs, slots)), until)
         failures = _Watched(agenda, on_result, progress).lead(jobs, pool)
-    for error in failures:
-        if not isinstance(error, OutOfTime): raise error
+    errors = [e for e in failures if not isinstance(e, OutOfTime)]
+    for e in errors[1:]: warnings.warn(" ".join([f"{type(e).__name__}: {e}", *getattr(e, "__notes__", [])]))
+    if errors: raise errors[0]
     return [store.get(s) for s in specs]
 
 
@@ -559,18 +568,19 @@ class _Watched:
 
     def __init__(self, agenda: Agenda, on_result: OnResult, progress: bool):
         self.agenda, self.on_result, self.total = agenda, on_result, len(agenda.missing)
-        self.bar, self.unfinished, self.failures = tqdm(total=self.total, unit="run", disable=not progress), 0., []
+        self.bar = tqdm(total=self.total, unit="run", disable=not progress or place()[0] > 0)
+        self.unfinished, self.failures = 0., []
 
     def lead(self, jobs: int, pool: Executor | None) -> list[Exception]: # why something failed
         with self.bar:
-            if jobs > 1 or pool: in_processes(self.agenda, pool, self.done)
-            else: in_this_process(self.agenda, self.done, self.show)
+            if jobs > 1 or pool: _in_processes(self.agenda, pool, self.done)
+            else: _in_this_process(self.agenda, self.done, self.show)
         return self.failures + list(self.agenda.left_out.values())
 
     def show(self, unfinished: float) -> None: # runs
         "Move the bar"
         self.unfinished = unfinished
-        self.bar.n = float(f"{self.total - len(self.agenda.missing) + unfinished:.1f}") or 0
+        self.bar.n = round(self.total - len(self.agenda.missing) + unfinished, 1)
         self.bar.update(0)
 
     def done(self, result: Result) -> None:
@@ -581,11 +591,12 @@ class _Watched:
         except Exception as e: self.failures.append(e)
 
 
-def check_places(jobs: int, slots: int) -> None:
+def _check_places(jobs: int, slots: int, pool: Executor | None) -> None:
     "Refuse numbers of runs at a time that mean nothing together"
     for k, v in dict(jobs=jobs, slots=slots).items():
         check(type(v) is int and v >= 1, k, v, "a whole number, at least 1")
-    check(jobs == 1 or slots == 1, "slots", slots, f"1 beside {jobs} jobs: runs share either processes or this one")
+    other = f"{jobs} jobs" if jobs > 1 else "a pool" if pool else None
+    check(slots == 1 or not other, "slots", slots, f"1 beside {other}: runs are either in other processes or in this one")
     check(place()[1] == 1 or jobs == slots == 1, "jobs", max(jobs, slots), "1, as the processes share each run")
 
 # %% ../nbs/14_sweeps.ipynb #fb0deb05

@@ -69,7 +69,28 @@ def test_what_is_running_takes_its_place_and_its_time(tmp_path, clock):
     clock.now = 17.
     finish(made, STUDENT, 5.)
     assert made.next() is None, "a teacher takes 12 seconds now, and 15 are left for it and its student"
-    assert made.begun == 2
+
+
+def test_a_place_is_free_as_soon_as_its_run_only_waits_for_its_evaluation(tmp_path, clock):
+    rows = [replace(TEACHER, seed=s) for s in (0, 1)]
+    made = agenda(tmp_path, rows, 100., resnet14=10.)
+    assert made.next() == rows[0] and made.next() is None
+    clock.now = 10.
+    made.trained(rows[0])
+    assert made.next() == rows[1]
+    clock.now = 13.
+    finish(made, rows[0], 10.)
+    assert made.next() is None, "the place is taken"
+
+
+def test_resumed_runs_are_no_reason_for_hope(tmp_path, clock):
+    "Their seconds count what was done before they were resumed"
+    made = agenda(tmp_path, [replace(TEACHER, seed=s) for s in range(6)], 1000., resnet14=10.)
+    for k in range(5):
+        run = made.next()
+        clock.now += 2.
+        finish(made, run, 10.)
+    assert made.seconds(made.order[5]) == 10.
 
 
 def test_time_beside_training_is_learned(tmp_path, clock):

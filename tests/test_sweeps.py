@@ -22,8 +22,8 @@ from kdc_nb.core import save_tensors
 from kdc_nb.data import Data
 from kdc_nb.runs import Distil, RunSpec, Scaled, Store, Where, clean, read_results, run, stoppable, stored
 from kdc_nb.commands import main
-from kdc_nb.sweeps import Agenda, SideBySide, TeacherCaches, plan, read_specs, required, sweep, title_of, write_specs
-from kdc_nb.training import NotRecorded, Recipe
+from kdc_nb.sweeps import plan, read_specs, required, sweep, title_of, write_specs
+from kdc_nb.training import Recipe, drive, train_to_end
 
 TINY = Data("known", n_train=100, n_valid=60, n_test=80)
 TEACHER = RunSpec(TINY, "resnet8", Method("focal"), Recipe(2, 50))
@@ -143,12 +143,11 @@ def test_a_grid_asks_its_live_teacher_once(store, monkeypatch):
     assert asked == [1, 50, 50, 50, 50, 1, 1], "each at the door, and only the first in each of four steps, scaled or not"
     same(shared, [run(p, Store(store.folder.parent/"alone"), "cpu", progress=False) for p in pupils])
     heard, where = ks.Heard(), kr.Where(Store(store.folder.parent/"alone"), "cpu")
-    first, second = (kr.TrainingRun(p, where, heard) for p in pupils[:2])
-    for mark in first.pieces(None):
-        if first.training.epoch == 1: break
+    first, second = (kr.training_of(p, where, heard) for p in pupils[:2])
+    for _ in train_to_end(first):
+        if first.epoch == 1: break
     assert heard.epochs == {0}
-    list(second.pieces(None))
-    assert torch.equal(second.trained().logits["test"], shared[1].logits["test"])
+    assert torch.equal(kr.trained_run(pupils[1], where, drive(second, progress=False)).logits["test"], shared[1].logits["test"])
 
 
 def test_a_budget_is_kept_and_nothing_of_it_lost(store):

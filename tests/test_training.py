@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kdc_nb.training as kt
 from kdc_nb.calibrators import Calibrator, Distillation, Method, Step
 from kdc_nb.core import load_tensors, save_tensors
+from kdc_nb.devices import process_is_spoilt, spoil_process
 from kdc_nb.data import Data, load_data
 from kdc_nb.models import build_model
 from kdc_nb.runs import Distil, Posterior, RunSpec, Store, clean, new_net, run_id
@@ -318,7 +319,7 @@ def pretended_cuda(monkeypatch):
         begin_epoch(training)
         training.device = torch.device("cuda")
         try: step = recorded(training)
-        finally: NotRecorded.happened = False
+        finally: spoil_process(False)
         training.device = torch.device("cpu")
         return step
     return record

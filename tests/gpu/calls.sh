@@ -31,7 +31,7 @@ restore() { git sparse-checkout disable && git status --short | head -n 5; }
 home() { # FOLDER, of each call in turn
   local f
   restore
-  for f in check.txt facts.txt benchmark_training.json; do [ -f "$1/$f" ] && cp "$1/$f" "nbs/results/gpu_$f"; done
+  for f in check.txt facts.txt benchmark.txt benchmark_training.json; do [ -f "$1/$f" ] && cp "$1/$f" "nbs/results/gpu_$f"; done
   for f in "$1"/*.npz; do [ -f "$f" ] && $PYTHON -m tests.gpu.merge "nbs/results/gpu_$(basename "$f")" "$f"; done
   ls -l nbs/results/gpu_*
 }
@@ -40,9 +40,9 @@ start() { # what came along, to a place that lasts as long as the machine
   W=${KDC_WORK:-$HOME/kdc_gpu} OUT=${OUT:-$PWD/.gpu/out}
   mkdir -p "$W/shards" "$OUT"
   export KDC_CACHE=$W/cache PYTHONPATH=$PWD PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} TQDM_MININTERVAL=5
-  cat .gpu/*/COMMIT 2>/dev/null | head -n 1 > "$W/COMMIT.new"; [ -s "$W/COMMIT.new" ] && mv "$W/COMMIT.new" "$W/COMMIT"
+  cat .gpu/[abc]/COMMIT 2>/dev/null | head -n 1 > "$W/COMMIT.new"; [ -s "$W/COMMIT.new" ] && mv "$W/COMMIT.new" "$W/COMMIT"
   KDC_COMMIT=$(cat "$W/COMMIT"); export KDC_COMMIT
-  mv .gpu/*/*.npz "$W/shards/" 2>/dev/null
+  mv .gpu/[abc]/*.npz "$W/shards/" 2>/dev/null
   DEVICE=${DEVICE:+--device $DEVICE}
 }
 
@@ -59,12 +59,15 @@ more() { # WHAT SECONDS: as many rows as can be finished, the most telling first
   [ -n "${W:-}" ] || start
   local data=cifar100; [ "$1" = table2b ] || [ "$1" = table2a ] && data=cifar10
   [ -n "${SMALL:-}" ] || $PYTHON -m tests.shards $data "$W/shards" || exit
-  local slots; slots=${SLOTS:-$($PYTHON -c "import json; print(json.load(open('$W/benchmark_training.json'))['slots'])" 2>/dev/null || echo 2)}
-  timeout -s INT $(($2 - SECONDS + 10)) $PYTHON -m kdc_nb "$1" --recipe "${RECIPE:-fast}" --seeds 1 ${SMALL:+--small $SMALL} ${JOBS:---slots $slots} $DEVICE \
-    --budget $(($2 - SECONDS - 15))s --store "$W/runs" --results "$OUT/$1.npz" > "$OUT/$1.txt" 2>&1
+  local slots; slots=${SLOTS:-$($PYTHON -c "import json; print(json.load(open('$W/benchmark_training.json'))['slots'] or 2)" 2>/dev/null || echo 2)}
+  timeout -s INT -k 5 $(($2 - SECONDS + 10)) $PYTHON -m kdc_nb "$1" --recipe "${RECIPE:-fast}" --seeds 1 ${SMALL:+--small $SMALL} ${JOBS:---slots $slots} $DEVICE \
+    --budget $(($2 - SECONDS - 15))s --store "$W/runs/$1" --results "$OUT/$1.npz" > "$OUT/$1.txt" 2>&1
   tr '\r' '\n' < "$OUT/$1.txt" | tail -n 60
   local run # weights and logits of the first runs, as many files as may come back
-  for run in $(ls -tr "$W/runs"/*.run | head -n 4); do tar -cf "$OUT/store_$(basename "$run" .run).tar" -C "$W/runs" "$(basename "$run")" "$(basename "$run" .run).net"; done
+  for run in $(ls -tr "$W/runs/$1"/*.run | head -n 4); do
+    run=$(basename "$run" .run)
+    tar -cf "$OUT/store_$run.tar" -C "$W/runs/$1" "$run.run" "$run.net"
+  done
   ls -l "$OUT"
 }
 
