@@ -29,7 +29,7 @@ EXITS = """Exit status: 0 all is done; 75 there was not time enough, the same co
 else for a fault); 130 stopped by Ctrl-C, the same command goes on; 2 bad input; 1 a run failed, or a check.
 Shares in tables are percent, NLL is in nats."""
 
-
+# %% ../nbs/23_commands.ipynb #e457df97
 def parser() -> argparse.ArgumentParser:
     "What the command understands"
     p = argparse.ArgumentParser(prog="kdc_sweep", description="Do many runs; called again, go on where it was", epilog=EXITS)
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--results", help="add the light results of what is done to this .npz file")
     return p
 
-
+# %% ../nbs/23_commands.ipynb #82b9c0a4
 def main(args: Iterable[str] | None = None) -> int: # exit status, see EXITS
     "The command `kdc_sweep`"
     a = parser().parse_args(args)
@@ -73,6 +73,9 @@ def command(a: argparse.Namespace, store: Store) -> int:
         check(not a.what, "what", a.what, "nothing with --check, which is about the machine")
         return 0 if print_check(a.device) else 1
     seeds = wanted(a)
+    best_device(a.device) # and what else is refused before anything is fetched
+    check_places(a.jobs, a.slots)
+    if a.budget is not None: seconds_of(a.budget)
     ordered = by_worth if a.what in PAPER and not a.candidates else dict.values
     specs = list(dict.fromkeys(s for rows in seeds for s in ordered(rows)))
     if a.plan: print(plan_text(plan(specs, store, a.device, max(a.jobs, a.slots)))); return 0
@@ -113,7 +116,8 @@ class ResultsFile:
         return read_results(self.path) if self.path and Path(self.path).exists() else {}
 
     def add(self, result: Result) -> None:
-        images = images_of(result) if self.path and self.images else {}
+        kept = self.path and self.images and (result.images or result.logits)
+        images = images_of(result) if kept else {}
         self.results[result.spec] = self.own[result.spec] = replace(result, images=images, logits={})
         self.dirty = True
         if time.time() - self.at > self.every: self.close()
@@ -143,7 +147,7 @@ def wanted(a: argparse.Namespace) -> list[dict[str, RunSpec]]:
         choice = choice_of(chosen(offered, read_results(a.chosen)))
     return [paper_specs(a.what, a.recipe, s, a.small, choice) for s in range(a.seeds or 3)]
 
-
+# %% ../nbs/23_commands.ipynb #46a914b5
 def done_so_far(
     a: argparse.Namespace,
     seeds: list[dict[str, RunSpec]], # the rows of each

@@ -32,7 +32,7 @@ _METHODS = {k: Method(k) for k in sorted(Method.registry)}
 _METHODS |= {"mdca, focal": METHODS["MDCA"], "mmce, ported": METHODS["MMCE"]}
 _KD = "distillation"
 
-
+# %% ../nbs/22_selfcheck.ipynb #35e54f1f
 def _make_training(name: str, device: str, record: bool = True) -> Training: # of _METHODS, or _KD
     "A small network that is to learn by a method, or from a teacher"
     data = replace(load_data(_DATA), augment=_RECIPE.augment)
@@ -41,7 +41,7 @@ def _make_training(name: str, device: str, record: bool = True) -> Training: # o
     method, teacher = (_METHODS[name].build(), None) if name != _KD else (Distillation(2., .5), lambda x, index: master(x).float())
     return Training(net, data, method, _RECIPE, 0, torch.device(device), teacher, record=record)
 
-
+# %% ../nbs/22_selfcheck.ipynb #62061d7e
 def _epoch_losses(training: Training, checkpoint: Path | None = None) -> list[float]:
     "How it learns, epoch by epoch"
     return [row["loss"] for row in drive(training, checkpoint, every=0., progress=False).history]
@@ -49,20 +49,20 @@ def _epoch_losses(training: Training, checkpoint: Path | None = None) -> list[fl
 # %% ../nbs/22_selfcheck.ipynb #a0000009
 _WITHIN = .1 # of each other: losses of an epoch, as a share
 
-
+# %% ../nbs/22_selfcheck.ipynb #1e8e4852
 class Checked(NamedTuple):
     "How something went on a device"
     name: str
     fault: str # empty: none
     shown: str = "" # figures
 
-
+# %% ../nbs/22_selfcheck.ipynb #b79eae15
 def _apart(a: list[float], b: list[float]) -> float:
     "How far two courses of losses are apart at most, as a share"
     x, y = torch.tensor([a, b], dtype=torch.float64)
     return float(((x - y).abs()/y.abs().clamp_min(.05)).max()) # which is no number if one of them is none
 
-
+# %% ../nbs/22_selfcheck.ipynb #f74f424b
 def _compared(name: str, losses: dict[str, list[float]]) -> Checked: # the first with the others
     "Whether a run went as it did in other ways"
     (how, first), *others = losses.items()
@@ -70,7 +70,7 @@ def _compared(name: str, losses: dict[str, list[float]]) -> Checked: # the first
     faults = [f"{how} is {100*off:.0f}% off {k}" for k, off in far.items() if not off <= _WITHIN]
     return Checked(name, ", ".join(faults), ", ".join(f"{k} {v[-1]:.4f}" for k, v in losses.items()))
 
-
+# %% ../nbs/22_selfcheck.ipynb #e015d858
 def _check_method(name: str, device: str) -> Checked: # of _METHODS, or _KD
     "Train by a method in every way that there is on the device"
     ways = {"recorded": (device, True), "step by step": (device, False), "on the CPU": ("cpu", False)}
@@ -90,7 +90,7 @@ def _check_resuming(device: str) -> Checked:
     whole = _epoch_losses(_make_training(name, device))
     return _compared("stopped and resumed", {"resumed": resumed, "in one go": whole})
 
-
+# %% ../nbs/22_selfcheck.ipynb #38b7d642
 def _check_side_by_side(device: str) -> Checked:
     "Three students of one teacher, two at a time and one by one"
     master = RunSpec(Data("digits", n_train=512, n_valid=200), "resnet8", recipe=_RECIPE)
@@ -110,7 +110,7 @@ def check_device(device: str) -> Iterator[Checked]: # "cpu", "cuda", ...
         try: yield in_fresh_process(f, *args) if process_is_spoilt() else f(*args)
         except Exception as e: yield Checked(name, f"{type(e).__name__}: {e}")
 
-
+# %% ../nbs/22_selfcheck.ipynb #03f1454d
 def print_check(device: str | None) -> bool: # whether all is well
     "Check a device and print how it goes, line by line"
     device = str(best_device(device))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'OnResult', 'seconds_of', 'required', 'n_images', 'Planned', 'kind_of', 'Pace', 'plan', 'as_time',
-           'plan_text', 'Agenda', 'attempt', 'TeacherCaches', 'SideBySide', 'sweep', 'write_specs', 'read_specs']
+           'plan_text', 'Agenda', 'attempt', 'TeacherCaches', 'SideBySide', 'sweep', 'check_places', 'write_specs',
+           'read_specs']
 
 # %% ../nbs/14_sweeps.ipynb #5699d339
 import json
@@ -552,7 +553,7 @@ def sweep(
     """
     specs, store = list(specs), store or Store()
     for s in specs: check(isinstance(s, RunSpec), "specs", repr(s), "descriptions of runs")
-    _check_places(jobs, slots, pool)
+    check_places(jobs, slots, pool)
     until = None if budget is None else time.time() + seconds_of(budget)
     with stoppable(store.folder):
         agenda = Agenda(specs, Where(store, device, max(jobs, slots)), until)
@@ -591,7 +592,7 @@ class _Watched:
         except Exception as e: self.failures.append(e)
 
 
-def _check_places(jobs: int, slots: int, pool: Executor | None) -> None:
+def check_places(jobs: int, slots: int, pool: Executor | None = None) -> None:
     "Refuse numbers of runs at a time that mean nothing together"
     for k, v in dict(jobs=jobs, slots=slots).items():
         check(type(v) is int and v >= 1, k, v, "a whole number, at least 1")

@@ -236,7 +236,7 @@ def train_step(run: Training) -> None:
     for there, value in ((run.losses, loss.detach()), (run.hits, hits)): there.index_copy_(0, run.k, value.float()[None])
     run.k += 1
 
-
+# %% ../nbs/11_training.ipynb #c99eb75d
 def match_strides(net: nn.Module) -> None:
     """Lay gradients out in memory as their parameters are.
 
@@ -264,13 +264,13 @@ def ask(run: Training, x: Tensor, index: Tensor) -> Tensor | None: # (B, C)
 class NotRecorded(RuntimeError):
     "A step cannot be recorded; what CUDA does in this process is not sound after that, so a fresh one goes on"
 
-
+# %% ../nbs/11_training.ipynb #97de1e89
 @lru_cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
     "The one on which is recorded what runs on the default stream, where nothing can be; each stream takes memory for good"
     return torch.cuda.Stream(device)
 
-
+# %% ../nbs/11_training.ipynb #a02d1ff7
 def recorded(
     run: Training, # which has begun an epoch
 ) -> Callable[[], None]: # does one step
@@ -302,7 +302,7 @@ def recorded(
 # %% ../nbs/11_training.ipynb #6220d48a
 PIECE = {"cuda": 16} # steps that are asked for at once; elsewhere one
 
-
+# %% ../nbs/11_training.ipynb #b05d3c5f
 @contextmanager
 def own_drop_out(run: Training) -> Iterator[None]:
     "Torch's generators as the run left them in this epoch, for the block; nothing where its network drops nothing out"
@@ -312,7 +312,7 @@ def own_drop_out(run: Training) -> Iterator[None]:
         yield
         run.rng = rng_of(run)
 
-
+# %% ../nbs/11_training.ipynb #3e23e0b9
 def train_epoch(
     run: Training,
 ) -> Iterator[torch.cuda.Event | None]:
@@ -341,7 +341,7 @@ def train_epoch(
     if run.heard and from_the_start: run.heard.epochs.add(run.epoch)
     end_epoch(run)
 
-
+# %% ../nbs/11_training.ipynb #947784f7
 def record_event(device: torch.device) -> torch.cuda.Event | None: # None: such a device is waited for anyway
     "What tells when the device has done all that it was asked so far"
     if device.type != "cuda": return None
@@ -471,7 +471,7 @@ def train_to_end(
     if run.best: run.net.load_state_dict(run.best)
     run.net.eval()
 
-
+# %% ../nbs/11_training.ipynb #3d55324b
 def drive(
     run: Training,
     checkpoint: Path | None = None, # where to save, and to resume from
@@ -487,7 +487,7 @@ def drive(
             if run.epoch > bar.n: bar.update(run.epoch - bar.n); bar.set_postfix(run.history[-1])
     return run
 
-
+# %% ../nbs/11_training.ipynb #6fae9e71
 def fit(
     net: nn.Module, # trained in place; it ends on `device`, in evaluation mode
     data: DataSet,
