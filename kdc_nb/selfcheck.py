@@ -21,7 +21,6 @@ from .models import *
 from .devices import *
 from .training import *
 from .runs import *
-from .teachers import *
 from .sweeps import *
 from .paper import *
 

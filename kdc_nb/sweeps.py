@@ -148,9 +148,9 @@ def _is_done(run: RunSpec, where: Where) -> bool:
 class Agenda:
     """What is left to do, and what comes next.
 
-    The rows are in order of worth, and each brings the runs that teach it. With a budget only rows are begun that can be
-    finished, as far as the pace of others tells. If not a single one can be, the first is begun all the same: the next
-    call goes on with it.
+    The rows are in order of worth, and each brings the runs that teach it; a teacher is no row of its own. With a budget
+    only rows are begun that can be finished, as far as the pace of others tells. If not a single one can be, the first
+    is begun all the same: the next call goes on with it.
     """
 
     def __init__(self,
@@ -161,7 +161,8 @@ class Agenda:
     ):
         self.where, self.until, self.unrecorded = where, until, set(unrecorded)
         rows = [lineage(s) for s in dict.fromkeys(specs) if where.store.get(s) is None]
-        self.rows = [[*(t for t in teachers if not _is_done(t, where)), spec] for *teachers, spec in rows]
+        teaching = {t for *teachers, _ in rows for t in teachers} # they come with their students
+        self.rows = [[*(t for t in teachers if not _is_done(t, where)), s] for *teachers, s in rows if s not in teaching]
         self.order = list(dict.fromkeys(r for row in self.rows for r in row))
         self.missing, self.evaluated = set(self.order), set() # not in the store; trained, but not in the store
         self.running, self.left_out, self.any_begun = {}, {}, False # when each began; why
@@ -365,7 +366,7 @@ class _Slot:
 
     def trained(self) -> TrainedRun:
         "What came out"
-        with self.on_stream(): return trained_run(self.run, where=self.where, training=self.training)
+        with self.on_stream(): return trained_run(self.run, self.where, self.training)
 
 
 class SideBySide:

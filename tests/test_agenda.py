@@ -58,6 +58,13 @@ def test_a_row_is_begun_only_if_its_student_can_be_finished(tmp_path, clock):
     assert left(15, 2) == [title_of(r) for r in (*lineage(STUDENT), *lineage(OTHER))], "two places, side by side"
 
 
+def test_a_teacher_that_is_a_row_too_comes_only_with_its_student(tmp_path, clock):
+    "Fifteen seconds for both; the teacher alone would fit into twelve"
+    rows = [STUDENT, TEACHER]
+    assert agenda(tmp_path, rows, 12., resnet14=10., resnet8=5.).admitted() == {}
+    assert list(agenda(tmp_path, rows[::-1], 15., resnet14=10., resnet8=5.).admitted()) == lineage(STUDENT)
+
+
 def test_what_is_running_takes_its_place_and_its_time(tmp_path, clock):
     made = agenda(tmp_path, [STUDENT, OTHER], 32., resnet14=10., resnet8=5.)
     assert made.next() == TEACHER and made.next() is None, "its student waits for it, and there is one place"
