@@ -29,7 +29,7 @@ def test_tables_figures_and_a_page(small, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.glob("*.png")) == [f"{d}_{k}.png" for d in ("digits", "known") for k in ("ece", "reliability")]
     page = (tmp_path/"index.html").read_text()
     assert page.count("<img") == 4 and page.count("<table>") == 2 and "http" not in page
-    monkeypatch.setattr("kdc_nb.runs.fit", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr("kdc_nb.training.train_epoch", lambda *a, **k: pytest.fail("trained again"))
     assert demo(seeds=2, folder=tmp_path, device="cpu", progress=False) == text
 
 

@@ -142,7 +142,7 @@ def test_a_look_keeps_what_its_pictures_need(seen):
 
 def test_a_look_trains_nothing_that_is_stored(seen, monkeypatch):
     store, (known, _) = seen
-    monkeypatch.setattr("kdc_nb.runs.fit", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr("kdc_nb.training.train_epoch", lambda *a, **k: pytest.fail("trained again"))
     again = look(known.result.spec, store, "cpu", per_class=3)
     assert torch.equal(again.features["train"], known.features["train"]) and again.merging == known.merging
 

@@ -33,7 +33,7 @@ def go(spec, store): return run(spec, store, "cpu", progress=False)
 
 def test_a_second_call_trains_nothing(store, monkeypatch):
     first = go(STUDENT, store)
-    monkeypatch.setattr("kdc_nb.runs.fit", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr("kdc_nb.training.train_epoch", lambda *a, **k: pytest.fail("trained again"))
     again = go(STUDENT, store)
     assert torch.equal(first.logits["test"], again.logits["test"]) and encode(first.evaluation) == encode(again.evaluation)
 

@@ -30,7 +30,7 @@ SPEC = RunSpec(TINY, "resnet8", Distil(Posterior(.5), 2, .5), Recipe(60, 32))
 CHILD = """
 import sys, functools, kdc_nb.runs as r
 from tests.test_training import SPEC
-r.fit = functools.partial(r.fit, every=0)
+r.drive = functools.partial(r.drive, every=0)
 r.run(SPEC, r.Store(sys.argv[1]), "cpu", progress=False)
 """
 
