@@ -10,9 +10,9 @@ __version__ = "0.1.0"
 
 # What most people come for, and the module that holds it; nothing is imported before somebody asks
 _PUBLIC = {
-    "evaluate": "estimates", "compare": "comparisons", "plot_reliability": "plots", "explore_reliability": "explorers", "load_outputs": "metrics",
-    "Data": "data", "Method": "calibrators", "Recipe": "training", "RunSpec": "runs", "Distil": "runs", "run": "runs", "sweep": "sweeps",
-    "read_results": "runs", "results_file": "core",
+    "evaluate": "calibration.evaluation", "compare": "calibration.comparisons", "plot_reliability": "calibration.diagrams", "explore_reliability": "explorers", "load_outputs": "calibration.predictions",
+    "Data": "training.data", "Method": "training.methods", "Recipe": "training.recipes", "RunSpec": "experiments.specs", "Distil": "experiments.specs", "run": "experiments.runs", "sweep": "experiments.sweeps",
+    "read_results": "experiments.results", "results_file": "core",
 }
 __all__ = [*_PUBLIC]
 
@@ -50,14 +50,14 @@ def _command(module: str) -> int:
 
 def kdc_sweep() -> int:
     "The command: many runs, or a table of the paper"
-    return _command("commands")
+    return _command("paper.commands")
 
 
 def kdc_demo() -> int:
     "The command behind `make demo`"
     os.environ["MPLBACKEND"] = "agg" # it draws into files
     print("Loading PyTorch takes a few seconds.", file=sys.stderr)
-    return _command("demo")
+    return _command("paper.demo")
 
 
 _no_spinning()

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import kdc_nb # before torch, for its threads' sake
@@ -23,6 +24,13 @@ def made(n=600, c=5, factor=1., sharpness=2., seed=0):
     g = torch.Generator().manual_seed(seed)
     z = sharpness*torch.randn(n, c, generator=g, dtype=torch.float64)
     return factor*z, z.softmax(1).multinomial(1, generator=g).squeeze(1), z.softmax(1)
+
+
+def patch_name(monkeypatch, name, value):
+    "Give a name another value in every module of kdc_nb that has it, until the test is over"
+    users = [m for k, m in list(sys.modules.items()) if k.startswith("kdc_nb.") and name in vars(m)]
+    assert users, f"nothing is called {name}"
+    for m in users: monkeypatch.setattr(m, name, value)
 
 
 @pytest.fixture(autouse=True)

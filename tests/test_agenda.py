@@ -9,14 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kdc_nb.runs as kr
-import kdc_nb.sweeps as ks
-from kdc_nb.calibrators import Method
+import kdc_nb.experiments.agenda as agenda_room
+import kdc_nb.experiments.runs as kr
+import kdc_nb.training.trainer as trainer_room
 from kdc_nb.core import save_tensors
-from kdc_nb.data import Data
-from kdc_nb.runs import Distil, RunSpec, Scaled, Store, Where, lineage, title_of
-from kdc_nb.sweeps import Agenda, sweep
-from kdc_nb.training import Recipe
+from kdc_nb.training.data import Data
+from kdc_nb.training.methods import Method
+from kdc_nb.training.recipes import Recipe
+from kdc_nb.experiments.agenda import Agenda
+from kdc_nb.experiments.runs import Store, Where
+from kdc_nb.experiments.specs import Distil, RunSpec, Scaled, lineage, title_of
+from kdc_nb.experiments.sweeps import sweep
+from tests.conftest import patch_name
 
 TINY = Data("known", n_train=100, n_valid=60, n_test=80)
 TEACHER = RunSpec(TINY, "resnet14", Method("nll"), Recipe(2, 50))
@@ -33,7 +37,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     it = Clock()
-    monkeypatch.setattr(ks, "time", it)
+    monkeypatch.setattr(agenda_room, "time", it)
     return it
 
 
@@ -111,7 +115,7 @@ def test_time_beside_training_is_learned(tmp_path, clock):
 def test_the_first_is_begun_even_if_it_cannot_be_finished(tmp_path, clock):
     made = agenda(tmp_path, [STUDENT, OTHER], 7., resnet14=10., resnet8=5.)
     assert made.next() == TEACHER
-    made.leave_out(TEACHER, ks.OutOfTime())
+    made.leave_out(TEACHER, trainer_room.OutOfTime())
     assert made.next() is None
     assert agenda(tmp_path, [STUDENT], 0., resnet14=10.).next() is None, "no time at all"
 
@@ -139,7 +143,7 @@ def test_a_teacher_whose_weights_were_removed_is_a_run_like_any_other(tmp_path, 
     store, trained = Store(tmp_path), []
     before = sweep([TEACHER], store, "cpu", progress=False)
     store.path(TEACHER, "net").unlink()
-    monkeypatch.setattr(kr, "trained_net", lambda *args, there=kr.trained_net: trained.append(store.path(TEACHER, "net").exists()) or there(*args))
+    patch_name(monkeypatch, "trained_net", lambda *args, there=kr.trained_net: trained.append(store.path(TEACHER, "net").exists()) or there(*args))
     sweep([STUDENT], store, "cpu", progress=False, on_result=lambda r: trained.append(r.spec))
     assert trained == [TEACHER, True, STUDENT], "before its student asks"
     assert torch.equal(store.get(TEACHER).logits["test"], before[0].logits["test"])
@@ -163,8 +167,8 @@ def test_what_is_admitted_is_finished_in_time(tmp_path, data, places, until):
     rows = some + [replace(data.draw(st.sampled_from(RUNS)), method=Distil(t)) for t in data.draw(st.lists(st.sampled_from(RUNS), max_size=4))]
     rows = data.draw(st.permutations(rows))
     took = {m: data.draw(st.floats(1, 20)) for m in ("resnet8", "resnet14", "resnet20")}
-    clock, before = Clock(), ks.time
-    ks.time = clock
+    clock, before = Clock(), agenda_room.time
+    agenda_room.time = clock
     try:
         made, running, done = agenda(tmp_path, rows, until, places, **took), {}, []
         first = made.admitted()
@@ -180,7 +184,7 @@ def test_what_is_admitted_is_finished_in_time(tmp_path, data, places, until):
         assert set(first) <= set(done), "what is admitted is done"
         if first: assert clock.now <= until + 1e-6 and all(any(r in lineage(s) for s in rows if s in done) for r in done), "no teacher without its student"
         if sum(took[r.model] for r in made.order) <= until: assert len(done) == len(made.order), "where there is time for all, all is done"
-    finally: ks.time = before
+    finally: agenda_room.time = before
 
 
 def test_an_interrupted_sweep_has_whole_rows(tmp_path):

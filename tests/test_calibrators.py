@@ -6,12 +6,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdc_nb.calibrators import AdaFocal, Method, PostHoc, Step, adapted
 from kdc_nb.core import encode, value_id
-from kdc_nb.data import Data, load_data
-from kdc_nb.metrics import nll, softmax64, top1
-from kdc_nb.runs import RunSpec, Store, new_net, recalibrate, run
-from kdc_nb.training import Recipe, fit
+from kdc_nb.calibration.metrics import nll, top1
+from kdc_nb.calibration.posthoc import PostHoc
+from kdc_nb.calibration.predictions import softmax64
+from kdc_nb.training.data import Data, load_data
+from kdc_nb.training.methods import AdaFocal, Method, Step, adapted
+from kdc_nb.training.recipes import Recipe
+from kdc_nb.training.trainer import fit
+from kdc_nb.experiments.results import recalibrate
+from kdc_nb.experiments.runs import Store, new_net, run
+from kdc_nb.experiments.specs import RunSpec
 from tests.conftest import made
 
 TINY = Data("known", n_train=200, n_valid=100, n_test=300)

@@ -8,16 +8,21 @@ import time
 import pytest
 import torch
 
-import kdc_nb.commands as kc
-import kdc_nb.selfcheck as kf
-import kdc_nb.training as kt
-from kdc_nb.calibrators import Method
-from kdc_nb.commands import ResultsFile, main
-from kdc_nb.devices import process_is_spoilt, spoil_process
-from kdc_nb.data import Data
-from kdc_nb.runs import RunSpec, Store, read_results, run
-from kdc_nb.sweeps import write_specs
-from kdc_nb.training import NotRecorded, Recipe
+import kdc_nb.training.devices as devices_room
+import kdc_nb.paper.selfcheck as selfcheck_room
+import kdc_nb.training.steps as kt
+from kdc_nb.training.data import Data
+from kdc_nb.training.devices import process_is_spoilt, spoil_process
+from kdc_nb.training.methods import Method
+from kdc_nb.training.recipes import Recipe
+from kdc_nb.training.steps import NotRecorded
+from kdc_nb.experiments.agenda import write_specs
+from kdc_nb.experiments.results import read_results
+from kdc_nb.experiments.runs import Store, run
+from kdc_nb.experiments.specs import RunSpec
+from kdc_nb.paper.commands import ResultsFile
+from kdc_nb.paper.commands import main
+from tests.conftest import patch_name
 
 TINY = RunSpec(Data("known", n_train=100, n_valid=60, n_test=80), "resnet8", Method("focal"), Recipe(1, 50))
 
@@ -25,7 +30,7 @@ TINY = RunSpec(Data("known", n_train=100, n_valid=60, n_test=80), "resnet8", Met
 @pytest.fixture
 def few(monkeypatch):
     "Three methods instead of all"
-    monkeypatch.setattr(kf, "_METHODS", {k: kf._METHODS[k] for k in ("nll", "crl", "mdca")})
+    patch_name(monkeypatch, "_METHODS", {k: selfcheck_room._METHODS[k] for k in ("nll", "crl", "mdca")})
     yield
     spoil_process(False)
 
@@ -38,11 +43,11 @@ def test_the_check_passes_here(few, capsys):
 
 
 def test_a_method_that_trains_otherwise_the_second_time_is_a_fault(few, capsys, monkeypatch):
-    learn, times = kf._epoch_losses, []
+    learn, times = selfcheck_room._epoch_losses, []
     def drifting(training, *rest):
         if type(training.method).__name__ == "CorrectnessRanking": times.append(1)
         return [x*(1 + .2*(len(times) == 1)) for x in learn(training, *rest)]
-    monkeypatch.setattr(kf, "_epoch_losses", drifting)
+    patch_name(monkeypatch, "_epoch_losses", drifting)
     assert main(["--check", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert "crl                   FAULT   the second time is 20% off the first" in out and "nll                   well" in out
@@ -56,9 +61,9 @@ def test_after_a_recording_that_failed_the_others_are_checked_in_fresh_processes
             spoil_process()
             raise NotRecorded("the step cannot be recorded: why")
         return recorded(run)
-    monkeypatch.setattr(kt, "recorded", refuse)
-    asked, elsewhere = [], kf.in_fresh_process
-    monkeypatch.setattr(kf, "in_fresh_process", lambda f, *args: asked.append(args) or elsewhere(f, *args))
+    patch_name(monkeypatch, "recorded", refuse)
+    asked, elsewhere = [], devices_room.in_fresh_process
+    patch_name(monkeypatch, "in_fresh_process", lambda f, *args: asked.append(args) or elsewhere(f, *args))
     assert main(["--check", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert "crl                   FAULT   NotRecorded: the step cannot be recorded: why" in out and out.splitlines()[-1] == "Faults: crl"

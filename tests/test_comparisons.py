@@ -6,9 +6,14 @@ import torch
 from hypothesis import given, strategies as st
 from scipy.stats import ttest_1samp, ttest_rel
 
-from kdc_nb.comparisons import compare, contributions, difference_of, holm, paired, rank_intervals, split_score, spread_difference, verdict
-from kdc_nb.estimates import evaluate, interval
-from kdc_nb.metrics import fit_temperature, outcomes, scores
+from kdc_nb.calibration.comparisons import compare, split_score, verdict
+from kdc_nb.calibration.differences import (
+    contributions, difference_of, holm, paired, rank_intervals, spread_difference,
+)
+from kdc_nb.calibration.estimates import interval
+from kdc_nb.calibration.evaluation import evaluate
+from kdc_nb.calibration.metrics import outcomes, scores
+from kdc_nb.calibration.posthoc import fit_temperature
 
 from .conftest import made
 

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdc_nb.calibrators import Method
 from kdc_nb.core import DamagedFile, decode, encode, load_tensors, save_tensors, value_id, whole_file
-from kdc_nb.data import Data
-from kdc_nb.runs import Distil, Posterior, RunSpec, Scaled, teacher_run, whole
-from kdc_nb.teachers import Ensemble, Given, OutOfFold
-from kdc_nb.training import Recipe
+from kdc_nb.training.data import Data
+from kdc_nb.training.methods import Method
+from kdc_nb.training.recipes import Recipe
+from kdc_nb.experiments.specs import Distil, Posterior, RunSpec, Scaled, teacher_run, whole
+from kdc_nb.experiments.teachers import Ensemble, Given, OutOfFold
 
 methods = st.one_of(
     st.just(Method("nll")),

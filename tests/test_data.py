@@ -12,14 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import kdc_nb.data as kd
-from kdc_nb.data import Data, augment, cache_dir, channel_stats, draw_views, fetch_archive, known_split, load_data, photos
+import kdc_nb.training.cifar as cifar_room
+import kdc_nb.training.data as data_room
+from kdc_nb.core import cache_dir
+from kdc_nb.training.cifar import fetch_archive, photos
+from kdc_nb.training.data import Data, augment, channel_stats, draw_views, load_data
+from kdc_nb.training.synthetic import known_split
 
 
 @pytest.fixture(autouse=True)
 def forget():
     "Data sets are kept per process; each test has a cache folder of its own."
-    load_data.cache_clear(); kd.photos.cache_clear()
+    load_data.cache_clear(); cifar_room.photos.cache_clear()
 
 
 def test_real_photographs(photos):
@@ -62,7 +66,7 @@ def tiny_archive(folder, monkeypatch):
     monkeypatch.setattr(sets.CIFAR10, "train_list", sums[:5]); monkeypatch.setattr(sets.CIFAR10, "test_list", sums[5:6])
     monkeypatch.setattr(sets.CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": sums[6][1]})
     monkeypatch.setattr(sets.CIFAR10, "tgz_md5", md5)
-    monkeypatch.setitem(kd.ARCHIVES, "cifar10", ("CIFAR10", path.name, md5))
+    monkeypatch.setitem(cifar_room.ARCHIVES, "cifar10", ("CIFAR10", path.name, md5))
     return path
 
 
@@ -153,10 +157,10 @@ def test_statistics_of_a_constant_image_do_not_divide_by_zero():
 @given(st.integers(3, 60), st.integers(1, 5), st.integers(0, 9))
 def test_a_cut_keeps_every_image_once_and_every_classs_share(n, c, seed):
     labels = torch.arange(n*c) % c
-    parts = kd.cut(torch.arange(n*c), labels, (.6, .2, .2), seed)
+    parts = data_room.cut(torch.arange(n*c), labels, (.6, .2, .2), seed)
     assert sorted(torch.cat([x for x, _ in parts]).tolist()) == list(range(n*c)) and all(torch.equal(labels[x], y) for x, y in parts)
     for (x, y), share in zip(parts, (.6, .2, .2)): assert all(abs(int((y == k).sum()) - share*n) <= 1 for k in range(c))
-    with pytest.raises(ValueError, match="parts: got"): kd.cut(torch.arange(n*c), labels, (.6, .3))
+    with pytest.raises(ValueError, match="parts: got"): data_room.cut(torch.arange(n*c), labels, (.6, .3))
 
 
 def test_data_are_the_same_on_every_machine():

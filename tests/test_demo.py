@@ -9,10 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from kdc_nb.data import Data
-from kdc_nb.demo import block_specs, blocks, demo, main, verdict_text
-from kdc_nb.metrics import outcomes
-from kdc_nb.training import Recipe
+from kdc_nb.calibration.metrics import outcomes
+from kdc_nb.training.data import Data
+from kdc_nb.training.recipes import Recipe
+from kdc_nb.paper.demo import block_specs, blocks, demo, verdict_text
+from kdc_nb.paper.demo import main
+from tests.conftest import patch_name
 from tests.conftest import made
 
 
@@ -20,7 +22,7 @@ from tests.conftest import made
 def small(monkeypatch):
     "The same blocks, a few epochs each."
     few = [b._replace(recipe=Recipe(2, 32), setting=b.setting._replace(data=d)) for b, d in zip(blocks(), (Data("known", n_train=80, n_valid=60, n_test=90), Data("digits")))]
-    monkeypatch.setattr("kdc_nb.demo.blocks", lambda *args: few)
+    patch_name(monkeypatch, "blocks", lambda *args: few)
 
 
 def test_tables_figures_and_a_page(small, tmp_path, monkeypatch):
@@ -29,7 +31,7 @@ def test_tables_figures_and_a_page(small, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.glob("*.png")) == [f"{d}_{k}.png" for d in ("digits", "known") for k in ("ece", "reliability")]
     page = (tmp_path/"index.html").read_text()
     assert page.count("<img") == 4 and page.count("<table>") == 2 and "http" not in page
-    monkeypatch.setattr("kdc_nb.training.train_epoch", lambda *a, **k: pytest.fail("trained again"))
+    patch_name(monkeypatch, "train_epoch", lambda *a, **k: pytest.fail("trained again"))
     assert demo(seeds=2, folder=tmp_path, device="cpu", progress=False) == text
 
 

@@ -9,22 +9,24 @@ import pytest
 import torch
 from PIL import Image
 
-from kdc_nb.calibrators import Method
 from kdc_nb.core import load_tensors
-from kdc_nb.data import Data, load_data
-from kdc_nb.images import find_images, stream_images
-from kdc_nb.runs import Distil, RunSpec, Store
-from kdc_nb.sweeps import write_specs
-from kdc_nb.training import Recipe, predict
+from kdc_nb.training.data import Data, load_data
+from kdc_nb.training.images import find_images, stream_images
+from kdc_nb.training.methods import Method
+from kdc_nb.training.recipes import Recipe
+from kdc_nb.training.steps import predict
+from kdc_nb.experiments.agenda import write_specs
+from kdc_nb.experiments.runs import Store
+from kdc_nb.experiments.specs import Distil, RunSpec
 
 PROGRAM = '''
 import sys
 from pathlib import Path
 from torch import nn
-from kdc_nb.models import MODELS
-from kdc_nb.runs import Store, run
-from kdc_nb.sweeps import read_specs
-from kdc_nb.devices import joined, place
+from kdc_nb.training.devices import joined, place
+from kdc_nb.training.models import MODELS
+from kdc_nb.experiments.agenda import read_specs
+from kdc_nb.experiments.runs import Store, run
 
 def plain(n_classes, in_channels):
     return nn.Sequential(nn.Conv2d(in_channels, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(72, n_classes))
@@ -53,7 +55,7 @@ def both(tmp_path, specs):
 
 
 def specs(tmp_path, monkeypatch):
-    from kdc_nb.models import MODELS
+    from kdc_nb.training.models import MODELS
     monkeypatch.setitem(MODELS, "plain", lambda n_classes, in_channels: torch.nn.Linear(1, 1))
     rng = np.random.default_rng(0)
     for c in "ab":

@@ -14,14 +14,22 @@ from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 from PIL import Image
 from scipy import ndimage
 
-import kdc_nb.drift as module
-from kdc_nb.calibrators import Method
+import kdc_nb.training.steps as steps_room
+import kdc_nb.analysis.drift as drift_room
 from kdc_nb.core import decode, encode
-from kdc_nb.data import Data, load_data
-from kdc_nb.drift import (CORRUPTIONS, Drift, by_severity, clouds, corrupted, disk, drift, drift_row, elastic_transform, fog, glass_blur, read_corrupted, read_drifts,
-                          smear, snow, write_drifts, zoom_blur)
-from kdc_nb.runs import RunSpec, Store, run
-from kdc_nb.training import Recipe
+from kdc_nb.training.data import Data, load_data
+from kdc_nb.training.methods import Method
+from kdc_nb.training.recipes import Recipe
+from kdc_nb.experiments.runs import Store, run
+from kdc_nb.experiments.specs import RunSpec
+from kdc_nb.analysis.corruptions import (
+    CORRUPTIONS, corrupted, elastic_transform, fog, glass_blur, snow, zoom_blur,
+)
+from kdc_nb.analysis.drift import (
+    Drift, by_severity, drift, drift_row, read_corrupted, read_drifts, write_drifts,
+)
+from kdc_nb.analysis.filters import clouds, disk, smear
+from tests.conftest import patch_name
 
 STRENGTHS = { # ImageNet-C/create_c/make_cifar_c.py; the elastic ones there are times 32, the zooms the ends of steps of 0.01
     "gaussian_noise": [0.04, 0.06, 0.08, 0.09, 0.10],
@@ -431,7 +439,7 @@ def test_rows_are_those_of_the_network_and_the_temperature_that_of_clean_images(
 
 
 def test_all_corruptions_and_all_test_images_are_the_default(store, monkeypatch):
-    monkeypatch.setattr(module, "drift_row", lambda logits, labels: {"n": len(logits)})
+    patch_name(monkeypatch, "drift_row", lambda logits, labels: {"n": len(logits)})
     found = drift(NET, store, device="cpu")
     assert set(found.rows) == {"clean"} | {f"{k}/{s}" for k in STRENGTHS for s in range(1, 6)}
     assert {row["scaled"]["n"] for row in found.rows.values()} == {found.n} == {80}
@@ -450,7 +458,7 @@ def test_a_run_that_is_not_there(store, tmp_path):
     (dict(folder="nowhere"), "folder: got no .*contrast.npy"),
 ])
 def test_what_is_wrong_is_said_before_the_network_is_asked(store, monkeypatch, change, message):
-    monkeypatch.setattr(module, "predict", lambda *a: pytest.fail("asked"))
+    patch_name(monkeypatch, "predict", lambda *a: pytest.fail("asked"))
     with pytest.raises(ValueError, match=message): go(store, **change)
 
 

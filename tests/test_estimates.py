@@ -7,8 +7,10 @@ import torch
 
 from kdc_nb import metrics
 from kdc_nb.core import decode, encode
-from kdc_nb.estimates import Estimate, Evaluation, chernoff, evaluate, interval, mean_estimate, null_band, null_draws, reliability_bins, wilson
-from kdc_nb.metrics import Claims, MEANS, RULES, binned_error, brier, ece, nll, top_claims
+from kdc_nb.calibration.estimates import Estimate, chernoff, interval, reliability_bins, wilson
+from kdc_nb.calibration.evaluation import Evaluation, evaluate, mean_estimate
+from kdc_nb.calibration.metrics import MEANS, RULES, Claims, binned_error, brier, ece, nll, top_claims
+from kdc_nb.calibration.null_bands import null_band, null_draws
 
 from .conftest import made
 

@@ -11,14 +11,19 @@ from matplotlib.axes import Axes
 from nbclient import NotebookClient
 from PIL import Image
 
-import kdc_nb.explorers as explorers
-from kdc_nb.data import Data
-from kdc_nb.explorers import crowd, explore_classes, explore_method, explore_reliability, explore_transfer
-from kdc_nb.metrics import as_outputs, fit_temperature
-from kdc_nb.penultimate import look
-from kdc_nb.plots import Transfer, prepare_transfer
-from kdc_nb.runs import Distil, Posterior, RunSpec, Store, from_light, light_of, run
-from kdc_nb.training import Recipe
+import kdc_nb.calibration.diagrams as explorers
+from kdc_nb.calibration.posthoc import fit_temperature
+from kdc_nb.calibration.predictions import as_outputs
+from kdc_nb.training.data import Data
+from kdc_nb.training.loss_fields import crowd
+from kdc_nb.training.recipes import Recipe
+from kdc_nb.experiments.results import from_light, light_of
+from kdc_nb.experiments.runs import Store, run
+from kdc_nb.experiments.specs import Distil, Posterior, RunSpec
+from kdc_nb.experiments.transfer import Transfer, prepare_transfer
+from kdc_nb.analysis.features import look
+from kdc_nb.explorers import explore_classes, explore_method, explore_reliability, explore_transfer
+from tests.conftest import patch_name
 
 DATA, RECIPE = Data("known", n_train=100, n_valid=60, n_test=300), Recipe(1, 32)
 TEACHER = RunSpec(DATA, "resnet8", "nll", RECIPE)
@@ -64,7 +69,7 @@ def test_reliability_of_your_own_logits(outputs, monkeypatch):
 
 def test_nothing_is_computed_twice(outputs, monkeypatch):
     calls, real = [], explorers.prepare_tempered
-    monkeypatch.setattr(explorers, "prepare_tempered", lambda *a: calls.append(a[2:]) or real(*a))
+    patch_name(monkeypatch, "prepare_tempered", lambda *a: calls.append(a[2:]) or real(*a))
     explorer = explore_reliability(*outputs)
     for T in (2., 1., 2., 1.): explorer.controls["T"].value = T
     assert calls == [(1., 15), (2., 15)]
@@ -225,7 +230,7 @@ def test_classes_follow_every_control(looks, monkeypatch):
 def test_images_that_are_not_there_are_told(looks, monkeypatch):
     def none(data): raise ValueError("known: put it there")
     explorer = explore_classes(looks)
-    monkeypatch.setattr("kdc_nb.penultimate.load_data", none)
+    patch_name(monkeypatch, "load_data", none)
     before = bytes(explorer.image.value)
     explorer.controls["images"].value = True
     assert "known: put it there" in explorer.refusal.value and bytes(explorer.image.value) == before

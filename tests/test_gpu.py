@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from kdc_nb.calibrators import Method
 from kdc_nb.core import load_tensors
-from kdc_nb.runs import Distil, read_results
+from kdc_nb.training.methods import Method
+from kdc_nb.experiments.results import read_results
+from kdc_nb.experiments.specs import Distil
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from kdc_nb.core import decode, encode, load_npz, value_id
-from kdc_nb.runs import read_results, run_id
-from kdc_nb.teachers import Ensemble
+from kdc_nb.experiments.results import read_results
+from kdc_nb.experiments.specs import run_id
+from kdc_nb.experiments.teachers import Ensemble
 
 ROOT = Path(__file__).parents[1]
 IDS = json.loads((ROOT/"tests/ids.json").read_text())

@@ -15,15 +15,18 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-import kdc_nb.images as ki
-import kdc_nb.training as kt
-from kdc_nb.calibrators import Calibrator
+import kdc_nb.training.images as ki
+import kdc_nb.training.trainer as kt
 from kdc_nb.core import cache_dir, load_tensors
-from kdc_nb.data import Data, WithoutFold, load_data
-from kdc_nb.runs import Distil, RunSpec, Store, new_net, run
-from kdc_nb.sweeps import sweep
-from kdc_nb.teachers import give
-from kdc_nb.training import Recipe, fit
+from kdc_nb.training.data import Data, WithoutFold, load_data
+from kdc_nb.training.methods import Calibrator
+from kdc_nb.training.recipes import Recipe
+from kdc_nb.training.trainer import fit
+from kdc_nb.experiments.runs import Store, new_net, run
+from kdc_nb.experiments.specs import Distil, RunSpec
+from kdc_nb.experiments.sweeps import sweep
+from kdc_nb.experiments.teachers import give
+from tests.conftest import patch_name
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +83,7 @@ def test_given_images_come_back_and_are_found_by_another_process(own):
     d = load_data(data)
     assert torch.equal(d.train.inputs, x) and torch.equal(d.test.inputs, x) and torch.equal(d.valid.labels, y[:6])
     assert (d.classes, d.augment, d.in_channels, data.title) == (("a", "b", "c"), ("flip",), 3, "mine") and d.mean == pytest.approx((x/255.).mean((0, 2, 3)).tolist(), abs=1e-6)
-    code = f"from kdc_nb.data import *; from kdc_nb.images import *; print(load_data(Data('given', title='mine', fingerprint={data.fingerprint!r})).fingerprint)"
+    code = f"from kdc_nb.training.data import *; print(load_data(Data('given', title='mine', fingerprint={data.fingerprint!r})).fingerprint)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == d.fingerprint
     assert ki.give_images("mine", (x, y), (x[:6], y[:6]), (x, y), ["a", "b", "c"], ["flip"]) == data, "the same content is the same data set"
     assert ki.give_images("mine", (x, y.flip(0)), (x[:6], y[:6]), (x, y), ["a", "b", "c"], ["flip"]) != data
@@ -210,7 +213,7 @@ def test_a_streamed_run_killed_after_the_last_step_of_an_epoch_goes_on(imagenet,
     go = lambda net, **kw: fit(net, d, Calibrator(), spec.recipe, device="cpu", progress=False, **kw).history
     def stop(*args): raise KeyboardInterrupt
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(kt, "end_epoch", stop)
+        patch_name(m, "end_epoch", stop)
         go(new_net(spec), checkpoint=part, every=0.)
     assert load_tensors(part)[1]["epochs_done"] == 1 and not load_tensors(part)[1]["history"]
     through, stopped = new_net(spec), new_net(spec)

@@ -208,7 +208,7 @@ def test_the_theorems_follow_the_hand(page, shots):
 
 
 def test_your_own_logits_follow_the_hand(page, shots):
-    run_all(page, "nbs/20_explorers.ipynb", shots)
+    run_all(page, "nbs/explorers.ipynb", shots)
     page.locator(".noUi-handle").nth(1).scroll_into_view_if_needed()
     for nth, by in ((1, 60), (2, 40)): drag_slider(page, nth, by, picture=1)
     screenshot(page, shots, "reliability_explorer")

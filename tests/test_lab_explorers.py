@@ -13,9 +13,9 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 pytestmark = pytest.mark.browser
 PAGE = "nbs/scratch.ipynb"
 CELLS = ["""import torch
-from kdc_nb.core import *
-from kdc_nb.explorers import *
-from kdc_nb.penultimate import *
+from kdc_nb.core import results_file
+from kdc_nb.analysis.views import read_looks
+from kdc_nb.explorers import explore_classes, explore_method, explore_reliability, explore_theory
 logits, labels = 3*torch.randn(2000, 10, generator=torch.Generator().manual_seed(0)), torch.arange(2000) % 10
 logits[torch.arange(2000), labels] += 4""",
          "explore_reliability(logits, labels)", "explore_classes(read_looks(results_file('self_distillation_0.npz')))", "explore_theory()", "explore_method('batches')"]
@@ -74,7 +74,7 @@ def test_a_page_run_and_saved_twice_is_the_same(page, root):
     assert saved[0] == saved[1] and b"model_id" not in saved[0]
 
 
-@pytest.mark.parametrize("name", ["nbs/20_explorers.ipynb", "nbs/index.ipynb", "nbs/studies/theorems.ipynb"])
+@pytest.mark.parametrize("name", ["nbs/explorers.ipynb", "nbs/index.ipynb", "nbs/studies/theorems.ipynb"])
 def test_closing_an_untouched_page_asks_nothing(page, root, name):
     before = (root/name).read_bytes()
     open_page(page, name)

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdc_nb.losses import acls, bdc, bec, crl, cross_entropy, dca, distillation, flsd, focal, label_smoothing, mbls, mdca, mmce
+from kdc_nb.training.losses import (
+    acls, bdc, bec, crl, cross_entropy, dca, distillation, flsd, focal, label_smoothing, mbls, mdca, mmce,
+)
 
 
 def softmax(z):

@@ -8,9 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from kdc_nb.estimates import reliability_bins
-from kdc_nb.metrics import (ace, as_outputs, brier, classwise_ace, ece, fit_temperature, kl_to_truth, ks, load_outputs, mass_bins, mce, nll,
-                            sce, softmax64, top1, true_calibration_error, width_bins)
+from kdc_nb.calibration.estimates import reliability_bins
+from kdc_nb.calibration.metrics import (
+    ace, brier, classwise_ace, ece, kl_to_truth, ks, mass_bins, mce, nll, sce, top1,
+    true_calibration_error, width_bins,
+)
+from kdc_nb.calibration.posthoc import fit_temperature
+from kdc_nb.calibration.predictions import as_outputs, load_outputs, softmax64
 
 from .conftest import made
 

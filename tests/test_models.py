@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from kdc_nb.models import MODELS, build_model, n_parameters
+from kdc_nb.training.models import MODELS, build_model, n_parameters
 
 PUBLISHED = { # for 10 and 100 classes; where only one is published (resnet56, mobilenet_v2_plain), the head gives the other
     "resnet8": (78_042, 83_892), "resnet56": (855_770, 861_620), "resnet56_bottleneck": (591_322, 614_452),
@@ -111,11 +111,12 @@ def test_torchvisions_resnets_have_their_published_size(depth, published):
 
 
 def test_torchvisions_resnets_train_on_larger_images_and_show_their_penultimate_layer(tmp_path, monkeypatch):
-    from kdc_nb.data import load_data
-    from kdc_nb.images import give_images
-    from kdc_nb.penultimate import look
-    from kdc_nb.runs import RunSpec, Store, run
-    from kdc_nb.training import Recipe
+    from kdc_nb.training.data import load_data
+    from kdc_nb.training.images import give_images
+    from kdc_nb.training.recipes import Recipe
+    from kdc_nb.experiments.runs import Store, run
+    from kdc_nb.experiments.specs import RunSpec
+    from kdc_nb.analysis.features import look
     monkeypatch.setenv("KDC_CACHE", str(tmp_path))
     pair = torch.randint(0, 256, (12, 3, 64, 64), dtype=torch.uint8), torch.arange(12) % 3
     spec = RunSpec(give_images("large", pair, pair, pair), "torchvision_resnet18", "nll", Recipe(1, 6))

@@ -23,10 +23,14 @@ def code(nb): return [c.source for c in nb.cells if c.cell_type == "code"]
 def exported(nb) -> str: return "\n".join(c.source for c in nb.cells if "export" in build["directives"](c))
 
 
-def modules() -> dict[str, tuple[int, str]]:
-    "Each exported module's floor, and the code of its notebook"
-    named = {re.search(r"default_exp (\w+)", "\n".join(code(nb))): (int(name[:2]), exported(nb)) for name, nb in PAGES.items() if name[:2].isdigit()}
-    return {m[1]: v for m, v in named.items() if m}
+FLOORS = ("core", "calibration", "training", "experiments", "analysis", "paper", "controls", "explorers")
+
+
+def modules() -> dict[str, str]:
+    "The code of each exported module's notebook, from the ground up: floor by floor, within a floor by number"
+    named = {re.search(r"default_exp (\S+)", "\n".join(code(nb))): nb for nb in PAGES.values()}
+    found = {m[1]: exported(nb) for m, nb in named.items() if m}
+    return dict(sorted(found.items(), key=lambda p: FLOORS.index(p[0].split(".")[0])))
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
@@ -72,16 +76,43 @@ def test_in_step(command, mend, tmp_path):
 
 
 @pytest.mark.parametrize("module", modules())
-def test_imports_only_from_lower_floors(module):
-    floor, source = modules()[module]
-    tree = ast.walk(ast.parse(re.sub(r"^%.*", "", source, flags=re.M)))
+def test_imports_only_from_below(module):
+    rooms = list(modules())
+    tree = ast.walk(ast.parse(re.sub(r"^%.*", "", modules()[module], flags=re.M)))
     used = [n.module.removeprefix("kdc_nb.") for n in tree if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("kdc_nb.")]
-    assert not [m for m in used if m in modules() and modules()[m][0] >= floor]
+    assert not [m for m in used if rooms.index(m) >= rooms.index(module)]
+    assert not [n for n in tree if isinstance(n, ast.ImportFrom) for a in n.names if a.name == "*"]
 
 
-def test_modules_below_plots_are_light():
-    top = modules().get("plots", (100,))[0]
-    light = sorted(m for m, (floor, _) in modules().items() if floor < top)
+def test_calibration_stands_alone():
+    "Its rooms need core and nothing else of kdc_nb, and until pictures are drawn neither matplotlib, pandas nor tqdm"
+    rooms = [m for m in modules() if m.startswith("calibration.")]
+    assert rooms[-1] == "calibration.diagrams"
+    code = f"""
+import sys
+class Gone:
+    def find_spec(self, name, *args):
+        if name.split(".")[0] in gone or name.startswith("kdc_nb.") and name.split(".")[1] not in ("core", "calibration"):
+            raise ImportError(f"{{name}} is not there")
+sys.meta_path.insert(0, Gone())
+gone = {{"matplotlib", "pandas", "tqdm", "seaborn", "sklearn", "joblib", "torchvision", "ipywidgets", "nbdev", "fastcore"}}
+for room in {rooms[:-1]}: __import__(f"kdc_nb.{{room}}")
+gone -= {{"matplotlib"}}
+import kdc_nb.calibration.diagrams
+from kdc_nb.calibration.evaluation import evaluate
+assert "ECE" in repr(evaluate([[2., 0.], [0., 1.]]*20, [0, 1]*20, n_boot=10))
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def draws(module: str) -> bool:
+    "Whether a module makes pictures, so that it needs matplotlib"
+    return bool(re.search(r"^(import|from) matplotlib|calibration\.diagrams import", modules()[module], flags=re.M)) or module in ("controls", "explorers")
+
+
+def test_what_draws_nothing_is_light():
+    light = [m for m in modules() if not draws(m) and not m.startswith("paper.claims")]
+    assert {"paper.settings", "paper.commands", "experiments.sweeps", "training.trainer"} <= {*light}
     lines = [f"import kdc_nb.{m}; bad = {HEAVY} & set(sys.modules); assert not bad, ('kdc_nb.{m}', bad)" for m in light]
     subprocess.run([sys.executable, "-c", "\n".join(["import sys", *lines])], cwd=ROOT, check=True)
 

@@ -8,11 +8,13 @@ import pytest
 
 import kdc_nb
 from kdc_nb.core import save_tensors
-from kdc_nb.data import Data
-from kdc_nb.models import MODELS, build_model
-from kdc_nb.runs import RunSpec, Store, check_model, run, stored
-from kdc_nb.sweeps import plan, plan_text
-from kdc_nb.training import Recipe
+from kdc_nb.training.data import Data
+from kdc_nb.training.models import MODELS, build_model
+from kdc_nb.training.recipes import Recipe
+from kdc_nb.experiments.agenda import plan, plan_text
+from kdc_nb.experiments.runs import Store, run, stored
+from kdc_nb.experiments.specs import RunSpec, check_model
+from tests.conftest import patch_name
 
 SPINS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
 
@@ -70,7 +72,7 @@ def test_where_torch_was_first_it_is_said_what_to_set():
 
 def test_a_plan_fetches_nothing(tmp_path, monkeypatch):
     "On a machine that has no CIFAR-100, what there is to do is said, and which file will be needed"
-    monkeypatch.setattr("kdc_nb.data.fetch_archive", lambda *args: pytest.fail("fetched"))
+    patch_name(monkeypatch, "fetch_archive", lambda *args: pytest.fail("fetched"))
     spec = RunSpec("cifar100", "resnet8", "nll", "fast")
     planned = plan([spec], Store(tmp_path), "cpu")
     assert [(p.spec, p.epochs, p.seconds) for p in planned] == [(spec, 40, None)]

@@ -7,21 +7,27 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdc_nb.calibrators import Method
-from kdc_nb.commands import main
-from kdc_nb.data import Data, load_data
+from kdc_nb.calibration.differences import paired
+from kdc_nb.training.data import Data, load_data
+from kdc_nb.training.methods import Method
 from kdc_nb.explorers import explore_classes, source_of
-from kdc_nb.comparisons import paired
+from kdc_nb.paper.commands import main
 from kdc_nb import paper
-from kdc_nb.metrics import ece, nll, top1
-from kdc_nb.paper import (AS_PUBLISHED, MINIATURES, PAPER, SETTINGS, Setting, candidates, choice_of, chosen, collect, differences, direct_of, generation_of,
-                          paper_specs, prepare_candidates, prepare_progress, prepare_table, published, self_distilled, table_claims, table_of, table_specs)
-from kdc_nb.penultimate import look
-from kdc_nb.plots import prepare_generations
-from kdc_nb.runs import Distil, RunSpec, Scaled, Store, images_of, lineage, read_results, run, title_of, write_results
-from kdc_nb.sweeps import required, sweep, write_specs
-from kdc_nb.theory import draw_problem, gap, minimise
-from kdc_nb.training import RECIPES, Recipe
+from kdc_nb.calibration.metrics import ece, nll, top1
+from kdc_nb.training.recipes import RECIPES, Recipe
+from kdc_nb.experiments.agenda import required, write_specs
+from kdc_nb.experiments.results import images_of, read_results, write_results
+from kdc_nb.experiments.runs import Store, run
+from kdc_nb.experiments.specs import Distil, RunSpec, Scaled, generation_of, lineage, self_distilled, title_of
+from kdc_nb.experiments.sweeps import sweep
+from kdc_nb.experiments.tables import collect, prepare_table
+from kdc_nb.analysis.diffusion import prepare_generations
+from kdc_nb.analysis.features import look
+from kdc_nb.analysis.linear_model import minimise
+from kdc_nb.analysis.theorems import draw_problem, gap
+from kdc_nb.paper.claims import differences, direct_of, prepare_progress, published, table_claims, table_of
+from kdc_nb.paper.selection import candidates, choice_of, chosen, prepare_candidates
+from kdc_nb.paper.settings import AS_PUBLISHED, MINIATURES, PAPER, SETTINGS, Setting, paper_specs, table_specs
 
 METHODS = {"NLL": Method("nll"), "PS-KD": Method("pskd"), "focal + MDCA": Method("mdca", beta=1, gamma=1)}
 TINY = Data("known", n_train=100, n_valid=60, n_test=80)

@@ -6,11 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdc_nb.core import DamagedFile
-from kdc_nb.data import Data, load_data
-from kdc_nb.penultimate import (distances, first_of_each, first_triple, geometry, images_of_look, look, members, merging, plane, ratio, read_looks,
-                                similar_classes, summary, triples, write_looks)
-from kdc_nb.runs import RunSpec, Store
-from kdc_nb.training import Recipe
+from kdc_nb.training.data import Data, load_data
+from kdc_nb.training.recipes import Recipe
+from kdc_nb.experiments.runs import Store
+from kdc_nb.experiments.specs import RunSpec
+from kdc_nb.analysis.features import (
+    first_of_each, first_triple, images_of_look, look, read_looks, write_looks,
+)
+from kdc_nb.analysis.geometry import (
+    distances, geometry, members, merging, ratio, similar_classes, summary, triples,
+)
+from kdc_nb.analysis.projections import plane
+from tests.conftest import patch_name
 
 SIMILAR = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
 CENTRES = torch.tensor([[0., 0, 0], [2, 0, 0], [0, 5, 0], [0, 5, 3]])
@@ -142,7 +149,7 @@ def test_a_look_keeps_what_its_pictures_need(seen):
 
 def test_a_look_trains_nothing_that_is_stored(seen, monkeypatch):
     store, (known, _) = seen
-    monkeypatch.setattr("kdc_nb.training.train_epoch", lambda *a, **k: pytest.fail("trained again"))
+    patch_name(monkeypatch, "train_epoch", lambda *a, **k: pytest.fail("trained again"))
     again = look(known.result.spec, store, "cpu", per_class=3)
     assert torch.equal(again.features["train"], known.features["train"]) and again.merging == known.merging
 
@@ -189,7 +196,7 @@ def test_first_of_each_takes_what_there_is():
 
 
 def test_a_class_without_test_images_is_named(tmp_path):
-    from kdc_nb.images import give_images
+    from kdc_nb.training.images import give_images
     x, y = torch.zeros(12, 1, 8, 8, dtype=torch.uint8), torch.arange(12) % 3
     data = give_images("few", (x, y), (x, y), (x[:8], y[:8] % 2))
     with pytest.raises(ValueError, match="test: got a class with fewer than two samples, expected two or more of each"): look(RunSpec(data, "resnet8"), Store(tmp_path), "cpu")

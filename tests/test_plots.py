@@ -6,19 +6,28 @@ import numpy as np
 import pytest
 import torch
 
-from kdc_nb.calibrators import Method
-from kdc_nb.comparisons import difference_of
-from kdc_nb.data import Data, load_data
-from kdc_nb.drift import drift
-from kdc_nb.estimates import reliability_bins
-from kdc_nb.metrics import ece
-from kdc_nb.paper import prepare_rows, prepare_table
-from kdc_nb.penultimate import look
-from kdc_nb.plots import (BLUE, GREY, ORANGE, Reliability, Shift, limits_of, plot_differences, plot_direct, plot_drift, plot_grid, plot_matrix, plot_merging,
-                          plot_overlay, plot_penultimate, plot_reliability, plot_shift, plot_tradeoff, prepare_agreement, prepare_diagram, prepare_direct, prepare_grid, prepare_histories, prepare_merging, prepare_penultimate,
-                          prepare_shift, prepare_similarity, prepare_umap)
-from kdc_nb.runs import Distil, RunSpec, Scaled, Store, run
-from kdc_nb.training import Recipe
+from kdc_nb.calibration.diagrams import (
+    BLUE, GREY, ORANGE, Reliability, plot_differences, plot_overlay, plot_reliability,
+)
+from kdc_nb.calibration.differences import difference_of
+from kdc_nb.calibration.estimates import prepare_diagram, reliability_bins
+from kdc_nb.calibration.metrics import ece
+from kdc_nb.training.data import Data, load_data
+from kdc_nb.training.methods import Method
+from kdc_nb.training.recipes import Recipe
+from kdc_nb.experiments.runs import Store, run
+from kdc_nb.experiments.specs import Distil, RunSpec, Scaled
+from kdc_nb.experiments.tables import plot_tradeoff, prepare_rows, prepare_table
+from kdc_nb.experiments.transfer import (
+    plot_direct, plot_grid, prepare_direct, prepare_grid, prepare_histories,
+)
+from kdc_nb.analysis.agreement import (
+    Shift, plot_matrix, plot_shift, prepare_agreement, prepare_shift, prepare_similarity,
+)
+from kdc_nb.analysis.diffusion import plot_merging, prepare_merging
+from kdc_nb.analysis.drift import drift, plot_drift
+from kdc_nb.analysis.features import look
+from kdc_nb.analysis.projections import limits_of, plot_penultimate, prepare_penultimate, prepare_umap
 
 DATA, RECIPE = Data("known", n_train=100, n_valid=60, n_test=300), Recipe(1, 32)
 

@@ -10,14 +10,17 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-import kdc_nb.runs as kr
-from kdc_nb.calibrators import Method
+import kdc_nb.experiments.runs as kr
 from kdc_nb.core import DamagedFile, encode, load_npz, load_tensors, save_npz
-from kdc_nb.data import Data
-from kdc_nb.metrics import fit_temperature, nll, outcomes, scores, width_bins
-from kdc_nb.runs import (Distil, Posterior, RunSpec, Scaled, Store, clean, images_of, lineage, packed, read_results, recalibrate, run, run_id, stored, title_of,
-                         training_logits, unpacked, write_results)
-from kdc_nb.training import Recipe
+from kdc_nb.calibration.metrics import nll, outcomes, scores, width_bins
+from kdc_nb.calibration.posthoc import fit_temperature
+from kdc_nb.training.data import Data
+from kdc_nb.training.methods import Method
+from kdc_nb.training.recipes import Recipe
+from kdc_nb.experiments.results import images_of, packed, read_results, recalibrate, unpacked, write_results
+from kdc_nb.experiments.runs import Store, clean, run, stored, training_logits
+from kdc_nb.experiments.specs import Distil, Posterior, RunSpec, Scaled, lineage, run_id, title_of
+from tests.conftest import patch_name
 
 TINY = Data("known", n_train=100, n_valid=60, n_test=80)
 TEACHER = RunSpec(TINY, "resnet8", Method("focal"), Recipe(2, 50))
@@ -33,7 +36,7 @@ def go(spec, store): return run(spec, store, "cpu", progress=False)
 
 def test_a_second_call_trains_nothing(store, monkeypatch):
     first = go(STUDENT, store)
-    monkeypatch.setattr("kdc_nb.training.train_epoch", lambda *a, **k: pytest.fail("trained again"))
+    patch_name(monkeypatch, "train_epoch", lambda *a, **k: pytest.fail("trained again"))
     again = go(STUDENT, store)
     assert torch.equal(first.logits["test"], again.logits["test"]) and encode(first.evaluation) == encode(again.evaluation)
 
@@ -111,14 +114,14 @@ def test_no_file_of_the_store_is_a_pickle(store):
 def test_what_temperature_scaling_teaches(store):
     "The scaled teacher's logits are its own divided by the T that is best on its validation images."
     teacher = go(TEACHER, store)
-    from kdc_nb.data import load_data
+    from kdc_nb.training.data import load_data
     T = fit_temperature(teacher.logits["valid"], load_data(TINY).valid.labels)
     raw, scaled = (training_logits(t, STUDENT.data, store, "cpu") for t in (TEACHER, Scaled(TEACHER)))
     assert torch.allclose(scaled*T, raw, rtol=1e-5, atol=1e-5)
 
 
 def test_what_the_tempered_truth_teaches():
-    from kdc_nb.data import load_data
+    from kdc_nb.training.data import load_data
     p = load_data(TINY).train.posterior.double()
     said = training_logits(Posterior(.5), STUDENT.data, None, "cpu").double().softmax(1)
     assert torch.allclose(said, p**2/(p**2).sum(1, keepdim=True), atol=1e-5)
@@ -126,7 +129,7 @@ def test_what_the_tempered_truth_teaches():
 
 def test_the_same_description_of_other_images_is_another_run(monkeypatch):
     before = run_id(TEACHER)
-    monkeypatch.setattr("kdc_nb.runs.load_data", lambda data: SimpleNamespace(fingerprint="of other images"))
+    patch_name(monkeypatch, "load_data", lambda data: SimpleNamespace(fingerprint="of other images"))
     assert run_id(TEACHER) != before
 
 

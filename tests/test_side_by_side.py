@@ -14,16 +14,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-import kdc_nb.runs as kr
-import kdc_nb.sweeps as ks
-import kdc_nb.training as kt
-from kdc_nb.calibrators import Method
-from kdc_nb.devices import process_is_spoilt, spoil_process
-from kdc_nb.data import Data
-from kdc_nb.models import MODELS
-from kdc_nb.runs import Distil, RunSpec, Scaled, Store, Where, run, stored
-from kdc_nb.sweeps import Agenda, SideBySide, TeacherCaches, sweep
-from kdc_nb.training import NotRecorded, Recipe
+import kdc_nb.training.steps as steps_room
+import kdc_nb.experiments.runs as runs_room
+import kdc_nb.experiments.specs as specs_room
+import kdc_nb.experiments.sweeps as sweeps_room
+import kdc_nb.training.trainer as trainer_room
+from kdc_nb.training.data import Data
+from kdc_nb.training.devices import process_is_spoilt, spoil_process
+from kdc_nb.training.methods import Method
+from kdc_nb.training.models import MODELS
+from kdc_nb.training.recipes import Recipe
+from kdc_nb.training.steps import NotRecorded
+from kdc_nb.experiments.agenda import Agenda
+from kdc_nb.experiments.runs import Store, Where, run, stored
+from kdc_nb.experiments.specs import Distil, RunSpec, Scaled
+from kdc_nb.experiments.sweeps import SideBySide, TeacherCaches, sweep
+from tests.conftest import patch_name
 
 DIGITS = Data("digits", n_train=100, n_valid=60)
 RECIPE = Recipe(2, 50, augment=("crop",), live_teacher=True)
@@ -94,16 +100,16 @@ class Mark:
 @pytest.fixture
 def device(monkeypatch):
     "Streams, pretended; a piece is of two steps"
-    it, step = Device(), kt.train_step
+    it, step = Device(), steps_room.train_step
     class Pretended(SideBySide):
         def __init__(self, agenda, *rest):
             super().__init__(agenda, *rest)
             self.streams = [f"stream {k}" for k in range(agenda.where.at_once)]
-    monkeypatch.setattr(ks, "SideBySide", Pretended)
+    patch_name(monkeypatch, "SideBySide", Pretended)
     monkeypatch.setattr(torch.cuda, "stream", it.on)
-    monkeypatch.setattr(kt, "record_event", it.mark)
-    monkeypatch.setattr(kt, "PIECE", {"cpu": 2})
-    monkeypatch.setattr(kt, "train_step", lambda training: it.step(training, step))
+    patch_name(monkeypatch, "record_event", it.mark)
+    patch_name(monkeypatch, "PIECE", {"cpu": 2})
+    patch_name(monkeypatch, "train_step", lambda training: it.step(training, step))
     return it
 
 
@@ -137,12 +143,12 @@ def test_those_that_drop_out_share_a_stream_and_come_out_as_if_alone(store, devi
 
 def refusing(monkeypatch, error, which=lambda run: True):
     "Recording fails in this process; another process knows nothing of that"
-    recorded = kt.recorded
+    recorded = steps_room.recorded
     def refuse(run):
         if not (run.record and which(run)): return recorded(run)
         spoil_process()
         raise error
-    monkeypatch.setattr(kt, "recorded", refuse)
+    patch_name(monkeypatch, "recorded", refuse)
 
 
 def test_after_a_recording_that_failed_the_rest_goes_on_in_a_fresh_process(store, alone, monkeypatch):
@@ -152,7 +158,7 @@ def test_after_a_recording_that_failed_the_rest_goes_on_in_a_fresh_process(store
         same(go(ALL, store, slots=2, on_result=seen.append), alone)
     assert len(seen) == len({r.spec for r in seen}) == len(ALL) + 1, "each is told once, the teacher too"
     assert process_is_spoilt()
-    monkeypatch.setattr(ks.SideBySide, "work", None) # of no use in this process any more
+    monkeypatch.setattr(sweeps_room.SideBySide, "work", None) # of no use in this process any more
     assert go([replace(TEACHER, seed=7)], store)[0].spec.seed == 7
 
 
@@ -184,7 +190,7 @@ def test_what_nobody_else_looks_at_is_looked_at_here(store, alone, monkeypatch):
         def __init__(self, *args):
             super().__init__(*args)
             self.pool.submit(dies)
-    monkeypatch.setattr(ks, "SideBySide", Killed)
+    patch_name(monkeypatch, "SideBySide", Killed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore") # of joblib
         same(go(ALL, store, slots=2), alone)
@@ -223,18 +229,18 @@ def test_an_error_of_the_caller_waits_until_all_is_done(store, kw):
 
 
 def test_failed_runs_free_their_memory(store, monkeypatch):
-    made, Training = [], kt.Training
+    made, Training = [], steps_room.Training
     class Noted(Training):
         def __init__(self, *args, **kw):
             super().__init__(*args, **kw)
             made.append(weakref.ref(self))
-    monkeypatch.setattr(kr, "Training", Noted)
+    patch_name(monkeypatch, "Training", Noted)
     alive = []
-    def counting(*args, there=ks.store_result):
+    def counting(*args, there=runs_room.store_result):
         gc.collect()
         alive.append(sum(m() is not None for m in made))
         return there(*args)
-    monkeypatch.setattr(ks, "store_result", counting)
+    patch_name(monkeypatch, "store_result", counting)
     with pytest.raises(FloatingPointError): go([*(replace(TEACHER, seed=s, recipe=replace(RECIPE, lr=1e20)) for s in range(3)), OTHERS[0]], store)
     assert len(made) == 4 and alive == [0]
 
@@ -248,7 +254,7 @@ def test_evaluation_that_is_slow_holds_back_what_could_not_be_evaluated_in_time(
         def collect(self):
             if len(self.evaluated) <= self.n_workers and self.slots: return False # as if none were done
             return super().collect()
-    monkeypatch.setattr(ks, "SideBySide", Slow)
+    patch_name(monkeypatch, "SideBySide", Slow)
     go([replace(TEACHER, seed=s, recipe=Recipe(1, 100)) for s in range(8)], store, slots=2)
     assert len(stored(store)) == 8 and max(waiting) <= 2, "what was running when there was no more room"
 
@@ -272,9 +278,9 @@ def test_a_damaged_result_is_trained_again_in_the_fresh_process_too(store, alone
 ORPHANS = """
 import sys, kdc_nb
 from dataclasses import replace
-from kdc_nb.runs import Store
-from kdc_nb.sweeps import sweep
-from kdc_nb.training import Recipe
+from kdc_nb.training.recipes import Recipe
+from kdc_nb.experiments.runs import Store
+from kdc_nb.experiments.sweeps import sweep
 from tests.test_side_by_side import TEACHER
 sweep([replace(TEACHER, recipe=Recipe(5000, 50), seed=s) for s in range(2)], Store(sys.argv[1]), "cpu", progress=False, **eval(sys.argv[2]))
 """
@@ -294,19 +300,19 @@ def test_no_process_outlives_the_one_that_was_killed(tmp_path, how):
 
 
 def test_ctrl_c_keeps_what_is_done(store, alone, monkeypatch):
-    calls, step = [], kt.train_step
+    calls, step = [], steps_room.train_step
     def interrupted(training):
         calls.append(1)
         if len(calls) == 18: raise KeyboardInterrupt
         step(training)
     with monkeypatch.context() as m:
-        m.setattr(kt, "train_step", interrupted)
-        with pytest.raises(kr.Stopped): go(ALL, store, slots=2)
+        patch_name(m, "train_step", interrupted)
+        with pytest.raises(runs_room.Stopped): go(ALL, store, slots=2)
     same(go(ALL, store, slots=2), alone)
 
 
 def test_an_answer_is_kept_only_while_somebody_may_ask_and_no_more_than_fits(monkeypatch):
-    specs = [kr.seeded(s, k) for k in range(3) for s in STUDENTS]
+    specs = [specs_room.seeded(s, k) for k in range(3) for s in STUDENTS]
     caches = TeacherCaches(specs)
     first = [caches.take(s) for s in specs[::3]]
     assert len(set(map(id, first))) == 3 and not any(map(caches.can_begin, specs))

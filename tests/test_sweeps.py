@@ -15,15 +15,21 @@ from pathlib import Path
 import pytest
 import torch
 
-import kdc_nb.runs as kr
-import kdc_nb.sweeps as ks
-from kdc_nb.calibrators import Method
+import kdc_nb.experiments.runs as kr
+import kdc_nb.training.steps as steps_room
+import kdc_nb.experiments.sweeps as sweeps_room
 from kdc_nb.core import save_tensors
-from kdc_nb.data import Data
-from kdc_nb.runs import Distil, RunSpec, Scaled, Store, Where, clean, read_results, run, stoppable, stored
-from kdc_nb.commands import main
-from kdc_nb.sweeps import plan, read_specs, required, sweep, title_of, write_specs
-from kdc_nb.training import Recipe, drive, train_to_end
+from kdc_nb.training.data import Data
+from kdc_nb.training.methods import Method
+from kdc_nb.training.recipes import Recipe
+from kdc_nb.training.trainer import drive, train_to_end
+from kdc_nb.experiments.agenda import plan, read_specs, required, write_specs
+from kdc_nb.experiments.results import read_results
+from kdc_nb.experiments.runs import Store, Where, clean, run, stoppable, stored
+from kdc_nb.experiments.specs import Distil, RunSpec, Scaled, title_of
+from kdc_nb.experiments.sweeps import sweep
+from kdc_nb.paper.commands import main
+from tests.conftest import patch_name
 
 TINY = Data("known", n_train=100, n_valid=60, n_test=80)
 TEACHER = RunSpec(TINY, "resnet8", Method("focal"), Recipe(2, 50))
@@ -85,11 +91,11 @@ def killed_once(spec, where, until):
     return attempt(spec, where, until)
 
 
-attempt = ks.attempt
+attempt = sweeps_room.attempt
 
 
 def test_a_killed_worker_costs_only_its_run(store, alone, monkeypatch):
-    monkeypatch.setattr(ks, "attempt", killed_once)
+    patch_name(monkeypatch, "attempt", killed_once)
     with pytest.warns(UserWarning, match="a worker died; the . runs that are not finished start again"): same(go(STUDENTS, store, jobs=2), alone, 1e-3)
     assert (store.folder/"killed").exists()
 
@@ -98,7 +104,7 @@ def always_killed(spec, where, until): os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_run_that_always_kills_its_worker_is_given_up(store, monkeypatch):
-    monkeypatch.setattr(ks, "attempt", always_killed)
+    patch_name(monkeypatch, "attempt", always_killed)
     with warnings.catch_warnings(), pytest.raises(Exception, match="terminated"):
         warnings.simplefilter("ignore")
         go([TEACHER, replace(TEACHER, seed=1)], store, jobs=2)
@@ -123,7 +129,7 @@ def test_a_full_gpu_is_given_fewer_runs(store, monkeypatch):
         crowd = len(at_once) > 1
         at_once.remove(spec)
         return torch.OutOfMemoryError("CUDA out of memory") if crowd else attempt(spec, *rest)
-    monkeypatch.setattr(ks, "attempt", full_above_one)
+    patch_name(monkeypatch, "attempt", full_above_one)
     with ThreadPoolExecutor(4) as pool, pytest.warns(UserWarning, match="out of memory; . runs start again, 2 at a time"):
         results = go([TEACHER, *(replace(TEACHER, seed=s) for s in (1, 2, 3))], store, jobs=4, pool=pool)
     assert all(results)
@@ -138,11 +144,11 @@ def test_a_grid_asks_its_live_teacher_once(store, monkeypatch):
     def counting(*args):
         teacher, T = make(*args)
         return teacher and (lambda x, index: asked.append(len(x)) or teacher(x, index)), T
-    monkeypatch.setattr(kr, "make_teacher", counting)
+    patch_name(monkeypatch, "make_teacher", counting)
     shared = go(pupils, store)
     assert asked == [1, 50, 50, 50, 50, 1, 1], "each at the door, and only the first in each of four steps, scaled or not"
     same(shared, [run(p, Store(store.folder.parent/"alone"), "cpu", progress=False) for p in pupils])
-    heard, where = ks.Heard(), kr.Where(Store(store.folder.parent/"alone"), "cpu")
+    heard, where = steps_room.Heard(), kr.Where(Store(store.folder.parent/"alone"), "cpu")
     first, second = (kr.training_of(p, where, heard) for p in pupils[:2])
     for _ in train_to_end(first):
         if first.epoch == 1: break
@@ -234,7 +240,7 @@ def test_killed_thirty_times_at_random(tmp_path):
 SCRIPT = """
 import sys
 from kdc_nb import Data, Distil, Recipe, RunSpec, run, sweep
-from kdc_nb.runs import Store
+from kdc_nb.experiments.runs import Store
 teacher = RunSpec(Data("known", n_train=200, n_valid=50, n_test=100), "resnet8", "nll", Recipe(1, 50))
 specs = [RunSpec(teacher.data, "resnet8", Distil(teacher), Recipe(4000, 50), s) for s in range(2)]
 if sys.argv[2] == "run": run(specs[0], Store(sys.argv[1]), "cpu", progress=False)
@@ -303,7 +309,7 @@ def test_a_full_disk_loses_nothing(tmp_path, alone):
     "No file may grow beyond 200 kB: the run fails in a sentence, and goes on when there is room"
     write_specs(STUDENTS[:1], file := tmp_path/"runs.json")
     limited = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));" \
-              "from kdc_nb.commands import main; sys.exit(main(sys.argv[1:]))"
+              "from kdc_nb.paper.commands import main; sys.exit(main(sys.argv[1:]))"
     args = [str(file), "--store", str(tmp_path/"s"), "--device", "cpu"]
     full = subprocess.run([sys.executable, "-c", limited, *args], capture_output=True, text=True)
     assert full.returncode == 1 and "File too large" in full.stderr and "Traceback" not in full.stderr

@@ -10,13 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from kdc_nb.calibrators import Method
 from kdc_nb.core import DamagedFile
-from kdc_nb.data import Data, WithoutFold, load_data
-from kdc_nb.runs import Distil, Posterior, RunSpec, Scaled, Store, asked, has_live_teacher, lineage, mean_logits, run, runs_of, seeded, taught_by, training_logits
-from kdc_nb.sweeps import read_specs, sweep, write_specs
-from kdc_nb.teachers import Ensemble, Given, OutOfFold, give
-from kdc_nb.training import Recipe
+from kdc_nb.training.data import Data, WithoutFold, load_data
+from kdc_nb.training.methods import Method
+from kdc_nb.training.recipes import Recipe
+from kdc_nb.experiments.agenda import read_specs, write_specs
+from kdc_nb.experiments.runs import Store, asked, has_live_teacher, mean_logits, run, training_logits
+from kdc_nb.experiments.specs import Distil, Posterior, RunSpec, Scaled, lineage, runs_of, seeded, taught_by
+from kdc_nb.experiments.sweeps import sweep
+from kdc_nb.experiments.teachers import Ensemble, Given, OutOfFold, give
+from tests.conftest import patch_name
 
 TINY = Data("known", n_train=100, n_valid=60, n_test=80)
 NET = RunSpec(TINY, "resnet8", Method("nll"), Recipe(2, 50))
@@ -100,7 +103,7 @@ def test_they_teach_live_too(store, kind, monkeypatch):
     net = RunSpec(data, "resnet8", "nll", Recipe(1, 30, augment=("crop",), live_teacher=True))
     student = replace(net, method=Distil(kind(net, 2)))
     assert has_live_teacher(student)
-    monkeypatch.setattr("kdc_nb.runs.training_logits", lambda *a: pytest.fail("looked up what was said of the plain images"))
+    patch_name(monkeypatch, "training_logits", lambda *a: pytest.fail("looked up what was said of the plain images"))
     assert go(student, store).evaluation.n == len(load_data(data).test)
 
 

@@ -12,13 +12,18 @@ import pytest
 import torch
 from scipy import stats
 
-import kdc_nb.text as kt
-from kdc_nb.calibrators import Calibrator
+import kdc_nb.training.text as text_room
 from kdc_nb.core import cache_dir, seed_of
-from kdc_nb.data import Data, load_data
-from kdc_nb.models import MODELS, build_model
-from kdc_nb.runs import RunSpec, Store, check_model, new_net, read_results, run
-from kdc_nb.training import Recipe, draw_epoch, fit, lr_at, Training
+from kdc_nb.training.data import Data, load_data
+from kdc_nb.training.methods import Calibrator
+from kdc_nb.training.models import MODELS, build_model
+from kdc_nb.training.recipes import Recipe, lr_at
+from kdc_nb.training.steps import Training, draw_epoch
+from kdc_nb.training.trainer import fit
+from kdc_nb.experiments.results import read_results
+from kdc_nb.experiments.runs import Store, new_net, run
+from kdc_nb.experiments.specs import RunSpec, check_model
+from tests.conftest import patch_name
 
 TINY = Data("topics", n_train=40, n_valid=20, n_test=30)
 RECIPE = Recipe(3, 16, lr=2e-3, weight_decay=.05, optimizer="adamw", warmup=.2)
@@ -36,7 +41,7 @@ def test_the_posterior_of_topics_is_true_and_the_same_everywhere():
     for c in range(12): # every class's share is what its probabilities say
         miss = (y == c).double() - p[:, c]
         assert stats.norm.sf(abs(float(miss.sum()))/float((p[:, c]*(1 - p[:, c])).sum())**.5) > 1e-4
-    code = "from kdc_nb.text import *; from kdc_nb.data import *; print(load_data(Data('topics', n_train=40, n_valid=20, n_test=30)).fingerprint)"
+    code = "from kdc_nb.training.data import *; print(load_data(Data('topics', n_train=40, n_valid=20, n_test=30)).fingerprint)"
     said = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() for _ in range(2)}
     assert said == {load_data(TINY).fingerprint}, "the tokenizer is learnt alike in every process"
     assert torch.equal(load_data(TINY).test.inputs[:, :10], d.test.inputs[:30, :10])
@@ -45,16 +50,16 @@ def test_the_posterior_of_topics_is_true_and_the_same_everywhere():
 def bpe_folder(folder, texts):
     "A tokenizer as the hub keeps one"
     from transformers import PreTrainedTokenizerFast
-    PreTrainedTokenizerFast(tokenizer_object=kt.learnt_tokenizer(texts, 60)).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=text_room.learnt_tokenizer(texts, 60)).save_pretrained(folder)
     return str(folder)
 
 
 def test_texts_are_cut_and_filled_up():
-    cutter = kt.learnt_tokenizer(["ab ba ab", "ba"], 12)
-    rows = kt.tokenised(cutter, ["ab ba ab ba", "ba", ""], 4)
+    cutter = text_room.learnt_tokenizer(["ab ba ab", "ba"], 12)
+    rows = text_room.tokenised(cutter, ["ab ba ab ba", "ba", ""], 4)
     assert rows.shape == (3, 4) and rows[2].tolist()[2:] == [-1, -1] and (rows[0] >= 0).all()
     assert rows[0].tolist()[0] == 2 and rows[0].tolist()[-1] == 3, "the end token is kept"
-    with pytest.raises(ValueError, match="length: got 2, expected 3 tokens or more"): kt.tokenised(cutter, ["ab"], 2)
+    with pytest.raises(ValueError, match="length: got 2, expected 3 tokens or more"): text_room.tokenised(cutter, ["ab"], 2)
 
 
 @pytest.fixture
@@ -108,16 +113,16 @@ def own_bert(folder, data, pickled=False):
         (folder/"model.safetensors").unlink()
         torch.save(body.state_dict(), folder/"pytorch_model.bin")
     config.num_labels = data.n_classes
-    MODELS["own_bert"] = lambda n_classes, in_channels: kt.TextNet(BertForSequenceClassification(config), str(folder))
+    MODELS["own_bert"] = lambda n_classes, in_channels: text_room.TextNet(BertForSequenceClassification(config), str(folder))
     return body
 
 
 def test_a_pretrained_network_begins_with_its_weights_and_a_head_of_the_seed(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("kdc_nb.models.MODELS", MODELS)
+    patch_name(monkeypatch, "MODELS", MODELS)
     monkeypatch.setitem(MODELS, "own_bert", None)
     texts, labels = ["good and kind", "bad and mean"]*4, [1, 0]*4
     name = bpe_folder(tmp_path/"bert", texts)
-    data = kt.give_texts("mine", *[(texts, labels)]*3, tokenizer=name)
+    data = text_room.give_texts("mine", *[(texts, labels)]*3, tokenizer=name)
     body = own_bert(tmp_path/"bert", load_data(data))
     nets = [new_net(RunSpec(data, "own_bert", "nll", RECIPE, s)) for s in (0, 0, 1)]
     assert all(torch.equal(a, b) for net in nets for a, b in zip(net.net.bert.state_dict().values(), body.state_dict().values()))
@@ -129,7 +134,7 @@ def test_a_pretrained_network_begins_with_its_weights_and_a_head_of_the_seed(tmp
     assert store.net(spec) is not None, "a trained network needs no pretrained weights"
     said = capfd.readouterr()
     assert "unexpected" not in (said.out + said.err).lower()
-    other = kt.give_texts("mine", *[(["other words", "than those"]*4, labels)]*3)
+    other = text_room.give_texts("mine", *[(["other words", "than those"]*4, labels)]*3)
     own_bert(tmp_path/"bert", load_data(data))
     with pytest.raises(ValueError, match="whose tokenizer has another vocabulary"): new_net(RunSpec(other, "own_bert", "nll", RECIPE))
 
@@ -138,7 +143,7 @@ def test_weights_of_another_network_are_refused(tmp_path, monkeypatch):
     from transformers import DistilBertConfig, DistilBertModel
     monkeypatch.setitem(MODELS, "own_bert", None)
     texts, labels = ["good and kind", "bad and mean"]*4, [1, 0]*4
-    data = kt.give_texts("mine", *[(texts, labels)]*3, tokenizer=bpe_folder(tmp_path/"bert", texts))
+    data = text_room.give_texts("mine", *[(texts, labels)]*3, tokenizer=bpe_folder(tmp_path/"bert", texts))
     own_bert(tmp_path/"bert", load_data(data))
     DistilBertModel(DistilBertConfig(vocab_size=load_data(data).in_channels, dim=32, n_layers=1, n_heads=1, hidden_dim=64)).save_pretrained(tmp_path/"bert")
     with pytest.raises(ValueError, match="model: got .*bert without .*, expected weights for all of the network but its head"): new_net(RunSpec(data, "own_bert", "nll", RECIPE))
@@ -159,7 +164,7 @@ def test_threads_do_not_disturb_each_others_dropout(tmp_path):
 def test_pickled_weights_are_never_read(tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "own_bert", None)
     texts, labels = ["good and kind", "bad and mean"]*4, [1, 0]*4
-    data = kt.give_texts("mine", *[(texts, labels)]*3, tokenizer=bpe_folder(tmp_path/"bert", texts))
+    data = text_room.give_texts("mine", *[(texts, labels)]*3, tokenizer=bpe_folder(tmp_path/"bert", texts))
     own_bert(tmp_path/"bert", load_data(data), pickled=True)
     with pytest.raises(ValueError, match="neither in the Hugging Face cache"): new_net(RunSpec(data, "own_bert", "nll", RECIPE))
 
@@ -212,7 +217,7 @@ def test_the_loop_is_torchs_adamw_with_linear_warmup():
 
 
 def test_without_its_libraries_text_is_refused_and_images_are_not(monkeypatch):
-    monkeypatch.setattr(kt, "find_spec", lambda name: None)
+    patch_name(monkeypatch, "find_spec", lambda name: None)
     for call in (lambda: load_data(TINY), lambda: build_model("bert_1_32", 2, 9), lambda: build_model("distilbert-base-uncased", 2, 9)):
         with pytest.raises(ValueError, match=r"text: got no library transformers, expected it, by pip install 'kdc_nb\[text\]'"): call()
     build_model("resnet8", 2)

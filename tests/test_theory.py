@@ -11,8 +11,9 @@ from scipy.optimize import minimize
 from scipy.special import expit, softmax
 from sklearn.linear_model import LogisticRegression
 
-from kdc_nb.losses import distillation
-from kdc_nb.theory import *
+from kdc_nb.training.losses import distillation
+from kdc_nb.analysis.linear_model import gradient_descent, minimise, probs, slope, total_loss
+from kdc_nb.analysis.theorems import balance, closed_form, draw_problem, gap, in_span
 
 
 @st.composite
@@ -157,7 +158,7 @@ def test_equation_1_as_printed_under_a_general_optimiser():
 
 
 def test_the_loss_that_trains_nets_is_flat_there():
-    "The gradient of kdc_nb.losses.distillation, by torch, vanishes at the exact student"
+    "The gradient of kdc_nb.training.losses.distillation, by torch, vanishes at the exact student"
     P, T, alpha = draw(), 3., .6
     W = torch.tensor(minimise(P.X, P.y, P.X.T@P.W_t, T, alpha).W, requires_grad=True)
     def both(W): return torch.stack([torch.zeros(300, dtype=torch.float64), torch.tensor(P.X.T)@W], 1)

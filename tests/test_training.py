@@ -15,20 +15,29 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kdc_nb.training as kt
-from kdc_nb.calibrators import Calibrator, Distillation, Method, Step
+import kdc_nb.core as core_room
+import kdc_nb.training.devices as devices_room
+import kdc_nb.training.steps as steps_room
+import kdc_nb.training.trainer as trainer_room
 from kdc_nb.core import load_tensors, save_tensors
-from kdc_nb.devices import process_is_spoilt, spoil_process
-from kdc_nb.data import Data, load_data
-from kdc_nb.models import build_model
-from kdc_nb.runs import Distil, Posterior, RunSpec, Store, clean, new_net, run_id
-from kdc_nb.training import (Heard, NotRecorded, OutOfTime, Recipe, Training, begin_epoch, drive, epoch_generator, fit, match_strides, put_back,
-                             recorded, state_of, train_epoch, train_step)
+from kdc_nb.training.data import Data, load_data
+from kdc_nb.training.devices import process_is_spoilt, spoil_process
+from kdc_nb.training.methods import Calibrator, Distillation, Method, Step
+from kdc_nb.training.models import build_model
+from kdc_nb.training.recipes import Recipe
+from kdc_nb.training.steps import (
+    Heard, NotRecorded, Training, begin_epoch, epoch_generator, match_strides, put_back, recorded,
+    state_of, train_step,
+)
+from kdc_nb.training.trainer import OutOfTime, drive, fit, train_epoch
+from kdc_nb.experiments.runs import Store, clean, new_net
+from kdc_nb.experiments.specs import Distil, Posterior, RunSpec, run_id
+from tests.conftest import patch_name
 
 TINY = Data("known", n_train=200, n_valid=50, n_test=100)
 SPEC = RunSpec(TINY, "resnet8", Distil(Posterior(.5), 2, .5), Recipe(60, 32))
 CHILD = """
-import sys, functools, kdc_nb.runs as r
+import sys, functools, kdc_nb.experiments.runs as r
 from tests.test_training import SPEC
 r.drive = functools.partial(r.drive, every=0)
 r.run(SPEC, r.Store(sys.argv[1]), "cpu", progress=False)
@@ -117,11 +126,11 @@ def dropping(seed=0):
 
 def interrupt_at(monkeypatch, n):
     "Ctrl-C after n steps"
-    calls, step = itertools.count(), kt.train_step
+    calls, step = itertools.count(), steps_room.train_step
     def interrupted(*args):
         if next(calls) == n: raise KeyboardInterrupt
         step(*args)
-    monkeypatch.setattr(kt, "train_step", interrupted)
+    patch_name(monkeypatch, "train_step", interrupted)
 
 
 @pytest.mark.parametrize("net, method", [*((lambda: new_net(SPEC), m) for m in ("nll", "crl", "pskd", "adafocal", "mixup")), (dropping, "nll")],
@@ -139,8 +148,8 @@ def test_stopped_in_the_middle_of_an_epoch(tmp_path, monkeypatch, net, method, n
     assert load_tensors(path)[1]["epochs_done"] == pytest.approx(n/7)
     steps = []
     with monkeypatch.context() as m:
-        step = kt.train_step
-        m.setattr(kt, "train_step", lambda *args: steps.append(1) or step(*args))
+        step = steps_room.train_step
+        patch_name(m, "train_step", lambda *args: steps.append(1) or step(*args))
         b = go(stopped, checkpoint=path)
     assert len(steps) == 21 - n
     assert a == b and all(torch.equal(x, y) for x, y in zip(through.state_dict().values(), stopped.state_dict().values()))
@@ -152,19 +161,19 @@ def test_recording_a_step_draws_nothing_from_its_drop_out(monkeypatch):
         net = dropping()
         fit(net, load_data(TINY), Calibrator(), Recipe(1, 32), device="cpu", progress=False)
         return net[2].weight
-    plain, record = go(), kt.recorded
-    monkeypatch.setattr(kt, "recorded", lambda *args: torch.rand(5) is not None and record(*args)) # as the steps before a recording draw
+    plain, record = go(), steps_room.recorded
+    patch_name(monkeypatch, "recorded", lambda *args: torch.rand(5) is not None and record(*args)) # as the steps before a recording draw
     assert torch.equal(plain, go())
 
 
 def test_an_epoch_longer_than_ten_seconds_is_saved_within(tmp_path, monkeypatch):
     "By the clock, whatever the epoch: two steps of six seconds each"
     clock = SimpleNamespace(time=lambda: clock.now, now=0.)
-    def slow(run, step=kt.train_step): step(run); clock.now += 6
-    monkeypatch.setattr(kt, "time", clock)
-    monkeypatch.setattr(kt, "train_step", slow)
+    def slow(run, step=steps_room.train_step): step(run); clock.now += 6
+    monkeypatch.setattr(trainer_room, "time", clock)
+    patch_name(monkeypatch, "train_step", slow)
     saved = []
-    monkeypatch.setattr(kt, "save_tensors", lambda path, tensors, **meta: saved.append((meta["epochs_done"], meta["seconds"])))
+    patch_name(monkeypatch, "save_tensors", lambda path, tensors, **meta: saved.append((meta["epochs_done"], meta["seconds"])))
     fit(new_net(SPEC), load_data(TINY), Calibrator(), Recipe(1, 32), device="cpu", checkpoint=tmp_path/"x", progress=False)
     assert saved == [(pytest.approx(k/7), 6*k) for k in (2, 4, 6)]
 
@@ -184,7 +193,7 @@ def test_what_a_resumed_student_did_not_hear_is_not_kept(tmp_path, monkeypatch):
 def test_best_keeps_the_epoch_with_the_best_validation_accuracy():
     data, net = load_data(TINY), new_net(SPEC)
     history = fit(net, data, Method("nll").build(), Recipe(6, 32, keep="best"), device="cpu", progress=False).history
-    accuracy = float((kt.predict(net, data, data.valid.inputs).argmax(1) == data.valid.labels).float().mean())
+    accuracy = float((steps_room.predict(net, data, data.valid.inputs).argmax(1) == data.valid.labels).float().mean())
     assert accuracy == pytest.approx(max(h["valid_accuracy"] for h in history))
 
 
@@ -313,7 +322,7 @@ def pretended_cuda(monkeypatch):
     same = lambda device: stream
     for name, fake in dict(Stream=same, stream=lambda s: nullcontext(), current_stream=same, default_stream=same, CUDAGraph=Graph, graph=graph).items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(kt, "autocast", lambda device: nullcontext())
+    patch_name(monkeypatch, "autocast", lambda device: nullcontext())
     def record(training):
         Graph.replay = lambda self: train_step(training)
         begin_epoch(training)

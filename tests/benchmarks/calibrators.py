@@ -13,12 +13,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import BATCH, C, images, kernels, synchronize # the benchmark beside this one
 
-from kdc_nb.calibrators import Calibrator, Distillation, Method, Step
 from kdc_nb.core import text_table, whole_file
-from kdc_nb.models import build_model
-from kdc_nb.runs import environment, how_of
-from kdc_nb.devices import best_device
-from kdc_nb.training import Recipe, Training, begin_epoch, recorded
+from kdc_nb.training.devices import best_device
+from kdc_nb.training.methods import Calibrator, Distillation, Method, Step
+from kdc_nb.training.models import build_model
+from kdc_nb.training.recipes import Recipe
+from kdc_nb.training.steps import Training, begin_epoch, recorded
+from kdc_nb.experiments.runs import environment
+from kdc_nb.experiments.specs import how_of
 
 
 class Count(TorchDispatchMode):

@@ -11,9 +11,12 @@ import numpy as np
 import torch
 
 matplotlib.use("agg")
-from kdc_nb.explorers import FAMILIES, Explorer, explore_classes, explore_method, explore_reliability, explore_theory, explore_transfer
-from kdc_nb.penultimate import read_looks
-from kdc_nb.runs import read_results
+from kdc_nb.experiments.results import read_results
+from kdc_nb.analysis.features import read_looks
+from kdc_nb.controls import Explorer
+from kdc_nb.explorers import (
+    FAMILIES, explore_classes, explore_method, explore_reliability, explore_theory, explore_transfer,
+)
 
 RESULTS = Path(__file__).parents[2]/"nbs/results"
 

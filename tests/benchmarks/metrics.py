@@ -7,8 +7,8 @@ import time
 
 import torch
 
-from kdc_nb.estimates import interval
-from kdc_nb.metrics import ece
+from kdc_nb.calibration.estimates import interval
+from kdc_nb.calibration.metrics import ece
 
 N, C, DRAWS = 10_000, 100, 1000
 

@@ -5,7 +5,8 @@ import time
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from kdc_nb.theory import draw_problem, minimise, probs
+from kdc_nb.analysis.linear_model import minimise, probs
+from kdc_nb.analysis.theorems import draw_problem
 
 
 def seconds(f, *args, **kw) -> float:

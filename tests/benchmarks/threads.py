@@ -20,12 +20,15 @@ WORK = """
 import warnings; warnings.simplefilter("ignore")
 import {first}
 import time, torch
-from kdc_nb.calibrators import Method
-from kdc_nb.data import Data, load_data
-from kdc_nb.estimates import evaluate
-from kdc_nb.models import build_model
-from kdc_nb.theory import draw_problem, minimise
-from kdc_nb.training import Recipe, fit, predict
+from kdc_nb.calibration.evaluation import evaluate
+from kdc_nb.training.data import Data, load_data
+from kdc_nb.training.methods import Method
+from kdc_nb.training.models import build_model
+from kdc_nb.training.recipes import Recipe
+from kdc_nb.training.steps import predict
+from kdc_nb.training.trainer import fit
+from kdc_nb.analysis.linear_model import minimise
+from kdc_nb.analysis.theorems import draw_problem
 data = load_data(Data("known", n_train=800, n_valid=1000, n_test=4000))
 net = build_model("resnet8", data.n_classes)
 X, y, _, W_t = draw_problem(N=2000, d=30)

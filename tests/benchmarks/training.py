@@ -41,14 +41,15 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from kdc_nb.calibrators import Distillation, Method
 from kdc_nb.core import whole_file
-from kdc_nb.data import DataSet, Split
-from kdc_nb.devices import autocast, best_device
-from kdc_nb.losses import cross_entropy, distillation
-from kdc_nb.models import build_model
-from kdc_nb.runs import environment
-from kdc_nb.training import Recipe, Training, begin_epoch, predict, recorded, train_step
+from kdc_nb.training.data import DataSet, Split
+from kdc_nb.training.devices import autocast, best_device
+from kdc_nb.training.losses import cross_entropy, distillation
+from kdc_nb.training.methods import Distillation, Method
+from kdc_nb.training.models import build_model
+from kdc_nb.training.recipes import Recipe
+from kdc_nb.training.steps import Training, begin_epoch, predict, recorded, train_step
+from kdc_nb.experiments.runs import environment
 
 C, BATCH, TEACHER = 100, 128, "wrn_40_2"
 METHODS, WORKERS = ("NLL", "KD"), min(8, os.cpu_count())

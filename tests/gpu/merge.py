@@ -2,7 +2,7 @@
 import sys
 from pathlib import Path
 
-from kdc_nb.runs import read_results, write_results
+from kdc_nb.experiments.results import read_results, write_results
 
 into, new = map(Path, sys.argv[1:])
 results = (read_results(into) if into.exists() else {}) | read_results(new)
