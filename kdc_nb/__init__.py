@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 # What most people come for, and the module that holds it; nothing is imported before somebody asks
 _PUBLIC = {
     "evaluate": "calibration.evaluation", "compare": "calibration.comparisons", "plot_reliability": "calibration.diagrams", "explore_reliability": "explorers", "load_outputs": "calibration.predictions",
-    "Data": "training.data", "Method": "training.methods", "Recipe": "training.recipes", "RunSpec": "experiments.specs", "Distil": "experiments.specs", "run": "experiments.runs", "sweep": "experiments.sweeps",
+    "DataSpec": "training.data", "Method": "training.methods", "Recipe": "training.recipes", "RunSpec": "experiments.specs", "Distil": "experiments.specs", "run": "experiments.runs", "sweep": "experiments.sweeps",
     "read_results": "experiments.results", "results_file": "core",
 }
 __all__ = [*_PUBLIC]

@@ -13,16 +13,16 @@ import kdc_nb.experiments.agenda as agenda_room
 import kdc_nb.experiments.runs as kr
 import kdc_nb.training.trainer as trainer_room
 from kdc_nb.core import save_tensors
-from kdc_nb.training.data import Data
+from kdc_nb.training.data import DataSpec
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.experiments.agenda import Agenda
-from kdc_nb.experiments.runs import Store, Where
-from kdc_nb.experiments.specs import Distil, RunSpec, Scaled, lineage, title_of
+from kdc_nb.experiments.agenda import Scheduler
+from kdc_nb.experiments.runs import RunContext, Store
+from kdc_nb.experiments.specs import Distil, RunSpec, TemperatureScaled, lineage, run_label
 from kdc_nb.experiments.sweeps import sweep
 from tests.conftest import patch_name
 
-TINY = Data("known", n_train=100, n_valid=60, n_test=80)
+TINY = DataSpec("known", n_train=100, n_valid=60, n_test=80)
 TEACHER = RunSpec(TINY, "resnet14", Method("nll"), Recipe(2, 50))
 STUDENT = RunSpec(TINY, "resnet8", Distil(TEACHER), Recipe(2, 50))
 OTHER = RunSpec(TINY, "resnet8", Distil(replace(TEACHER, method=Method("ls"))), Recipe(2, 50))
@@ -43,7 +43,7 @@ def clock(monkeypatch):
 
 def agenda(folder, rows, until, places=1, **seconds):
     "An agenda that knows how long networks take"
-    made = Agenda(rows, Where(Store(folder), "cpu", places), until)
+    made = Scheduler(rows, RunContext(Store(folder), "cpu", places), until)
     if made.pace: made.pace.latest = {(TINY.name, model, 50): deque([s/200], 1) for model, s in seconds.items()} # two epochs of 100 images
     return made
 
@@ -54,12 +54,12 @@ def finish(made, run, seconds): made.done(SimpleNamespace(spec=run, facts={"seco
 def test_a_row_is_begun_only_if_its_student_can_be_finished(tmp_path, clock):
     "Teacher 10 s, student 5"
     rows = [STUDENT, OTHER, replace(STUDENT, seed=3)]
-    left = lambda until, places=1: [title_of(r) for r in agenda(tmp_path, rows, until, places, resnet14=10., resnet8=5.).admitted()]
+    left = lambda until, places=1: [run_label(r) for r in agenda(tmp_path, rows, until, places, resnet14=10., resnet8=5.).admitted()]
     assert left(14.9) == []
-    assert left(15) == [title_of(r) for r in (TEACHER, STUDENT)]
-    assert left(20) == [title_of(r) for r in (TEACHER, STUDENT, rows[2])], "the row that is too long is passed over"
-    assert left(30) == [title_of(r) for r in (*lineage(STUDENT), *lineage(OTHER))]
-    assert left(15, 2) == [title_of(r) for r in (*lineage(STUDENT), *lineage(OTHER))], "two places, side by side"
+    assert left(15) == [run_label(r) for r in (TEACHER, STUDENT)]
+    assert left(20) == [run_label(r) for r in (TEACHER, STUDENT, rows[2])], "the row that is too long is passed over"
+    assert left(30) == [run_label(r) for r in (*lineage(STUDENT), *lineage(OTHER))]
+    assert left(15, 2) == [run_label(r) for r in (*lineage(STUDENT), *lineage(OTHER))], "two places, side by side"
 
 
 def test_a_teacher_that_is_a_row_too_comes_only_with_its_student(tmp_path, clock):
@@ -143,7 +143,7 @@ def test_a_teacher_whose_weights_were_removed_is_a_run_like_any_other(tmp_path, 
     store, trained = Store(tmp_path), []
     before = sweep([TEACHER], store, "cpu", progress=False)
     store.path(TEACHER, "net").unlink()
-    patch_name(monkeypatch, "trained_net", lambda *args, there=kr.trained_net: trained.append(store.path(TEACHER, "net").exists()) or there(*args))
+    patch_name(monkeypatch, "load_trained_net", lambda *args, there=kr.load_trained_net: trained.append(store.path(TEACHER, "net").exists()) or there(*args))
     sweep([STUDENT], store, "cpu", progress=False, on_result=lambda r: trained.append(r.spec))
     assert trained == [TEACHER, True, STUDENT], "before its student asks"
     assert torch.equal(store.get(TEACHER).logits["test"], before[0].logits["test"])
@@ -204,5 +204,5 @@ def test_numbers_that_mean_nothing_are_refused(tmp_path, bad):
 
 def test_the_budget_of_scaled_teachers(tmp_path, clock):
     "A student of the scaled teacher needs that teacher only"
-    rows = [STUDENT, replace(STUDENT, method=Distil(Scaled(TEACHER)))]
+    rows = [STUDENT, replace(STUDENT, method=Distil(TemperatureScaled(TEACHER)))]
     assert agenda(tmp_path, rows, 20., resnet14=10., resnet8=5.).admitted() == {TEACHER: 0., rows[0]: 10., rows[1]: 15.}

@@ -6,20 +6,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdc_nb.core import encode, value_id
+from kdc_nb.core import encode, spec_hash
 from kdc_nb.calibration.metrics import nll, top1
-from kdc_nb.calibration.posthoc import PostHoc
+from kdc_nb.calibration.posthoc import Calibrator
 from kdc_nb.calibration.predictions import softmax64
-from kdc_nb.training.data import Data, load_data
-from kdc_nb.training.methods import AdaFocal, Method, Step, adapted
+from kdc_nb.training.data import DataSpec, load_data
+from kdc_nb.training.methods import Method, TrainingStep, _AdaFocal, _update_gamma
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.trainer import fit
 from kdc_nb.experiments.results import recalibrate
-from kdc_nb.experiments.runs import Store, new_net, run
+from kdc_nb.experiments.runs import Store, _build_net, run
 from kdc_nb.experiments.specs import RunSpec
 from tests.conftest import made
 
-TINY = Data("known", n_train=200, n_valid=100, n_test=300)
+TINY = DataSpec("known", n_train=200, n_valid=100, n_test=300)
 METHODS = sorted(Method.registry)
 SWITCHES = [Method("ls", others=True), Method("mmce", ported=True), Method("acls", published=True), Method("mdca", gamma=2)]
 
@@ -43,14 +43,14 @@ def test_it_trains_and_its_calibration_is_reported(tmp_path, name):
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, name):
     "State and random draws come back with the checkpoint."
     spec, recipe, data = RunSpec(TINY, "resnet8", name, Recipe(5, 50)), Recipe(5, 50), load_data(TINY)
-    through, stopped, method = new_net(spec), new_net(spec), Method(name).build()
+    through, stopped, method = _build_net(spec), _build_net(spec), Method(name).build()
     a = fit(through, data, method, recipe, device="cpu", progress=False)
 
     class Stops(type(method)):
         def after_epoch(self, epoch, *valid):
             if epoch == 3: raise KeyboardInterrupt
             super().after_epoch(epoch, *valid)
-    with pytest.raises(KeyboardInterrupt): fit(new_net(spec), data, Stops(), recipe, device="cpu", checkpoint=tmp_path/"x", every=0, progress=False)
+    with pytest.raises(KeyboardInterrupt): fit(_build_net(spec), data, Stops(), recipe, device="cpu", checkpoint=tmp_path/"x", every=0, progress=False)
     b = fit(stopped, data, Method(name).build(), recipe, device="cpu", checkpoint=tmp_path/"x", progress=False)
     assert a.history == b.history
     for there, here in ((through, stopped), (a.method, b.method)):
@@ -74,7 +74,7 @@ def test_the_edges(method, right, B, C):
     own.start(B, C, epochs=2)
     for epoch in range(2):
         _, targets = own.mix(torch.randn(B, 3, 8, 8), y, own.draw(1, torch.Generator().manual_seed(epoch))[0])
-        loss = own(Step(z, targets, torch.arange(B), torch.tensor(epoch)))
+        loss = own(TrainingStep(z, targets, torch.arange(B), torch.tensor(epoch)))
         gradient, = torch.autograd.grad(loss, z)
         assert loss.isfinite() and gradient.isfinite().all()
         own.after_epoch(epoch, z.detach(), y)
@@ -87,7 +87,7 @@ def test_a_nan_is_told_and_not_crashed_on(name):
     own.start(6, 5, epochs=2)
     z = z.detach().index_fill(0, torch.tensor([2]), float("nan"))
     _, targets = own.mix(torch.randn(6, 3, 8, 8), y, own.draw(1, torch.Generator())[0])
-    assert own(Step(z, targets, torch.arange(6), torch.tensor(0))).isnan()
+    assert own(TrainingStep(z, targets, torch.arange(6), torch.tensor(0))).isnan()
     own.after_epoch(0, z, y)
 
 
@@ -102,7 +102,7 @@ def test_a_description_refuses_strengths_that_mean_nothing(bad, words):
 
 def test_switches_that_are_off_leave_old_descriptions_as_they_were():
     assert encode(Method("ls")) == {"kind": "Method", "name": "ls", "eps": .05}
-    assert value_id(Method("ls", others=True)) != value_id(Method("ls"))
+    assert spec_hash(Method("ls", others=True)) != spec_hash(Method("ls"))
 
 
 @settings(max_examples=30)
@@ -110,7 +110,7 @@ def test_switches_that_are_off_leave_old_descriptions_as_they_were():
 def test_adafocal_looks_back_as_a_plain_loop_does(seed, n, C):
     rng = np.random.default_rng(seed)
     z, y = 3*rng.normal(size=(n, C)), rng.integers(C, size=n)
-    own = AdaFocal(rate=2.)
+    own = _AdaFocal(rate=2.)
     own.start(n, C, epochs=1)
     before = torch.from_numpy(rng.choice([-1.5, -.25, .25, 1., 19.5], 15)).float()
     own.gamma.copy_(before)
@@ -129,7 +129,7 @@ def test_adafocal_looks_back_as_a_plain_loop_does(seed, n, C):
 @given(st.lists(st.floats(-2, 20).filter(lambda g: abs(g) >= .2), min_size=1, max_size=15), st.floats(-1, 1), st.floats(.1, 3))
 def test_adafocals_strengths_stay_in_range_and_off_zero(gamma, gap, rate):
     g = torch.tensor(gamma)
-    new = adapted(g, torch.full_like(g, gap), rate)
+    new = _update_gamma(g, torch.full_like(g, gap), rate)
     assert ((new >= -2) & (new <= 20) & (new.abs() >= .2 - 1e-6)).all()
     if gap > 0: assert (new[g > 0] >= g[g > 0]).all(), "overconfident: harder on sure samples"
 
@@ -143,7 +143,7 @@ def test_crl_counts_as_a_plain_loop_does(seed, n, epochs):
     for epoch in range(epochs):
         y, z = rng.integers(3, size=n), rng.normal(size=(n, 3))
         order = torch.from_numpy(rng.permutation(n))
-        for i in order.split(4): own(Step(torch.from_numpy(z).float()[i], torch.from_numpy(y)[i], i))
+        for i in order.split(4): own(TrainingStep(torch.from_numpy(z).float()[i], torch.from_numpy(y)[i], i))
         own.after_epoch(epoch, None, None)
         times = [t + (z[i].argmax() == y[i]) for i, t in enumerate(times)]
         spread = epoch + 1 - min(times)
@@ -166,7 +166,7 @@ def test_progressive_distillation_learns_from_what_was_said_an_epoch_ago():
                 one, a = np.eye(3)[y[i]], .6*(epoch + 1)/3
                 losses.append(-(((1 - a)*one + a*said.get(i, one))*np.log(p)).sum())
                 now[i] = p
-            assert float(method(Step(z, y[index], index, torch.tensor(epoch)))) == pytest.approx(np.mean(losses), abs=1e-5)
+            assert float(method(TrainingStep(z, y[index], index, torch.tensor(epoch)))) == pytest.approx(np.mean(losses), abs=1e-5)
         method.after_epoch(epoch, None, None)
         said = now
 
@@ -184,10 +184,10 @@ def test_mixup_shares(a, seed):
     assert torch.equal(mixed, targets)
 
 
-@pytest.mark.parametrize("how", sorted(PostHoc.registry))
+@pytest.mark.parametrize("how", sorted(Calibrator.registry))
 def test_post_hoc_calibrators_lower_the_nll_of_what_they_are_fitted_on(how):
     z, y, _ = made(n=3000, factor=3.)
-    after = PostHoc(how).build(z, y)
+    after = Calibrator(how).build(z, y)
     assert nll(after(z), y) < nll(z, y) and after(z[:1]).shape == (1, 5), "one image alone is answered too"
     new, labels, _ = made(n=3000, factor=3., seed=1)
     assert nll(after(new), labels) < nll(new, labels) and top1(after(new), labels) > top1(new, labels) - .02
@@ -198,7 +198,7 @@ def test_post_hoc_calibrators_lower_the_nll_of_what_they_are_fitted_on(how):
 def test_vector_scaling_is_the_minimum(seed, C, factor):
     "Where the slopes for factors and offsets vanish; the problem is convex, so there is no other."
     z, y, _ = made(n=400, c=C, factor=factor, seed=seed)
-    p = softmax64(PostHoc("vector").build(z, y)(z)) - torch.nn.functional.one_hot(y, C)
+    p = softmax64(Calibrator("vector").build(z, y)(z)) - torch.nn.functional.one_hot(y, C)
     assert p.mean(0).abs().max() < 1e-6 and (p*z).mean(0).abs().max() < 1e-6
 
 
@@ -213,13 +213,13 @@ def test_isotonic_is_scikit_learns():
         def predict(self, z): return z.argmax(1)
     z, y, _ = made(n=2000, factor=2.)
     theirs = CalibratedClassifierCV(FrozenEstimator(AsIs().fit(z, y)), method="isotonic").fit(z, y).predict_proba(z)
-    ours = softmax64(PostHoc("isotonic").build(z, y)(z)).numpy()
+    ours = softmax64(Calibrator("isotonic").build(z, y)(z)).numpy()
     assert np.abs(ours - theirs).max() < 2e-3, "but for steps at 0 and 1, which are 1/(N+2) here"
 
 
 def test_a_result_after_any_post_hoc_calibrator(tmp_path):
     result = run(RunSpec(TINY, "resnet8", "nll", Recipe(4, 50)), Store(tmp_path), "cpu", progress=False)
-    for how in PostHoc.registry:
+    for how in Calibrator.registry:
         after = recalibrate(result, how)
         assert after.spec == result.spec and after.facts["after"]["name"] == how and after.evaluation.n == 300
-    with pytest.raises(ValueError, match="PostHoc: got 'beta'"): recalibrate(result, "beta")
+    with pytest.raises(ValueError, match="Calibrator: got 'beta'"): recalibrate(result, "beta")

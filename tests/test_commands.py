@@ -11,28 +11,28 @@ import torch
 import kdc_nb.training.devices as devices_room
 import kdc_nb.paper.selfcheck as selfcheck_room
 import kdc_nb.training.steps as kt
-from kdc_nb.training.data import Data
-from kdc_nb.training.devices import process_is_spoilt, spoil_process
+from kdc_nb.training.data import DataSpec
+from kdc_nb.training.devices import cuda_is_broken, mark_cuda_broken
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.training.steps import NotRecorded
+from kdc_nb.training.steps import GraphCaptureError
 from kdc_nb.experiments.agenda import write_specs
 from kdc_nb.experiments.results import read_results
 from kdc_nb.experiments.runs import Store, run
 from kdc_nb.experiments.specs import RunSpec
-from kdc_nb.paper.commands import ResultsFile
+from kdc_nb.paper.commands import _ResultsFile
 from kdc_nb.paper.commands import main
 from tests.conftest import patch_name
 
-TINY = RunSpec(Data("known", n_train=100, n_valid=60, n_test=80), "resnet8", Method("focal"), Recipe(1, 50))
+TINY = RunSpec(DataSpec("known", n_train=100, n_valid=60, n_test=80), "resnet8", Method("focal"), Recipe(1, 50))
 
 
 @pytest.fixture
 def few(monkeypatch):
     "Three methods instead of all"
-    patch_name(monkeypatch, "_METHODS", {k: selfcheck_room._METHODS[k] for k in ("nll", "crl", "mdca")})
+    patch_name(monkeypatch, "_CHECKED_METHODS", {k: selfcheck_room._CHECKED_METHODS[k] for k in ("nll", "crl", "mdca")})
     yield
-    spoil_process(False)
+    mark_cuda_broken(False)
 
 
 def test_the_check_passes_here(few, capsys):
@@ -55,15 +55,15 @@ def test_a_method_that_trains_otherwise_the_second_time_is_a_fault(few, capsys, 
 
 
 def test_after_a_recording_that_failed_the_others_are_checked_in_fresh_processes(few, capsys, monkeypatch):
-    recorded, here = kt.recorded, os.getpid()
+    recorded, here = kt.capture_step, os.getpid()
     def refuse(run):
         if type(run.method).__name__ == "CorrectnessRanking":
-            spoil_process()
-            raise NotRecorded("the step cannot be recorded: why")
+            mark_cuda_broken()
+            raise GraphCaptureError("the step cannot be recorded: why")
         return recorded(run)
-    patch_name(monkeypatch, "recorded", refuse)
-    asked, elsewhere = [], devices_room.in_fresh_process
-    patch_name(monkeypatch, "in_fresh_process", lambda f, *args: asked.append(args) or elsewhere(f, *args))
+    patch_name(monkeypatch, "capture_step", refuse)
+    asked, elsewhere = [], devices_room.call_in_fresh_process
+    patch_name(monkeypatch, "call_in_fresh_process", lambda f, *args: asked.append(args) or elsewhere(f, *args))
     assert main(["--check", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert "crl                   FAULT   NotRecorded: the step cannot be recorded: why" in out and out.splitlines()[-1] == "Faults: crl"
@@ -82,11 +82,11 @@ def test_results_are_written_while_runs_go_on(tmp_path):
     "After half a minute, here none; what another machine left in the file stays"
     store, path = Store(tmp_path/"store"), tmp_path/"r.npz"
     first, second = (run(RunSpec(TINY.data, "resnet8", Method(m), TINY.recipe), store, "cpu", progress=False) for m in ("nll", "ls"))
-    ResultsFile(None, True).add(first) # nowhere to write to
-    file = ResultsFile(str(path), images=True, every=0.)
+    _ResultsFile(None, True).add(first) # nowhere to write to
+    file = _ResultsFile(str(path), images=True, every=0.)
     file.add(first)
     assert set(read_results(path)) == {first.spec}
-    later = ResultsFile(str(path), images=False)
+    later = _ResultsFile(str(path), images=False)
     later.add(second)
     assert set(read_results(path)) == {first.spec}
     later.close()
@@ -100,7 +100,7 @@ def test_results_are_written_while_runs_go_on(tmp_path):
 def test_two_commands_share_a_file(tmp_path):
     store, path = Store(tmp_path/"store"), str(tmp_path/"deeper"/"r.npz")
     results = [run(RunSpec(TINY.data, "resnet8", Method(m), TINY.recipe), store, "cpu", progress=False) for m in ("nll", "ls")]
-    files = [ResultsFile(path, images=True) for _ in results]
+    files = [_ResultsFile(path, images=True) for _ in results]
     for file, r in zip(files, results): file.add(r)
     for file in files: file.close()
     assert set(read_results(path)) == {r.spec for r in results}

@@ -6,13 +6,14 @@ import torch
 from hypothesis import given, strategies as st
 from scipy.stats import ttest_1samp, ttest_rel
 
-from kdc_nb.calibration.comparisons import compare, split_score, verdict
+from kdc_nb.calibration.comparisons import compare, decompose_score, judge_claim
 from kdc_nb.calibration.differences import (
-    contributions, difference_of, holm, paired, rank_intervals, spread_difference,
+    _contributions_per_image, estimate_difference, holm, paired_difference, rank_intervals,
+    spread_log_ratio,
 )
-from kdc_nb.calibration.estimates import interval
+from kdc_nb.calibration.estimates import calibration_estimates
 from kdc_nb.calibration.evaluation import evaluate
-from kdc_nb.calibration.metrics import outcomes, scores
+from kdc_nb.calibration.metrics import compute_outcomes, metrics_from_outcomes
 from kdc_nb.calibration.posthoc import fit_temperature
 
 from .conftest import made
@@ -24,57 +25,57 @@ def seen(seed, n=300, c=5, scale=2., sure=1.):
     rng = np.random.default_rng(seed)
     z = scale*rng.normal(size=(n, c))
     y = [rng.choice(c, p=p) for p in np.exp(z)/np.exp(z).sum(1, keepdims=True)]
-    return outcomes(sure*z, y)
+    return compute_outcomes(sure*z, y)
 
 
 @given(seed=st.integers(0, 999), n=st.integers(1, 200), metric=st.sampled_from(("top1", "nll", "ece", "ace", "ks")), sure=st.sampled_from((.3, 1., 3.)))
 def test_contributions_have_the_metric_as_their_mean(seed, n, metric, sure):
     o = seen(seed, n, sure=sure)
-    assert float(contributions(o, metric).mean()) == pytest.approx(scores(o)[metric], abs=1e-12)
+    assert float(_contributions_per_image(o, metric).mean()) == pytest.approx(metrics_from_outcomes(o)[metric], abs=1e-12)
 
 
 def test_contributions_by_hand():
     "Two bins: .94 and .95, one right of two, the gap is positive; .6 right, the gap is negative"
-    o = outcomes(np.log([[.94, .06], [.95, .05], [.6, .4]]), [0, 1, 0])
-    assert contributions(o, "ece").tolist() == pytest.approx([-.06, .95, .4])
+    o = compute_outcomes(np.log([[.94, .06], [.95, .05], [.6, .4]]), [0, 1, 0])
+    assert _contributions_per_image(o, "ece").tolist() == pytest.approx([-.06, .95, .4])
 
 
 @given(numbers)
 def test_one_image_is_the_t_test_over_seeds(d):
-    ours, theirs = difference_of(np.array(d)[:, None]), ttest_1samp(d, 0)
+    ours, theirs = estimate_difference(np.array(d)[:, None]), ttest_1samp(d, 0)
     assert ours.p == pytest.approx(theirs.pvalue, rel=1e-6) and (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval()), rel=1e-6, abs=1e-9)
 
 
 def test_one_seed_is_the_paired_t_test_over_images():
     z, y = torch.randn(2, 300, 5), torch.arange(300) % 5
-    a, b = outcomes(z[0], y), outcomes(z[1], y)
-    ours, theirs = paired([a], [b], "nll"), ttest_rel(a.nll.numpy(), b.nll.numpy())
+    a, b = compute_outcomes(z[0], y), compute_outcomes(z[1], y)
+    ours, theirs = paired_difference([a], [b], "nll"), ttest_rel(a.nll.numpy(), b.nll.numpy())
     assert ours.p == pytest.approx(theirs.pvalue, rel=1e-6) and (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval()), rel=1e-6)
 
 
 @given(st.integers(0, 99), st.integers(2, 4), st.integers(2, 30))
 def test_both_kinds_of_chance_make_an_interval_wider_than_either(seed, s, n):
     d = np.random.default_rng(seed).normal(size=(s, n))
-    both = difference_of(d)
-    assert both.high - both.low >= max(difference_of(x).high - difference_of(x).low for x in (d.mean(1, keepdims=True), d.mean(0, keepdims=True))) - 1e-12
-    turned = difference_of(-d)
+    both = estimate_difference(d)
+    assert both.high - both.low >= max(estimate_difference(x).high - estimate_difference(x).low for x in (d.mean(1, keepdims=True), d.mean(0, keepdims=True))) - 1e-12
+    turned = estimate_difference(-d)
     assert (turned.mean, turned.low, turned.p) == pytest.approx((-both.mean, -both.high, both.p))
     assert (both.p < .05) == (not both.low <= 0 <= both.high)
 
 
 def test_exact_differences_and_none():
-    same, off = difference_of(np.zeros((3, 4))), difference_of(np.ones((3, 4)))
+    same, off = estimate_difference(np.zeros((3, 4))), estimate_difference(np.ones((3, 4)))
     assert (same.p, same.low, same.high) == (1, 0, 0) and off.p == pytest.approx(1e-30) and off.low == 1
     for bad in (np.ones((1, 1)), np.ones(3), np.array([[np.nan], [1.]])):
-        with pytest.raises(ValueError, match="d: got shape"): difference_of(bad)
+        with pytest.raises(ValueError, match="d: got shape"): estimate_difference(bad)
 
 
 def test_other_images_are_refused():
-    with pytest.raises(ValueError, match="images: got 300 and 200 of them"): paired([seen(0)], [seen(0, n=200)], "ece")
+    with pytest.raises(ValueError, match="images: got 300 and 200 of them"): paired_difference([seen(0)], [seen(0, n=200)], "ece")
     z, y = torch.randn(50, 3), torch.arange(50) % 3
-    with pytest.raises(ValueError, match="images: got some with other labels"): rank_intervals({"a": [outcomes(z, y)], "b": [outcomes(z, y.roll(1))]}, "nll")
+    with pytest.raises(ValueError, match="images: got some with other labels"): rank_intervals({"a": [compute_outcomes(z, y)], "b": [compute_outcomes(z, y.roll(1))]}, "nll")
     with pytest.raises(ValueError, match="rows: got rows with other numbers of seeds"): rank_intervals({"a": [seen(0)], "b": [seen(0)]*3}, "nll")
-    with pytest.raises(ValueError, match="b: got 0 seeds"): paired([], [], "ece")
+    with pytest.raises(ValueError, match="b: got 0 seeds"): paired_difference([], [], "ece")
 
 
 # -- two models' logits --------------------------------------------------------
@@ -91,9 +92,9 @@ def test_compare_is_paired_metric_by_metric():
     c = compare(a, b, y)
     assert list(c.raw) == ["top1", "nll", "brier", "ece", "ace", "ks"] and (c.n, c.seeds, c.scaled, c.names) == (300, 1, {}, ("a", "b"))
     for k in ("top1", "nll", "ece", "ace", "ks"):
-        theirs = paired([outcomes(a, y)], [outcomes(b, y)], k)
+        theirs = paired_difference([compute_outcomes(a, y)], [compute_outcomes(b, y)], k)
         assert c.raw[k].difference[:4] == pytest.approx(theirs[:4], rel=1e-6, abs=1e-12), k
-    assert c.raw["ece"].a == pytest.approx(interval(a, y, "ece", n_boot=200)["ece"].debiased)
+    assert c.raw["ece"].a == pytest.approx(calibration_estimates(a, y, "ece", n_boot=200)["ece"].debiased)
     assert [m.p_holm for m in c.raw.values()] == holm([m.difference.p for m in c.raw.values()]).tolist()
 
 
@@ -129,7 +130,7 @@ def test_any_framework_and_both_kinds():
 def test_seeds_are_compared_in_pairs():
     (a, b, y), noise = two(), .2*torch.randn(3, 300, 5, generator=torch.Generator().manual_seed(5))
     c = compare([a + e for e in noise], [b - e for e in noise], y)
-    theirs = paired([outcomes(a + e, y) for e in noise], [outcomes(b - e, y) for e in noise], "nll")
+    theirs = paired_difference([compute_outcomes(a + e, y) for e in noise], [compute_outcomes(b - e, y) for e in noise], "nll")
     assert c.seeds == 3 and c.raw["nll"].difference[:4] == pytest.approx(theirs[:4]) and c.raw["nll"].difference.each == pytest.approx(theirs.each) and len(c.raw["ece"].difference.each) == 3
     assert compare(a + noise, (b - noise).numpy(), y).raw == c.raw, "as one table (seeds, N, C)"
     assert "other training runs and other images" in repr(c) and "not of other training runs" in repr(compare(a, b, y))
@@ -139,7 +140,7 @@ def test_after_temperature_scaling_each_model_has_its_own_temperature():
     (a, b, y), (va, vb, vy) = two(), two(200, seed=9)
     c = compare(a, b, y, va, vb, vy)
     T = [fit_temperature(v, vy) for v in (va, vb)]
-    theirs = paired([outcomes(a/T[0], y)], [outcomes(b/T[1], y)], "nll")
+    theirs = paired_difference([compute_outcomes(a/T[0], y)], [compute_outcomes(b/T[1], y)], "nll")
     assert c.scaled["nll"].difference[:4] == pytest.approx(theirs[:4]) and set(c.scaled) == set(c.raw) - {"top1"}
     found = [*c.raw.values(), *c.scaled.values()]
     assert sorted(m.p_holm for m in found) == pytest.approx(sorted(holm([m.difference.p for m in found]))), "corrected for all that is shown"
@@ -151,7 +152,7 @@ def test_a_comparison_goes_to_pandas_in_its_unit():
     frame = compare(a, b, y).to_frame()
     assert list(frame) == ["output", "metric", "unit", "a", "b", "difference", "low", "high", "p", "p_holm", "better", "n", "seeds"]
     row = frame.set_index("metric").loc["top1"]
-    assert row.a == pytest.approx(100*scores(outcomes(a, y))["top1"]) and row.unit == "%" and row.n == 2000
+    assert row.a == pytest.approx(100*metrics_from_outcomes(compute_outcomes(a, y))["top1"]) and row.unit == "%" and row.n == 2000
     assert frame[["a", "b", "difference", "low", "high", "p", "p_holm"]].dtypes.eq(float).all() and frame.p.between(0, 1).all()
 
 
@@ -198,8 +199,8 @@ def test_compare_names_what_is_wrong(call, message):
     with pytest.raises(ValueError, match=f"^{message}"): call()
 
 
-@pytest.mark.parametrize("call", [lambda: paired(a, b, "ece"), lambda: paired(a.numpy(), b.numpy()[:9], "ece"), lambda: paired([a], [b], "nll"),
-                                  lambda: paired(outcomes(a, y), outcomes(b, y), "nll"), lambda: rank_intervals({"a": [a], "b": [b]}, "nll")])
+@pytest.mark.parametrize("call", [lambda: paired_difference(a, b, "ece"), lambda: paired_difference(a.numpy(), b.numpy()[:9], "ece"), lambda: paired_difference([a], [b], "nll"),
+                                  lambda: paired_difference(compute_outcomes(a, y), compute_outcomes(b, y), "nll"), lambda: rank_intervals({"a": [a], "b": [b]}, "nll")])
 def test_outcomes_are_asked_for_where_logits_came(call):
     with pytest.raises(ValueError, match="in place of Outcomes, expected .* call `compare`"): call()
 
@@ -234,22 +235,22 @@ def test_ranks_hold_the_true_order_and_shrink_with_images():
 
 def test_the_most_accurate_has_the_first_rank():
     z, y = torch.randn(2, 500, 4), torch.arange(500) % 4
-    good, bad = outcomes(z[0] + 3*torch.nn.functional.one_hot(y, 4), y), outcomes(z[1], y)
+    good, bad = compute_outcomes(z[0] + 3*torch.nn.functional.one_hot(y, 4), y), compute_outcomes(z[1], y)
     assert rank_intervals({"bad": [bad], "good": [good]}, "top1") == {"bad": (2, 2), "good": (1, 1)}
 
 
 def test_spreads_are_compared_in_pairs():
     a, b = np.random.default_rng(0).normal(size=(2, 6, 3))
-    r, theirs = spread_difference(a, 3*b), ttest_1samp(np.log(a.std(1, ddof=1)/(3*b.std(1, ddof=1))), 0)
-    assert r.p == pytest.approx(theirs.pvalue) and spread_difference(3*b, a).mean == pytest.approx(-r.mean)
-    with pytest.raises(ValueError, match="a, b: got a row of one seed"): spread_difference([[1.], [2., 1.]], [[2., 3.], [3., 4.]])
-    with pytest.raises(ValueError, match="b: got 0 rows"): spread_difference([], [])
+    r, theirs = spread_log_ratio(a, 3*b), ttest_1samp(np.log(a.std(1, ddof=1)/(3*b.std(1, ddof=1))), 0)
+    assert r.p == pytest.approx(theirs.pvalue) and spread_log_ratio(3*b, a).mean == pytest.approx(-r.mean)
+    with pytest.raises(ValueError, match="a, b: got a row of one seed"): spread_log_ratio([[1.], [2., 1.]], [[2., 3.], [3., 4.]])
+    with pytest.raises(ValueError, match="b: got 0 rows"): spread_log_ratio([], [])
 
 
 def test_spreads_of_rows_that_vary_very_differently_are_covered():
     "Pooled variances would be ruled by the row that varies most"
     rng, scales = np.random.default_rng(0), np.geomspace(.2, 3, 11)[:, None]
-    found = [spread_difference(scales*rng.normal(size=(11, 3)), scales*rng.normal(size=(11, 3))) for _ in range(300)]
+    found = [spread_log_ratio(scales*rng.normal(size=(11, 3)), scales*rng.normal(size=(11, 3))) for _ in range(300)]
     assert .92 < np.mean([d.low <= 0 <= d.high for d in found]) < .985
 
 
@@ -257,18 +258,18 @@ def test_a_split_adds_up_and_a_temperature_changes_only_calibration():
     z = torch.randn(400, 4, dtype=torch.float64)
     e = [evaluate(k*z, z.softmax(1).multinomial(1, generator=torch.Generator().manual_seed(0)).squeeze(1), n_boot=2) for k in (.2, 3.)]
     for metric in ("nll", "brier"):
-        a, b = (split_score(x, metric) for x in e)
+        a, b = (decompose_score(x, metric) for x in e)
         assert sum(a) == pytest.approx(e[0].raw[metric].value) and a.refinement == pytest.approx(b.refinement, abs=1e-3)
-    with pytest.raises(ValueError, match="evaluation: got one without temperature scaling"): split_score(evaluate(z[:3], [0, 1, 2], n_boot=2))
+    with pytest.raises(ValueError, match="evaluation: got one without temperature scaling"): decompose_score(evaluate(z[:3], [0, 1, 2], n_boot=2))
 
 
 @given(st.lists(st.tuples(st.sampled_from((-1., 1.)), st.sampled_from((1e-9, .5))), min_size=1, max_size=8))
 def test_a_verdict_counts_and_turns_with_its_sign(pairs):
-    one = difference_of(np.array([[1.], [2.]]))
+    one = estimate_difference(np.array([[1.], [2.]]))
     ds = [one._replace(mean=m, p=p) for m, p in pairs]
-    v, turned = verdict(ds, -1), verdict(ds, 1)
+    v, turned = judge_claim(ds, -1), judge_claim(ds, 1)
     assert (v.agree, v.contradict) == (turned.contradict, turned.agree) and v.total == len(ds)
     assert v.agree == sum(m < 0 and p < .01 for m, p in pairs)
     assert (v.word == "not resolvable") == (v.agree + v.contradict == 0) and (v.word == "not reproduced") == (v.agree == 0 and 2*v.contradict >= len(ds))
     assert {v.word, turned.word} in ({"reproduced", "not reproduced"}, {"mixed"}, {"not resolvable"}) and v.seeds == 2
-    with pytest.raises(ValueError, match="sign: got 0"): verdict(ds, 0)
+    with pytest.raises(ValueError, match="sign: got 0"): judge_claim(ds, 0)

@@ -7,47 +7,49 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdc_nb.core import DamagedFile, decode, encode, load_tensors, save_tensors, value_id, whole_file
-from kdc_nb.training.data import Data
+from kdc_nb.core import DamagedFile, atomic_write, decode, encode, load_tensors, save_tensors, spec_hash
+from kdc_nb.training.data import DataSpec
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.experiments.specs import Distil, Posterior, RunSpec, Scaled, teacher_run, whole
-from kdc_nb.experiments.teachers import Ensemble, Given, OutOfFold
+from kdc_nb.experiments.specs import (
+    Distil, RunSpec, TemperatureScaled, TemperedPosterior, first_teacher_run, full_data,
+)
+from kdc_nb.experiments.teachers import Ensemble, OutOfFold, StoredLogits
 
 methods = st.one_of(
     st.just(Method("nll")),
     st.builds(lambda e: Method("ls", eps=e), st.floats(0, 1)),
     st.builds(lambda b, g: Method("mdca", beta=b, gamma=g), st.floats(0, 20), st.floats(0, 5)),
 )
-plain = st.builds(RunSpec, st.builds(lambda n: Data("known", n_train=n), st.integers(1, 50)), st.sampled_from(["resnet8", "wrn_40_1"]),
+plain = st.builds(RunSpec, st.builds(lambda n: DataSpec("known", n_train=n), st.integers(1, 50)), st.sampled_from(["resnet8", "wrn_40_1"]),
                   methods, st.builds(Recipe, st.integers(1, 300), lr=st.floats(1e-3, 1)), st.integers(0, 9))
 temperature, weight = st.floats(.1, 20), st.floats(0, 1)
-others = [st.builds(kind, plain, st.integers(2, 5)) for kind in (Ensemble, OutOfFold)] + [st.builds(Given, st.text(max_size=5), st.just("0"*16))]
+others = [st.builds(kind, plain, st.integers(2, 5)) for kind in (Ensemble, OutOfFold)] + [st.builds(StoredLogits, st.text(max_size=5), st.just("0"*16))]
 students = st.recursive(plain, lambda inner: st.builds(
-    lambda s, t, T, a: RunSpec(whole(getattr(teacher_run(t), "data", s.data)), s.model, Distil(t, T, a), s.recipe, s.seed),
-    plain, st.one_of(inner, st.builds(Scaled, inner), st.builds(Posterior, temperature), *others), temperature, weight), max_leaves=4)
+    lambda s, t, T, a: RunSpec(full_data(getattr(first_teacher_run(t), "data", s.data)), s.model, Distil(t, T, a), s.recipe, s.seed),
+    plain, st.one_of(inner, st.builds(TemperatureScaled, inner), st.builds(TemperedPosterior, temperature), *others), temperature, weight), max_leaves=4)
 
 
 @given(students)
 def test_a_description_survives_json(spec):
     "Nested teachers too: what is read is equal, has the same hash and the same id."
     again = decode(json.loads(json.dumps(encode(spec))))
-    assert again == spec and hash(again) == hash(spec) and value_id(again) == value_id(spec)
+    assert again == spec and hash(again) == hash(spec) and spec_hash(again) == spec_hash(spec)
 
 
 @given(students, students)
 def test_ids_tell_descriptions_apart(a, b):
-    assert (value_id(a) == value_id(b)) == (a == b)
+    assert (spec_hash(a) == spec_hash(b)) == (a == b)
 
 
 def test_an_id_does_not_depend_on_how_a_value_was_written():
-    assert value_id(Method("mdca", beta=5, gamma=0)) == value_id(Method("mdca", beta=5.0))
-    assert value_id(Distil(Posterior(1), 2, 1)) == value_id(Distil(Posterior(1.), 2., 1.))
+    assert spec_hash(Method("mdca", beta=5, gamma=0)) == spec_hash(Method("mdca", beta=5.0))
+    assert spec_hash(Distil(TemperedPosterior(1), 2, 1)) == spec_hash(Distil(TemperedPosterior(1.), 2., 1.))
 
 
 def test_ids_stay_as_they_are():
     "Stored results are found by their id, so it must not change from one version to the next."
-    assert value_id(RunSpec(Data("known"), "resnet8", Distil(RunSpec("known", "resnet14", "nll", "smoke"), 2, .5), "smoke")) == "ffe3fdbc7d2dfadf"
+    assert spec_hash(RunSpec(DataSpec("known"), "resnet8", Distil(RunSpec("known", "resnet14", "nll", "smoke"), 2, .5), "smoke")) == "ffe3fdbc7d2dfadf"
 
 
 def test_a_switch_that_is_on_by_default_is_refused():
@@ -71,5 +73,5 @@ def test_a_damaged_file_is_told_wherever_the_damage_is(tmp_path):
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     (path := tmp_path/"x").write_text("old")
     monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(OSError, match="No space left"), whole_file(path) as part: part.write_text("new")
+    with pytest.raises(OSError, match="No space left"), atomic_write(path) as part: part.write_text("new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x"]

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from kdc_nb.calibration.metrics import outcomes
-from kdc_nb.training.data import Data
+from kdc_nb.calibration.metrics import compute_outcomes
+from kdc_nb.training.data import DataSpec
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.paper.demo import block_specs, blocks, demo, verdict_text
+from kdc_nb.paper.demo import _demo_parts, _format_verdict, _part_specs, run_demo
 from kdc_nb.paper.demo import main
 from tests.conftest import patch_name
 from tests.conftest import made
@@ -21,23 +21,23 @@ from tests.conftest import made
 @pytest.fixture
 def small(monkeypatch):
     "The same blocks, a few epochs each."
-    few = [b._replace(recipe=Recipe(2, 32), setting=b.setting._replace(data=d)) for b, d in zip(blocks(), (Data("known", n_train=80, n_valid=60, n_test=90), Data("digits")))]
-    patch_name(monkeypatch, "blocks", lambda *args: few)
+    few = [b._replace(recipe=Recipe(2, 32), setting=b.setting._replace(data=d)) for b, d in zip(_demo_parts(), (DataSpec("known", n_train=80, n_valid=60, n_test=90), DataSpec("digits")))]
+    patch_name(monkeypatch, "_demo_parts", lambda *args: few)
 
 
 def test_tables_figures_and_a_page(small, tmp_path, monkeypatch):
-    text = demo(seeds=2, folder=tmp_path, device="cpu", progress=False)
+    text = run_demo(seeds=2, folder=tmp_path, device="cpu", progress=False)
     assert text.count("KD(C), from NLL after TS") >= 2 and "Images whose truth is known" in text and "2 seeds" in text
     assert sorted(p.name for p in tmp_path.glob("*.png")) == [f"{d}_{k}.png" for d in ("digits", "known") for k in ("ece", "reliability")]
     page = (tmp_path/"index.html").read_text()
     assert page.count("<img") == 4 and page.count("<table>") == 2 and "http" not in page
-    patch_name(monkeypatch, "train_epoch", lambda *a, **k: pytest.fail("trained again"))
-    assert demo(seeds=2, folder=tmp_path, device="cpu", progress=False) == text
+    patch_name(monkeypatch, "_train_epoch", lambda *a, **k: pytest.fail("trained again"))
+    assert run_demo(seeds=2, folder=tmp_path, device="cpu", progress=False) == text
 
 
 def test_every_run_of_the_demo_is_another():
-    for block in [*blocks(), *blocks("cifar10"), *blocks("cifar100", gpu=True)]:
-        specs = [s for seed in range(3) for s in block_specs(block, seed).values()]
+    for block in [*_demo_parts(), *_demo_parts("cifar10"), *_demo_parts("cifar100", gpu=True)]:
+        specs = [s for seed in range(3) for s in _part_specs(block, seed).values()]
         assert len(set(specs)) == len(specs)
 
 
@@ -65,6 +65,6 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
 def test_the_verdict_is_beyond_chance(monkeypatch, better, said):
     "The student of a calibrated teacher may be better calibrated, or made of the same outputs as the other"
     z, y, _ = made(2000, 10, 2.)
-    of = lambda logits: [SimpleNamespace(spec=SimpleNamespace(seed=0, data="made"), images={"raw": outcomes(logits, y)})]
+    of = lambda logits: [SimpleNamespace(spec=SimpleNamespace(seed=0, data="made"), images={"raw": compute_outcomes(logits, y)})]
     results = {"KD(UC), from NLL": of(z), "KD(C), from NLL after TS": of(z/2 if better else z)}
-    assert verdict_text(results).startswith(said)
+    assert _format_verdict(results).startswith(said)

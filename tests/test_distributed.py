@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from kdc_nb.core import load_tensors
-from kdc_nb.training.data import Data, load_data
-from kdc_nb.training.images import find_images, stream_images
+from kdc_nb.training.data import DataSpec, load_data
+from kdc_nb.training.images import find_images, register_image_folder
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.training.steps import predict
+from kdc_nb.training.steps import predict_logits
 from kdc_nb.experiments.agenda import write_specs
 from kdc_nb.experiments.runs import Store
 from kdc_nb.experiments.specs import Distil, RunSpec
@@ -23,7 +23,7 @@ PROGRAM = '''
 import sys
 from pathlib import Path
 from torch import nn
-from kdc_nb.training.devices import joined, place
+from kdc_nb.training.devices import distributed_session, rank_and_world
 from kdc_nb.training.models import MODELS
 from kdc_nb.experiments.agenda import read_specs
 from kdc_nb.experiments.runs import Store, run
@@ -31,10 +31,10 @@ from kdc_nb.experiments.runs import Store, run
 def plain(n_classes, in_channels):
     return nn.Sequential(nn.Conv2d(in_channels, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(72, n_classes))
 MODELS["plain"] = plain
-with joined("cpu"):
+with distributed_session("cpu"):
     for spec in read_specs(sys.argv[1]): run(spec, Store(sys.argv[2]), "cpu", progress=False)
 '''
-DATA = Data("known", n_train=90, n_valid=31, n_test=203)
+DATA = DataSpec("known", n_train=90, n_valid=31, n_test=203)
 RECIPE = Recipe(2, 32, lr=.05)
 
 
@@ -63,11 +63,11 @@ def specs(tmp_path, monkeypatch):
         for k in range(13): Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(tmp_path/"images"/c/f"{k}.png")
     names, labels, classes = find_images(tmp_path/"images")
     parts = [(names[k::3], labels[k::3]) for k in range(3)]
-    disk = stream_images("disk", tmp_path/"images", *parts, classes, 16)
+    disk = register_image_folder("disk", tmp_path/"images", *parts, classes, 16)
     teacher = RunSpec(DATA, "plain", Method("mdca", beta=5), RECIPE)
     shifted = Recipe(2, 4, lr=.01, augment=("crop", "flip"), live_teacher=True)
     seen = RunSpec(disk, "plain", "mmce", shifted)
-    text = RunSpec(Data("topics", n_train=64, n_valid=20, n_test=33), "bert_1_32", Method("dca"), Recipe(1, 16, lr=1e-3, optimizer="adamw", warmup=.1))
+    text = RunSpec(DataSpec("topics", n_train=64, n_valid=20, n_test=33), "bert_1_32", Method("dca"), Recipe(1, 16, lr=1e-3, optimizer="adamw", warmup=.1))
     return [*(RunSpec(DATA, "plain", m, RECIPE) for m in ("pskd", "crl", "mixup", "adafocal")), RunSpec(DATA, "plain", Distil(teacher, 2, .7), RECIPE),
             RunSpec(disk, "plain", Distil(seen), shifted), text]
 
@@ -90,7 +90,7 @@ def test_with_batch_statistics_each_process_normalises_its_own_part(tmp_path):
     one, two = both(tmp_path, [spec])
     said, data = two.get(spec).logits["test"], load_data(DATA)
     assert float((one.get(spec).logits["test"] - said).abs().max()) > 1e-3
-    assert torch.allclose(predict(two.net(spec), data, data.test.inputs), said, atol=1e-5), "what was judged is the network that was kept"
+    assert torch.allclose(predict_logits(two.net(spec), data, data.test.inputs), said, atol=1e-5), "what was judged is the network that was kept"
 
 
 def test_the_command_speaks_once_and_a_budget_stops_all(tmp_path):

@@ -17,18 +17,19 @@ from scipy import ndimage
 import kdc_nb.training.steps as steps_room
 import kdc_nb.analysis.drift as drift_room
 from kdc_nb.core import decode, encode
-from kdc_nb.training.data import Data, load_data
+from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.runs import Store, run
 from kdc_nb.experiments.specs import RunSpec
 from kdc_nb.analysis.corruptions import (
-    CORRUPTIONS, corrupted, elastic_transform, fog, glass_blur, snow, zoom_blur,
+    CORRUPTIONS, corrupt_images, elastic_transform, fog, glass_blur, snow, zoom_blur,
 )
 from kdc_nb.analysis.drift import (
-    Drift, by_severity, drift, drift_row, read_corrupted, read_drifts, write_drifts,
+    DriftResult, _evaluate_with_noise, average_by_severity, evaluate_drift, read_corrupted_images,
+    read_drifts, write_drifts,
 )
-from kdc_nb.analysis.filters import clouds, disk, smear
+from kdc_nb.analysis.filters import defocus_kernel, motion_filter, plasma_fractal
 from tests.conftest import patch_name
 
 STRENGTHS = { # ImageNet-C/create_c/make_cifar_c.py; the elastic ones there are times 32, the zooms the ends of steps of 0.01
@@ -52,7 +53,7 @@ STRENGTHS = { # ImageNet-C/create_c/make_cifar_c.py; the elastic ones there are 
     "saturate": [(0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)],
 }
 ALONE = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression", "gaussian_blur", "saturate") # without noise
-TINY = Data("known", n_train=100, n_valid=60, n_test=80)
+TINY = DataSpec("known", n_train=100, n_valid=60, n_test=80)
 NET = RunSpec(TINY, "resnet8", Method("nll"), Recipe(2, 50))
 each_severity = pytest.mark.parametrize("severity", range(1, 6))
 
@@ -88,7 +89,7 @@ def test_strengths_are_the_published_ones():
 @settings(max_examples=10)
 def test_noise_has_the_moments_of_its_formula(level, channels, severity):
     x, v = torch.full((300, channels, 16, 16), level, dtype=torch.uint8), level/255
-    moved = {k: corrupted(x, k, severity).double()/255 + .5/255 - v for k in ("gaussian_noise", "shot_noise", "speckle_noise")} # half a step was cut off
+    moved = {k: corrupt_images(x, k, severity).double()/255 + .5/255 - v for k in ("gaussian_noise", "shot_noise", "speckle_noise")} # half a step was cut off
     c = {k: STRENGTHS[k][severity - 1] for k in moved}
     wanted = {"gaussian_noise": c["gaussian_noise"], "shot_noise": (v/c["shot_noise"])**.5, "speckle_noise": v*c["speckle_noise"]}
     for k, s in wanted.items(): assert float(moved[k].std()) == pytest.approx(s, rel=.03) and abs(float(moved[k].mean())) < .003
@@ -96,7 +97,7 @@ def test_noise_has_the_moments_of_its_formula(level, channels, severity):
 
 @each_severity
 def test_impulses_are_black_or_white_as_often(severity):
-    y = corrupted(torch.full((400, 3, 16, 16), 77, dtype=torch.uint8), "impulse_noise", severity)
+    y = corrupt_images(torch.full((400, 3, 16, 16), 77, dtype=torch.uint8), "impulse_noise", severity)
     share = STRENGTHS["impulse_noise"][severity - 1]
     assert set(y.unique().tolist()) == {0, 77, 255}
     for v in (0, 255): assert float((y == v).double().mean()) == pytest.approx(share/2, rel=.06)
@@ -109,7 +110,7 @@ def test_impulses_are_black_or_white_as_often(severity):
 def test_gaussian_blur(severity, channels, size):
     x, sigma = images(channels=channels, h=size), STRENGTHS["gaussian_blur"][severity - 1]
     wanted = [[ndimage.gaussian_filter(c, sigma, mode="nearest") for c in i.numpy()/255] for i in x]
-    assert_cut(corrupted(x, "gaussian_blur", severity), np.array(wanted))
+    assert_cut(corrupt_images(x, "gaussian_blur", severity), np.array(wanted))
 
 
 @each_severity
@@ -119,11 +120,11 @@ def test_defocus_blur(severity):
     line = np.array([np.exp(-1/(2*rim**2)), 1, np.exp(-1/(2*rim**2))])
     line /= line.sum()
     kernel = sum(line[a + 1]*line[b + 1]*np.roll(sharp/sharp.sum(), (a, b), (0, 1)) for a in (-1, 0, 1) for b in (-1, 0, 1))
-    assert disk(radius, rim) == pytest.approx(kernel[5:12, 5:12], abs=1e-12) and kernel[5:12, 5:12].sum() == pytest.approx(1)
+    assert defocus_kernel(radius, rim) == pytest.approx(kernel[5:12, 5:12], abs=1e-12) and kernel[5:12, 5:12].sum() == pytest.approx(1)
     x = images(1)
     padded = np.pad(x[0].numpy()/255, ((0, 0), (8, 8), (8, 8)), mode="reflect")
     wanted = sum(kernel[a, b]*padded[:, a:a + 32, b:b + 32] for a in range(17) for b in range(17))
-    assert_cut(corrupted(x, "defocus_blur", severity)[0], wanted)
+    assert_cut(corrupt_images(x, "defocus_blur", severity)[0], wanted)
 
 
 @pytest.mark.parametrize("size, strength", [(8, (.4, 1, 1)), (32, (.25, 1, 2))])
@@ -154,9 +155,9 @@ def smeared(x, radius, sigma, angle):
 @pytest.mark.parametrize("angle", [-134.2, -90, -45, -13.7, 0, 31.3, 45])
 def test_motion(angle):
     x = floats(images(2, 1, 8, 12))
-    got = smear(x, 6, 2., np.array([20., angle]))
+    got = motion_filter(x, 6, 2., np.array([20., angle]))
     assert got[1, 0] == pytest.approx(smeared(x[1, 0], 6, 2., angle), abs=1.01/255) and abs(got[1, 0] - smeared(x[1, 0], 6, 2., angle)).mean() < 1e-4
-    assert got[0, 0] == pytest.approx(smear(x[:1], 6, 2., np.array([20.]))[0, 0])
+    assert got[0, 0] == pytest.approx(motion_filter(x[:1], 6, 2., np.array([20.]))[0, 0])
 
 
 def zoomed_alone(x, factor):
@@ -207,13 +208,13 @@ def test_clouds_square_by_square(size, decay, seed):
                     r, c = i*step + down, j*step + right
                     z[r, c] = sum(z[(r + a) % size, (c + b) % size] for a, b in corners)/4 + noise*wobble[i, j]
         step, noise = half, noise/decay
-    assert clouds(1, size, decay, rng(seed))[0] == pytest.approx((z - z.min())/(z.max() - z.min()), abs=1e-5)
+    assert plasma_fractal(1, size, decay, rng(seed))[0] == pytest.approx((z - z.min())/(z.max() - z.min()), abs=1e-5)
 
 
 @each_severity
 def test_fog(severity):
     x, (thick, decay) = floats(images(2, h=12))*np.array([.5, .9, .7], np.float32)[:, None, None], STRENGTHS["fog"][severity - 1]
-    cloud = clouds(2, 16, decay, rng())[:, :12, :12]
+    cloud = plasma_fractal(2, 16, decay, rng())[:, :12, :12]
     wanted = np.stack([(i + thick*c)*i.max()/(i.max() + thick) for i, c in zip(x, cloud)])
     assert fog(x, (thick, decay), rng()) == pytest.approx(wanted, abs=1e-6)
 
@@ -225,7 +226,7 @@ def test_steps_in_hsv(name, severity):
     z = rgb_to_hsv(x.permute(0, 2, 3, 1).numpy()/255)
     if name == "brightness": z[..., 2] = np.clip(z[..., 2] + c, 0, 1)
     else: z[..., 1] = np.clip(z[..., 1]*c[0] + c[1], 0, 1)
-    assert_cut(corrupted(x, name, severity), hsv_to_rgb(z).transpose(0, 3, 1, 2))
+    assert_cut(corrupt_images(x, name, severity), hsv_to_rgb(z).transpose(0, 3, 1, 2))
 
 
 @each_severity
@@ -233,8 +234,8 @@ def test_steps_in_hsv(name, severity):
 def test_contrast_and_grey_brightness(severity, channels):
     x = images(channels=channels)
     mean = np.array([[c.mean() for c in i] for i in x.numpy()/255])[:, :, None, None]
-    assert_cut(corrupted(x, "contrast", severity), (x.numpy()/255 - mean)*STRENGTHS["contrast"][severity - 1] + mean)
-    if channels == 1: assert_cut(corrupted(x, "brightness", severity), x.numpy()/255 + STRENGTHS["brightness"][severity - 1])
+    assert_cut(corrupt_images(x, "contrast", severity), (x.numpy()/255 - mean)*STRENGTHS["contrast"][severity - 1] + mean)
+    if channels == 1: assert_cut(corrupt_images(x, "brightness", severity), x.numpy()/255 + STRENGTHS["brightness"][severity - 1])
 
 
 @each_severity
@@ -265,7 +266,7 @@ def test_elastic_without_displacement_is_the_image():
 def test_pixels_and_jpeg(severity, channels, size):
     x, share, quality = images(channels=channels, h=size), STRENGTHS["pixelate"][severity - 1], STRENGTHS["jpeg_compression"][severity - 1]
     small = int(size*share)
-    for i, pixels, jpeg in zip(x, corrupted(x, "pixelate", severity), corrupted(x, "jpeg_compression", severity)):
+    for i, pixels, jpeg in zip(x, corrupt_images(x, "pixelate", severity), corrupt_images(x, "jpeg_compression", severity)):
         assert torch.equal(pixels, as_bytes(picture(i).resize((small, small), Image.BOX).resize((size, size), Image.BOX)))
         picture(i).save(file := io.BytesIO(), "JPEG", quality=quality)
         assert torch.equal(jpeg, as_bytes(Image.open(file)))
@@ -278,30 +279,30 @@ def test_pixels_and_jpeg(severity, channels, size):
 def test_bytes_of_the_same_shape(name, channels, h, w):
     x = images(4, channels, h, w)
     if name == "saturate" and channels == 1:
-        with pytest.raises(ValueError, match="inputs: got images of one channel, expected three"): corrupted(x, name, 1)
+        with pytest.raises(ValueError, match="inputs: got images of one channel, expected three"): corrupt_images(x, name, 1)
         return
-    before, ys = x.clone(), [corrupted(x, name, s) for s in range(1, 6)]
+    before, ys = x.clone(), [corrupt_images(x, name, s) for s in range(1, 6)]
     assert all(y.dtype == torch.uint8 and y.shape == x.shape for y in ys)
     assert not torch.equal(ys[4], x) and not torch.equal(ys[4], ys[0])
     assert torch.equal(x, before)
-    assert torch.equal(ys[2], corrupted(x, name, 3)), "a seed is one result"
-    assert torch.equal(ys[2], corrupted(x, name, 3, seed=1)) == (name in ALONE)
+    assert torch.equal(ys[2], corrupt_images(x, name, 3)), "a seed is one result"
+    assert torch.equal(ys[2], corrupt_images(x, name, 3, seed=1)) == (name in ALONE)
 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_images_do_not_see_each_other(name):
     x = images(5)
-    assert torch.equal(corrupted(x, name, 4)[3:4], corrupted(x[3:4], name, 4))
+    assert torch.equal(corrupt_images(x, name, 4)[3:4], corrupt_images(x[3:4], name, 4))
 
 
 def test_batches_have_noise_of_their_own():
-    y = corrupted(torch.full((1001, 1, 8, 8), 128, dtype=torch.uint8), "gaussian_noise", 3)
+    y = corrupt_images(torch.full((1001, 1, 8, 8), 128, dtype=torch.uint8), "gaussian_noise", 3)
     assert len(y) == 1001 and not torch.equal(y[0], y[500]) and not torch.equal(y[0], y[1000])
 
 
 def test_severities_and_corruptions_have_noise_of_their_own():
     x = torch.full((50, 1, 8, 8), 128, dtype=torch.uint8)
-    noise = np.corrcoef([corrupted(x, k, s).double().flatten() for k, s in [("gaussian_noise", 4), ("gaussian_noise", 5), ("speckle_noise", 5)]])
+    noise = np.corrcoef([corrupt_images(x, k, s).double().flatten() for k, s in [("gaussian_noise", 4), ("gaussian_noise", 5), ("speckle_noise", 5)]])
     assert abs(noise - np.eye(3)).max() < .1
 
 
@@ -314,7 +315,7 @@ def test_severities_and_corruptions_have_noise_of_their_own():
     (dict(inputs=images().numpy()), "inputs: got a ndarray, expected a tensor"),
 ])
 def test_bad_input(change, message):
-    with pytest.raises(ValueError, match=message): corrupted(**dict(inputs=images(), name="fog", severity=1) | change)
+    with pytest.raises(ValueError, match=message): corrupt_images(**dict(inputs=images(), name="fog", severity=1) | change)
 
 
 # Published files
@@ -330,7 +331,7 @@ def write_folder(folder: Path, n=4, size=8, name="frost", labels=None):
 @settings(max_examples=10)
 def test_the_block_of_a_severity(tmp_path, n, severity):
     folder = write_folder(tmp_path, n)
-    x, y = read_corrupted(str(folder), "frost", severity)
+    x, y = read_corrupted_images(str(folder), "frost", severity)
     raw = np.load(folder/"frost.npy")[n*(severity - 1):n*severity]
     assert x.dtype == torch.uint8 and x.is_contiguous() and x.numpy() == pytest.approx(np.moveaxis(raw, 3, 1))
     assert y.dtype == torch.int64 and y.tolist() == list(range(n))
@@ -341,7 +342,7 @@ def test_files_of_the_published_size(tmp_path):
     big[30_000, 1, 2], big[39_999, 31, 30] = (1, 2, 3), (4, 5, 6)
     big.flush()
     np.save(tmp_path/"labels.npy", np.tile(np.arange(10_000, dtype=np.uint8) % 100, 5))
-    x, y = read_corrupted(tmp_path, "spatter", 4)
+    x, y = read_corrupted_images(tmp_path, "spatter", 4)
     assert x.shape == (10_000, 3, 32, 32) and y.shape == (10_000,) and int(x.sum()) == 21
     assert x[0, :, 1, 2].tolist() == [1, 2, 3] and x[-1, :, 31, 30].tolist() == [4, 5, 6] and y[99] == 99
 
@@ -383,7 +384,7 @@ def spoil(folder, fault):
 }.items())
 def test_faults_of_files(tmp_path, fault, message):
     spoil(write_folder(tmp_path/"c"), fault)
-    with pytest.raises(ValueError, match=f"folder: got .*{message}"): read_corrupted(tmp_path/"c", "frost", 1)
+    with pytest.raises(ValueError, match=f"folder: got .*{message}"): read_corrupted_images(tmp_path/"c", "frost", 1)
 
 
 @given(st.integers(0, 127), st.integers(0, 255))
@@ -393,14 +394,14 @@ def test_a_damaged_header_is_a_value_error_or_harmless(tmp_path, place, byte):
     raw = bytearray((folder/"frost.npy").read_bytes())
     raw[place] = byte
     (folder/"frost.npy").write_bytes(raw)
-    try: x, y = read_corrupted(folder, "frost", 1)
+    try: x, y = read_corrupted_images(folder, "frost", 1)
     except ValueError as e: assert "frost.npy" in str(e) or "labels.npy" in str(e)
     else: assert x.dtype == torch.uint8 and len(x) == len(y)
 
 
 @pytest.mark.parametrize("severity", [0, 6, "1"])
 def test_severity_of_a_file(tmp_path, severity):
-    with pytest.raises(ValueError, match="severity: got"): read_corrupted(write_folder(tmp_path), "frost", severity)
+    with pytest.raises(ValueError, match="severity: got"): read_corrupted_images(write_folder(tmp_path), "frost", severity)
 
 
 # Runs
@@ -412,7 +413,7 @@ def store(tmp_path_factory):
     return store
 
 
-def go(store, names=("contrast",), severities=(1, 5), **kw): return drift(NET, store, names, severities, device="cpu", **kw)
+def go(store, names=("contrast",), severities=(1, 5), **kw): return evaluate_drift(NET, store, names, severities, device="cpu", **kw)
 
 
 def by_hand(z, y, n_bins=15):
@@ -431,7 +432,7 @@ def test_rows_are_those_of_the_network_and_the_temperature_that_of_clean_images(
     assert found.T == store.get(NET).evaluation.T != 1 and found.n == 50
     for key, row in found.rows.items():
         x = data.test.inputs[:50]
-        if key != "clean": x = corrupted(x, key.split("/")[0], int(key[-1]))
+        if key != "clean": x = corrupt_images(x, key.split("/")[0], int(key[-1]))
         with torch.no_grad(): z = net(data.normalise(x)).double().numpy()
         for which, T in (("raw", 1), ("scaled", found.T)):
             assert [row[which][k] for k in ("top1", "nll", "ece")] == pytest.approx(by_hand(z/T, data.test.labels[:50].numpy()), abs=1e-5)
@@ -439,17 +440,17 @@ def test_rows_are_those_of_the_network_and_the_temperature_that_of_clean_images(
 
 
 def test_all_corruptions_and_all_test_images_are_the_default(store, monkeypatch):
-    patch_name(monkeypatch, "drift_row", lambda logits, labels: {"n": len(logits)})
-    found = drift(NET, store, device="cpu")
+    patch_name(monkeypatch, "_evaluate_with_noise", lambda logits, labels: {"n": len(logits)})
+    found = evaluate_drift(NET, store, device="cpu")
     assert set(found.rows) == {"clean"} | {f"{k}/{s}" for k in STRENGTHS for s in range(1, 6)}
     assert {row["scaled"]["n"] for row in found.rows.values()} == {found.n} == {80}
 
 
 def test_a_run_that_is_not_there(store, tmp_path):
     with pytest.raises(ValueError, match="spec: got known resnet8 nll, seed 7, which is not in .*, expected a finished run: `run` it first"):
-        drift(replace(NET, seed=7), store)
-    with pytest.raises(ValueError, match="`run` it first"): drift(NET, Store(tmp_path))
-    with pytest.raises(ValueError, match="`run` it first"): drift(NET)
+        evaluate_drift(replace(NET, seed=7), store)
+    with pytest.raises(ValueError, match="`run` it first"): evaluate_drift(NET, Store(tmp_path))
+    with pytest.raises(ValueError, match="`run` it first"): evaluate_drift(NET)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -458,13 +459,13 @@ def test_a_run_that_is_not_there(store, tmp_path):
     (dict(folder="nowhere"), "folder: got no .*contrast.npy"),
 ])
 def test_what_is_wrong_is_said_before_the_network_is_asked(store, monkeypatch, change, message):
-    patch_name(monkeypatch, "predict", lambda *a: pytest.fail("asked"))
+    patch_name(monkeypatch, "predict_logits", lambda *a: pytest.fail("asked"))
     with pytest.raises(ValueError, match=message): go(store, **change)
 
 
 def test_published_files_are_asked_about(store, tmp_path):
     test = load_data(TINY).test
-    made = torch.cat([corrupted(test.inputs, "contrast", s) for s in range(1, 6)])
+    made = torch.cat([corrupt_images(test.inputs, "contrast", s) for s in range(1, 6)])
     folder = write_folder(tmp_path/"c", labels=test.labels.repeat(5).numpy().astype(np.uint8))
     np.save(folder/"frost.npy", made.permute(0, 2, 3, 1).numpy())
     ours, theirs = go(store), go(store, ("frost",), folder=folder)
@@ -498,12 +499,12 @@ def test_json(store, tmp_path):
 
 def test_means_by_severity():
     row = lambda v: {"raw": {"top1": v, "ece": 1 - v}, "scaled": {"top1": v, "ece": v/2}}
-    found = Drift(NET, 80, 1.5, {"clean": row(.9), "fog/2": row(.6), "snow/2": row(.4), "snow/5": row(.1)})
-    assert by_severity(found, "raw")["ece"] == pytest.approx([.1, np.nan, .5, np.nan, np.nan, .9], nan_ok=True)
-    assert by_severity(found, "scaled")["ece"] == pytest.approx([.45, np.nan, .25, np.nan, np.nan, .05], nan_ok=True)
-    with pytest.raises(ValueError, match="which: got 'both', expected 'raw' or 'scaled'"): by_severity(found, "both")
+    found = DriftResult(NET, 80, 1.5, {"clean": row(.9), "fog/2": row(.6), "snow/2": row(.4), "snow/5": row(.1)})
+    assert average_by_severity(found, "raw")["ece"] == pytest.approx([.1, np.nan, .5, np.nan, np.nan, .9], nan_ok=True)
+    assert average_by_severity(found, "scaled")["ece"] == pytest.approx([.45, np.nan, .25, np.nan, np.nan, .05], nan_ok=True)
+    with pytest.raises(ValueError, match="which: got 'both', expected 'raw' or 'scaled'"): average_by_severity(found, "both")
 
 
 def test_a_network_that_is_always_right_and_sure_has_no_error():
-    row = drift_row(torch.eye(3).repeat(5, 1)*50, torch.arange(3).repeat(5))
+    row = _evaluate_with_noise(torch.eye(3).repeat(5, 1)*50, torch.arange(3).repeat(5))
     assert row["top1"] == 1 and row["ece"] == pytest.approx(0, abs=1e-9) and row["nll"] == pytest.approx(0, abs=1e-9)

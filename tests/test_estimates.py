@@ -5,12 +5,16 @@ import numpy as np
 import pytest
 import torch
 
-from kdc_nb import metrics
 from kdc_nb.core import decode, encode
-from kdc_nb.calibration.estimates import Estimate, chernoff, interval, reliability_bins, wilson
-from kdc_nb.calibration.evaluation import Evaluation, evaluate, mean_estimate
-from kdc_nb.calibration.metrics import MEANS, RULES, Claims, binned_error, brier, ece, nll, top_claims
+from kdc_nb.calibration.estimates import (
+    Estimate, _chernoff_interval, calibration_estimates, reliability_bins, wilson_interval,
+)
+from kdc_nb.calibration.evaluation import Evaluation, _per_sample_estimate, evaluate
+from kdc_nb.calibration.metrics import (
+    METRICS, PER_SAMPLE_METRICS, BinaryPredictions, binned_error, brier, ece, nll, top_label,
+)
 from kdc_nb.calibration.null_bands import null_band, null_draws
+from kdc_nb.calibration import metrics
 
 from .conftest import made
 
@@ -23,14 +27,14 @@ def test_null_draws_are_what_the_metrics_score():
     g = torch.Generator().manual_seed(1)
     fast = null_draws(z, n_boot=2000, seed=2)
     slow = [p.multinomial(1, generator=g).squeeze(1) for _ in range(150)]
-    for name in RULES:
+    for name in METRICS:
         scores = torch.tensor([getattr(metrics, name)(z, y) for y in slow])
         assert fast[name].mean() == pytest.approx(float(scores.mean()), rel=.08), name
         assert fast[name].std() == pytest.approx(float(scores.std()), rel=.25), name
 
 
 def test_null_band_has_its_level():
-    inside = dict.fromkeys(RULES, 0)
+    inside = dict.fromkeys(METRICS, 0)
     for seed in range(60):
         z, y, _ = made(300, 4, seed=seed)
         for k, b in null_band(z, n_boot=200, seed=seed).items(): inside[k] += b.low <= getattr(metrics, k)(z, y) <= b.high
@@ -65,9 +69,9 @@ def test_null_band_shrinks_with_the_images_and_widens_with_the_level():
 
 def test_draws_depend_on_the_seed_only():
     z, y, _ = made(200)
-    assert interval(z, y, n_boot=50) == interval(z, y, n_boot=50)
-    assert interval(z, y, "ece", n_boot=50)["ece"] == interval(z, y, ("ace", "ece"), n_boot=50)["ece"]
-    assert interval(z, y, "ece", n_boot=50) != interval(z, y, "ece", n_boot=50, seed=1)
+    assert calibration_estimates(z, y, n_boot=50) == calibration_estimates(z, y, n_boot=50)
+    assert calibration_estimates(z, y, "ece", n_boot=50)["ece"] == calibration_estimates(z, y, ("ace", "ece"), n_boot=50)["ece"]
+    assert calibration_estimates(z, y, "ece", n_boot=50) != calibration_estimates(z, y, "ece", n_boot=50, seed=1)
 
 
 @pytest.mark.parametrize("factor, target", [(1., 0), (1.032, .01), (1.137, .04), (1.716, .15)])
@@ -76,7 +80,7 @@ def test_intervals_cover(factor, target):
     names, hits, seen = ("ece", "ace", "ks", "mce", "sce"), {}, []
     for seed in range(40):
         z, y, p = made(1000, 10, factor, 2.5, seed)
-        e = interval(z, y, names, n_boot=120, seed=seed)
+        e = calibration_estimates(z, y, names, n_boot=120, seed=seed)
         truth = exact(z, p, names)
         seen.append(truth["ece"])
         for k in names: hits[k] = hits.get(k, 0) + (e[k].low <= truth[k] + 1e-9 and truth[k] <= e[k].high)
@@ -88,27 +92,27 @@ def exact(z, posterior, names):
     "The estimands: the metrics with the chance of being right in place of right or wrong"
     p = z.softmax(1)
     top = p.argmax(1, keepdim=True)
-    tables = {True: Claims(p.gather(1, top), posterior.gather(1, top)), False: Claims(p, posterior)}
-    return {k: binned_error(RULES[k], tables[RULES[k].claims is top_claims], 15) for k in names}
+    tables = {True: BinaryPredictions(p.gather(1, top), posterior.gather(1, top)), False: BinaryPredictions(p, posterior)}
+    return {k: binned_error(METRICS[k], tables[METRICS[k].claims is top_label], 15) for k in names}
 
 
 def test_a_large_error_is_told_from_noise_and_a_perfect_model_is_not():
     z, y, _ = made(3000, 10, 2.)
-    for k, e in interval(z, y, n_boot=200).items():
+    for k, e in calibration_estimates(z, y, n_boot=200).items():
         assert e.value > e.null_high and e.low > 0 and e.high < 1, k
         if k != "mce": assert e.low < e.debiased < e.high
     z, y, _ = made(3000, 10)
-    assert all(e.low == 0 < e.high for e in interval(z, y, n_boot=200).values())
+    assert all(e.low == 0 < e.high for e in calibration_estimates(z, y, n_boot=200).values())
 
 
 def test_wilson_and_chernoff():
-    low, high = wilson(np.array([0., 5, 10]), 10)
+    low, high = wilson_interval(np.array([0., 5, 10]), 10)
     assert low[0] == pytest.approx(0, abs=1e-12) and high[2] == pytest.approx(1) and low[1] == pytest.approx(1 - high[1])
     fractions, counts = torch.tensor([0., .3, 1.]).double(), torch.tensor([20., 20, 20]).double()
-    low, high = chernoff(fractions, counts, .025)
+    low, high = _chernoff_interval(fractions, counts, .025)
     assert low[0] == 0 and high[2] == 1
     assert high[0] == pytest.approx(1 - .025**(1/20)) and low[2] == pytest.approx(.025**(1/20))
-    assert low[1] < wilson(6, 20)[0] < .3 < wilson(6, 20)[1] < high[1]
+    assert low[1] < wilson_interval(6, 20)[0] < .3 < wilson_interval(6, 20)[1] < high[1]
 
 
 def test_reliability_bins():
@@ -129,7 +133,7 @@ def test_evaluate_with_and_without_validation():
     crossed, held_out = evaluate(z, y, n_boot=50), evaluate(z, y, *made(1000, 5, 2., seed=9)[:2], n_boot=50)
     assert crossed.cross_fitted and not held_out.cross_fitted
     for e in (crossed, held_out):
-        assert set(e.raw) == set(e.scaled) == set(RULES) | set(MEANS)
+        assert set(e.raw) == set(e.scaled) == set(METRICS) | set(PER_SAMPLE_METRICS)
         assert e.T == pytest.approx(2, abs=.25)
         assert e.scaled["ece"].value < e.raw["ece"].value and e.scaled["nll"].value < e.raw["nll"].value
         assert e.scaled["top1"] .value == e.raw["top1"].value
@@ -143,7 +147,7 @@ def test_evaluation_is_a_value():
     assert decode(json.loads(json.dumps(encode(e), allow_nan=False))) == e
     assert isinstance(e, Evaluation) and isinstance(e.raw["ece"], Estimate)
     daggers = any(v.outside() for t in (e.raw, e.scaled) for v in t.values())
-    assert "classwise ACE, %" in repr(e) and e._repr_html_().count("<tr>") == 1 + 2*len(RULES | MEANS) + daggers
+    assert "classwise ACE, %" in repr(e) and e._repr_html_().count("<tr>") == 1 + 2*len(METRICS | PER_SAMPLE_METRICS) + daggers
     assert max(map(len, repr(e).splitlines())) <= 80, "a terminal's width"
     assert evaluate(z[:4], y[:4], n_boot=30).scaled is None
 
@@ -181,7 +185,7 @@ def test_a_frame_holds_every_estimate_in_its_unit(tmp_path):
     e = evaluate(z, y, n_boot=50)
     frame = e.to_frame()
     assert list(frame) == ["output", "metric", "unit", "value", "low", "high", "debiased", "null_low", "null_high", "n"]
-    assert len(frame) == 2*len(RULES | MEANS) and set(frame.n) == {300}
+    assert len(frame) == 2*len(METRICS | PER_SAMPLE_METRICS) and set(frame.n) == {300}
     assert all(frame[c].dtype == float for c in ("value", "low", "high", "debiased", "null_low", "null_high"))
     for which in ("raw", "scaled"):
         for k, v in getattr(e, which).items():
@@ -194,7 +198,7 @@ def test_a_frame_holds_every_estimate_in_its_unit(tmp_path):
     assert (tmp_path/"e.csv").read_text().splitlines()[0] == "output,metric,unit,value,low,high,debiased,null_low,null_high,n"
     assert r"null\_low" in frame.to_latex(escape=True) and r"\%" in frame.to_latex(escape=True)
     alone = evaluate(z[:4], y[:4], n_boot=30).to_frame()
-    assert set(alone.output) == {"raw"} and len(alone) == len(RULES | MEANS)
+    assert set(alone.output) == {"raw"} and len(alone) == len(METRICS | PER_SAMPLE_METRICS)
 
 
 def test_an_infinite_nll_is_shown_as_that():
@@ -203,11 +207,11 @@ def test_an_infinite_nll_is_shown_as_that():
 
 
 def test_means_have_the_promised_null_band():
-    inside = dict.fromkeys(MEANS, 0)
+    inside = dict.fromkeys(PER_SAMPLE_METRICS, 0)
     for seed in range(60):
         z, y, _ = made(200, 4, seed=seed)
-        for k in MEANS:
-            e = mean_estimate(k, z, y, "logits", .95)
+        for k in PER_SAMPLE_METRICS:
+            e = _per_sample_estimate(k, z, y, "logits", .95)
             inside[k] += e.null_low <= e.value <= e.null_high
     assert min(inside.values()) >= 51, inside
 

@@ -13,21 +13,21 @@ from PIL import Image
 
 import kdc_nb.calibration.diagrams as explorers
 from kdc_nb.calibration.posthoc import fit_temperature
-from kdc_nb.calibration.predictions import as_outputs
-from kdc_nb.training.data import Data
-from kdc_nb.training.loss_fields import crowd
+from kdc_nb.calibration.predictions import check_outputs_and_labels
+from kdc_nb.training.data import DataSpec
+from kdc_nb.training.loss_fields import _batch_context
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.experiments.results import from_light, light_of
+from kdc_nb.experiments.results import result_from_json, result_to_json
 from kdc_nb.experiments.runs import Store, run
-from kdc_nb.experiments.specs import Distil, Posterior, RunSpec
-from kdc_nb.experiments.transfer import Transfer, prepare_transfer
-from kdc_nb.analysis.features import look
+from kdc_nb.experiments.specs import Distil, RunSpec, TemperedPosterior
+from kdc_nb.experiments.transfer import TransferPlot, prepare_transfer
+from kdc_nb.analysis.views import extract_features
 from kdc_nb.explorers import explore_classes, explore_method, explore_reliability, explore_transfer
 from tests.conftest import patch_name
 
-DATA, RECIPE = Data("known", n_train=100, n_valid=60, n_test=300), Recipe(1, 32)
+DATA, RECIPE = DataSpec("known", n_train=100, n_valid=60, n_test=300), Recipe(1, 32)
 TEACHER = RunSpec(DATA, "resnet8", "nll", RECIPE)
-STUDENTS = [RunSpec(DATA, "resnet8", Distil(t, T, a), RECIPE) for t in (TEACHER, Posterior(.5), Posterior(2.)) for T, a in ((1, .5), (4, .5), (1, 1), (4, 1)) if (T, a) != (4, 1)]
+STUDENTS = [RunSpec(DATA, "resnet8", Distil(t, T, a), RECIPE) for t in (TEACHER, TemperedPosterior(.5), TemperedPosterior(2.)) for T, a in ((1, .5), (4, .5), (1, 1), (4, 1)) if (T, a) != (4, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def results(store): return {s: run(s, store, "cpu", progress=False) for s in (TE
 
 
 @pytest.fixture(scope="module")
-def looks(store, results): return {s: look(s, store, "cpu", per_class=4) for s in (TEACHER, *STUDENTS[:3])}
+def looks(store, results): return {s: extract_features(s, store, "cpu", per_class=4) for s in (TEACHER, *STUDENTS[:3])}
 
 
 @pytest.fixture
@@ -68,8 +68,8 @@ def test_reliability_of_your_own_logits(outputs, monkeypatch):
 
 
 def test_nothing_is_computed_twice(outputs, monkeypatch):
-    calls, real = [], explorers.prepare_tempered
-    patch_name(monkeypatch, "prepare_tempered", lambda *a: calls.append(a[2:]) or real(*a))
+    calls, real = [], explorers.evaluate_at_temperature
+    patch_name(monkeypatch, "evaluate_at_temperature", lambda *a: calls.append(a[2:]) or real(*a))
     explorer = explore_reliability(*outputs)
     for T in (2., 1., 2., 1.): explorer.controls["T"].value = T
     assert calls == [(1., 15), (2., 15)]
@@ -85,7 +85,7 @@ def test_reliability_of_probabilities_is_that_of_their_logits(outputs):
 def test_reliability_of_a_run(results, monkeypatch):
     result = results[TEACHER]
     every_control(explore_reliability(result), monkeypatch, T=.5)
-    with pytest.raises(ValueError, match="outputs: got a result from a light file, without logits"): explore_reliability(from_light(light_of(result)))
+    with pytest.raises(ValueError, match="outputs: got a result from a light file, without logits"): explore_reliability(result_from_json(result_to_json(result)))
 
 
 @pytest.mark.parametrize("spoil, message", [
@@ -110,8 +110,8 @@ def test_methods_follow_every_control(family, values, monkeypatch): every_contro
 
 def test_the_crowd_is_as_wrong_about_itself_as_it_is_said_to_be():
     "Always the same answers; the surer they are by the factor, the fewer are right"
-    right = [float((z.argmax(1) == y).float().mean()) for z, y in map(crowd, (.2, 1., 4.))]
-    assert torch.equal(crowd(.2)[0], crowd(4.)[0]) and right[0] > right[1] > right[2]
+    right = [float((z.argmax(1) == y).float().mean()) for z, y in map(_batch_context, (.2, 1., 4.))]
+    assert torch.equal(_batch_context(.2)[0], _batch_context(4.)[0]) and right[0] > right[1] > right[2]
 
 
 def test_transfer_follows_every_control(results, monkeypatch):
@@ -160,7 +160,7 @@ def test_looks_at_several_networks_are_refused(looks):
 
 
 def test_the_chosen_student_has_a_ring(results):
-    transfer, pairs = Transfer(), prepare_transfer(results)
+    transfer, pairs = TransferPlot(), prepare_transfer(results)
     for chosen in STUDENTS[:2]:
         transfer.show(pairs, chosen.method.T, chosen.method.alpha, chosen)
         (pair,) = [p for p in pairs if p.spec == chosen]
@@ -176,7 +176,7 @@ def test_buttons_set_several_controls_and_draw_once(outputs, monkeypatch):
     buttons = {b.description: b for b in explorer.children[2].children if hasattr(b, "click")}
     monkeypatch.setattr(explorer, "show", lambda **values: drawn.append(values) or show(**values))
     buttons["go to the fitted T"].click()
-    assert drawn == [{"T": pytest.approx(fit_temperature(*as_outputs(*outputs)), rel=1e-3), "n_bins": 15}]
+    assert drawn == [{"T": pytest.approx(fit_temperature(*check_outputs_and_labels(*outputs)), rel=1e-3), "n_bins": 15}]
     explorer.controls["n_bins"].value = 7
     buttons["reset"].click()
     assert drawn[2:] == [{"T": 1., "n_bins": 15}] and bytes(explorer.image.value) == first

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kdc_nb.core import decode, encode, load_npz, value_id
+from kdc_nb.core import decode, encode, load_npz, spec_hash
 from kdc_nb.experiments.results import read_results
 from kdc_nb.experiments.specs import run_id
 from kdc_nb.experiments.teachers import Ensemble
@@ -29,7 +29,7 @@ def test_every_file_is_here():
 def test_descriptions_have_their_ids(name):
     written = descriptions(load_npz(ROOT/"nbs/results"/name)[1])
     assert [json.loads(json.dumps(encode(decode(d)))) for d in written] == written, "written as they were read"
-    assert [value_id(decode(d), schema=1) for d in written] == IDS[name]
+    assert [spec_hash(decode(d), schema=1) for d in written] == IDS[name]
 
 
 @pytest.mark.parametrize("name, first", [("calibrators_known.npz", "7d5b128e845cc492"), ("text_topics.npz", "8d01e8c935783a36")])

@@ -18,14 +18,14 @@ from sklearn.datasets import load_sample_images
 import kdc_nb.training.images as ki
 import kdc_nb.training.trainer as kt
 from kdc_nb.core import cache_dir, load_tensors
-from kdc_nb.training.data import Data, WithoutFold, load_data
-from kdc_nb.training.methods import Calibrator
+from kdc_nb.training.data import DataSpec, LeaveFoldOut, load_data
+from kdc_nb.training.methods import TrainingMethod
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.trainer import fit
-from kdc_nb.experiments.runs import Store, new_net, run
+from kdc_nb.experiments.runs import Store, _build_net, run
 from kdc_nb.experiments.specs import Distil, RunSpec
 from kdc_nb.experiments.sweeps import sweep
-from kdc_nb.experiments.teachers import give
+from kdc_nb.experiments.teachers import teacher_from_logits
 from tests.conftest import patch_name
 
 
@@ -79,14 +79,14 @@ def own():
 
 def test_given_images_come_back_and_are_found_by_another_process(own):
     x, y = own
-    data = ki.give_images("mine", (x, y), (x[:6].numpy(), y[:6].numpy()), (x.permute(0, 2, 3, 1), y), ["a", "b", "c"], ["flip"])
+    data = ki.register_images("mine", (x, y), (x[:6].numpy(), y[:6].numpy()), (x.permute(0, 2, 3, 1), y), ["a", "b", "c"], ["flip"])
     d = load_data(data)
     assert torch.equal(d.train.inputs, x) and torch.equal(d.test.inputs, x) and torch.equal(d.valid.labels, y[:6])
     assert (d.classes, d.augment, d.in_channels, data.title) == (("a", "b", "c"), ("flip",), 3, "mine") and d.mean == pytest.approx((x/255.).mean((0, 2, 3)).tolist(), abs=1e-6)
     code = f"from kdc_nb.training.data import *; print(load_data(Data('given', title='mine', fingerprint={data.fingerprint!r})).fingerprint)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == d.fingerprint
-    assert ki.give_images("mine", (x, y), (x[:6], y[:6]), (x, y), ["a", "b", "c"], ["flip"]) == data, "the same content is the same data set"
-    assert ki.give_images("mine", (x, y.flip(0)), (x[:6], y[:6]), (x, y), ["a", "b", "c"], ["flip"]) != data
+    assert ki.register_images("mine", (x, y), (x[:6], y[:6]), (x, y), ["a", "b", "c"], ["flip"]) == data, "the same content is the same data set"
+    assert ki.register_images("mine", (x, y.flip(0)), (x[:6], y[:6]), (x, y), ["a", "b", "c"], ["flip"]) != data
 
 
 @pytest.mark.parametrize("change, message", [
@@ -98,13 +98,13 @@ def test_given_images_come_back_and_are_found_by_another_process(own):
     (lambda x, y: dict(train=(x[:0], y[:0])), "train: got inputs")])
 def test_images_that_are_none_are_refused(own, change, message):
     x, y = own
-    with pytest.raises(ValueError, match=message): ki.give_images("mine", **{k: (x, y) for k in ("train", "valid", "test")} | change(x, y))
+    with pytest.raises(ValueError, match=message): ki.register_images("mine", **{k: (x, y) for k in ("train", "valid", "test")} | change(x, y))
     assert not cache_dir().exists(), "nothing is half-written"
 
 
 def test_given_images_that_are_elsewhere_are_named(own):
     for fingerprint, message in (("0"*16, "data: got mine, of which"), ("../../etc/passwd", "fingerprint: got")):
-        with pytest.raises(ValueError, match=message): load_data(Data("given", title="mine", fingerprint=fingerprint))
+        with pytest.raises(ValueError, match=message): load_data(DataSpec("given", title="mine", fingerprint=fingerprint))
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def tiny(tmp_path):
 
 
 def test_tiny_imagenet_is_read_in_its_official_layout(tiny):
-    d = load_data(ki.tiny_imagenet(tiny))
+    d = load_data(ki.register_tiny_imagenet(tiny))
     assert (d.classes, len(d.train), len(d.valid), d.test.labels.tolist(), d.test.inputs.shape) == (("n01", "n02", "n03"), 27, 3, [2, 0, 0, 1], (4, 3, 64, 64))
     assert torch.equal(d.test.inputs[2], torch.from_numpy(np.array(Image.open(tiny/"val"/"images"/"val_2.JPEG"))).permute(2, 0, 1))
     assert torch.bincount(d.train.labels).tolist() == [9, 9, 9] and d.augment == ("crop", "flip")
@@ -135,7 +135,7 @@ def test_tiny_imagenet_is_read_in_its_official_layout(tiny):
     (lambda r: (r/"train/n01/images/n01_3.JPEG").write_bytes(b"x"), "n01_3.JPEG, which cannot be read")])
 def test_a_damaged_tiny_imagenet_is_named(tiny, fault, message):
     fault(tiny)
-    with pytest.raises(ValueError, match=message): ki.tiny_imagenet(tiny)
+    with pytest.raises(ValueError, match=message): ki.register_tiny_imagenet(tiny)
 
 
 @pytest.fixture
@@ -150,23 +150,23 @@ def imagenet(tmp_path):
 
 
 def test_imagenet_100_is_a_folder_and_a_list_of_classes(imagenet):
-    data = ki.imagenet100(imagenet, imagenet.parent/"list.txt", size=32)
+    data = ki.register_imagenet100(imagenet, imagenet.parent/"list.txt", size=32)
     d = load_data(data)
     assert (data.title, d.classes, len(d.train), len(d.valid), len(d.test), d.in_channels) == ("imagenet-2", ("n01", "n03"), 18, 2, 6, 3)
     assert d.train.inputs.shape == (18, 3, 32, 32) and set(d.train.inputs.names.tolist()).isdisjoint(d.valid.inputs.names.tolist())
     assert all(d.classes[y] in n for s in (d.train, d.valid, d.test) for n, y in zip(s.inputs.names, s.labels))
-    assert ki.imagenet100(imagenet, ["n01", "n03"], 32) == data and ki.imagenet100(imagenet, ["n01", "n02"], 32) != data
-    kept = load_data(ki.imagenet100(imagenet, ["n03", "n01"], 32, in_memory=True))
+    assert ki.register_imagenet100(imagenet, ["n01", "n03"], 32) == data and ki.register_imagenet100(imagenet, ["n01", "n02"], 32) != data
+    kept = load_data(ki.register_imagenet100(imagenet, ["n03", "n01"], 32, in_memory=True))
     assert torch.equal(kept.valid.inputs, d.valid.inputs.to("cpu")) and torch.equal(kept.train.labels, d.train.labels) and (kept.classes, kept.augment) == (d.classes, d.augment)
     moved = shutil.move(imagenet, imagenet.parent/"elsewhere")
     load_data.cache_clear()
     with pytest.raises(ValueError, match="data: got imagenet-2, whose .*JPEG is gone, expected the files that"): load_data(data)
-    assert ki.imagenet100(moved, ["n01", "n03"], 32) == data, "the same files elsewhere are the same data set"
+    assert ki.register_imagenet100(moved, ["n01", "n03"], 32) == data, "the same files elsewhere are the same data set"
 
 
 def test_what_is_only_looked_at_is_scaled_and_cut_to_the_middle(imagenet):
     from torchvision.transforms import v2
-    files = load_data(ki.imagenet100(imagenet, ["n01", "n02", "n03"], 28)).test.inputs
+    files = load_data(ki.register_imagenet100(imagenet, ["n01", "n02", "n03"], 28)).test.inputs
     seen = files.to("cpu")
     for x, name in zip(seen, files.names):
         image = Image.open(imagenet/name).convert("RGB")
@@ -180,7 +180,7 @@ def test_what_is_only_looked_at_is_scaled_and_cut_to_the_middle(imagenet):
 
 
 def test_what_is_done_to_an_image_does_not_depend_on_who_reads_it(imagenet, monkeypatch):
-    files = load_data(ki.imagenet100(imagenet, ["n01", "n03"], 24)).train.inputs
+    files = load_data(ki.register_imagenet100(imagenet, ["n01", "n03"], 24)).train.inputs
     index, seen, before = torch.arange(18).view(3, 6), {}, torch.random.get_rng_state()
     for workers in (1, 2):
         monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(workers))
@@ -193,7 +193,7 @@ def test_what_is_done_to_an_image_does_not_depend_on_who_reads_it(imagenet, monk
 
 
 def test_a_streamed_run_can_be_killed_and_its_teacher_may_see_what_it_sees(imagenet, tmp_path):
-    data = ki.imagenet100(imagenet, ["n01", "n02", "n03"], 32)
+    data = ki.register_imagenet100(imagenet, ["n01", "n02", "n03"], 32)
     recipe = Recipe(3, 8, lr=.01, augment=("crop", "flip"), live_teacher=True)
     teacher = RunSpec(data, "resnet8", "nll", recipe)
     student, store = RunSpec(data, "torchvision_resnet18", Distil(teacher), recipe), Store(tmp_path/"s")
@@ -201,27 +201,27 @@ def test_a_streamed_run_can_be_killed_and_its_teacher_may_see_what_it_sees(image
     assert result.evaluation.n == 9 and len(result.history) == 3
     d, part = load_data(data), tmp_path/"part"
     for left in (2, 1, 0): # killed in the sixth step of each call, twelve to do
-        net = new_net(teacher)
+        net = _build_net(teacher)
         with pytest.raises(KeyboardInterrupt) if left else nullcontext(): fit(net, d, Killed(), recipe, 0, device="cpu", checkpoint=part, every=0., progress=False)
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), store.net(teacher).state_dict().values()))
 
 
 def test_a_streamed_run_killed_after_the_last_step_of_an_epoch_goes_on(imagenet, tmp_path, monkeypatch):
     "The checkpoint of that step leaves no image of the epoch to read"
-    d, part = load_data(ki.imagenet100(imagenet, ["n01", "n02", "n03"], 32)), tmp_path/"part"
-    spec = RunSpec(Data("known"), "resnet8", "nll", Recipe(2, 8)) # for its network
-    go = lambda net, **kw: fit(net, d, Calibrator(), spec.recipe, device="cpu", progress=False, **kw).history
+    d, part = load_data(ki.register_imagenet100(imagenet, ["n01", "n02", "n03"], 32)), tmp_path/"part"
+    spec = RunSpec(DataSpec("known"), "resnet8", "nll", Recipe(2, 8)) # for its network
+    go = lambda net, **kw: fit(net, d, TrainingMethod(), spec.recipe, device="cpu", progress=False, **kw).history
     def stop(*args): raise KeyboardInterrupt
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        patch_name(m, "end_epoch", stop)
-        go(new_net(spec), checkpoint=part, every=0.)
+        patch_name(m, "_end_epoch", stop)
+        go(_build_net(spec), checkpoint=part, every=0.)
     assert load_tensors(part)[1]["epochs_done"] == 1 and not load_tensors(part)[1]["history"]
-    through, stopped = new_net(spec), new_net(spec)
+    through, stopped = _build_net(spec), _build_net(spec)
     assert go(through) == go(stopped, checkpoint=part)
     assert all(torch.equal(a, b) for a, b in zip(through.state_dict().values(), stopped.state_dict().values()))
 
 
-class Killed(Calibrator):
+class Killed(TrainingMethod):
     steps = 0
     def forward(self, step):
         self.steps += 1
@@ -235,12 +235,12 @@ class Killed(Calibrator):
     (lambda r: (r.parent/"list.txt").write_text("n01"), "with 1 subfolder")])
 def test_a_damaged_imagenet_is_named(imagenet, fault, message):
     fault(imagenet)
-    with pytest.raises(ValueError, match=message): ki.imagenet100(imagenet, imagenet.parent/"list.txt", 32)
+    with pytest.raises(ValueError, match=message): ki.register_imagenet100(imagenet, imagenet.parent/"list.txt", 32)
     assert not cache_dir().exists()
 
 
 def test_an_image_that_breaks_later_is_named_too(imagenet):
-    data = ki.imagenet100(imagenet, ["n01", "n03"], 32)
+    data = ki.register_imagenet100(imagenet, ["n01", "n03"], 32)
     path = imagenet/"train/n01/n01_4.JPEG"
     files = load_data(data).train.inputs
     path.write_bytes(path.read_bytes()[:300])
@@ -251,7 +251,7 @@ def test_an_image_that_breaks_later_is_named_too(imagenet):
 
 def test_ctrl_c_is_left_to_the_process_that_reads(imagenet):
     "A terminal sends it to all; workers that end by it would turn it into an error of torch's"
-    files = load_data(ki.imagenet100(imagenet, ["n01", "n02", "n03"], 32)).train.inputs
+    files = load_data(ki.register_imagenet100(imagenet, ["n01", "n02", "n03"], 32)).train.inputs
     batches = files.split(1)
     first = next(batches)
     for worker in multiprocessing.active_children(): os.kill(worker.pid, signal.SIGINT)
@@ -266,29 +266,29 @@ def test_images_of_one_size_in_bytes_are_told_apart(tmp_path):
                 (tmp_path/folder/c).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(tmp_path/folder/c/f"{k}.bmp")
         names, labels, classes = ki.find_images(tmp_path/folder)
-        given.append(ki.stream_images("mine", tmp_path/folder, *[(names, labels)]*3, classes, 8))
+        given.append(ki.register_image_folder("mine", tmp_path/folder, *[(names, labels)]*3, classes, 8))
     assert given[0] != given[1]
     for bad, message in (("../b/x/0.bmp", "names: got"), (str(tmp_path/"b/x/0.bmp"), "names: got")):
-        with pytest.raises(ValueError, match=message): ki.stream_images("mine", tmp_path/"a", ([bad, *names[1:]], labels), (names, labels), (names, labels), classes, 8)
+        with pytest.raises(ValueError, match=message): ki.register_image_folder("mine", tmp_path/"a", ([bad, *names[1:]], labels), (names, labels), (names, labels), classes, 8)
     for size in (0, -3, "32", 7.5, None):
-        with pytest.raises(ValueError, match="size: got"): ki.stream_images("mine", tmp_path/"a", *[(names, labels)]*3, classes, size)
+        with pytest.raises(ValueError, match="size: got"): ki.register_image_folder("mine", tmp_path/"a", *[(names, labels)]*3, classes, size)
 
 
 @pytest.mark.parametrize("mode, ok", [("L", True), ("P", True), ("1", True), ("RGBA", True), ("I;16", False), ("I", False), ("F", False)])
 def test_only_eight_bits_a_channel_are_read(tmp_path, mode, ok):
     image = Image.fromarray((np.arange(256).reshape(16, 16)*257).astype(np.uint16)) if mode == "I;16" else Image.new("L", (16, 16), 77).convert(mode)
     image.save(tmp_path/"x.tiff")
-    if ok: assert ki.pictures([tmp_path/"x.tiff"], 16).shape == (1, 3, 16, 16)
+    if ok: assert ki._load_images([tmp_path/"x.tiff"], 16).shape == (1, 3, 16, 16)
     else:
-        with pytest.raises(ValueError, match="x.tiff of mode [IF].*, expected 8 bits a channel"): ki.pictures([tmp_path/"x.tiff"], 16)
+        with pytest.raises(ValueError, match="x.tiff of mode [IF].*, expected 8 bits a channel"): ki._load_images([tmp_path/"x.tiff"], 16)
 
 
 def test_streamed_runs_go_in_parallel_and_by_folds(imagenet, tmp_path):
-    data = ki.imagenet100(imagenet, ["n01", "n02", "n03"], 16)
+    data = ki.register_imagenet100(imagenet, ["n01", "n02", "n03"], 16)
     runs = [RunSpec(data, "resnet8", "nll", Recipe(1, 8, augment=("flip",)), s) for s in (0, 1)]
     pooled, alone = sweep(runs, Store(tmp_path/"a"), "cpu", jobs=2, progress=False), sweep(runs, Store(tmp_path/"b"), "cpu", progress=False)
     assert all(torch.allclose(p.logits["test"], a.logits["test"], atol=1e-4) for p, a in zip(pooled, alone)) # a worker has fewer threads, which sum in another order
-    fold, whole_set = load_data(WithoutFold(data, 0, 3)), load_data(data)
+    fold, whole_set = load_data(LeaveFoldOut(data, 0, 3)), load_data(data)
     assert len(fold.train) == 18 and fold.fingerprint != whole_set.fingerprint
-    said = give("mine", torch.randn(27, 3), data, Store(tmp_path/"a"))
-    with pytest.raises(ValueError, match="who was asked about other images"): run(replace(runs[0], data=WithoutFold(data, 0, 3), method=Distil(said)), Store(tmp_path/"a"), "cpu", progress=False)
+    said = teacher_from_logits("mine", torch.randn(27, 3), data, Store(tmp_path/"a"))
+    with pytest.raises(ValueError, match="who was asked about other images"): run(replace(runs[0], data=LeaveFoldOut(data, 0, 3), method=Distil(said)), Store(tmp_path/"a"), "cpu", progress=False)

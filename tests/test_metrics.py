@@ -10,11 +10,11 @@ from scipy.optimize import minimize_scalar
 
 from kdc_nb.calibration.estimates import reliability_bins
 from kdc_nb.calibration.metrics import (
-    ace, brier, classwise_ace, ece, kl_to_truth, ks, mass_bins, mce, nll, sce, top1,
-    true_calibration_error, width_bins,
+    ace, brier, classwise_ace, ece, equal_mass_bins, equal_width_bins, kl_to_truth, ks, mce, nll, sce,
+    top1, true_calibration_error,
 )
 from kdc_nb.calibration.posthoc import fit_temperature
-from kdc_nb.calibration.predictions import as_outputs, load_outputs, softmax64
+from kdc_nb.calibration.predictions import check_outputs_and_labels, load_outputs, softmax64
 
 from .conftest import made
 
@@ -55,13 +55,13 @@ def test_sce_averages_over_absent_classes():
 
 def test_bin_edges_belong_to_the_bin_below():
     edges = torch.arange(16, dtype=torch.float64)[:, None]/15
-    assert width_bins(edges, 15).flatten().tolist() == [0, *range(15)]
+    assert equal_width_bins(edges, 15).flatten().tolist() == [0, *range(15)]
 
 
 @pytest.mark.parametrize("n", [1, 2, 14, 15, 16, 100, 1000])
 def test_mass_bins_differ_by_one_at_most_and_drop_none(n):
     p = torch.rand(n, 1, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
-    counts = torch.bincount(mass_bins(p, 15).flatten(), minlength=15)
+    counts = torch.bincount(equal_mass_bins(p, 15).flatten(), minlength=15)
     assert counts.sum() == n and counts.max() - counts.min() <= 1
 
 
@@ -148,7 +148,7 @@ def test_extreme_logits_are_finite():
     ([[1., 2.]], [0], "odds", "kind: got 'odds'"),
 ])
 def test_bad_input_is_refused_in_words(x, y, kind, says):
-    with pytest.raises(ValueError) as error: as_outputs(x, y, kind=kind)
+    with pytest.raises(ValueError) as error: check_outputs_and_labels(x, y, kind=kind)
     assert says in str(error.value)
 
 

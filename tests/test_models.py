@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from kdc_nb.training.models import MODELS, build_model, n_parameters
+from kdc_nb.training.models import MODELS, build_model, count_parameters
 
 PUBLISHED = { # for 10 and 100 classes; where only one is published (resnet56, mobilenet_v2_plain), the head gives the other
     "resnet8": (78_042, 83_892), "resnet56": (855_770, 861_620), "resnet56_bottleneck": (591_322, 614_452),
@@ -30,7 +30,7 @@ def build(name: str, n_classes: int = 10, in_channels: int = 3):
 
 @every
 def test_counts(name):
-    assert tuple(n_parameters(build(name, c)) for c in (10, 100)) == PUBLISHED[name]
+    assert tuple(count_parameters(build(name, c)) for c in (10, 100)) == PUBLISHED[name]
 
 
 @every
@@ -106,19 +106,19 @@ def test_a_name_of_ones_own(monkeypatch):
 
 @pytest.mark.parametrize("depth, published", [(18, 11_689_512), (34, 21_797_672), (50, 25_557_032)])
 def test_torchvisions_resnets_have_their_published_size(depth, published):
-    with torch.device("meta"): assert n_parameters(build_model(f"torchvision_resnet{depth}", 1000)) == published
+    with torch.device("meta"): assert count_parameters(build_model(f"torchvision_resnet{depth}", 1000)) == published
     with pytest.raises(ValueError, match="in_channels: got 1, expected 3"): build_model(f"torchvision_resnet{depth}", 10, 1)
 
 
 def test_torchvisions_resnets_train_on_larger_images_and_show_their_penultimate_layer(tmp_path, monkeypatch):
     from kdc_nb.training.data import load_data
-    from kdc_nb.training.images import give_images
+    from kdc_nb.training.images import register_images
     from kdc_nb.training.recipes import Recipe
     from kdc_nb.experiments.runs import Store, run
     from kdc_nb.experiments.specs import RunSpec
-    from kdc_nb.analysis.features import look
+    from kdc_nb.analysis.views import extract_features
     monkeypatch.setenv("KDC_CACHE", str(tmp_path))
     pair = torch.randint(0, 256, (12, 3, 64, 64), dtype=torch.uint8), torch.arange(12) % 3
-    spec = RunSpec(give_images("large", pair, pair, pair), "torchvision_resnet18", "nll", Recipe(1, 6))
-    assert run(spec, Store(), "cpu", progress=False).evaluation.n == 12 and look(spec, Store(), "cpu").features["test"].shape == (12, 512)
+    spec = RunSpec(register_images("large", pair, pair, pair), "torchvision_resnet18", "nll", Recipe(1, 6))
+    assert run(spec, Store(), "cpu", progress=False).evaluation.n == 12 and extract_features(spec, Store(), "cpu").features["test"].shape == (12, 512)
     load_data.cache_clear()

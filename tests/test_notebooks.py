@@ -23,7 +23,7 @@ def code(nb): return [c.source for c in nb.cells if c.cell_type == "code"]
 def exported(nb) -> str: return "\n".join(c.source for c in nb.cells if "export" in build["directives"](c))
 
 
-FLOORS = ("core", "calibration", "training", "experiments", "analysis", "paper", "controls", "explorers")
+FLOORS = ("core", "calibration", "training", "experiments", "analysis", "paper", "controls", "explorers", "all")
 
 
 def modules() -> dict[str, str]:
@@ -107,7 +107,7 @@ assert "ECE" in repr(evaluate([[2., 0.], [0., 1.]]*20, [0, 1]*20, n_boot=10))
 
 def draws(module: str) -> bool:
     "Whether a module makes pictures, so that it needs matplotlib"
-    return bool(re.search(r"^(import|from) matplotlib|calibration\.diagrams import", modules()[module], flags=re.M)) or module in ("controls", "explorers")
+    return bool(re.search(r"^(import|from) matplotlib|calibration\.diagrams import", modules()[module], flags=re.M)) or module in ("controls", "explorers", "all")
 
 
 def test_what_draws_nothing_is_light():

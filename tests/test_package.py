@@ -8,12 +8,12 @@ import pytest
 
 import kdc_nb
 from kdc_nb.core import save_tensors
-from kdc_nb.training.data import Data
+from kdc_nb.training.data import DataSpec
 from kdc_nb.training.models import MODELS, build_model
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.experiments.agenda import plan, plan_text
-from kdc_nb.experiments.runs import Store, run, stored
-from kdc_nb.experiments.specs import RunSpec, check_model
+from kdc_nb.experiments.agenda import format_plan, plan_sweep
+from kdc_nb.experiments.runs import Store, all_results, run
+from kdc_nb.experiments.specs import RunSpec, _check_model
 from tests.conftest import patch_name
 
 SPINS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
@@ -72,11 +72,11 @@ def test_where_torch_was_first_it_is_said_what_to_set():
 
 def test_a_plan_fetches_nothing(tmp_path, monkeypatch):
     "On a machine that has no CIFAR-100, what there is to do is said, and which file will be needed"
-    patch_name(monkeypatch, "fetch_archive", lambda *args: pytest.fail("fetched"))
+    patch_name(monkeypatch, "_fetch_cifar_archive", lambda *args: pytest.fail("fetched"))
     spec = RunSpec("cifar100", "resnet8", "nll", "fast")
-    planned = plan([spec], Store(tmp_path), "cpu")
+    planned = plan_sweep([spec], Store(tmp_path), "cpu")
     assert [(p.spec, p.epochs, p.seconds) for p in planned] == [(spec, 40, None)]
-    assert plan_text(planned).endswith(f"cifar-100-python.tar.gz will be downloaded first, or taken from {os.environ['KDC_CACHE']}/data")
+    assert format_plan(planned).endswith(f"cifar-100-python.tar.gz will be downloaded first, or taken from {os.environ['KDC_CACHE']}/data")
 
 
 def test_a_persons_own_runs_are_left_out_and_not_said_to_be_trained_again(tmp_path, monkeypatch):
@@ -84,16 +84,16 @@ def test_a_persons_own_runs_are_left_out_and_not_said_to_be_trained_again(tmp_pa
     store = Store(tmp_path)
     with monkeypatch.context() as m:
         m.setitem(MODELS, "mine", lambda n_classes, in_channels: build_model("resnet8", n_classes, in_channels))
-        run(RunSpec(Data("known", n_train=40, n_valid=20, n_test=20), "mine", "nll", Recipe(1, 20)), store, "cpu", progress=False)
-    check_model.cache_clear()
-    with pytest.warns(UserWarning, match="'mine'.*left out") as said: assert stored(store) == []
+        run(RunSpec(DataSpec("known", n_train=40, n_valid=20, n_test=20), "mine", "nll", Recipe(1, 20)), store, "cpu", progress=False)
+    _check_model.cache_clear()
+    with pytest.warns(UserWarning, match="'mine'.*left out") as said: assert all_results(store) == []
     assert "trained again" not in str(said[0].message)
 
 
 def test_a_whole_file_that_is_no_result_is_left_out(tmp_path):
     "Such as weights under another name"
     save_tensors(tmp_path/"x.run", {})
-    with pytest.warns(UserWarning, match="x.run: no 'history' in it; left out"): assert stored(Store(tmp_path)) == []
+    with pytest.warns(UserWarning, match="x.run: no 'history' in it; left out"): assert all_results(Store(tmp_path)) == []
 
 
 def test_help_tells_the_exit_status():

@@ -7,30 +7,38 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdc_nb.calibration.differences import paired
-from kdc_nb.training.data import Data, load_data
+from kdc_nb.calibration.differences import paired_difference
+from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.methods import Method
-from kdc_nb.explorers import explore_classes, source_of
+from kdc_nb.explorers import _trace_first_teacher, explore_classes
 from kdc_nb.paper.commands import main
-from kdc_nb import paper
 from kdc_nb.calibration.metrics import ece, nll, top1
 from kdc_nb.training.recipes import RECIPES, Recipe
-from kdc_nb.experiments.agenda import required, write_specs
-from kdc_nb.experiments.results import images_of, read_results, write_results
+from kdc_nb.experiments.agenda import _runs_teachers_first, write_specs
+from kdc_nb.experiments.results import read_results, result_outcomes, write_results
 from kdc_nb.experiments.runs import Store, run
-from kdc_nb.experiments.specs import Distil, RunSpec, Scaled, generation_of, lineage, self_distilled, title_of
+from kdc_nb.experiments.specs import (
+    Distil, RunSpec, TemperatureScaled, lineage, run_label, self_distillation_chain, trace_generation,
+)
 from kdc_nb.experiments.sweeps import sweep
-from kdc_nb.experiments.tables import collect, prepare_table
+from kdc_nb.experiments.tables import collect_by_row, results_table
 from kdc_nb.analysis.diffusion import prepare_generations
-from kdc_nb.analysis.features import look
-from kdc_nb.analysis.linear_model import minimise
-from kdc_nb.analysis.theorems import draw_problem, gap
-from kdc_nb.paper.claims import differences, direct_of, prepare_progress, published, table_claims, table_of
-from kdc_nb.paper.selection import candidates, choice_of, chosen, prepare_candidates
-from kdc_nb.paper.settings import AS_PUBLISHED, MINIATURES, PAPER, SETTINGS, Setting, paper_specs, table_specs
+from kdc_nb.analysis.linear_model import fit_linear_student
+from kdc_nb.analysis.theorems import calibration_gap, draw_linear_problem
+from kdc_nb.analysis.views import extract_features
+from kdc_nb.paper.claims import (
+    _contributions_of_row, direct_counterpart, paper_progress_table, published_values, row_differences,
+    table_claims,
+)
+from kdc_nb.paper.selection import as_hyperparameters, candidate_specs, candidates_table, select_on_validation
+from tests.conftest import patch_name
+from kdc_nb.paper.settings import (
+    order_by_priority, MINIATURE_DATA, PAPER_EXPERIMENTS, PUBLISHED_HYPERPARAMETERS, SETTINGS, Setting, paper_specs,
+    table_specs,
+)
 
 METHODS = {"NLL": Method("nll"), "PS-KD": Method("pskd"), "focal + MDCA": Method("mdca", beta=1, gamma=1)}
-TINY = Data("known", n_train=100, n_valid=60, n_test=80)
+TINY = DataSpec("known", n_train=100, n_valid=60, n_test=80)
 NET = RunSpec(TINY, "resnet8", Method("nll"), Recipe(2, 50))
 
 
@@ -42,7 +50,7 @@ def test_who_teaches_whom(name):
     for row, spec in rows.items():
         assert spec.model == (setting.teacher if row.startswith("Teacher") else setting.student), row
         if row.startswith("KD"): assert {r.model for r in lineage(spec)[:-1]} == {setting.teacher} and (spec.method.T, spec.method.alpha) == (2, .5)
-    assert rows["KD(UC), from NLL"].method.teacher.method == Method("nll") and isinstance(rows["KD(C), from NLL after TS"].method.teacher, Scaled)
+    assert rows["KD(UC), from NLL"].method.teacher.method == Method("nll") and isinstance(rows["KD(C), from NLL after TS"].method.teacher, TemperatureScaled)
 
 
 def test_the_rows_train(tmp_path):
@@ -52,34 +60,34 @@ def test_the_rows_train(tmp_path):
 
 @given(st.integers(0, 8), st.integers(0, 3))
 def test_each_generation_is_taught_by_the_one_before(n, seed):
-    chain = self_distilled(replace(NET, seed=seed), n, T=2, alpha=.5)
-    assert [generation_of(s) for s in chain] == [(chain[0], k) for k in range(n + 1)] and lineage(chain[-1]) == chain
-    assert required(chain[::-1]) == chain
+    chain = self_distillation_chain(replace(NET, seed=seed), n, T=2, alpha=.5)
+    assert [trace_generation(s) for s in chain] == [(chain[0], k) for k in range(n + 1)] and lineage(chain[-1]) == chain
+    assert _runs_teachers_first(chain[::-1]) == chain
 
 
 def test_a_chain_begins_where_a_network_was_not_taught_by_a_network():
-    scaled = replace(NET, method=Distil(Scaled(NET)))
-    assert generation_of(scaled) == (scaled, 0) and source_of(scaled) == ("nll after TS", 1)
-    assert source_of(self_distilled(NET, 3)[-1]) == ("nll", 3) and source_of(self_distilled(scaled, 1)[-1])[1] == 1
+    scaled = replace(NET, method=Distil(TemperatureScaled(NET)))
+    assert trace_generation(scaled) == (scaled, 0) and _trace_first_teacher(scaled) == ("nll after TS", 1)
+    assert _trace_first_teacher(self_distillation_chain(NET, 3)[-1]) == ("nll", 3) and _trace_first_teacher(self_distillation_chain(scaled, 1)[-1])[1] == 1
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10**6), st.floats(.2, 1), st.integers(2, 5))
 def test_generations_at_alpha_are_one_at_its_power(seed, alpha, t):
     "The exact law at T = 1, for a linear student with an intercept."
-    p = draw_problem(N=300, d=4, scale=1., angle=40, overconfidence=2, base=.3, seed=seed)
+    p = draw_linear_problem(N=300, d=4, scale=1., angle=40, overconfidence=2, base=.3, seed=seed)
     first = z = p.X.T@p.W_t
-    for _ in range(t): z = p.X.T@minimise(p.X, p.y, z, 1., alpha).W
-    assert z == pytest.approx(p.X.T@minimise(p.X, p.y, first, 1., alpha**t).W, abs=1e-5)
-    assert gap(p.X, z, p.y)[-1] == pytest.approx(alpha**t*gap(p.X, first, p.y)[-1], abs=1e-6)
+    for _ in range(t): z = p.X.T@fit_linear_student(p.X, p.y, z, 1., alpha).W
+    assert z == pytest.approx(p.X.T@fit_linear_student(p.X, p.y, first, 1., alpha**t).W, abs=1e-5)
+    assert calibration_gap(p.X, z, p.y)[-1] == pytest.approx(alpha**t*calibration_gap(p.X, first, p.y)[-1], abs=1e-6)
 
 
 @pytest.fixture(scope="module")
 def looks(tmp_path_factory):
     store = Store(tmp_path_factory.mktemp("chains"))
-    net = replace(NET, data=Data("known", n_train=200, n_valid=60, n_test=400))
-    chains = [s for m in ("nll", "focal") for s in self_distilled(replace(net, method=Method(m)), 2)]
-    return {s: look(s, store, "cpu", per_class=3) for s in chains}, store
+    net = replace(NET, data=DataSpec("known", n_train=200, n_valid=60, n_test=400))
+    chains = [s for m in ("nll", "focal") for s in self_distillation_chain(replace(net, method=Method(m)), 2)]
+    return {s: extract_features(s, store, "cpu", per_class=3) for s in chains}, store
 
 
 def test_generations_are_measured_from_what_they_say(looks):
@@ -109,7 +117,7 @@ def test_only_chains_of_one_kind_are_measured(looks):
     with pytest.raises(ValueError, match="looks: got .*expected chains as"): prepare_generations({first: l, second: l, hot: l})
     larger = replace(second, model="resnet14")
     with pytest.raises(ValueError, match="expected chains as"): prepare_generations({first: l, larger: l})
-    other = self_distilled(replace(first, model="resnet14"), 1)
+    other = self_distillation_chain(replace(first, model="resnet14"), 1)
     with pytest.raises(ValueError, match="expected chains of one network"): prepare_generations(dict.fromkeys([first, second, *other], l))
 
 
@@ -123,8 +131,8 @@ def test_the_explorer_goes_through_the_generations(looks):
         pictures.append(bytes(explorer.image.value))
 
 
-@pytest.mark.parametrize("name", PAPER)
-@pytest.mark.parametrize("small", [None, *MINIATURES])
+@pytest.mark.parametrize("name", PAPER_EXPERIMENTS)
+@pytest.mark.parametrize("small", [None, *MINIATURE_DATA])
 def test_every_piece_of_the_paper_is_a_table_of_runs(name, small):
     texts = name == "table3"
     if small and texts != (small == "topics"):
@@ -133,8 +141,8 @@ def test_every_piece_of_the_paper_is_a_table_of_runs(name, small):
     rows = [paper_specs(name, seed=s, small=small) for s in (0, 1)]
     assert list(rows[0]) == list(rows[1]) and len(set(rows[0].values())) == len(rows[0])
     for spec in rows[1].values():
-        assert {r.seed for r in lineage(spec)} == {1} and spec.data == (MINIATURES[small] if small else SETTINGS[PAPER[name].setting].data)
-        assert {r.model for r in lineage(spec)} <= ({"resnet8", "resnet14", "bert_2_64", "distilbert_1_64"} if small else set(SETTINGS[PAPER[name].setting][1:]))
+        assert {r.seed for r in lineage(spec)} == {1} and spec.data == (MINIATURE_DATA[small] if small else SETTINGS[PAPER_EXPERIMENTS[name].setting].data)
+        assert {r.model for r in lineage(spec)} <= ({"resnet8", "resnet14", "bert_2_64", "distilbert_1_64"} if small else set(SETTINGS[PAPER_EXPERIMENTS[name].setting][1:]))
         assert spec.recipe == RECIPES[("text_small" if small else "text") if texts else ("cpu" if small else "paper")]
 
 
@@ -142,17 +150,17 @@ def test_the_most_telling_rows_come_first():
     "Worked out by hand"
     def first(name, n):
         rows = paper_specs(name)
-        return [next(k for k, v in rows.items() if v == s) for s in paper.by_worth(rows)[:n]]
+        return [next(k for k, v in rows.items() if v == s) for s in order_by_priority(rows)[:n]]
     assert first("table1", 7) == ["KD(UC), from NLL", "Teacher, NLL", "Direct, NLL", "KD(C), from NLL after TS", "KD(C), from MDCA", "Teacher, MDCA", "Direct, MDCA"]
     assert first("table2b", 4) == ["KD(UC), from NLL", "Direct, NLL", "KD(C), from NLL after TS", "KD(C), from MDCA"], "a student of itself"
     assert first("fig4", 6) == ["UC, generation 1", "UC, generation 0", "C, generation 1", "C, generation 0", "UC, generation 2", "C, generation 2"]
     assert first("ablation", 7) == [f"KD(UC), from NLL, T={T}, alpha=0.9" for T in (1, 2, 4, 8, 20)] + ["Teacher, NLL", "KD(C), from MDCA, T=1, alpha=0.9"]
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", PAPER_EXPERIMENTS)
 def test_worth_is_an_order_of_all_rows(name):
     rows = paper_specs(name)
-    assert sorted(map(title_of, paper.by_worth(rows))) == sorted(map(title_of, rows.values()))
+    assert sorted(map(run_label, order_by_priority(rows))) == sorted(map(run_label, rows.values()))
 
 
 def test_a_miniature_keeps_who_is_larger():
@@ -171,18 +179,18 @@ def table(tmp_path_factory):
     return seeds, results
 
 
-def replace_size(data): return Data(data.name, **data.params | {"n_test": 300})
+def replace_size(data): return DataSpec(data.name, **data.params | {"n_test": 300})
 
 
 def test_an_unfinished_table_says_what_is_missing(table):
     seeds, results = table
-    named = collect(seeds, results)
-    head, cells = prepare_progress(named, published("self"))
+    named = collect_by_row(seeds, results)
+    head, cells = paper_progress_table(named, published_values("self"))
     by = {r[0]: dict(zip(head, r)) for r in cells}
     assert by["KD(C), from NLL after TS"]["seeds"] == "2 of 3" and by["Direct, NLL"]["seeds"] == "3 of 3"
     assert (by["Direct, NLL"]["paper: ECE, %"], by["Direct, focal + MDCA"]["paper: ECE, %"]) == ("3.30", "not in our source")
     assert by["Direct, NLL after TS"]["NLL, nats"] == by["Direct, NLL"]["after TS: NLL, nats"] != by["Direct, NLL"]["NLL, nats"]
-    head, cells = prepare_progress(collect(seeds, {}), {})
+    head, cells = paper_progress_table(collect_by_row(seeds, {}), {})
     assert "true error, %" not in head and {r[1] for r in cells} == {"to do"} and not any(any(r[2:]) for r in cells) and not any(h.startswith("paper") for h in head)
 
 
@@ -192,16 +200,16 @@ def test_an_ece_outside_its_interval_is_marked_and_said_below(table):
     done = [results[rows["Direct, NLL"]] for rows in seeds]
     low = [replace(r, evaluation=replace(r.evaluation, raw=r.evaluation.raw | {"ece": replace(r.evaluation.raw["ece"], value=.5, low=.1, high=.4)})) for r in done]
     inside = [replace(r, evaluation=replace(r.evaluation, raw=r.evaluation.raw | {"ece": replace(r.evaluation.raw["ece"], value=.5, low=.1, high=.6)})) for r in done]
-    shown = prepare_table({"a": low, "b": inside}, "two rows")
+    shown = results_table({"a": low, "b": inside}, "two rows")
     assert [r[shown.head.index("ECE, %")] for r in shown.rows] == ["50.00 ±0.00†", "50.00 ±0.00"] and len(shown.notes) == 1
     text = repr(shown).splitlines()
     assert text[0] == "two rows" and text[-1] == shown.notes[0] and text[-1].startswith("†") and shown.notes[0] in shown._repr_html_()
-    assert prepare_table({"b": inside}).notes == prepare_progress({"b": inside}, {}).notes == [] and len(prepare_progress({"a": low}, {}).notes) == 1
+    assert results_table({"b": inside}).notes == paper_progress_table({"b": inside}, {}).notes == [] and len(paper_progress_table({"a": low}, {}).notes) == 1
 
 
 def test_tables_go_to_pandas(table, tmp_path):
     seeds, results = table
-    shown = prepare_progress(collect(seeds, results), published("self"))
+    shown = paper_progress_table(collect_by_row(seeds, results), published_values("self"))
     head, rows = shown
     frame = shown.to_frame()
     assert list(frame) == head and frame.values.tolist() == rows
@@ -212,90 +220,90 @@ def test_tables_go_to_pandas(table, tmp_path):
 
 def test_rows_are_compared_seed_by_seed_over_the_seeds_that_both_have(table, tmp_path):
     seeds, results = table
-    named = collect(seeds, results)
+    named = collect_by_row(seeds, results)
     a, b = ("KD(C), from NLL after TS", "raw"), ("Direct, NLL", "scaled")
     for metric in ("nll", "ece"):
-        theirs = paired(*([images_of(results[rows[name]])[which] for rows in seeds[:2]] for name, which in (a, b)), metric)
-        ours = differences(named, [(a, b)], metric)
+        theirs = paired_difference(*([result_outcomes(results[rows[name]])[which] for rows in seeds[:2]] for name, which in (a, b)), metric)
+        ours = row_differences(named, [(a, b)], metric)
         assert ours.each == {"KD(C), from NLL after TS less Direct, NLL + TS": theirs} and ours.mean == theirs and len(theirs.each) == 2
-    (truth,) = differences(named, [(a, b)], "kl").each.values()
+    (truth,) = row_differences(named, [(a, b)], "kl").each.values()
     assert truth.each == pytest.approx([results[r[a[0]]].truth["kl"] - results[r[b[0]]].truth["scaled_kl"] for r in seeds[:2]]) and truth.n == 1
     write_results(results.values(), tmp_path/"x.npz")
-    kept = differences(collect(seeds, read_results(tmp_path/"x.npz")), [(a, b)], "ece").mean
-    assert kept.mean == pytest.approx(differences(named, [(a, b)], "ece").mean.mean, abs=2e-3), "from a light file"
+    kept = row_differences(collect_by_row(seeds, read_results(tmp_path/"x.npz")), [(a, b)], "ece").mean
+    assert kept.mean == pytest.approx(row_differences(named, [(a, b)], "ece").mean.mean, abs=2e-3), "from a light file"
 
 
 def test_the_mean_of_a_claim_is_that_of_its_pairs_over_shared_seeds(table):
     seeds, results = table
-    named = collect(seeds, results)
+    named = collect_by_row(seeds, results)
     pairs = table_claims(seeds[0])["KD(C) beats direct calibration"]
-    found = differences(named, pairs, "nll")
+    found = row_differences(named, pairs, "nll")
     assert found.mean.each == pytest.approx(np.mean([d.each[:2] for d in found.each.values()], 0)) and [len(d.each) for d in found.each.values()] == [3, 2]
-    assert differences({k: own[:1] for k, own in named.items()}, pairs, "nll").mean.n == 300, "one seed: over images"
+    assert row_differences({k: own[:1] for k, own in named.items()}, pairs, "nll").mean.n == 300, "one seed: over images"
 
 
 def test_claims_pair_each_student_with_its_own_calibrator(table):
     seeds, results = table
-    claims, named = table_claims(seeds[0]), collect(seeds, results)
+    claims, named = table_claims(seeds[0]), collect_by_row(seeds, results)
     assert dict(claims["KD(C) beats direct calibration"]) == {("KD(C), from focal + MDCA", "raw"): ("Direct, focal + MDCA", "raw"), ("KD(C), from NLL after TS", "raw"): ("Direct, NLL", "scaled")}
     assert [a[0] for a, _ in claims["calibrating while training beats a temperature afterwards"]] == ["Direct, PS-KD", "Direct, focal + MDCA"]
     for claim, pairs in claims.items():
-        assert len(differences(named, pairs, "ece").each) == len(pairs) > 0, claim
-        assert differences({}, pairs, "ece") == differences(named, pairs, "ece", least=4) == ({}, None)
-    assert direct_of("KD(C), from NLL after TS") == ("Direct, NLL", "scaled") and direct_of("KD(UC), from NLL") == ("Direct, NLL", "raw")
+        assert len(row_differences(named, pairs, "ece").each) == len(pairs) > 0, claim
+        assert row_differences({}, pairs, "ece") == row_differences(named, pairs, "ece", least=4) == ({}, None)
+    assert direct_counterpart("KD(C), from NLL after TS") == ("Direct, NLL", "scaled") and direct_counterpart("KD(UC), from NLL") == ("Direct, NLL", "raw")
 
 
 def test_a_comparison_refuses_in_a_sentence(table):
     seeds, results = table
-    named = collect(seeds, results)
+    named = collect_by_row(seeds, results)
     a, b = ("Direct, NLL", "raw"), ("KD(UC), from NLL", "raw")
     other = {k: [replace(r, spec=replace(r.spec, data=TINY)) if k == "Direct, NLL" else r for r in own] for k, own in named.items()}
-    for call, message in ((lambda: table_of(named, ("Direct, LS", "raw"), "nll"), "row: got .*Direct, LS"), (lambda: table_of(named, ("Direct, NLL", "row"), "nll"), "row: got .*row"),
-                          (lambda: table_of({"a": [replace(results[seeds[0]["Direct, NLL"]], truth=None)]}, ("a", "raw"), "kl"), "metric: got 'kl' of a"),
-                          (lambda: differences({k: own[:1] for k, own in named.items()}, [(a, b)], "kl"), "d: got shape"),
-                          (lambda: differences(other, [(a, b)], "nll"), "named: got rows on 2 data sets"),
-                          (lambda: collect([], {}), "seeds: got none"), (lambda: prepare_progress({}, {}), "named: got no rows")):
+    for call, message in ((lambda: _contributions_of_row(named, ("Direct, LS", "raw"), "nll"), "row: got .*Direct, LS"), (lambda: _contributions_of_row(named, ("Direct, NLL", "row"), "nll"), "row: got .*row"),
+                          (lambda: _contributions_of_row({"a": [replace(results[seeds[0]["Direct, NLL"]], truth=None)]}, ("a", "raw"), "kl"), "metric: got 'kl' of a"),
+                          (lambda: row_differences({k: own[:1] for k, own in named.items()}, [(a, b)], "kl"), "d: got shape"),
+                          (lambda: row_differences(other, [(a, b)], "nll"), "named: got rows on 2 data sets"),
+                          (lambda: collect_by_row([], {}), "seeds: got none"), (lambda: paper_progress_table({}, {}), "named: got no rows")):
         with pytest.raises(ValueError, match=message): call()
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", PAPER_EXPERIMENTS)
 def test_candidates_are_students_of_one_seed_with_the_published_among_them(name):
-    offered, setting = candidates(name), SETTINGS[PAPER[name].setting]
+    offered, setting = candidate_specs(name), SETTINGS[PAPER_EXPERIMENTS[name].setting]
     specs = [s for several in offered.values() for s in several]
     assert len(set(specs)) == len(specs) and {(s.data, s.model, s.seed) for s in specs} == {(setting.data, setting.student, 0)}
-    for method in set(offered) - {"KD"}: assert AS_PUBLISHED.methods[method] in {s.method for s in offered[method]}, method
+    for method in set(offered) - {"KD"}: assert PUBLISHED_HYPERPARAMETERS.methods[method] in {s.method for s in offered[method]}, method
     plain = replace(specs[0], model=setting.teacher, method=Method("nll"))
-    assert Distil(Scaled(plain), AS_PUBLISHED.T, AS_PUBLISHED.alpha) in {s.method for s in offered["KD"]}
+    assert Distil(TemperatureScaled(plain), PUBLISHED_HYPERPARAMETERS.T, PUBLISHED_HYPERPARAMETERS.alpha) in {s.method for s in offered["KD"]}
     assert ("MMCE" in offered) == (name in ("table1", "table1_mobilenet", "table2a", "table2b", "fig2", "fig3")), "only methods that the piece uses"
 
 
 @given(st.data())
 @settings(max_examples=20, deadline=None)
 def test_the_lowest_validation_nll_chooses_whatever_the_test_images_say(table, data):
-    any_result, offered = next(iter(table[1].values())), candidates("table1", small="known")
+    any_result, offered = next(iter(table[1].values())), candidate_specs("table1", small="known")
     specs = [s for several in offered.values() for s in several]
     nlls = data.draw(st.lists(st.integers(1, 10**6), min_size=len(specs), max_size=len(specs), unique=True))
     by = dict(zip(specs, nlls))
     results = {s: replace(any_result, spec=s, valid={"nll": v, "top1": .5, "ece": .1}) for s, v in by.items()}
-    best = chosen(offered, results)
+    best = select_on_validation(offered, results)
     assert best == {m: min(several, key=by.get) for m, several in offered.items()}
-    assert [f"{by[s]:.3f}" for s in best.values()] == [nll.removesuffix(" *") for *_, nll, _, _ in prepare_candidates(offered, results).rows if nll.endswith("*")]
-    choice = choice_of(best)
+    assert [f"{by[s]:.3f}" for s in best.values()] == [nll.removesuffix(" *") for *_, nll, _, _ in candidates_table(offered, results).rows if nll.endswith("*")]
+    choice = as_hyperparameters(best)
     assert (choice.T, choice.alpha) == (best["KD"].method.T, best["KD"].method.alpha) and choice.methods["CRL"] == best["CRL"].method
-    assert {m: choice.methods[m] for m in ("NLL", "AdaFocal", "PS-KD")} == {m: AS_PUBLISHED.methods[m] for m in ("NLL", "AdaFocal", "PS-KD")}
+    assert {m: choice.methods[m] for m in ("NLL", "AdaFocal", "PS-KD")} == {m: PUBLISHED_HYPERPARAMETERS.methods[m] for m in ("NLL", "AdaFocal", "PS-KD")}
     for name in ("table1", "fig4", "drift"):
         for s in paper_specs(name, small="known", choice=choice).values():
             if isinstance(s.method, Distil): assert (s.method.T, s.method.alpha) == (choice.T, choice.alpha)
 
 
 def test_an_unfinished_or_older_choice_is_none(table):
-    any_result, offered = next(iter(table[1].values())), candidates("fig4", small="known")
+    any_result, offered = next(iter(table[1].values())), candidate_specs("fig4", small="known")
     results = {s: replace(any_result, spec=s) for several in offered.values() for s in several}
     first = offered["MDCA"][0]
     short = {s: r for s, r in results.items() if s != first}
     for got in ({}, short, short | {first: replace(results[first], valid={})}):
-        with pytest.raises(ValueError, match="results: got none with a validation NLL of .*mdca beta=1 gamma=0"): chosen(offered, got)
-    body = prepare_candidates(offered, short).rows
+        with pytest.raises(ValueError, match="results: got none with a validation NLL of .*mdca beta=1 gamma=0"): select_on_validation(offered, got)
+    body = candidates_table(offered, short).rows
     assert body[0][2] == "to do" and {row[0] for row in body if row[2].endswith("*")} == {"KD"}
 
 
@@ -308,8 +316,8 @@ def test_validation_stands_in_the_light_part(table, tmp_path):
 
 
 def test_the_command_tries_and_then_takes_what_was_chosen(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(paper, "STRENGTHS", {"LS": [Method("ls", eps=.05), Method("ls", eps=.5)]})
-    monkeypatch.setattr(paper, "TEACHING", [(1, .9), (2, .9)])
+    patch_name(monkeypatch, "METHOD_GRID", {"LS": [Method("ls", eps=.05), Method("ls", eps=.5)]})
+    patch_name(monkeypatch, "_KD_GRID", [(1, .9), (2, .9)])
     args = ("table1", "--small", "digits", "--recipe", "smoke")
     assert kdc_sweep(*args, "--chosen", tmp_path/"c.npz", store=tmp_path/"s") == 2 and "chosen: got" in capsys.readouterr().err
     assert kdc_sweep(*args, "--candidates", "--budget", "0s", "--results", tmp_path/"c.npz", store=tmp_path/"s") == 75 and capsys.readouterr().out.count("to do") == 4

@@ -6,17 +6,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdc_nb.core import DamagedFile
-from kdc_nb.training.data import Data, load_data
+from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.runs import Store
 from kdc_nb.experiments.specs import RunSpec
-from kdc_nb.analysis.features import (
-    first_of_each, first_triple, images_of_look, look, read_looks, write_looks,
-)
 from kdc_nb.analysis.geometry import (
-    distances, geometry, members, merging, ratio, similar_classes, summary, triples,
+    _centroid_distances, _distance_ratio, _one_hot_float, _summarise_merging, class_geometry,
+    measure_merging, similar_classes, similar_triples,
 )
-from kdc_nb.analysis.projections import plane
+from kdc_nb.analysis.projections import _class_space_basis
+from kdc_nb.analysis.views import (
+    _first_per_class, extract_features, feature_images, most_confused_triple, read_features,
+    write_features,
+)
 from tests.conftest import patch_name
 
 SIMILAR = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
@@ -52,7 +54,7 @@ def test_geometry_is_what_loops_give(seed, sizes):
     rng = np.random.default_rng(seed)
     y = np.repeat(np.arange(len(sizes)), sizes)
     x = rng.normal(size=(len(y), 4)) + y[:, None]
-    for ours, slow in zip(geometry(torch.tensor(x), torch.tensor(y)), slow_geometry(x, y, len(sizes))): np.testing.assert_allclose(ours.numpy(), slow, atol=1e-9)
+    for ours, slow in zip(class_geometry(torch.tensor(x), torch.tensor(y)), slow_geometry(x, y, len(sizes))): np.testing.assert_allclose(ours.numpy(), slow, atol=1e-9)
 
 
 @given(seed=st.integers(0, 10_000), scale=st.floats(.01, 100), shift=st.floats(-10, 10))
@@ -60,7 +62,7 @@ def test_stretching_turning_and_shifting_changes_no_ratio(seed, scale, shift):
     x, y = clouds(15, seed)
     x = x.double()
     turn, _ = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
-    before, after = (summary(*geometry(f, y), SIMILAR) for f in (x, scale*(x + shift)@turn))
+    before, after = (_summarise_merging(*class_geometry(f, y), SIMILAR) for f in (x, scale*(x + shift)@turn))
     assert torch.allclose(before, after, rtol=1e-6)
 
 
@@ -73,20 +75,20 @@ def test_distances_of_a_drawn_sample_are_corrected_twice():
     centroid = torch.stack([x[i][y[i] == c].mean(0) for c in range(4)])
     noise = torch.stack([x[i][y[i] == c].var(0).sum()/(y[i] == c).sum() for c in range(4)])
     expected = (torch.cdist(centroid, centroid).square() - 2*(noise + noise[:, None])).clamp(min=0).sqrt().fill_diagonal_(0)
-    assert torch.allclose(distances(x, members(y, x)*drawn[:, None], samples=2), expected)
+    assert torch.allclose(_centroid_distances(x, _one_hot_float(y, x)*drawn[:, None], samples=2), expected)
 
 
 def test_classes_that_are_one_overlap_by_half():
     g = torch.Generator().manual_seed(0)
     y = torch.arange(2).repeat_interleave(40)
-    overlaps = [geometry(torch.randn(80, 20, generator=g), y)[1][0, 1] for _ in range(400)]
+    overlaps = [class_geometry(torch.randn(80, 20, generator=g), y)[1][0, 1] for _ in range(400)]
     assert float(torch.stack(overlaps).mean()) == pytest.approx(.5, abs=.01)
 
 
 def test_intervals_hold_the_truth():
     "The ratio of clouds whose centres are known lies in 95% of the intervals."
-    true = float(ratio(torch.cdist(CENTRES, CENTRES), triples(SIMILAR)))
-    found = [merging(*clouds(40, seed), SIMILAR, n_boot=100, seed=seed)["ratio"] for seed in range(100)]
+    true = float(_distance_ratio(torch.cdist(CENTRES, CENTRES), similar_triples(SIMILAR)))
+    found = [measure_merging(*clouds(40, seed), SIMILAR, n_boot=100, seed=seed)["ratio"] for seed in range(100)]
     assert sum(e.low <= true <= e.high for e in found) >= 88
     assert np.mean([e.value for e in found]) == pytest.approx(true, rel=.02)
 
@@ -95,16 +97,16 @@ def test_an_interval_holds_its_own_estimate_with_many_features_too():
     for seed in range(10):
         x, y = clouds(60, seed)
         wide = torch.cat([x, torch.randn(240, 60, generator=torch.Generator().manual_seed(seed))], 1)
-        assert all(e.low <= e.value <= e.high for e in merging(wide, y, SIMILAR, n_boot=100).values())
+        assert all(e.low <= e.value <= e.high for e in measure_merging(wide, y, SIMILAR, n_boot=100).values())
 
 
 def test_classes_that_are_one_give_numbers():
     "Centroids that cannot be told apart are at distance 0, and no ratio explodes."
     g = torch.Generator().manual_seed(0)
     y = torch.arange(4).repeat_interleave(5)
-    found = merging(torch.randn(20, 64, generator=g), y, SIMILAR, n_boot=50)
+    found = measure_merging(torch.randn(20, 64, generator=g), y, SIMILAR, n_boot=50)
     assert all(0 <= v < 10 for e in found.values() for v in (e.value, e.low, e.high))
-    assert ratio(torch.zeros(4, 4), triples(SIMILAR)) == 1
+    assert _distance_ratio(torch.zeros(4, 4), similar_triples(SIMILAR)) == 1
 
 
 @pytest.mark.parametrize("spoil, message", [
@@ -114,27 +116,27 @@ def test_classes_that_are_one_give_numbers():
     (lambda x, y, s: (x, y, s[:3, :3]), "similar: got a matrix without a triple"),
 ])
 def test_what_cannot_be_measured_is_told(spoil, message):
-    with pytest.raises(ValueError, match=message): merging(*spoil(*clouds(4), SIMILAR), n_boot=2)
+    with pytest.raises(ValueError, match=message): measure_merging(*spoil(*clouds(4), SIMILAR), n_boot=2)
 
 
 def test_half_precision_and_small_labels_will_do():
     x, y = clouds(20)
-    assert torch.allclose(geometry(x.half(), y.int())[0], geometry(x.half().double(), y)[0].float(), atol=1e-4)
+    assert torch.allclose(class_geometry(x.half(), y.int())[0], class_geometry(x.half().double(), y)[0].float(), atol=1e-4)
 
 
 def test_a_plane_of_dependent_rows_is_refused():
     head = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     head[2] = head[0] + head[1]
-    with pytest.raises(ValueError, match="head: got rows that lie in one plane"): plane(head, (0, 1, 2))
-    with pytest.raises(ValueError, match="classes: got .* from 0 to 3"): plane(head, (0, 1, 4))
+    with pytest.raises(ValueError, match="head: got rows that lie in one plane"): _class_space_basis(head, (0, 1, 2))
+    with pytest.raises(ValueError, match="classes: got .* from 0 to 3"): _class_space_basis(head, (0, 1, 4))
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     "A store with one small run, and looks at it and at one of digits"
     store = Store(tmp_path_factory.mktemp("looks"))
-    specs = [RunSpec(d, "resnet8", "nll", Recipe(1, 32)) for d in (Data("known", n_train=100, n_valid=60, n_test=400), Data("digits", n_train=100))]
-    return store, [look(s, store, "cpu", per_class=3) for s in specs]
+    specs = [RunSpec(d, "resnet8", "nll", Recipe(1, 32)) for d in (DataSpec("known", n_train=100, n_valid=60, n_test=400), DataSpec("digits", n_train=100))]
+    return store, [extract_features(s, store, "cpu", per_class=3) for s in specs]
 
 
 def test_a_look_keeps_what_its_pictures_need(seen):
@@ -149,54 +151,54 @@ def test_a_look_keeps_what_its_pictures_need(seen):
 
 def test_a_look_trains_nothing_that_is_stored(seen, monkeypatch):
     store, (known, _) = seen
-    patch_name(monkeypatch, "train_epoch", lambda *a, **k: pytest.fail("trained again"))
-    again = look(known.result.spec, store, "cpu", per_class=3)
+    patch_name(monkeypatch, "_train_epoch", lambda *a, **k: pytest.fail("trained again"))
+    again = extract_features(known.result.spec, store, "cpu", per_class=3)
     assert torch.equal(again.features["train"], known.features["train"]) and again.merging == known.merging
 
 
 def test_looks_survive_the_disk(seen, tmp_path):
     _, (known, digits) = seen
     for one in (known, digits):
-        write_looks([one], tmp_path/"looks.npz")
-        back = read_looks(tmp_path/"looks.npz")[one.result.spec]
+        write_features([one], tmp_path/"looks.npz")
+        back = read_features(tmp_path/"looks.npz")[one.result.spec]
         for k in ("labels", "top"): assert torch.equal(getattr(back, k), getattr(one, k))
         for k in ("confidence", "head", "distance", "overlap"): assert torch.allclose(getattr(back, k), getattr(one, k), atol=1e-3, rtol=1e-3)
         for k in ("train", "test"): assert torch.equal(back.index[k], one.index[k]) and torch.allclose(back.features[k], one.features[k], atol=1e-3, rtol=1e-3)
         assert back.classes == one.classes and back.superclass == one.superclass and (back.merging is None) == (one.merging is None)
-    with pytest.raises(ValueError, match="looks: got 2 data sets"): write_looks([known, digits], tmp_path/"both.npz")
+    with pytest.raises(ValueError, match="looks: got 2 data sets"): write_features([known, digits], tmp_path/"both.npz")
     assert not (tmp_path/"both.npz").exists()
 
 
 def test_a_damaged_file_of_looks_is_named(seen, tmp_path):
     _, (known, _) = seen
-    write_looks([known], path := tmp_path/"looks.npz")
+    write_features([known], path := tmp_path/"looks.npz")
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(DamagedFile, match="looks.npz: damaged"): read_looks(path)
+    with pytest.raises(DamagedFile, match="looks.npz: damaged"): read_features(path)
 
 
 def test_looks_at_different_images_are_not_mixed(seen, tmp_path):
     store, (known, _) = seen
     with pytest.raises(ValueError, match="looks: got features of different images"):
-        write_looks([known, look(known.result.spec, store, "cpu", per_class=2)], tmp_path/"two.npz")
+        write_features([known, extract_features(known.result.spec, store, "cpu", per_class=2)], tmp_path/"two.npz")
 
 
 def test_where_an_explorer_begins(seen):
     _, (known, digits) = seen
-    a, b, c = first_triple(known)
+    a, b, c = most_confused_triple(known)
     assert known.superclass[a] == known.superclass[b] != known.superclass[c]
     assert known.overlap[a, b] == known.overlap[similar_classes(known)].max()
-    assert first_triple(digits) == (0, 1, 2)
+    assert most_confused_triple(digits) == (0, 1, 2)
     data = load_data(known.result.spec.data)
-    assert torch.equal(images_of_look(known, (c, a), "train")[:3], data.train.inputs[known.index["train"][known.kept["train"] == c]])
+    assert torch.equal(feature_images(known, (c, a), "train")[:3], data.train.inputs[known.index["train"][known.kept["train"] == c]])
 
 
 def test_first_of_each_takes_what_there_is():
-    assert first_of_each(torch.tensor([1, 0, 1, 1, 0]), 2).tolist() == [1, 4, 0, 2]
-    assert first_of_each(torch.tensor([1, 0, 1, 1]), 2).tolist() == [1, 0, 2]
+    assert _first_per_class(torch.tensor([1, 0, 1, 1, 0]), 2).tolist() == [1, 4, 0, 2]
+    assert _first_per_class(torch.tensor([1, 0, 1, 1]), 2).tolist() == [1, 0, 2]
 
 
 def test_a_class_without_test_images_is_named(tmp_path):
-    from kdc_nb.training.images import give_images
+    from kdc_nb.training.images import register_images
     x, y = torch.zeros(12, 1, 8, 8, dtype=torch.uint8), torch.arange(12) % 3
-    data = give_images("few", (x, y), (x, y), (x[:8], y[:8] % 2))
-    with pytest.raises(ValueError, match="test: got a class with fewer than two samples, expected two or more of each"): look(RunSpec(data, "resnet8"), Store(tmp_path), "cpu")
+    data = register_images("few", (x, y), (x, y), (x[:8], y[:8] % 2))
+    with pytest.raises(ValueError, match="test: got a class with fewer than two samples, expected two or more of each"): extract_features(RunSpec(data, "resnet8"), Store(tmp_path), "cpu")

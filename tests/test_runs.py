@@ -12,17 +12,21 @@ from hypothesis import given, strategies as st
 
 import kdc_nb.experiments.runs as kr
 from kdc_nb.core import DamagedFile, encode, load_npz, load_tensors, save_npz
-from kdc_nb.calibration.metrics import nll, outcomes, scores, width_bins
+from kdc_nb.calibration.metrics import compute_outcomes, equal_width_bins, metrics_from_outcomes, nll
 from kdc_nb.calibration.posthoc import fit_temperature
-from kdc_nb.training.data import Data
+from kdc_nb.training.data import DataSpec
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.experiments.results import images_of, packed, read_results, recalibrate, unpacked, write_results
-from kdc_nb.experiments.runs import Store, clean, run, stored, training_logits
-from kdc_nb.experiments.specs import Distil, Posterior, RunSpec, Scaled, lineage, run_id, title_of
+from kdc_nb.experiments.results import (
+    _compress_outcomes, _decompress_outcomes, read_results, recalibrate, result_outcomes, write_results,
+)
+from kdc_nb.experiments.runs import Store, all_results, clean_store, run, teacher_train_logits
+from kdc_nb.experiments.specs import (
+    Distil, RunSpec, TemperatureScaled, TemperedPosterior, lineage, run_id, run_label,
+)
 from tests.conftest import patch_name
 
-TINY = Data("known", n_train=100, n_valid=60, n_test=80)
+TINY = DataSpec("known", n_train=100, n_valid=60, n_test=80)
 TEACHER = RunSpec(TINY, "resnet8", Method("focal"), Recipe(2, 50))
 STUDENT = RunSpec(TINY, "resnet8", Distil(TEACHER, 2, .5), Recipe(2, 50))
 
@@ -36,7 +40,7 @@ def go(spec, store): return run(spec, store, "cpu", progress=False)
 
 def test_a_second_call_trains_nothing(store, monkeypatch):
     first = go(STUDENT, store)
-    patch_name(monkeypatch, "train_epoch", lambda *a, **k: pytest.fail("trained again"))
+    patch_name(monkeypatch, "_train_epoch", lambda *a, **k: pytest.fail("trained again"))
     again = go(STUDENT, store)
     assert torch.equal(first.logits["test"], again.logits["test"]) and encode(first.evaluation) == encode(again.evaluation)
 
@@ -51,7 +55,7 @@ def test_a_result_is_shown_in_short(store):
     assert by["true error, %", "after TS"] == f"{100*result.truth['scaled_error']:.2f}" and by["KL to truth, nats", "raw"] == f"{result.truth['kl']:.3f}"
     assert by["NLL, nats", "after TS"] == f"{result.evaluation.scaled['nll'].value:.3f}"
     title, facts = str(result).splitlines()[:2]
-    assert title == title_of(STUDENT) and facts.startswith("80 images") and f"T = {result.evaluation.T:.4g}; 2 epochs, " in facts and facts.endswith("s on cpu")
+    assert title == run_label(STUDENT) and facts.startswith("80 images") and f"T = {result.evaluation.T:.4g}; 2 epochs, " in facts and facts.endswith("s on cpu")
     assert "<br>" in result._repr_html_() and result._repr_html_().count("<tr>") == 1 + 10 + len(result.table().notes)
     photos = replace(result, truth=None)
     assert len(photos.table().rows) == 6 and len(str(photos).splitlines()) == 9 + len(photos.table().notes)
@@ -62,7 +66,7 @@ def test_chains_train_the_first_teacher_first(store):
     third = replace(STUDENT, method=Distil(STUDENT))
     assert lineage(third) == [TEACHER, STUDENT, third]
     go(third, store)
-    assert [r.spec for r in stored(store)] == [TEACHER, STUDENT, third]
+    assert [r.spec for r in all_results(store)] == [TEACHER, STUDENT, third]
 
 
 def test_a_seed_is_a_run_of_its_own(store):
@@ -86,7 +90,7 @@ def test_a_damaged_file_is_named_and_made_again(store, kind, hurt):
 def test_a_listing_names_a_damaged_file_and_shows_the_others(store):
     go(STUDENT, store)
     store.path(TEACHER, "run").write_bytes(b"half")
-    with pytest.warns(UserWarning, match="damaged"): assert [r.spec for r in stored(store)] == [STUDENT]
+    with pytest.warns(UserWarning, match="damaged"): assert [r.spec for r in all_results(store)] == [STUDENT]
 
 
 def test_a_teacher_without_weights_is_trained_and_that_is_said(store):
@@ -116,14 +120,14 @@ def test_what_temperature_scaling_teaches(store):
     teacher = go(TEACHER, store)
     from kdc_nb.training.data import load_data
     T = fit_temperature(teacher.logits["valid"], load_data(TINY).valid.labels)
-    raw, scaled = (training_logits(t, STUDENT.data, store, "cpu") for t in (TEACHER, Scaled(TEACHER)))
+    raw, scaled = (teacher_train_logits(t, STUDENT.data, store, "cpu") for t in (TEACHER, TemperatureScaled(TEACHER)))
     assert torch.allclose(scaled*T, raw, rtol=1e-5, atol=1e-5)
 
 
 def test_what_the_tempered_truth_teaches():
     from kdc_nb.training.data import load_data
     p = load_data(TINY).train.posterior.double()
-    said = training_logits(Posterior(.5), STUDENT.data, None, "cpu").double().softmax(1)
+    said = teacher_train_logits(TemperedPosterior(.5), STUDENT.data, None, "cpu").double().softmax(1)
     assert torch.allclose(said, p**2/(p**2).sum(1, keepdim=True), atol=1e-5)
 
 
@@ -139,34 +143,34 @@ def test_light_files_come_back_equal(store, tmp_path):
     back = read_results(tmp_path/"x.npz")[STUDENT]
     assert back.spec == STUDENT and back.truth["error"] == pytest.approx(r.truth["error"], rel=1e-5)
     assert [h["loss"] for h in back.history] == pytest.approx([h["loss"] for h in r.history], rel=1e-5)
-    assert torch.equal(back.images["scaled"].hit, images_of(r)["scaled"].hit) and images_of(back) is back.images
+    assert torch.equal(back.images["scaled"].hit, result_outcomes(r)["scaled"].hit) and result_outcomes(back) is back.images
 
 
 @given(n=st.integers(1, 300), c=st.sampled_from((2, 10, 300)), scale=st.sampled_from((.1, 3., 40.)), seed=st.integers(0, 99))
 def test_what_light_files_keep_of_images_is_near_and_in_its_bin(n, c, scale, seed):
     rng = np.random.default_rng(seed)
     z, y = scale*rng.normal(size=(n, c)), rng.integers(0, c, n)
-    before = {"raw": outcomes(z, y), "scaled": outcomes(z/2.5, y)}
-    for which, o in unpacked(packed(before)).items():
+    before = {"raw": compute_outcomes(z, y), "scaled": compute_outcomes(z/2.5, y)}
+    for which, o in _decompress_outcomes(_compress_outcomes(before)).items():
         b = before[which]
         assert torch.equal(o.top, b.top) and torch.equal(o.hit, b.hit)
-        assert torch.equal(width_bins(o.claims.p, 15), width_bins(b.claims.p, 15))
+        assert torch.equal(equal_width_bins(o.claims.p, 15), equal_width_bins(b.claims.p, 15))
         assert (o.log_odds - b.log_odds.clamp(-256, 256)).abs().max() <= 1.5/128 + 1e-9 and (o.nll - b.nll.clamp(max=256)).abs().max() <= 1.5/128 + 1e-9
-        old, new = scores(b), scores(o)
+        old, new = metrics_from_outcomes(b), metrics_from_outcomes(o)
         assert all(new[k] == pytest.approx(old[k], abs=2e-3) for k in ("top1", "ece", "sce")) and old["nll"] == pytest.approx(nll(z/(1 if which == "raw" else 2.5), y))
 
 
 def test_log_odds_are_those_of_the_confidence():
     "By hand: logits 2, 0, 0 give e^2/2 to 1; at 40 no confidence in floats differs from 1, but its log-odds do"
-    assert outcomes([[2., 0., 0.]], [0]).log_odds.item() == pytest.approx(2 - np.log(2))
-    assert outcomes([[0., 40.]], [0]).log_odds.item() == 40 and outcomes([[0., 40.]], [0]).nll.item() == pytest.approx(40)
+    assert compute_outcomes([[2., 0., 0.]], [0]).log_odds.item() == pytest.approx(2 - np.log(2))
+    assert compute_outcomes([[0., 40.]], [0]).log_odds.item() == 40 and compute_outcomes([[0., 40.]], [0]).nll.item() == pytest.approx(40)
 
 
 def test_a_light_file_is_fifty_kilobytes_at_most(tmp_path):
     "10,000 images of ten classes, Gaussian logits that are right half of the time"
     z = 2*torch.randn(10_000, 10)
     y = z.double().softmax(1).multinomial(1).squeeze(1)
-    save_npz(tmp_path/"x.npz", packed({"raw": outcomes(1.4*z, y), "scaled": outcomes(z, y)}))
+    save_npz(tmp_path/"x.npz", _compress_outcomes({"raw": compute_outcomes(1.4*z, y), "scaled": compute_outcomes(z, y)}))
     assert (tmp_path/"x.npz").stat().st_size < 50_000
 
 
@@ -176,13 +180,13 @@ def test_a_light_file_with_a_pickle_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError): read_results(tmp_path/"none.npz")
 
 
-def test_cleaning_an_empty_store_is_no_error(tmp_path): assert clean(Store(tmp_path/"none")) == []
+def test_cleaning_an_empty_store_is_no_error(tmp_path): assert clean_store(Store(tmp_path/"none")) == []
 
 
 def test_a_teacher_of_other_data_is_refused():
     "It could have been trained on the student's test images."
-    other = replace(TEACHER, data=Data("known", n_train=100, n_valid=60, n_test=81))
-    for teacher in (other, Scaled(other)):
+    other = replace(TEACHER, data=DataSpec("known", n_train=100, n_valid=60, n_test=81))
+    for teacher in (other, TemperatureScaled(other)):
         with pytest.raises(ValueError, match="teacher: got one trained on Data.*n_test=81.*expected the student's data"): replace(STUDENT, method=Distil(teacher))
 
 
@@ -205,7 +209,7 @@ def test_a_file_of_a_method_unknown_here_is_named(store):
     go(replace(TEACHER, method=Method("own")), store)
     go(TEACHER, store)
     del Method.registry["own"]
-    with pytest.warns(UserWarning, match="Method: got 'own'"): assert [r.spec for r in stored(store)] == [TEACHER]
+    with pytest.warns(UserWarning, match="Method: got 'own'"): assert [r.spec for r in all_results(store)] == [TEACHER]
 
 
 def test_a_warning_free_run(store):
@@ -216,23 +220,23 @@ def test_a_warning_free_run(store):
 
 def test_real_photographs_train_and_are_judged(photos, store):
     "Sixty photographs and one epoch teach little, and every part turns: the cache, flips, 10,000 test images."
-    r = go(RunSpec(Data("cifar10", n_train=60, n_valid=60), "resnet8", "nll", Recipe(1, 30, augment=("flip",))), store)
+    r = go(RunSpec(DataSpec("cifar10", n_train=60, n_valid=60), "resnet8", "nll", Recipe(1, 30, augment=("flip",))), store)
     assert r.evaluation.n == 10_000 and r.truth is None and 0 < r.evaluation.raw["top1"].value < .5
 
 
 def test_a_copy_is_told_its_commit(monkeypatch):
-    kr.commit.cache_clear()
+    kr._git_commit.cache_clear()
     monkeypatch.setenv("KDC_COMMIT", "abc")
-    assert kr.environment(torch.device("cpu"))["commit"] == "abc"
-    kr.commit.cache_clear()
+    assert kr.describe_environment(torch.device("cpu"))["commit"] == "abc"
+    kr._git_commit.cache_clear()
 
 
 def test_a_result_names_the_commit_of_its_checkout(store, tmp_path, monkeypatch):
     git = lambda *args: subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *args], capture_output=True, text=True, check=True).stdout.strip()
     monkeypatch.setattr("kdc_nb.__file__", str(tmp_path/"kdc_nb"/"__init__.py"))
-    assert kr.commit.__wrapped__() is None, "installed, not a checkout"
+    assert kr._git_commit.__wrapped__() is None, "installed, not a checkout"
     git("init", "-q")
-    assert kr.commit.__wrapped__() is None, "no commit yet"
+    assert kr._git_commit.__wrapped__() is None, "no commit yet"
     git("commit", "-q", "--allow-empty", "-m", "x")
-    assert kr.commit.__wrapped__() == git("rev-parse", "HEAD")
+    assert kr._git_commit.__wrapped__() == git("rev-parse", "HEAD")
     assert "commit" in go(TEACHER, store).facts

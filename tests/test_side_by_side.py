@@ -19,22 +19,22 @@ import kdc_nb.experiments.runs as runs_room
 import kdc_nb.experiments.specs as specs_room
 import kdc_nb.experiments.sweeps as sweeps_room
 import kdc_nb.training.trainer as trainer_room
-from kdc_nb.training.data import Data
-from kdc_nb.training.devices import process_is_spoilt, spoil_process
+from kdc_nb.training.data import DataSpec
+from kdc_nb.training.devices import cuda_is_broken, mark_cuda_broken
 from kdc_nb.training.methods import Method
 from kdc_nb.training.models import MODELS
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.training.steps import NotRecorded
-from kdc_nb.experiments.agenda import Agenda
-from kdc_nb.experiments.runs import Store, Where, run, stored
-from kdc_nb.experiments.specs import Distil, RunSpec, Scaled
-from kdc_nb.experiments.sweeps import SideBySide, TeacherCaches, sweep
+from kdc_nb.training.steps import GraphCaptureError
+from kdc_nb.experiments.agenda import Scheduler
+from kdc_nb.experiments.runs import RunContext, Store, all_results, run
+from kdc_nb.experiments.specs import Distil, RunSpec, TemperatureScaled
+from kdc_nb.experiments.sweeps import _SideBySideRunner, _TeacherCachePool, sweep
 from tests.conftest import patch_name
 
-DIGITS = Data("digits", n_train=100, n_valid=60)
+DIGITS = DataSpec("digits", n_train=100, n_valid=60)
 RECIPE = Recipe(2, 50, augment=("crop",), live_teacher=True)
 TEACHER = RunSpec(DIGITS, "resnet8", Method("nll"), RECIPE)
-STUDENTS = [replace(TEACHER, method=Distil(t, T, .5)) for t, T in ((TEACHER, 1), (Scaled(TEACHER), 1), (TEACHER, 4))]
+STUDENTS = [replace(TEACHER, method=Distil(t, T, .5)) for t, T in ((TEACHER, 1), (TemperatureScaled(TEACHER), 1), (TEACHER, 4))]
 OTHERS = [replace(TEACHER, method=Method(m), seed=1) for m in ("crl", "pskd", "adafocal", "mixup")]
 ALL = [*STUDENTS, *OTHERS]
 
@@ -56,7 +56,7 @@ def alone(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def sound():
     yield
-    spoil_process(False)
+    mark_cuda_broken(False)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5])
@@ -100,16 +100,16 @@ class Mark:
 @pytest.fixture
 def device(monkeypatch):
     "Streams, pretended; a piece is of two steps"
-    it, step = Device(), steps_room.train_step
-    class Pretended(SideBySide):
+    it, step = Device(), steps_room._train_step
+    class Pretended(_SideBySideRunner):
         def __init__(self, agenda, *rest):
             super().__init__(agenda, *rest)
             self.streams = [f"stream {k}" for k in range(agenda.where.at_once)]
-    patch_name(monkeypatch, "SideBySide", Pretended)
+    patch_name(monkeypatch, "_SideBySideRunner", Pretended)
     monkeypatch.setattr(torch.cuda, "stream", it.on)
-    patch_name(monkeypatch, "record_event", it.mark)
-    patch_name(monkeypatch, "PIECE", {"cpu": 2})
-    patch_name(monkeypatch, "train_step", lambda training: it.step(training, step))
+    patch_name(monkeypatch, "_record_event", it.mark)
+    patch_name(monkeypatch, "STEPS_PER_CHUNK", {"cpu": 2})
+    patch_name(monkeypatch, "_train_step", lambda training: it.step(training, step))
     return it
 
 
@@ -143,27 +143,27 @@ def test_those_that_drop_out_share_a_stream_and_come_out_as_if_alone(store, devi
 
 def refusing(monkeypatch, error, which=lambda run: True):
     "Recording fails in this process; another process knows nothing of that"
-    recorded = steps_room.recorded
+    recorded = steps_room.capture_step
     def refuse(run):
         if not (run.record and which(run)): return recorded(run)
-        spoil_process()
+        mark_cuda_broken()
         raise error
-    patch_name(monkeypatch, "recorded", refuse)
+    patch_name(monkeypatch, "capture_step", refuse)
 
 
 def test_after_a_recording_that_failed_the_rest_goes_on_in_a_fresh_process(store, alone, monkeypatch):
-    refusing(monkeypatch, NotRecorded("the step cannot be recorded: why"), lambda run: type(run.method).__name__ == "CorrectnessRanking")
+    refusing(monkeypatch, GraphCaptureError("the step cannot be recorded: why"), lambda run: type(run.method).__name__ == "CorrectnessRanking")
     seen = []
     with pytest.warns(UserWarning, match="crl beta=1, seed 1: the step cannot be recorded: why; it is trained without"):
         same(go(ALL, store, slots=2, on_result=seen.append), alone)
     assert len(seen) == len({r.spec for r in seen}) == len(ALL) + 1, "each is told once, the teacher too"
-    assert process_is_spoilt()
-    monkeypatch.setattr(sweeps_room.SideBySide, "work", None) # of no use in this process any more
+    assert cuda_is_broken()
+    monkeypatch.setattr(sweeps_room._SideBySideRunner, "work", None) # of no use in this process any more
     assert go([replace(TEACHER, seed=7)], store)[0].spec.seed == 7
 
 
 def test_a_single_run_that_cannot_be_recorded_is_trained_in_a_fresh_process(store, alone, monkeypatch):
-    refusing(monkeypatch, NotRecorded("the step cannot be recorded: why"))
+    refusing(monkeypatch, GraphCaptureError("the step cannot be recorded: why"))
     with pytest.warns(UserWarning, match="cannot be recorded: why; it is trained without, which costs speed, in a fresh process"):
         same([run(OTHERS[0], store, "cpu", progress=False)], [alone[3]])
 
@@ -186,11 +186,11 @@ def dies(*args): os.kill(os.getpid(), signal.SIGKILL)
 
 def test_what_nobody_else_looks_at_is_looked_at_here(store, alone, monkeypatch):
     "The process that was to look is killed"
-    class Killed(SideBySide):
+    class Killed(_SideBySideRunner):
         def __init__(self, *args):
             super().__init__(*args)
             self.pool.submit(dies)
-    patch_name(monkeypatch, "SideBySide", Killed)
+    patch_name(monkeypatch, "_SideBySideRunner", Killed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore") # of joblib
         same(go(ALL, store, slots=2), alone)
@@ -200,7 +200,7 @@ def test_a_failure_beside_others_stops_none_of_them(store, alone):
     wild = replace(TEACHER, recipe=replace(RECIPE, lr=1e20))
     with pytest.raises(FloatingPointError, match="try a smaller lr"): go([replace(wild, method=Distil(wild)), *OTHERS], store, slots=3)
     same(go(OTHERS, store, slots=3), alone[3:])
-    assert len(stored(store)) == len(OTHERS)
+    assert len(all_results(store)) == len(OTHERS)
 
 
 @pytest.mark.parametrize("slots", [1, 2])
@@ -217,7 +217,7 @@ def test_a_student_that_cannot_begin_blocks_no_other_of_its_teacher(store, alone
         def pretrain(self, data): raise OSError("no such weights")
     monkeypatch.setitem(MODELS, "broken", Broken)
     with pytest.raises(OSError, match="no such weights"): go([replace(STUDENTS[0], model="broken"), *STUDENTS], store)
-    assert len(stored(store)) == 4
+    assert len(all_results(store)) == 4
     same(go(STUDENTS, store), alone[:3])
 
 
@@ -225,16 +225,16 @@ def test_a_student_that_cannot_begin_blocks_no_other_of_its_teacher(store, alone
 def test_an_error_of_the_caller_waits_until_all_is_done(store, kw):
     def fails(result): raise OSError("the caller's")
     with pytest.raises(OSError, match="the caller's"): go(OTHERS[:2], store, on_result=fails, **kw)
-    assert len(stored(store)) == 2
+    assert len(all_results(store)) == 2
 
 
 def test_failed_runs_free_their_memory(store, monkeypatch):
-    made, Training = [], steps_room.Training
+    made, Training = [], steps_room.Trainer
     class Noted(Training):
         def __init__(self, *args, **kw):
             super().__init__(*args, **kw)
             made.append(weakref.ref(self))
-    patch_name(monkeypatch, "Training", Noted)
+    patch_name(monkeypatch, "Trainer", Noted)
     alive = []
     def counting(*args, there=runs_room.store_result):
         gc.collect()
@@ -247,16 +247,16 @@ def test_failed_runs_free_their_memory(store, monkeypatch):
 
 def test_evaluation_that_is_slow_holds_back_what_could_not_be_evaluated_in_time(store, monkeypatch):
     waiting = []
-    class Slow(SideBySide):
+    class Slow(_SideBySideRunner):
         def has_room(self):
             waiting.append(len(self.evaluated) - self.n_workers)
             return super().has_room()
         def collect(self):
             if len(self.evaluated) <= self.n_workers and self.slots: return False # as if none were done
             return super().collect()
-    patch_name(monkeypatch, "SideBySide", Slow)
+    patch_name(monkeypatch, "_SideBySideRunner", Slow)
     go([replace(TEACHER, seed=s, recipe=Recipe(1, 100)) for s in range(8)], store, slots=2)
-    assert len(stored(store)) == 8 and max(waiting) <= 2, "what was running when there was no more room"
+    assert len(all_results(store)) == 8 and max(waiting) <= 2, "what was running when there was no more room"
 
 
 def test_a_device_that_was_full_while_it_recorded_one_of_one_leaves_the_rest_to_a_fresh_process(store, alone, monkeypatch):
@@ -269,7 +269,7 @@ def test_a_damaged_result_is_trained_again_in_the_fresh_process_too(store, alone
     go(OTHERS[:1], store)
     path = store.path(OTHERS[0], "run")
     path.write_bytes(path.read_bytes()[:-7])
-    spoil_process()
+    mark_cuda_broken()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         same(go(OTHERS[:2], store), alone[3:5])
@@ -300,27 +300,27 @@ def test_no_process_outlives_the_one_that_was_killed(tmp_path, how):
 
 
 def test_ctrl_c_keeps_what_is_done(store, alone, monkeypatch):
-    calls, step = [], steps_room.train_step
+    calls, step = [], steps_room._train_step
     def interrupted(training):
         calls.append(1)
         if len(calls) == 18: raise KeyboardInterrupt
         step(training)
     with monkeypatch.context() as m:
-        patch_name(m, "train_step", interrupted)
+        patch_name(m, "_train_step", interrupted)
         with pytest.raises(runs_room.Stopped): go(ALL, store, slots=2)
     same(go(ALL, store, slots=2), alone)
 
 
 def test_an_answer_is_kept_only_while_somebody_may_ask_and_no_more_than_fits(monkeypatch):
-    specs = [specs_room.seeded(s, k) for k in range(3) for s in STUDENTS]
-    caches = TeacherCaches(specs)
+    specs = [specs_room.with_seed(s, k) for k in range(3) for s in STUDENTS]
+    caches = _TeacherCachePool(specs)
     first = [caches.take(s) for s in specs[::3]]
     assert len(set(map(id, first))) == 3 and not any(map(caches.can_begin, specs))
     for s, cache in zip(specs[::3], first):
         cache.epochs = {0, 1} # heard to the end
         caches.give_back(s)
     assert all(map(caches.can_begin, specs))
-    monkeypatch.setattr(TeacherCaches, "size", staticmethod(lambda spec: 1.5e9))
+    monkeypatch.setattr(_TeacherCachePool, "size", staticmethod(lambda spec: 1.5e9))
     assert caches.take(specs[1]) is first[0], "and is now the one last used"
     assert len(caches.caches) == 3
     caches.sizes = dict.fromkeys(caches.sizes, 1.5e9)

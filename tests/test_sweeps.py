@@ -19,19 +19,19 @@ import kdc_nb.experiments.runs as kr
 import kdc_nb.training.steps as steps_room
 import kdc_nb.experiments.sweeps as sweeps_room
 from kdc_nb.core import save_tensors
-from kdc_nb.training.data import Data
+from kdc_nb.training.data import DataSpec
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.training.trainer import drive, train_to_end
-from kdc_nb.experiments.agenda import plan, read_specs, required, write_specs
+from kdc_nb.training.trainer import run_trainer, train_in_chunks
+from kdc_nb.experiments.agenda import _runs_teachers_first, plan_sweep, read_specs, write_specs
 from kdc_nb.experiments.results import read_results
-from kdc_nb.experiments.runs import Store, Where, clean, run, stoppable, stored
-from kdc_nb.experiments.specs import Distil, RunSpec, Scaled, title_of
+from kdc_nb.experiments.runs import RunContext, Store, all_results, clean_store, explain_interrupt, run
+from kdc_nb.experiments.specs import Distil, RunSpec, TemperatureScaled, run_label
 from kdc_nb.experiments.sweeps import sweep
 from kdc_nb.paper.commands import main
 from tests.conftest import patch_name
 
-TINY = Data("known", n_train=100, n_valid=60, n_test=80)
+TINY = DataSpec("known", n_train=100, n_valid=60, n_test=80)
 TEACHER = RunSpec(TINY, "resnet8", Method("focal"), Recipe(2, 50))
 STUDENTS = [RunSpec(TINY, "resnet8", Distil(TEACHER, T, .5), Recipe(2, 50)) for T in (1, 2, 4)]
 LONG = [replace(TEACHER, recipe=Recipe(200, 50), seed=s) for s in range(3)]
@@ -58,9 +58,9 @@ def same(a, b, within=0.): assert all((x.logits["test"] - y.logits["test"]).abs(
 
 def test_each_run_once_and_teachers_first(store):
     third = replace(STUDENTS[0], method=Distil(STUDENTS[0]))
-    assert required([third, TEACHER, third]) == [TEACHER, STUDENTS[0], third]
+    assert _runs_teachers_first([third, TEACHER, third]) == [TEACHER, STUDENTS[0], third]
     assert [r.spec for r in go([third, TEACHER, third], store)] == [third, TEACHER, third]
-    assert [r.spec for r in stored(store)] == [TEACHER, STUDENTS[0], third]
+    assert [r.spec for r in all_results(store)] == [TEACHER, STUDENTS[0], third]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def alone(tmp_path_factory): return go(STUDENTS, Store(tmp_path_factory.mktemp("
 
 def test_a_pool_gives_the_same_answer(store, alone):
     same(go(STUDENTS, store, jobs=2), alone, 1e-3)
-    assert len(stored(store)) == 4
+    assert len(all_results(store)) == 4
 
 
 def test_the_users_own_pool_is_asked(store, alone):
@@ -91,11 +91,11 @@ def killed_once(spec, where, until):
     return attempt(spec, where, until)
 
 
-attempt = sweeps_room.attempt
+attempt = sweeps_room._run_in_worker
 
 
 def test_a_killed_worker_costs_only_its_run(store, alone, monkeypatch):
-    patch_name(monkeypatch, "attempt", killed_once)
+    patch_name(monkeypatch, "_run_in_worker", killed_once)
     with pytest.warns(UserWarning, match="a worker died; the . runs that are not finished start again"): same(go(STUDENTS, store, jobs=2), alone, 1e-3)
     assert (store.folder/"killed").exists()
 
@@ -104,7 +104,7 @@ def always_killed(spec, where, until): os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_run_that_always_kills_its_worker_is_given_up(store, monkeypatch):
-    patch_name(monkeypatch, "attempt", always_killed)
+    patch_name(monkeypatch, "_run_in_worker", always_killed)
     with warnings.catch_warnings(), pytest.raises(Exception, match="terminated"):
         warnings.simplefilter("ignore")
         go([TEACHER, replace(TEACHER, seed=1)], store, jobs=2)
@@ -114,11 +114,11 @@ def test_one_failure_stops_no_other_run(store):
     wild = replace(TEACHER, recipe=Recipe(2, 50, lr=1e20))
     for kw in ({}, {"slots": 2}):
         with pytest.raises(FloatingPointError, match="try a smaller lr"): go([replace(TEACHER, method=Distil(wild)), TEACHER, replace(TEACHER, seed=1)], store, **kw)
-        assert {r.spec.seed for r in stored(store)} == {0, 1} and len(stored(store)) == 2
+        assert {r.spec.seed for r in all_results(store)} == {0, 1} and len(all_results(store)) == 2
         for f in store.folder.iterdir(): f.unlink()
     with ThreadPoolExecutor(2) as pool, pytest.raises(FloatingPointError, match="try a smaller lr"):
         go([wild, TEACHER, replace(TEACHER, seed=1)], store, jobs=2, pool=pool)
-    assert {r.spec.seed for r in stored(store)} == {0, 1}
+    assert {r.spec.seed for r in all_results(store)} == {0, 1}
 
 
 def test_a_full_gpu_is_given_fewer_runs(store, monkeypatch):
@@ -129,7 +129,7 @@ def test_a_full_gpu_is_given_fewer_runs(store, monkeypatch):
         crowd = len(at_once) > 1
         at_once.remove(spec)
         return torch.OutOfMemoryError("CUDA out of memory") if crowd else attempt(spec, *rest)
-    patch_name(monkeypatch, "attempt", full_above_one)
+    patch_name(monkeypatch, "_run_in_worker", full_above_one)
     with ThreadPoolExecutor(4) as pool, pytest.warns(UserWarning, match="out of memory; . runs start again, 2 at a time"):
         results = go([TEACHER, *(replace(TEACHER, seed=s) for s in (1, 2, 3))], store, jobs=4, pool=pool)
     assert all(results)
@@ -138,22 +138,22 @@ def test_a_full_gpu_is_given_fewer_runs(store, monkeypatch):
 def test_a_grid_asks_its_live_teacher_once(store, monkeypatch):
     "The second student of a teacher who sees augmented images hears what was said to the first, to the bit; one that was stopped asks again"
     recipe = Recipe(2, 50, augment=("crop",), live_teacher=True)
-    master = RunSpec(Data("digits", n_train=100, n_valid=60), "resnet8", Method("nll"), recipe)
-    pupils = [replace(master, method=Distil(t, T, .5)) for t, T in ((master, 1), (master, 2), (Scaled(master), 1))]
-    asked, make = [], kr.make_teacher
+    master = RunSpec(DataSpec("digits", n_train=100, n_valid=60), "resnet8", Method("nll"), recipe)
+    pupils = [replace(master, method=Distil(t, T, .5)) for t, T in ((master, 1), (master, 2), (TemperatureScaled(master), 1))]
+    asked, make = [], kr._build_teacher
     def counting(*args):
         teacher, T = make(*args)
         return teacher and (lambda x, index: asked.append(len(x)) or teacher(x, index)), T
-    patch_name(monkeypatch, "make_teacher", counting)
+    patch_name(monkeypatch, "_build_teacher", counting)
     shared = go(pupils, store)
     assert asked == [1, 50, 50, 50, 50, 1, 1], "each at the door, and only the first in each of four steps, scaled or not"
     same(shared, [run(p, Store(store.folder.parent/"alone"), "cpu", progress=False) for p in pupils])
-    heard, where = steps_room.Heard(), kr.Where(Store(store.folder.parent/"alone"), "cpu")
-    first, second = (kr.training_of(p, where, heard) for p in pupils[:2])
-    for _ in train_to_end(first):
+    heard, where = steps_room.TeacherCache(), kr.RunContext(Store(store.folder.parent/"alone"), "cpu")
+    first, second = (kr.build_trainer(p, where, heard) for p in pupils[:2])
+    for _ in train_in_chunks(first):
         if first.epoch == 1: break
     assert heard.epochs == {0}
-    assert torch.equal(kr.trained_run(pupils[1], where, drive(second, progress=False)).logits["test"], shared[1].logits["test"])
+    assert torch.equal(kr.collect_trained_run(pupils[1], where, run_trainer(second, progress=False)).logits["test"], shared[1].logits["test"])
 
 
 def test_a_budget_is_kept_and_nothing_of_it_lost(store):
@@ -168,10 +168,10 @@ def test_a_budget_is_kept_and_nothing_of_it_lost(store):
 
 
 def test_the_plan(store):
-    assert [p.seconds for p in plan(STUDENTS, store, "cpu")] == [None]*4
+    assert [p.seconds for p in plan_sweep(STUDENTS, store, "cpu")] == [None]*4
     go(LONG, store, budget=2)
     go([TEACHER], store)
-    planned = {p.spec: p for p in plan([*STUDENTS, *LONG], store, "cpu")}
+    planned = {p.spec: p for p in plan_sweep([*STUDENTS, *LONG], store, "cpu")}
     assert planned[TEACHER].epochs == 0 and all(0 < planned[s].seconds < 60 for s in STUDENTS)
     assert min(planned[s].epochs for s in LONG) < 200, "the checkpoint is looked at"
 
@@ -179,7 +179,7 @@ def test_the_plan(store):
 def test_the_plan_where_a_checkpoint_is_of_an_older_version(store):
     "As `fit` takes it: the run starts again"
     save_tensors(store.path(TEACHER, "part"), {}, epoch=1, history=[], seconds=1.)
-    assert [(p.epochs, p.seconds) for p in plan([TEACHER], store, "cpu")] == [(TEACHER.recipe.epochs, None)]
+    assert [(p.epochs, p.seconds) for p in plan_sweep([TEACHER], store, "cpu")] == [(TEACHER.recipe.epochs, None)]
 
 
 COMMAND = [sys.executable, "-m", "kdc_nb"]
@@ -192,7 +192,7 @@ def test_the_command(tmp_path):
     write_specs(STUDENTS[:2], file := tmp_path/"runs.json")
     assert read_specs(file) == STUDENTS[:2]
     out = command(file, "--store", tmp_path/"s", "--plan").stdout
-    assert "3 runs to do" in out and title_of(STUDENTS[1]) in out and not (tmp_path/"s").exists()
+    assert "3 runs to do" in out and run_label(STUDENTS[1]) in out and not (tmp_path/"s").exists()
     assert command(file, "--store", tmp_path/"s", "--budget", "0s").returncode == 75
     done = command(file, "--store", tmp_path/"s", "--results", tmp_path/"light.npz")
     assert done.returncode == 0 and "2 of 2 runs done" in done.stdout and set(read_results(tmp_path/"light.npz")) == set(STUDENTS[:2])
@@ -233,15 +233,15 @@ def test_killed_thirty_times_at_random(tmp_path):
         if p.returncode == 0: kept = {}; [f.unlink() for f in store.folder.iterdir()]
     results = go(runs, store)
     same(results, go(runs, Store(tmp_path/"whole")))
-    clean(store)
+    clean_store(store)
     assert {f.suffix for f in store.folder.iterdir()} == {".run", ".net"}
 
 
 SCRIPT = """
 import sys
-from kdc_nb import Data, Distil, Recipe, RunSpec, run, sweep
+from kdc_nb import DataSpec, Distil, Recipe, RunSpec, run, sweep
 from kdc_nb.experiments.runs import Store
-teacher = RunSpec(Data("known", n_train=200, n_valid=50, n_test=100), "resnet8", "nll", Recipe(1, 50))
+teacher = RunSpec(DataSpec("known", n_train=200, n_valid=50, n_test=100), "resnet8", "nll", Recipe(1, 50))
 specs = [RunSpec(teacher.data, "resnet8", Distil(teacher), Recipe(4000, 50), s) for s in range(2)]
 if sys.argv[2] == "run": run(specs[0], Store(sys.argv[1]), "cpu", progress=False)
 else: sweep(specs, Store(sys.argv[1]), "cpu", jobs=int(sys.argv[2]))
@@ -290,7 +290,7 @@ def test_ctrl_c_before_anything_began():
 def test_jupyter_shows_the_sentence_alone(capsys):
     from IPython.core.interactiveshell import InteractiveShell
     def interrupted():
-        with stoppable(Path("store")): raise KeyboardInterrupt
+        with explain_interrupt(Path("store")): raise KeyboardInterrupt
     shell = InteractiveShell.instance()
     shell.user_ns["interrupted"] = interrupted
     shell.run_cell("interrupted()")
@@ -321,6 +321,6 @@ def test_a_full_disk_loses_nothing(tmp_path, alone):
 def test_real_photographs_with_a_live_teacher(photos, store):
     "CIFAR-100, cropped and mirrored, the teacher by MDCA asked about every view, the epoch with the best validation kept"
     recipe = Recipe(2, 50, augment=("crop", "flip"), live_teacher=True, keep="best")
-    teacher = RunSpec(Data("cifar100", n_train=100, n_valid=100), "resnet8", Method("mdca", beta=5), recipe)
+    teacher = RunSpec(DataSpec("cifar100", n_train=100, n_valid=100), "resnet8", Method("mdca", beta=5), recipe)
     for r in go([replace(teacher, method=Distil(teacher, T, .9)) for T in (1, 4)], store):
         assert r.evaluation.n == 10_000 and len(r.history) == 2 and all(0 <= h["valid_ece"] <= 1 for h in r.history)

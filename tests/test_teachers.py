@@ -11,17 +11,22 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
 from kdc_nb.core import DamagedFile
-from kdc_nb.training.data import Data, WithoutFold, load_data
+from kdc_nb.training.data import DataSpec, LeaveFoldOut, load_data
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.agenda import read_specs, write_specs
-from kdc_nb.experiments.runs import Store, asked, has_live_teacher, mean_logits, run, training_logits
-from kdc_nb.experiments.specs import Distil, Posterior, RunSpec, Scaled, lineage, runs_of, seeded, taught_by
+from kdc_nb.experiments.runs import (
+    Store, has_live_teacher, log_mean_probs, predictor, run, teacher_train_logits,
+)
+from kdc_nb.experiments.specs import (
+    Distil, RunSpec, TemperatureScaled, TemperedPosterior, lineage, required_runs, teacher_label,
+    with_seed,
+)
 from kdc_nb.experiments.sweeps import sweep
-from kdc_nb.experiments.teachers import Ensemble, Given, OutOfFold, give
+from kdc_nb.experiments.teachers import Ensemble, OutOfFold, StoredLogits, teacher_from_logits
 from tests.conftest import patch_name
 
-TINY = Data("known", n_train=100, n_valid=60, n_test=80)
+TINY = DataSpec("known", n_train=100, n_valid=60, n_test=80)
 NET = RunSpec(TINY, "resnet8", Method("nll"), Recipe(2, 50))
 
 
@@ -36,53 +41,53 @@ def softmax(z): return np.exp(z - z.max(-1, keepdims=True))/np.exp(z - z.max(-1,
 @given(st.integers(1, 4), st.integers(2, 5), st.integers(0, 9999))
 def test_the_mean_is_that_of_the_probabilities(n, c, seed):
     z = torch.randn(n, 3, c, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)*20
-    assert mean_logits(list(z)).exp().numpy() == pytest.approx(softmax(z.numpy()).mean(0), abs=1e-12)
+    assert log_mean_probs(list(z)).exp().numpy() == pytest.approx(softmax(z.numpy()).mean(0), abs=1e-12)
 
 
 def test_an_ensemble_says_the_mean_of_what_its_networks_say(store):
     ensemble = Ensemble(NET, 3)
-    for r in runs_of(ensemble): go(r, store)
-    alone = [training_logits(r, TINY, store, "cpu").double().numpy() for r in runs_of(ensemble)]
+    for r in required_runs(ensemble): go(r, store)
+    alone = [teacher_train_logits(r, TINY, store, "cpu").double().numpy() for r in required_runs(ensemble)]
     assert not np.allclose(alone[0], alone[1]), "other seeds, other networks"
-    together = training_logits(ensemble, TINY, store, "cpu").double().numpy()
+    together = teacher_train_logits(ensemble, TINY, store, "cpu").double().numpy()
     assert softmax(together) == pytest.approx(np.mean([softmax(z) for z in alone], 0), abs=1e-5)
 
 
 def test_an_ensemble_is_scaled_by_the_temperature_of_its_mean(store):
     ensemble = Ensemble(NET, 2)
-    p = np.mean([softmax(go(r, store).logits["valid"].double().numpy()) for r in runs_of(ensemble)], 0)
+    p = np.mean([softmax(go(r, store).logits["valid"].double().numpy()) for r in required_runs(ensemble)], 0)
     y = load_data(TINY).valid.labels.numpy()
     nll = lambda u: -np.log(softmax(u*np.log(p))[range(len(y)), y]).mean()
     u = minimize_scalar(nll, bounds=(.01, 100), method="bounded", options={"xatol": 1e-8}).x
-    plain, scaled = (training_logits(t, TINY, store, "cpu") for t in (ensemble, Scaled(ensemble)))
+    plain, scaled = (teacher_train_logits(t, TINY, store, "cpu") for t in (ensemble, TemperatureScaled(ensemble)))
     assert (scaled/plain).numpy() == pytest.approx(u, rel=1e-3)
 
 
 def test_networks_that_teach_alone_are_scaled_alone(store):
     "An out-of-fold teacher's temperature suits single networks, not their mean, which is less sure."
     folds = OutOfFold(replace(NET, recipe=Recipe(8, 50)), 2)
-    z = np.concatenate([go(r, store).logits["valid"].double().numpy() for r in runs_of(folds)])
+    z = np.concatenate([go(r, store).logits["valid"].double().numpy() for r in required_runs(folds)])
     y = np.tile(load_data(TINY).valid.labels.numpy(), 2)
     nll = lambda u: -np.log(softmax(u*z)[range(len(y)), y]).mean()
     u = minimize_scalar(nll, bounds=(.01, 100), method="bounded", options={"xatol": 1e-8}).x
-    plain, scaled = (training_logits(t, TINY, store, "cpu") for t in (folds, Scaled(folds)))
+    plain, scaled = (teacher_train_logits(t, TINY, store, "cpu") for t in (folds, TemperatureScaled(folds)))
     assert (scaled/plain).numpy() == pytest.approx(u, rel=1e-3)
 
 
 def test_nobody_is_asked_about_an_image_that_he_has_seen(store):
     "Each image's answer is that of a network in whose training set it is not."
     folds, data = OutOfFold(NET, 3), load_data(TINY)
-    for r in runs_of(folds): go(r, store)
-    said = training_logits(folds, TINY, store, "cpu")
-    seen = [{x.numpy().tobytes() for x in load_data(r.data).train.inputs} for r in runs_of(folds)]
-    alone = [training_logits(r, TINY, store, "cpu") for r in runs_of(folds)]
+    for r in required_runs(folds): go(r, store)
+    said = teacher_train_logits(folds, TINY, store, "cpu")
+    seen = [{x.numpy().tobytes() for x in load_data(r.data).train.inputs} for r in required_runs(folds)]
+    alone = [teacher_train_logits(r, TINY, store, "cpu") for r in required_runs(folds)]
     for i, x in enumerate(data.train.inputs):
         strangers = [k for k in range(3) if x.numpy().tobytes() not in seen[k]]
         assert len(strangers) == 1 and torch.allclose(said[i], alone[strangers[0]][i], atol=1e-5)
 
 
 def test_folds_are_cut_out_of_everything_that_is_known_of_an_image():
-    whole, part = load_data(TINY), load_data(WithoutFold(TINY, 1, 4))
+    whole, part = load_data(TINY), load_data(LeaveFoldOut(TINY, 1, 4))
     keep = [i for i in range(100) if i % 4 != 1]
     for name, t in vars(whole.train).items(): assert torch.equal(getattr(part.train, name), t[keep]), name
     assert part.valid is whole.valid and part.test is whole.test and (part.mean, part.std) == (whole.mean, whole.std)
@@ -90,8 +95,8 @@ def test_folds_are_cut_out_of_everything_that_is_known_of_an_image():
 
 def test_folds_and_members_are_trained_once_and_first(store):
     student = replace(NET, method=Distil(OutOfFold(NET, 2)))
-    twice = replace(NET, method=Distil(Scaled(OutOfFold(NET, 2)), alpha=.5))
-    assert [r.data for r in lineage(student)] == [WithoutFold(TINY, 0, 2), WithoutFold(TINY, 1, 2), TINY]
+    twice = replace(NET, method=Distil(TemperatureScaled(OutOfFold(NET, 2)), alpha=.5))
+    assert [r.data for r in lineage(student)] == [LeaveFoldOut(TINY, 0, 2), LeaveFoldOut(TINY, 1, 2), TINY]
     results = sweep([student, twice, student], store, "cpu", progress=False)
     assert [r.spec for r in results] == [student, twice, student] and len(list(store.folder.glob("*.run"))) == 4
 
@@ -99,27 +104,27 @@ def test_folds_and_members_are_trained_once_and_first(store):
 @pytest.mark.parametrize("kind", [Ensemble, OutOfFold])
 def test_they_teach_live_too(store, kind, monkeypatch):
     "Asked at every step about the augmented images."
-    data = Data("digits", n_train=60, n_valid=40)
+    data = DataSpec("digits", n_train=60, n_valid=40)
     net = RunSpec(data, "resnet8", "nll", Recipe(1, 30, augment=("crop",), live_teacher=True))
     student = replace(net, method=Distil(kind(net, 2)))
     assert has_live_teacher(student)
-    patch_name(monkeypatch, "training_logits", lambda *a: pytest.fail("looked up what was said of the plain images"))
+    patch_name(monkeypatch, "teacher_train_logits", lambda *a: pytest.fail("looked up what was said of the plain images"))
     assert go(student, store).evaluation.n == len(load_data(data).test)
 
 
 def test_folds_of_another_set_are_refused(store):
     "A position names another fold there."
-    student = replace(NET, data=WithoutFold(TINY, 0, 2), method=Distil(OutOfFold(NET, 2)))
+    student = replace(NET, data=LeaveFoldOut(TINY, 0, 2), method=Distil(OutOfFold(NET, 2)))
     with pytest.raises(ValueError, match="teacher: got one whose folds are of Data"): go(student, store)
 
 
 def test_what_was_given_teaches_in_other_processes(store):
     "The store holds what was said, so that workers find it."
     z = torch.randn(100, 20, generator=torch.Generator().manual_seed(0))
-    teacher = give("random", z.numpy(), TINY, store)
+    teacher = teacher_from_logits("random", z.numpy(), TINY, store)
     students = [replace(NET, method=Distil(teacher, T, 1.)) for T in (1, 4)]
     assert all(r.evaluation.n == 80 for r in sweep(students, store, "cpu", jobs=2, progress=False))
-    assert torch.equal(training_logits(teacher, TINY, store, "cpu"), z) and taught_by(students[0].method) == "random"
+    assert torch.equal(teacher_train_logits(teacher, TINY, store, "cpu"), z) and teacher_label(students[0].method) == "random"
 
 
 def test_a_function_is_asked_about_every_image_once(store):
@@ -128,13 +133,13 @@ def test_a_function_is_asked_about_every_image_once(store):
         asked_about.extend(index.tolist())
         assert x.dtype == torch.float32 and x.shape == (len(index), 3, 8, 8)
         return torch.zeros(len(index), 20) + index[:, None]
-    given_ = give("counts", teacher, TINY, store)
-    assert asked_about == list(range(100)) and training_logits(given_, TINY, store, "cpu")[:, 0].tolist() == asked_about
+    given_ = teacher_from_logits("counts", teacher, TINY, store)
+    assert asked_about == list(range(100)) and teacher_train_logits(given_, TINY, store, "cpu")[:, 0].tolist() == asked_about
 
 
 def test_other_words_are_another_teacher(store):
     z = torch.zeros(100, 20)
-    assert give("a", z, TINY, store).fingerprint == give("b", z, TINY, store).fingerprint != give("a", z + 1, TINY, store).fingerprint
+    assert teacher_from_logits("a", z, TINY, store).fingerprint == teacher_from_logits("b", z, TINY, store).fingerprint != teacher_from_logits("a", z + 1, TINY, store).fingerprint
 
 
 @pytest.mark.parametrize("said, message", [
@@ -142,48 +147,48 @@ def test_other_words_are_another_teacher(store):
     ("words", "no table of numbers"), (lambda x, index: torch.zeros(len(x), 3), r"shape \(100, 3\)"),
 ])
 def test_what_is_no_teacher_is_refused(store, said, message):
-    with pytest.raises(ValueError, match=message): give("odd", said, TINY, store)
+    with pytest.raises(ValueError, match=message): teacher_from_logits("odd", said, TINY, store)
     assert not store.folder.exists()
 
 
 def test_what_was_said_of_other_images_is_refused(store):
-    teacher = give("a", torch.zeros(100, 20), TINY, store)
-    for other in (replace(NET, data=Data("known", n_train=100, n_valid=60, n_test=80, seed=1)), replace(NET, data=WithoutFold(TINY, 0, 2))):
+    teacher = teacher_from_logits("a", torch.zeros(100, 20), TINY, store)
+    for other in (replace(NET, data=DataSpec("known", n_train=100, n_valid=60, n_test=80, seed=1)), replace(NET, data=LeaveFoldOut(TINY, 0, 2))):
         with pytest.raises(ValueError, match="teacher: got a, who was asked about other images"): go(replace(other, method=Distil(teacher)), store)
 
 
 def test_a_damaged_or_foreign_file_is_told(store):
-    teacher = give("a", torch.zeros(100, 20), TINY, store)
+    teacher = teacher_from_logits("a", torch.zeros(100, 20), TINY, store)
     (path := next(store.folder.glob("*.said"))).write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(DamagedFile, match=path.name): asked(teacher, TINY, store, "cpu")
+    with pytest.raises(DamagedFile, match=path.name): predictor(teacher, TINY, store, "cpu")
     for bad in ("../../secret", "", "0"*15):
-        with pytest.raises(ValueError, match="16 hexadecimal digits"): asked(Given("a", bad), TINY, store, "cpu")
+        with pytest.raises(ValueError, match="16 hexadecimal digits"): predictor(StoredLogits("a", bad), TINY, store, "cpu")
 
 
-@pytest.mark.parametrize("make", [lambda: Ensemble(NET, 1), lambda: OutOfFold(NET, 1), lambda: OutOfFold(replace(NET, data=WithoutFold(TINY, 0, 2))),
-                                  lambda: WithoutFold(TINY, 2, 2), lambda: WithoutFold(TINY, 0, 2.5), lambda: WithoutFold(WithoutFold(TINY, 0, 2), 0, 2),
-                                  lambda: Ensemble(NET, 2.5), lambda: Ensemble(Scaled(NET)), lambda: OutOfFold(NET, 3.), lambda: OutOfFold(replace(NET, method=Distil(NET))),
-                                  lambda: Scaled(Posterior()), lambda: Scaled(Given("a", "0"*16)), lambda: Scaled(Scaled(NET)), lambda: Scaled("net"),
-                                  lambda: replace(NET, method=Distil(Ensemble(replace(NET, data=Data("known")))))])
+@pytest.mark.parametrize("make", [lambda: Ensemble(NET, 1), lambda: OutOfFold(NET, 1), lambda: OutOfFold(replace(NET, data=LeaveFoldOut(TINY, 0, 2))),
+                                  lambda: LeaveFoldOut(TINY, 2, 2), lambda: LeaveFoldOut(TINY, 0, 2.5), lambda: LeaveFoldOut(LeaveFoldOut(TINY, 0, 2), 0, 2),
+                                  lambda: Ensemble(NET, 2.5), lambda: Ensemble(TemperatureScaled(NET)), lambda: OutOfFold(NET, 3.), lambda: OutOfFold(replace(NET, method=Distil(NET))),
+                                  lambda: TemperatureScaled(TemperedPosterior()), lambda: TemperatureScaled(StoredLogits("a", "0"*16)), lambda: TemperatureScaled(TemperatureScaled(NET)), lambda: TemperatureScaled("net"),
+                                  lambda: replace(NET, method=Distil(Ensemble(replace(NET, data=DataSpec("known")))))])
 def test_what_cannot_be_is_refused_where_it_is_written(make):
     with pytest.raises(ValueError, match="^(n|K|k|run|data|teacher): got .* expected "): make()
 
 
 def test_descriptions_survive_a_file(tmp_path):
-    teachers = [Ensemble(NET, 2), Scaled(OutOfFold(NET, 3)), Given("a", "0"*16), Posterior(.5)]
+    teachers = [Ensemble(NET, 2), TemperatureScaled(OutOfFold(NET, 3)), StoredLogits("a", "0"*16), TemperedPosterior(.5)]
     specs = [replace(NET, method=Distil(t)) for t in teachers]
     write_specs(specs, tmp_path/"x.json")
     assert read_specs(tmp_path/"x.json") == specs
 
 
 def test_another_seed_is_one_all_the_way_down():
-    spec = seeded(replace(NET, method=Distil(Scaled(Ensemble(NET, 2)))), 7)
-    assert (spec.seed, [r.seed for r in runs_of(spec.method.teacher)]) == (7, [7, 1007])
+    spec = with_seed(replace(NET, method=Distil(TemperatureScaled(Ensemble(NET, 2)))), 7)
+    assert (spec.seed, [r.seed for r in required_runs(spec.method.teacher)]) == (7, [7, 1007])
 
 
 def test_votes_of_people_teach(photos, store, tmp_path, monkeypatch):
     "CIFAR-10H's real votes: their majority is mostly the label, and they are distilled as any posterior is."
-    data = Data("cifar10h", n_train=60, n_valid=60)
+    data = DataSpec("cifar10h", n_train=60, n_valid=60)
     cache = tmp_path/"votes"
     (cache/"data").mkdir(parents=True)
     os.symlink(photos/"data/cifar10.safetensors", cache/"data/cifar10.safetensors")
@@ -195,5 +200,5 @@ def test_votes_of_people_teach(photos, store, tmp_path, monkeypatch):
     test = load_data(data).test
     agree = (test.posterior.argmax(1) == test.labels).float().mean()
     assert len(test) == 9880 and .98 < agree < 1 and torch.allclose(test.posterior.sum(1), torch.ones(len(test)), atol=1e-6)
-    result = go(RunSpec(data, "resnet8", Distil(Posterior(), alpha=1), Recipe(1, 30)), store)
+    result = go(RunSpec(data, "resnet8", Distil(TemperedPosterior(), alpha=1), Recipe(1, 30)), store)
     assert 0 < result.truth["kl"] < 10

@@ -13,19 +13,19 @@ import torch
 from scipy import stats
 
 import kdc_nb.training.text as text_room
-from kdc_nb.core import cache_dir, seed_of
-from kdc_nb.training.data import Data, load_data
-from kdc_nb.training.methods import Calibrator
+from kdc_nb.core import cache_dir, derive_seed
+from kdc_nb.training.data import DataSpec, load_data
+from kdc_nb.training.methods import TrainingMethod
 from kdc_nb.training.models import MODELS, build_model
-from kdc_nb.training.recipes import Recipe, lr_at
-from kdc_nb.training.steps import Training, draw_epoch
+from kdc_nb.training.recipes import Recipe, learning_rate
+from kdc_nb.training.steps import Trainer, _draw_epoch_plan
 from kdc_nb.training.trainer import fit
 from kdc_nb.experiments.results import read_results
-from kdc_nb.experiments.runs import Store, new_net, run
-from kdc_nb.experiments.specs import RunSpec, check_model
+from kdc_nb.experiments.runs import Store, _build_net, run
+from kdc_nb.experiments.specs import RunSpec, _check_model
 from tests.conftest import patch_name
 
-TINY = Data("topics", n_train=40, n_valid=20, n_test=30)
+TINY = DataSpec("topics", n_train=40, n_valid=20, n_test=30)
 RECIPE = Recipe(3, 16, lr=2e-3, weight_decay=.05, optimizer="adamw", warmup=.2)
 
 
@@ -35,7 +35,7 @@ def forget():
 
 
 def test_the_posterior_of_topics_is_true_and_the_same_everywhere():
-    d = load_data(Data("topics", n_train=30, n_valid=30, n_test=6000))
+    d = load_data(DataSpec("topics", n_train=30, n_valid=30, n_test=6000))
     p, y = d.test.posterior.double(), d.test.labels
     assert torch.allclose(p.sum(1), torch.ones(len(p)).double(), atol=1e-5)
     for c in range(12): # every class's share is what its probabilities say
@@ -50,16 +50,16 @@ def test_the_posterior_of_topics_is_true_and_the_same_everywhere():
 def bpe_folder(folder, texts):
     "A tokenizer as the hub keeps one"
     from transformers import PreTrainedTokenizerFast
-    PreTrainedTokenizerFast(tokenizer_object=text_room.learnt_tokenizer(texts, 60)).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=text_room._train_tokenizer(texts, 60)).save_pretrained(folder)
     return str(folder)
 
 
 def test_texts_are_cut_and_filled_up():
-    cutter = text_room.learnt_tokenizer(["ab ba ab", "ba"], 12)
-    rows = text_room.tokenised(cutter, ["ab ba ab ba", "ba", ""], 4)
+    cutter = text_room._train_tokenizer(["ab ba ab", "ba"], 12)
+    rows = text_room._tokenise(cutter, ["ab ba ab ba", "ba", ""], 4)
     assert rows.shape == (3, 4) and rows[2].tolist()[2:] == [-1, -1] and (rows[0] >= 0).all()
     assert rows[0].tolist()[0] == 2 and rows[0].tolist()[-1] == 3, "the end token is kept"
-    with pytest.raises(ValueError, match="length: got 2, expected 3 tokens or more"): text_room.tokenised(cutter, ["ab"], 2)
+    with pytest.raises(ValueError, match="length: got 2, expected 3 tokens or more"): text_room._tokenise(cutter, ["ab"], 2)
 
 
 @pytest.fixture
@@ -80,13 +80,13 @@ def archive(tmp_path, monkeypatch):
 
 def test_newsgroups_come_from_the_official_archive(archive, tmp_path):
     name = bpe_folder(tmp_path/"tok", ["From: me Subject: rec.autos body of sci.space quoted"])
-    data = Data("newsgroups", tokenizer=name, n_train=20, n_valid=6, length=16)
+    data = DataSpec("newsgroups", tokenizer=name, n_train=20, n_valid=6, length=16)
     d = load_data(data)
     assert (len(d.train), len(d.valid), len(d.test), d.classes, d.superclass) == (20, 6, 12, ("rec.autos", "rec.sport", "sci.space"), (0, 0, 1))
     assert d.train.inputs.shape[1] == 16 and d.in_channels == len(d.tokens) <= 60
     words = lambda row: d.text(row).replace(" ", "")
     assert all("Subject:".lower() in words(r).lower() for r in d.test.inputs), "headers are kept"
-    bare = load_data(Data("newsgroups", tokenizer=name, n_train=20, n_valid=6, bare=True))
+    bare = load_data(DataSpec("newsgroups", tokenizer=name, n_train=20, n_valid=6, bare=True))
     assert not any("subject" in bare.text(r).replace(" ", "").lower() or "quoted" in bare.text(r).replace(" ", "") for r in bare.test.inputs)
     archive.unlink()
     load_data.cache_clear()
@@ -97,9 +97,9 @@ def test_newsgroups_come_from_the_official_archive(archive, tmp_path):
 def test_newsgroups_that_are_not_to_be_had_are_named(archive, tmp_path):
     name = bpe_folder(tmp_path/"tok", ["body of rec"])
     archive.write_bytes(b"another file")
-    with pytest.warns(UserWarning, match="SHA256"), pytest.raises(ValueError, match="newsgroups: got no archive .*expected 20news-bydate.tar.gz in"): load_data(Data("newsgroups", tokenizer=name, n_train=2, n_valid=2))
-    with pytest.raises(ValueError, match="nowhere/bert: neither in the Hugging Face cache nor"): load_data(Data("newsgroups", tokenizer=f"{tmp_path}/nowhere/bert"))
-    with pytest.raises(ValueError, match="newsgroups n_train . n_valid: got"): load_data(Data("newsgroups", n_train=11_314))
+    with pytest.warns(UserWarning, match="SHA256"), pytest.raises(ValueError, match="newsgroups: got no archive .*expected 20news-bydate.tar.gz in"): load_data(DataSpec("newsgroups", tokenizer=name, n_train=2, n_valid=2))
+    with pytest.raises(ValueError, match="nowhere/bert: neither in the Hugging Face cache nor"): load_data(DataSpec("newsgroups", tokenizer=f"{tmp_path}/nowhere/bert"))
+    with pytest.raises(ValueError, match="newsgroups n_train . n_valid: got"): load_data(DataSpec("newsgroups", n_train=11_314))
 
 
 def own_bert(folder, data, pickled=False):
@@ -113,7 +113,7 @@ def own_bert(folder, data, pickled=False):
         (folder/"model.safetensors").unlink()
         torch.save(body.state_dict(), folder/"pytorch_model.bin")
     config.num_labels = data.n_classes
-    MODELS["own_bert"] = lambda n_classes, in_channels: text_room.TextNet(BertForSequenceClassification(config), str(folder))
+    MODELS["own_bert"] = lambda n_classes, in_channels: text_room.TextClassifier(BertForSequenceClassification(config), str(folder))
     return body
 
 
@@ -122,9 +122,9 @@ def test_a_pretrained_network_begins_with_its_weights_and_a_head_of_the_seed(tmp
     monkeypatch.setitem(MODELS, "own_bert", None)
     texts, labels = ["good and kind", "bad and mean"]*4, [1, 0]*4
     name = bpe_folder(tmp_path/"bert", texts)
-    data = text_room.give_texts("mine", *[(texts, labels)]*3, tokenizer=name)
+    data = text_room.register_texts("mine", *[(texts, labels)]*3, tokenizer=name)
     body = own_bert(tmp_path/"bert", load_data(data))
-    nets = [new_net(RunSpec(data, "own_bert", "nll", RECIPE, s)) for s in (0, 0, 1)]
+    nets = [_build_net(RunSpec(data, "own_bert", "nll", RECIPE, s)) for s in (0, 0, 1)]
     assert all(torch.equal(a, b) for net in nets for a, b in zip(net.net.bert.state_dict().values(), body.state_dict().values()))
     heads = [net.net.classifier.weight for net in nets]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
@@ -134,19 +134,19 @@ def test_a_pretrained_network_begins_with_its_weights_and_a_head_of_the_seed(tmp
     assert store.net(spec) is not None, "a trained network needs no pretrained weights"
     said = capfd.readouterr()
     assert "unexpected" not in (said.out + said.err).lower()
-    other = text_room.give_texts("mine", *[(["other words", "than those"]*4, labels)]*3)
+    other = text_room.register_texts("mine", *[(["other words", "than those"]*4, labels)]*3)
     own_bert(tmp_path/"bert", load_data(data))
-    with pytest.raises(ValueError, match="whose tokenizer has another vocabulary"): new_net(RunSpec(other, "own_bert", "nll", RECIPE))
+    with pytest.raises(ValueError, match="whose tokenizer has another vocabulary"): _build_net(RunSpec(other, "own_bert", "nll", RECIPE))
 
 
 def test_weights_of_another_network_are_refused(tmp_path, monkeypatch):
     from transformers import DistilBertConfig, DistilBertModel
     monkeypatch.setitem(MODELS, "own_bert", None)
     texts, labels = ["good and kind", "bad and mean"]*4, [1, 0]*4
-    data = text_room.give_texts("mine", *[(texts, labels)]*3, tokenizer=bpe_folder(tmp_path/"bert", texts))
+    data = text_room.register_texts("mine", *[(texts, labels)]*3, tokenizer=bpe_folder(tmp_path/"bert", texts))
     own_bert(tmp_path/"bert", load_data(data))
     DistilBertModel(DistilBertConfig(vocab_size=load_data(data).in_channels, dim=32, n_layers=1, n_heads=1, hidden_dim=64)).save_pretrained(tmp_path/"bert")
-    with pytest.raises(ValueError, match="model: got .*bert without .*, expected weights for all of the network but its head"): new_net(RunSpec(data, "own_bert", "nll", RECIPE))
+    with pytest.raises(ValueError, match="model: got .*bert without .*, expected weights for all of the network but its head"): _build_net(RunSpec(data, "own_bert", "nll", RECIPE))
 
 
 def test_images_and_texts_are_not_taken_for_each_other(tmp_path):
@@ -164,12 +164,12 @@ def test_threads_do_not_disturb_each_others_dropout(tmp_path):
 def test_pickled_weights_are_never_read(tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "own_bert", None)
     texts, labels = ["good and kind", "bad and mean"]*4, [1, 0]*4
-    data = text_room.give_texts("mine", *[(texts, labels)]*3, tokenizer=bpe_folder(tmp_path/"bert", texts))
+    data = text_room.register_texts("mine", *[(texts, labels)]*3, tokenizer=bpe_folder(tmp_path/"bert", texts))
     own_bert(tmp_path/"bert", load_data(data), pickled=True)
-    with pytest.raises(ValueError, match="neither in the Hugging Face cache"): new_net(RunSpec(data, "own_bert", "nll", RECIPE))
+    with pytest.raises(ValueError, match="neither in the Hugging Face cache"): _build_net(RunSpec(data, "own_bert", "nll", RECIPE))
 
 
-class Killed(Calibrator):
+class Killed(TrainingMethod):
     "Dies in the fifth step of a call"
     steps = 0
     def forward(self, step):
@@ -181,11 +181,11 @@ class Killed(Calibrator):
 def test_dropout_resumes_exactly_and_leaves_the_users_numbers_alone(tmp_path):
     spec, d = RunSpec(TINY, "bert_1_32", "nll", RECIPE), load_data(TINY)
     before = torch.random.get_rng_state()
-    whole, again = new_net(spec), new_net(spec)
-    for net in (whole, again): fit(net, d, Calibrator(), RECIPE, 0, device="cpu", progress=False)
+    whole, again = _build_net(spec), _build_net(spec)
+    for net in (whole, again): fit(net, d, TrainingMethod(), RECIPE, 0, device="cpu", progress=False)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
     for left in (2, 1, 0): # four steps, in the second epoch, four, in the third, and the last of nine
-        net = new_net(spec)
+        net = _build_net(spec)
         try: fit(net, d, Killed(), RECIPE, 0, device="cpu", checkpoint=tmp_path/"part", every=0., progress=False)
         except KeyboardInterrupt: assert left
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), net.state_dict().values()))
@@ -195,20 +195,20 @@ def test_dropout_resumes_exactly_and_leaves_the_users_numbers_alone(tmp_path):
 def test_the_loop_is_torchs_adamw_with_linear_warmup():
     d, nets = load_data(TINY), [build_model("distilbert_1_32", 12, load_data(TINY).in_channels) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
-    done = fit(nets[0], d, Calibrator(), RECIPE, 5, device="cpu", progress=False)
+    done = fit(nets[0], d, TrainingMethod(), RECIPE, 5, device="cpu", progress=False)
     named = dict(nets[1].named_parameters())
     opt = torch.optim.AdamW([{"params": [p for p in named.values() if p.ndim > 1]}, {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0}], 1., (.9, .999), weight_decay=.05, foreach=False)
-    plan = Training(build_model("distilbert_1_32", 12, d.in_channels), d, Calibrator(), RECIPE, 5, torch.device("cpu"))
+    plan = Trainer(build_model("distilbert_1_32", 12, d.in_channels), d, TrainingMethod(), RECIPE, 5, torch.device("cpu"))
     for epoch in range(3):
         plan.epoch = epoch
-        torch.manual_seed(seed_of(5, epoch, 0))
+        torch.manual_seed(derive_seed(5, epoch, 0))
         nets[1].train()
-        for k, index in enumerate(draw_epoch(plan).index):
+        for k, index in enumerate(_draw_epoch_plan(plan).index):
             loss = torch.nn.functional.cross_entropy(nets[1](d.train.inputs[index].long()), d.train.labels[index])
             opt.zero_grad()
             loss.backward()
             t = (epoch + k/3)/3
-            for g in opt.param_groups: g["lr"] = lr_at(RECIPE, t)
+            for g in opt.param_groups: g["lr"] = learning_rate(RECIPE, t)
             assert g["lr"] == pytest.approx(2e-3*(t/.2 if t < .2 else (1 - t)/.8))
             opt.step()
     assert len(done.history) == 3
@@ -221,7 +221,7 @@ def test_without_its_libraries_text_is_refused_and_images_are_not(monkeypatch):
     for call in (lambda: load_data(TINY), lambda: build_model("bert_1_32", 2, 9), lambda: build_model("distilbert-base-uncased", 2, 9)):
         with pytest.raises(ValueError, match=r"text: got no library transformers, expected it, by pip install 'kdc_nb\[text\]'"): call()
     build_model("resnet8", 2)
-    check_model.cache_clear()
+    _check_model.cache_clear()
     assert all(r.spec.data.name == "topics" for r in read_results(Path(__file__).parents[1]/"nbs/results/text_topics.npz").values()), "results can be looked at"
 
 

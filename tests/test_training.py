@@ -20,22 +20,22 @@ import kdc_nb.training.devices as devices_room
 import kdc_nb.training.steps as steps_room
 import kdc_nb.training.trainer as trainer_room
 from kdc_nb.core import load_tensors, save_tensors
-from kdc_nb.training.data import Data, load_data
-from kdc_nb.training.devices import process_is_spoilt, spoil_process
-from kdc_nb.training.methods import Calibrator, Distillation, Method, Step
+from kdc_nb.training.data import DataSpec, load_data
+from kdc_nb.training.devices import cuda_is_broken, mark_cuda_broken
+from kdc_nb.training.methods import Distillation, Method, TrainingMethod, TrainingStep
 from kdc_nb.training.models import build_model
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.steps import (
-    Heard, NotRecorded, Training, begin_epoch, epoch_generator, match_strides, put_back, recorded,
-    state_of, train_step,
+    GraphCaptureError, TeacherCache, Trainer, _epoch_generator, _match_grad_strides, _train_step,
+    begin_epoch, capture_step, load_trainer_state_dict, trainer_state_dict,
 )
-from kdc_nb.training.trainer import OutOfTime, drive, fit, train_epoch
-from kdc_nb.experiments.runs import Store, clean, new_net
-from kdc_nb.experiments.specs import Distil, Posterior, RunSpec, run_id
+from kdc_nb.training.trainer import OutOfTime, _train_epoch, fit, run_trainer
+from kdc_nb.experiments.runs import Store, _build_net, clean_store
+from kdc_nb.experiments.specs import Distil, RunSpec, TemperedPosterior, run_id
 from tests.conftest import patch_name
 
-TINY = Data("known", n_train=200, n_valid=50, n_test=100)
-SPEC = RunSpec(TINY, "resnet8", Distil(Posterior(.5), 2, .5), Recipe(60, 32))
+TINY = DataSpec("known", n_train=200, n_valid=50, n_test=100)
+SPEC = RunSpec(TINY, "resnet8", Distil(TemperedPosterior(.5), 2, .5), Recipe(60, 32))
 CHILD = """
 import sys, functools, kdc_nb.experiments.runs as r
 from tests.test_training import SPEC
@@ -72,7 +72,7 @@ def check_killed(tmp_path, kills, seed):
     assert torch.equal(got.logits["test"], expected.logits["test"]) and got.history == expected.history
     assert all(torch.equal(a, b) for a, b in zip(broken.net(SPEC).state_dict().values(), whole.net(SPEC).state_dict().values()))
     assert {p.suffix for p in broken.folder.iterdir() if not p.name.startswith(".tmp")} <= {".run", ".net", ".part"}, "but for what safetensors was writing"
-    clean(broken)
+    clean_store(broken)
     assert {p.name for p in broken.folder.iterdir()} == {f"{run_id(SPEC)}.{k}" for k in ("run", "net")}
 
 
@@ -83,14 +83,14 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path): check_killed(tmp_path, 2, s
 def test_killed_many_times(tmp_path): check_killed(tmp_path, 12, seed=1)
 
 
-class Counts(Calibrator):
+class Counts(TrainingMethod):
     "A method with state: how often each sample was right; the loss depends on it."
     needs_valid = True
 
     def start(self, n_train, n_classes, epochs):
         self.register_buffer("right", torch.zeros(n_train)); self.register_buffer("valid", torch.zeros(()))
 
-    def forward(self, step: Step):
+    def forward(self, step: TrainingStep):
         self.right[step.index] += (step.logits.argmax(1) == step.targets).float()
         weight = 1/(1 + self.right[step.index] + self.valid)
         return (weight*torch.nn.functional.cross_entropy(step.logits, step.targets, reduction="none")).mean()
@@ -104,14 +104,14 @@ class Counts(Calibrator):
 def test_state_and_best_weights_survive_a_stop(tmp_path, keep):
     "A method with state per sample, and the best weights so far, come back with the checkpoint."
     data, recipe, path = load_data(TINY), Recipe(6, 32, keep=keep), tmp_path/"x"
-    through, stopped = new_net(SPEC), new_net(SPEC)
+    through, stopped = _build_net(SPEC), _build_net(SPEC)
     a = fit(through, data, Counts(), recipe, device="cpu", progress=False).history
 
     class Stops(Counts):
         def after_epoch(self, epoch, *valid):
             super().after_epoch(epoch, *valid)
             if epoch == 3: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): fit(new_net(SPEC), data, Stops(), recipe, device="cpu", checkpoint=path, every=0, progress=False)
+    with pytest.raises(KeyboardInterrupt): fit(_build_net(SPEC), data, Stops(), recipe, device="cpu", checkpoint=path, every=0, progress=False)
     rest = Counts()
     b = fit(stopped, data, rest, recipe, device="cpu", checkpoint=path, progress=False).history
     assert rest.seen == [3, 4, 5], "only what was missing"
@@ -126,14 +126,14 @@ def dropping(seed=0):
 
 def interrupt_at(monkeypatch, n):
     "Ctrl-C after n steps"
-    calls, step = itertools.count(), steps_room.train_step
+    calls, step = itertools.count(), steps_room._train_step
     def interrupted(*args):
         if next(calls) == n: raise KeyboardInterrupt
         step(*args)
-    patch_name(monkeypatch, "train_step", interrupted)
+    patch_name(monkeypatch, "_train_step", interrupted)
 
 
-@pytest.mark.parametrize("net, method", [*((lambda: new_net(SPEC), m) for m in ("nll", "crl", "pskd", "adafocal", "mixup")), (dropping, "nll")],
+@pytest.mark.parametrize("net, method", [*((lambda: _build_net(SPEC), m) for m in ("nll", "crl", "pskd", "adafocal", "mixup")), (dropping, "nll")],
                          ids=["nll", "crl", "pskd", "adafocal", "mixup", "drop-out"])
 @pytest.mark.parametrize("n", [1, 7, 12]) # in the first epoch, at its end, in the second
 def test_stopped_in_the_middle_of_an_epoch(tmp_path, monkeypatch, net, method, n):
@@ -148,8 +148,8 @@ def test_stopped_in_the_middle_of_an_epoch(tmp_path, monkeypatch, net, method, n
     assert load_tensors(path)[1]["epochs_done"] == pytest.approx(n/7)
     steps = []
     with monkeypatch.context() as m:
-        step = steps_room.train_step
-        patch_name(m, "train_step", lambda *args: steps.append(1) or step(*args))
+        step = steps_room._train_step
+        patch_name(m, "_train_step", lambda *args: steps.append(1) or step(*args))
         b = go(stopped, checkpoint=path)
     assert len(steps) == 21 - n
     assert a == b and all(torch.equal(x, y) for x, y in zip(through.state_dict().values(), stopped.state_dict().values()))
@@ -159,30 +159,30 @@ def test_recording_a_step_draws_nothing_from_its_drop_out(monkeypatch):
     "Whoever goes on at the start of an epoch records there, and drops the same units out"
     def go():
         net = dropping()
-        fit(net, load_data(TINY), Calibrator(), Recipe(1, 32), device="cpu", progress=False)
+        fit(net, load_data(TINY), TrainingMethod(), Recipe(1, 32), device="cpu", progress=False)
         return net[2].weight
-    plain, record = go(), steps_room.recorded
-    patch_name(monkeypatch, "recorded", lambda *args: torch.rand(5) is not None and record(*args)) # as the steps before a recording draw
+    plain, record = go(), steps_room.capture_step
+    patch_name(monkeypatch, "capture_step", lambda *args: torch.rand(5) is not None and record(*args)) # as the steps before a recording draw
     assert torch.equal(plain, go())
 
 
 def test_an_epoch_longer_than_ten_seconds_is_saved_within(tmp_path, monkeypatch):
     "By the clock, whatever the epoch: two steps of six seconds each"
     clock = SimpleNamespace(time=lambda: clock.now, now=0.)
-    def slow(run, step=steps_room.train_step): step(run); clock.now += 6
+    def slow(run, step=steps_room._train_step): step(run); clock.now += 6
     monkeypatch.setattr(trainer_room, "time", clock)
-    patch_name(monkeypatch, "train_step", slow)
+    patch_name(monkeypatch, "_train_step", slow)
     saved = []
     patch_name(monkeypatch, "save_tensors", lambda path, tensors, **meta: saved.append((meta["epochs_done"], meta["seconds"])))
-    fit(new_net(SPEC), load_data(TINY), Calibrator(), Recipe(1, 32), device="cpu", checkpoint=tmp_path/"x", progress=False)
+    fit(_build_net(SPEC), load_data(TINY), TrainingMethod(), Recipe(1, 32), device="cpu", checkpoint=tmp_path/"x", progress=False)
     assert saved == [(pytest.approx(k/7), 6*k) for k in (2, 4, 6)]
 
 
 def test_what_a_resumed_student_did_not_hear_is_not_kept(tmp_path, monkeypatch):
     "Another student of the same teacher asks again in the epoch of which the first heard only a part"
-    data, path, heard, net = load_data(TINY), tmp_path/"x", Heard(), new_net(SPEC).eval()
-    student = lambda heard: Training(new_net(SPEC), data, Distillation(), Recipe(3, 32), 0, torch.device("cpu"), lambda x, index: net(x), heard=heard)
-    go = lambda heard=None, **kw: drive(student(heard), progress=False, **kw)
+    data, path, heard, net = load_data(TINY), tmp_path/"x", TeacherCache(), _build_net(SPEC).eval()
+    student = lambda heard: Trainer(_build_net(SPEC), data, Distillation(), Recipe(3, 32), 0, torch.device("cpu"), lambda x, index: net(x), heard=heard)
+    go = lambda heard=None, **kw: run_trainer(student(heard), progress=False, **kw)
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         interrupt_at(m, 10)
         go(checkpoint=path, every=0)
@@ -191,16 +191,16 @@ def test_what_a_resumed_student_did_not_hear_is_not_kept(tmp_path, monkeypatch):
 
 
 def test_best_keeps_the_epoch_with_the_best_validation_accuracy():
-    data, net = load_data(TINY), new_net(SPEC)
+    data, net = load_data(TINY), _build_net(SPEC)
     history = fit(net, data, Method("nll").build(), Recipe(6, 32, keep="best"), device="cpu", progress=False).history
-    accuracy = float((steps_room.predict(net, data, data.valid.inputs).argmax(1) == data.valid.labels).float().mean())
+    accuracy = float((steps_room.predict_logits(net, data, data.valid.inputs).argmax(1) == data.valid.labels).float().mean())
     assert accuracy == pytest.approx(max(h["valid_accuracy"] for h in history))
 
 
 @pytest.mark.parametrize("n, size", [(200, 32), (64, 64), (5, 32)])
 def test_every_image_is_seen_in_batches_of_one_size(n, size):
-    data = load_data(Data("known", n_train=n, n_valid=5, n_test=5))
-    training = Training(new_net(SPEC), data, Calibrator(), Recipe(1, size), 0, torch.device("cpu"))
+    data = load_data(DataSpec("known", n_train=n, n_valid=5, n_test=5))
+    training = Trainer(_build_net(SPEC), data, TrainingMethod(), Recipe(1, size), 0, torch.device("cpu"))
     begin_epoch(training)
     index, shift, flip, *_ = training.plan
     assert index.shape == flip.shape == shift.shape[:2] and index.shape[1] == min(n, size)
@@ -208,7 +208,7 @@ def test_every_image_is_seen_in_batches_of_one_size(n, size):
 
 
 def test_epochs_and_seeds_differ_and_repeat():
-    draw = lambda *key: torch.randperm(50, generator=epoch_generator(*key)).tolist()
+    draw = lambda *key: torch.randperm(50, generator=_epoch_generator(*key)).tolist()
     assert draw(0, 1) == draw(0, 1) and draw(0, 1) != draw(0, 2) and draw(0, 1) != draw(1, 1)
 
 
@@ -221,15 +221,15 @@ def test_the_teacher_is_asked_for_the_right_samples():
         def forward(self, step):
             assert torch.equal(step.teacher.argmax(1), step.targets)
             return super().forward(step)
-    fit(new_net(SPEC), data, Looks(), Recipe(1, 32), teacher=teacher, device="cpu", progress=False)
+    fit(_build_net(SPEC), data, Looks(), Recipe(1, 32), teacher=teacher, device="cpu", progress=False)
     assert len(seen) == 1 + 7 # the check at the door, and seven batches
 
 
 def test_nan_names_the_step():
-    class Breaks(Calibrator):
+    class Breaks(TrainingMethod):
         def forward(self, step): return super().forward(step)*(float("nan") if step.epoch == 1 else 1.)
     with pytest.raises(FloatingPointError, match="loss: got nan at step 0 of epoch 1"):
-        fit(new_net(SPEC), load_data(TINY), Breaks(), Recipe(3, 32), device="cpu", progress=False)
+        fit(_build_net(SPEC), load_data(TINY), Breaks(), Recipe(3, 32), device="cpu", progress=False)
 
 
 class Watch(TorchDispatchMode):
@@ -248,19 +248,19 @@ class Watch(TorchDispatchMode):
                          ids=[*sorted(Method.registry), "focal + MDCA", "KD", "KD, the first to ask", "KD, a later one"])
 def test_a_step_asks_the_device_for_nothing(method, listening):
     "What a CUDA graph cannot record: reading a value back, making a tensor from one of Python's, sizes that depend on values"
-    net = new_net(SPEC).eval()
+    net = _build_net(SPEC).eval()
     teacher = (lambda x, index: net(x)) if isinstance(method, Distillation) else None
-    heard = None if listening is None else Heard()
-    training = Training(new_net(SPEC), load_data(TINY), method, Recipe(2, 32), 0, torch.device("cpu"), teacher, 1.5, heard)
+    heard = None if listening is None else TeacherCache()
+    training = Trainer(_build_net(SPEC), load_data(TINY), method, Recipe(2, 32), 0, torch.device("cpu"), teacher, 1.5, heard)
     training.listening = bool(listening)
     begin_epoch(training)
-    train_step(training)
-    before = {k: t.data_ptr() for k, t in state_of(training).items()}
-    with Watch() as watch: train_step(training)
+    _train_step(training)
+    before = {k: t.data_ptr() for k, t in trainer_state_dict(training).items()}
+    with Watch() as watch: _train_step(training)
     assert "convolution_backward" in watch.seen and not watch.seen & {"_local_scalar_dense", "lift_fresh", "nonzero", "bincount", "_unique2"}
     begin_epoch(training)
-    put_back(training, {k: t.clone() for k, t in state_of(training).items()}, 0, [])
-    assert before == {k: t.data_ptr() for k, t in state_of(training).items()}, "a recorded step writes to the same places for ever"
+    load_trainer_state_dict(training, {k: t.clone() for k, t in trainer_state_dict(training).items()}, 0, [])
+    assert before == {k: t.data_ptr() for k, t in trainer_state_dict(training).items()}, "a recorded step writes to the same places for ever"
 
 
 @pytest.mark.parametrize("spoil", [
@@ -269,15 +269,15 @@ def test_a_step_asks_the_device_for_nothing(method, listening):
 ])
 def test_a_checkpoint_of_another_version_is_named_and_left(tmp_path, spoil):
     data, path = load_data(TINY), tmp_path/"x"
-    with pytest.raises(OutOfTime): fit(new_net(SPEC), data, Late(), Recipe(9, 32), device="cpu", checkpoint=path, every=0, until=time.time() + 1, progress=False)
+    with pytest.raises(OutOfTime): fit(_build_net(SPEC), data, Late(), Recipe(9, 32), device="cpu", checkpoint=path, every=0, until=time.time() + 1, progress=False)
     tensors, meta = spoil(*load_tensors(path))
     save_tensors(path, tensors, **meta)
     with pytest.warns(UserWarning, match="got a checkpoint of another version.*starting again"):
-        done = fit(new_net(SPEC), data, Calibrator(), Recipe(2, 32), device="cpu", checkpoint=path, progress=False)
+        done = fit(_build_net(SPEC), data, TrainingMethod(), Recipe(2, 32), device="cpu", checkpoint=path, progress=False)
     assert len(done.history) == 2
 
 
-class Late(Calibrator):
+class Late(TrainingMethod):
     "A method whose second epoch ends after the time is over"
     def after_epoch(self, epoch, *valid): time.sleep(.6)
 
@@ -285,16 +285,16 @@ class Late(Calibrator):
 def test_a_full_device_is_not_taken_for_a_step_that_cannot_be_recorded(pretended_cuda, monkeypatch):
     def full(g, stream): raise torch.OutOfMemoryError("full")
     monkeypatch.setattr(torch.cuda, "graph", full)
-    with pytest.raises(torch.OutOfMemoryError): pretended_cuda(Training(new_net(SPEC), load_data(TINY), Calibrator(), Recipe(2, 32), 0, torch.device("cpu")))
+    with pytest.raises(torch.OutOfMemoryError): pretended_cuda(Trainer(_build_net(SPEC), load_data(TINY), TrainingMethod(), Recipe(2, 32), 0, torch.device("cpu")))
 
 
 def test_pieces_of_time_shorter_than_an_epoch_add_up(tmp_path):
     "Also after a kill in the middle of the first epoch, which tells how long one takes"
     data, path = load_data(TINY), tmp_path/"x"
-    class Slow(Calibrator):
+    class Slow(TrainingMethod):
         def forward(self, step): time.sleep(.1); return super().forward(step)
-    go = lambda **kw: fit(new_net(SPEC), data, Slow(), Recipe(2, 32), device="cpu", checkpoint=path, progress=False, **kw).history
-    through = fit(new_net(SPEC), data, Calibrator(), Recipe(2, 32), device="cpu", progress=False).history
+    go = lambda **kw: fit(_build_net(SPEC), data, Slow(), Recipe(2, 32), device="cpu", checkpoint=path, progress=False, **kw).history
+    through = fit(_build_net(SPEC), data, TrainingMethod(), Recipe(2, 32), device="cpu", progress=False).history
     done = [0.]
     while True:
         try: history = go(until=time.time() + .35); break
@@ -303,11 +303,11 @@ def test_pieces_of_time_shorter_than_an_epoch_add_up(tmp_path):
 
 
 def test_time_that_is_over_stops_a_run(tmp_path):
-    with pytest.raises(OutOfTime, match="0 of 3"): fit(new_net(SPEC), load_data(TINY), Calibrator(), Recipe(3, 32), device="cpu", until=time.time() - 1, progress=False)
+    with pytest.raises(OutOfTime, match="0 of 3"): fit(_build_net(SPEC), load_data(TINY), TrainingMethod(), Recipe(3, 32), device="cpu", until=time.time() - 1, progress=False)
     path = tmp_path/"x"
-    class Slow(Calibrator):
+    class Slow(TrainingMethod):
         def after_epoch(self, epoch, *valid): time.sleep(.3)
-    with pytest.raises(OutOfTime): fit(new_net(SPEC), load_data(TINY), Slow(), Recipe(40, 32), device="cpu", checkpoint=path, until=time.time() + 2, progress=False)
+    with pytest.raises(OutOfTime): fit(_build_net(SPEC), load_data(TINY), Slow(), Recipe(40, 32), device="cpu", checkpoint=path, until=time.time() + 2, progress=False)
     _, meta = load_tensors(path)
     assert 0 < meta["epochs_done"] <= len(meta["history"]) + 1 <= 40 and .3*meta["epochs_done"] < meta["seconds"] < 3
 
@@ -322,13 +322,13 @@ def pretended_cuda(monkeypatch):
     same = lambda device: stream
     for name, fake in dict(Stream=same, stream=lambda s: nullcontext(), current_stream=same, default_stream=same, CUDAGraph=Graph, graph=graph).items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    patch_name(monkeypatch, "autocast", lambda device: nullcontext())
+    patch_name(monkeypatch, "bf16_autocast", lambda device: nullcontext())
     def record(training):
-        Graph.replay = lambda self: train_step(training)
+        Graph.replay = lambda self: _train_step(training)
         begin_epoch(training)
         training.device = torch.device("cuda")
-        try: step = recorded(training)
-        finally: spoil_process(False)
+        try: step = capture_step(training)
+        finally: mark_cuda_broken(False)
         training.device = torch.device("cpu")
         return step
     return record
@@ -336,31 +336,31 @@ def pretended_cuda(monkeypatch):
 
 def test_recording_leaves_no_trace(pretended_cuda):
     "Warm-up steps and the recording itself change weights, momentum and BatchNorm: all of it is put back, to the same places"
-    plain, recording = (Training(new_net(SPEC), load_data(TINY), Method("mdca").build(), Recipe(2, 32), 0, torch.device("cpu")) for _ in range(2))
-    before = {k: (t.data_ptr(), t.clone()) for k, t in state_of(recording).items()}
+    plain, recording = (Trainer(_build_net(SPEC), load_data(TINY), Method("mdca").build(), Recipe(2, 32), 0, torch.device("cpu")) for _ in range(2))
+    before = {k: (t.data_ptr(), t.clone()) for k, t in trainer_state_dict(recording).items()}
     recording.step = pretended_cuda(recording)
-    assert all(t.data_ptr() == before[k][0] and torch.equal(t, before[k][1]) for k, t in state_of(recording).items())
-    for run in (plain, recording, plain, recording): list(train_epoch(run))
+    assert all(t.data_ptr() == before[k][0] and torch.equal(t, before[k][1]) for k, t in trainer_state_dict(recording).items())
+    for run in (plain, recording, plain, recording): list(_train_epoch(run))
     assert plain.history == recording.history and len(plain.history) == 2
 
 
 def test_what_cannot_be_recorded_ends_in_a_sentence_unless_nobody_wants_it_recorded(pretended_cuda, monkeypatch):
     def refuse(g, stream): raise RuntimeError("operation not permitted when stream is capturing")
     monkeypatch.setattr(torch.cuda, "graph", refuse)
-    make = lambda **kw: Training(new_net(SPEC), load_data(TINY), Calibrator(), Recipe(2, 32), 0, torch.device("cpu"), **kw)
-    with pytest.raises(NotRecorded, match="cannot be recorded as a CUDA graph.*not permitted"): pretended_cuda(make())
+    make = lambda **kw: Trainer(_build_net(SPEC), load_data(TINY), TrainingMethod(), Recipe(2, 32), 0, torch.device("cpu"), **kw)
+    with pytest.raises(GraphCaptureError, match="cannot be recorded as a CUDA graph.*not permitted"): pretended_cuda(make())
     plain, eager = make(), make(record=False)
     eager.step = pretended_cuda(eager)
-    for run in (plain, eager): list(train_epoch(run))
+    for run in (plain, eager): list(_train_epoch(run))
     assert plain.history == eager.history
 
 
 def test_what_is_wrong_with_a_step_is_no_matter_of_recording(pretended_cuda):
-    class Breaks(Calibrator):
+    class Breaks(TrainingMethod):
         def forward(self, step): raise RuntimeError("shapes do not fit")
     with pytest.raises(RuntimeError, match="shapes do not fit") as error:
-        pretended_cuda(Training(new_net(SPEC), load_data(TINY), Breaks(), Recipe(2, 32), 0, torch.device("cpu")))
-    assert not isinstance(error.value, NotRecorded)
+        pretended_cuda(Trainer(_build_net(SPEC), load_data(TINY), Breaks(), Recipe(2, 32), 0, torch.device("cpu")))
+    assert not isinstance(error.value, GraphCaptureError)
 
 
 def test_logits_keep_their_precision_where_the_body_is_in_16_bits():
@@ -375,14 +375,14 @@ def test_logits_keep_their_precision_where_the_body_is_in_16_bits():
 
 
 def test_what_a_student_of_a_scaled_teacher_hears_is_divided_whoever_asked():
-    data, net = load_data(TINY), new_net(SPEC).eval()
-    heard = Heard()
+    data, net = load_data(TINY), _build_net(SPEC).eval()
+    heard = TeacherCache()
     class Looks(Distillation):
         seen = []
         def forward(self, step):
             self.seen.append(step.teacher.clone())
             return super().forward(step)
-    for T in (1., 4.): drive(Training(new_net(SPEC), data, Looks(), Recipe(1, 100), 0, torch.device("cpu"), lambda x, i: net(x), T, heard), progress=False)
+    for T in (1., 4.): run_trainer(Trainer(_build_net(SPEC), data, Looks(), Recipe(1, 100), 0, torch.device("cpu"), lambda x, i: net(x), T, heard), progress=False)
     first, second, again_first, again_second = Looks.seen # two steps of each
     assert torch.equal(again_first, first/4) and torch.equal(again_second, second/4)
 
@@ -392,8 +392,8 @@ def test_a_finished_run_keeps_no_memory():
     gc.collect()
     gc.disable()
     try:
-        run = Training(new_net(SPEC), load_data(TINY), Calibrator(), Recipe(1, 100), 0, torch.device("cpu"))
-        drive(run, progress=False)
+        run = Trainer(_build_net(SPEC), load_data(TINY), TrainingMethod(), Recipe(1, 100), 0, torch.device("cpu"))
+        run_trainer(run, progress=False)
         alive = weakref.ref(run)
         del run
         assert alive() is None
@@ -415,7 +415,7 @@ def test_gradients_are_laid_out_as_their_parameters(d):
     net(x).backward()
     before = [p.grad.clone() for p in net.parameters()]
     odd = [p.grad.stride() != p.stride() for p in net.parameters()]
-    match_strides(net)
+    _match_grad_strides(net)
     assert odd[0] == (d == 1) and not odd[1]
     assert all(p.grad.stride() == p.stride() and torch.equal(p.grad, g) for p, g in zip(net.parameters(), before))
 
@@ -423,5 +423,5 @@ def test_gradients_are_laid_out_as_their_parameters(d):
 def test_gradients_that_are_transposed_in_memory_are_copied():
     net = torch.nn.Linear(3, 2)
     net.weight.grad = torch.arange(6.).view(3, 2).T
-    match_strides(net)
+    _match_grad_strides(net)
     assert net.weight.grad.stride() == net.weight.stride() and net.weight.grad.tolist() == [[0, 2, 4], [1, 3, 5]]

@@ -13,14 +13,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import BATCH, C, images, kernels, synchronize # the benchmark beside this one
 
-from kdc_nb.core import text_table, whole_file
+from kdc_nb.core import atomic_write, format_text_table
 from kdc_nb.training.devices import best_device
-from kdc_nb.training.methods import Calibrator, Distillation, Method, Step
+from kdc_nb.training.methods import Distillation, Method, TrainingMethod, TrainingStep
 from kdc_nb.training.models import build_model
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.training.steps import Training, begin_epoch, recorded
-from kdc_nb.experiments.runs import environment
-from kdc_nb.experiments.specs import how_of
+from kdc_nb.training.steps import Trainer, begin_epoch, capture_step
+from kdc_nb.experiments.runs import describe_environment
+from kdc_nb.experiments.specs import method_label
 
 
 class Count(TorchDispatchMode):
@@ -34,28 +34,28 @@ class Count(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def methods() -> dict[str, Calibrator]:
+def methods() -> dict[str, TrainingMethod]:
     named = [Method(name) for name in sorted(Method.registry)] + [Method("mdca", gamma=1.)]
-    return {"nll": Method("nll").build(), "KD": Distillation(), **{how_of(m): m.build() for m in named}}
+    return {"nll": Method("nll").build(), "KD": Distillation(), **{method_label(m): m.build() for m in named}}
 
 
-def loss_alone(method: Calibrator, device: torch.device):
+def loss_alone(method: TrainingMethod, device: torch.device):
     "Forward and backward of the loss on a batch of logits; each call does both"
     method.start(BATCH, C, 2)
     method.to(device)
     z, y = torch.randn(BATCH, C, device=device, requires_grad=True), torch.randint(C, (BATCH,), device=device)
     index, epoch, said = torch.arange(BATCH, device=device), torch.ones((), dtype=torch.long, device=device), torch.randn(BATCH, C, device=device)
     targets = torch.randn(BATCH, C, device=device).softmax(1) if type(method).__name__ == "MixUp" else y
-    return lambda: torch.autograd.grad(method(Step(z, targets, index, epoch, said)), z)
+    return lambda: torch.autograd.grad(method(TrainingStep(z, targets, index, epoch, said)), z)
 
 
-def training_step(method: Calibrator, device: torch.device):
+def training_step(method: TrainingMethod, device: torch.device):
     "A whole step; a teacher's answers are at hand"
     teacher = (lambda x, index: said[index]) if isinstance(method, Distillation) else None
-    run = Training(build_model("wrn_40_1", C), images(BATCH), method, Recipe(2, BATCH, augment=("crop", "flip")), 0, device, teacher)
+    run = Trainer(build_model("wrn_40_1", C), images(BATCH), method, Recipe(2, BATCH, augment=("crop", "flip")), 0, device, teacher)
     said = torch.randn(BATCH, C, device=device)
     begin_epoch(run)
-    step = recorded(run)
+    step = capture_step(run)
     def once():
         run.k.zero_()
         step()
@@ -70,7 +70,7 @@ def seconds(step, device: torch.device, times: int = 1) -> float:
     return (time.perf_counter() - start)/times
 
 
-def cost(method: Calibrator, plain, device: torch.device, rounds: int) -> dict[str, float]:
+def cost(method: TrainingMethod, plain, device: torch.device, rounds: int) -> dict[str, float]:
     loss, step = loss_alone(method, device), None
     loss(); loss()
     with Count() as asked: loss()
@@ -94,9 +94,9 @@ def main() -> None:
     for name, method in methods().items():
         rows[name] = {k: round(v, 4) for k, v in cost(method, plain, device, args.rounds).items()}
         print(name, rows[name], flush=True)
-    print(text_table(["", *rows["nll"]], [[k, *map(str, r.values())] for k, r in rows.items()]))
+    print(format_text_table(["", *rows["nll"]], [[k, *map(str, r.values())] for k, r in rows.items()]))
     if args.results:
-        with whole_file(args.results) as part: part.write_text(json.dumps({"environment": environment(device), "rounds": args.rounds, "rows": rows}, indent=1) + "\n")
+        with atomic_write(args.results) as part: part.write_text(json.dumps({"environment": describe_environment(device), "rounds": args.rounds, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__": main()

@@ -12,10 +12,11 @@ import torch
 
 matplotlib.use("agg")
 from kdc_nb.experiments.results import read_results
-from kdc_nb.analysis.features import read_looks
+from kdc_nb.analysis.views import read_features
 from kdc_nb.controls import Explorer
 from kdc_nb.explorers import (
-    FAMILIES, explore_classes, explore_method, explore_reliability, explore_theory, explore_transfer,
+    _METHOD_FAMILIES, explore_classes, explore_method, explore_reliability, explore_theory,
+    explore_transfer,
 )
 
 RESULTS = Path(__file__).parents[2]/"nbs/results"
@@ -48,11 +49,11 @@ def waits(explorer, name: str) -> list[float]:
 
 
 def explorers() -> dict[str, Explorer]:
-    looks = {s: l for s, l in read_looks(RESULTS/"systematic_diffusion_cifar10.npz").items() if s.seed == 0}
+    looks = {s: l for s, l in read_features(RESULTS/"systematic_diffusion_cifar10.npz").items() if s.seed == 0}
     return {"explore_theory": explore_theory(), "explore_transfer": explore_transfer(read_results(RESULTS/"transfer_curve.npz")),
             "explore_reliability, N = 10,000, C = 10": explore_reliability(*outputs(10_000, 10)),
             "explore_reliability, N = 10,000, C = 100": explore_reliability(*outputs(10_000, 100)), "explore_classes": explore_classes(looks),
-            **{f"explore_method, {f}": explore_method(f) for f in FAMILIES}}
+            **{f"explore_method, {f}": explore_method(f) for f in _METHOD_FAMILIES}}
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from kdc_nb.calibration.estimates import interval
+from kdc_nb.calibration.estimates import calibration_estimates
 from kdc_nb.calibration.metrics import ece
 
 N, C, DRAWS = 10_000, 100, 1000
@@ -29,8 +29,8 @@ def main() -> None:
     labels = torch.multinomial(logits.softmax(1), 1, generator=g).flatten()
     resamples = [torch.randint(N, (N,), generator=g) for _ in range(20)]
     usual = seconds(lambda: [ece(logits[i], labels[i]) for i in resamples], 1)*DRAWS/20
-    top = seconds(lambda: interval(logits, labels, ("ece", "ace", "mce", "ks"), n_boot=DRAWS))
-    every = seconds(lambda: interval(logits, labels, n_boot=DRAWS))
+    top = seconds(lambda: calibration_estimates(logits, labels, ("ece", "ace", "mce", "ks"), n_boot=DRAWS))
+    every = seconds(lambda: calibration_estimates(logits, labels, n_boot=DRAWS))
     print(f"N = {N:,}, C = {C}, {DRAWS:,} draws, {torch.get_num_threads()} threads")
     for name, t in (("ECE by a plain bootstrap", usual), ("top-label metrics with intervals and null bands", top), ("all metrics", every)):
         print(f"{name:50}{t:8.2f} s{usual/t:8.1f} x")

@@ -21,21 +21,21 @@ import warnings; warnings.simplefilter("ignore")
 import {first}
 import time, torch
 from kdc_nb.calibration.evaluation import evaluate
-from kdc_nb.training.data import Data, load_data
+from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.methods import Method
 from kdc_nb.training.models import build_model
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.training.steps import predict
+from kdc_nb.training.steps import predict_logits
 from kdc_nb.training.trainer import fit
-from kdc_nb.analysis.linear_model import minimise
-from kdc_nb.analysis.theorems import draw_problem
-data = load_data(Data("known", n_train=800, n_valid=1000, n_test=4000))
+from kdc_nb.analysis.linear_model import fit_linear_student
+from kdc_nb.analysis.theorems import draw_linear_problem
+data = load_data(DataSpec("known", n_train=800, n_valid=1000, n_test=4000))
 net = build_model("resnet8", data.n_classes)
-X, y, _, W_t = draw_problem(N=2000, d=30)
+X, y, _, W_t = draw_linear_problem(N=2000, d=30)
 z_t = X.T@W_t
 def train(): fit(net, data, Method("nll").build(), Recipe(epochs=6, batch_size=64), device="cpu", progress=False)
-def judge(): evaluate(predict(net, data, data.test.inputs), data.test.labels)
-def solve(): [minimise(X, y, z_t, 2., alpha) for alpha in (.1, .5, .9)]
+def judge(): evaluate(predict_logits(net, data, data.test.inputs), data.test.labels)
+def solve(): [fit_linear_student(X, y, z_t, 2., alpha) for alpha in (.1, .5, .9)]
 for f in (train, judge, solve):
     began = time.perf_counter(); f(); print(time.perf_counter() - began)
 """

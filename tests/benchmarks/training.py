@@ -37,19 +37,19 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from kdc_nb.core import whole_file
-from kdc_nb.training.data import DataSet, Split
-from kdc_nb.training.devices import autocast, best_device
+from kdc_nb.core import atomic_write
+from kdc_nb.training.data import Dataset, Split
+from kdc_nb.training.devices import best_device, bf16_autocast
 from kdc_nb.training.losses import cross_entropy, distillation
 from kdc_nb.training.methods import Distillation, Method
 from kdc_nb.training.models import build_model
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.training.steps import Training, begin_epoch, predict, recorded, train_step
-from kdc_nb.experiments.runs import environment
+from kdc_nb.training.steps import Trainer, _train_step, begin_epoch, capture_step, predict_logits
+from kdc_nb.experiments.runs import describe_environment
 
 C, BATCH, TEACHER = 100, 128, "wrn_40_2"
 METHODS, WORKERS = ("NLL", "KD"), min(8, os.cpu_count())
@@ -88,7 +88,7 @@ def plan(models: list[str], batches: list[int], slots: list[int], device: torch.
     cases += [Case(m, "recorded", b) for some in ([first], others) for b in large for m in some]
     cases += [Case(first, "usual", small)]
     cases += [Case(m, "recorded", small, layout="NCHW") for m in models if m.startswith("mobilenet")]
-    cases += [Case(TEACHER, "predict", DataSet.at_once, method=None)]
+    cases += [Case(TEACHER, "predict", Dataset.at_once, method=None)]
     ways = ("eager", "usual", "recorded")
     cases += [Case(first, way, b, method=k) for k in METHODS for b in batches for way in ways]
     cases += [Case(m, "recorded", small, method="KD") for m in others]
@@ -102,15 +102,15 @@ def classes_of(model: str) -> int:
 
 
 @lru_cache
-def images(n: int, classes: int = C) -> DataSet:
+def images(n: int, classes: int = C) -> Dataset:
     "Noise in the shape of CIFAR"
     g = torch.Generator().manual_seed(0)
     inputs = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=g)
     split = Split(inputs, torch.randint(0, classes, (n,), generator=g), None)
-    return DataSet(split, split, split, tuple(map(str, range(classes))), augment=("crop", "flip"))
+    return Dataset(split, split, split, tuple(map(str, range(classes))), augment=("crop", "flip"))
 
 
-def teacher_of(case: Case, data: DataSet, device: torch.device) -> nn.Module | None:
+def teacher_of(case: Case, data: Dataset, device: torch.device) -> nn.Module | None:
     "The network that a student asks at each step; its weights are random, which costs the same"
     if case.method != "KD": return None
     net = build_model(TEACHER, data.n_classes).to(device, memory_format=torch.channels_last).eval()
@@ -120,9 +120,9 @@ def teacher_of(case: Case, data: DataSet, device: torch.device) -> nn.Module | N
 
 # --- The loops --------------------------------------------------------------------------------------------
 
-class Pictures(Dataset):
+class Pictures(torch.utils.data.Dataset):
     "The images as torchvision's CIFAR would give them"
-    def __init__(self, data: DataSet):
+    def __init__(self, data: Dataset):
         self.data = data
         self.transform = transforms.Compose([
             transforms.ToPILImage(), transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip(),
@@ -134,14 +134,14 @@ class Pictures(Dataset):
         return self.transform(self.data.train.inputs[i]), self.data.train.labels[i]
 
 
-def loaded(data: DataSet, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def loaded(data: Dataset, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     "Batches without end, by workers"
     loader = DataLoader(Pictures(data), size, shuffle=True, num_workers=WORKERS, drop_last=True, timeout=30,
                         pin_memory=device.type == "cuda", persistent_workers=True)
     while True: yield from loader
 
 
-def usual(case: Case, data: DataSet, device: torch.device) -> Loop:
+def usual(case: Case, data: Dataset, device: torch.device) -> Loop:
     "The loop that everybody uses"
     net, teacher = build_model(case.model, data.n_classes).to(device).train(), teacher_of(case, data, device)
     opt = torch.optim.SGD(net.parameters(), .1, .9, weight_decay=5e-4, nesterov=True)
@@ -149,7 +149,7 @@ def usual(case: Case, data: DataSet, device: torch.device) -> Loop:
     source = loaded(data, size, device)
     def step() -> None:
         x, y = (t.to(device, non_blocking=True) for t in next(source))
-        with autocast(device):
+        with bf16_autocast(device):
             z = net(x)
             if teacher:
                 with torch.no_grad(): said = teacher(x)
@@ -163,7 +163,7 @@ def usual(case: Case, data: DataSet, device: torch.device) -> Loop:
 
 class Run:
     "A run of the kit on a CUDA stream of its own, epoch after epoch"
-    def __init__(self, case: Case, data: DataSet, device: torch.device, teacher: nn.Module | None):
+    def __init__(self, case: Case, data: Dataset, device: torch.device, teacher: nn.Module | None):
         method = Distillation(1., .9) if teacher else Method("nll").build()
         recipe = Recipe(1, case.batch, augment=data.augment, live_teacher=True)
         asked = (lambda x, index: teacher(x).float()) if teacher else None
@@ -171,12 +171,12 @@ class Run:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         with torch.cuda.stream(self.stream): # None: nothing happens
             net = build_model(case.model, data.n_classes)
-            self.training = Training(net, data, method, recipe, 0, device, asked, record=case.loop == "recorded")
+            self.training = Trainer(net, data, method, recipe, 0, device, asked, record=case.loop == "recorded")
             begin_epoch(self.training)
-            self.fast = recorded(self.training)
+            self.fast = capture_step(self.training)
         synchronize(device)
 
-    def slow(self) -> None: train_step(self.training)
+    def slow(self) -> None: _train_step(self.training)
 
     def renew(self) -> None:
         "Begin the next epoch if this one is over"
@@ -190,7 +190,7 @@ class Run:
         self.done += 1
 
 
-def kit(case: Case, data: DataSet, device: torch.device) -> Loop:
+def kit(case: Case, data: Dataset, device: torch.device) -> Loop:
     "The kit's steps, of each run in turn"
     teacher = teacher_of(case, data, device)
     runs = [Run(case, data, device, teacher) for _ in range(case.slots)]
@@ -202,11 +202,11 @@ def kit(case: Case, data: DataSet, device: torch.device) -> Loop:
     return Loop(step, lambda: one.advance(one.slow), one.training.size, one.renew)
 
 
-def prediction(case: Case, data: DataSet, device: torch.device) -> Loop:
+def prediction(case: Case, data: Dataset, device: torch.device) -> Loop:
     "Logits in evaluation mode, in full precision"
     net = build_model(case.model, data.n_classes).to(device, memory_format=torch.channels_last)
     inputs = data.test.inputs[:4*case.batch]
-    def step() -> None: predict(net, data, inputs)
+    def step() -> None: predict_logits(net, data, inputs)
     return Loop(step, step, len(inputs))
 
 
@@ -387,7 +387,7 @@ def write(facts: Row, rows: Rows, left: list[Case], args: Namespace) -> None:
     if not args.results: return
     left_out = [c._asdict() for c in left]
     found = {"facts": facts, "slots": fastest(rows, args), "rows": with_kernels(rows), "left_out": left_out}
-    with whole_file(args.results) as part: part.write_text(json.dumps(found, indent=1) + "\n")
+    with atomic_write(args.results) as part: part.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def options() -> Namespace:
@@ -426,7 +426,7 @@ def everything(facts: Row, device: torch.device, args: Namespace) -> Rows:
 def main() -> int: # exit status
     args = options()
     device = best_device(args.device)
-    facts = environment(device)
+    facts = describe_environment(device)
     if device.type == "cuda":
         with noted(facts): facts["copy_TB_s"] = round(copy_bandwidth(device), 3)
     print(", ".join(f"{k} {v}" for k, v in facts.items()), flush=True)
