@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "evaluate": "calibration.evaluation", "compare": "calibration.comparisons", "plot_reliability": "calibration.diagrams", "explore_reliability": "explorers", "load_outputs": "calibration.predictions",
     "DataSpec": "training.data", "Method": "training.methods", "Recipe": "training.recipes", "RunSpec": "experiments.specs", "Distil": "experiments.specs", "run": "experiments.runs", "sweep": "experiments.sweeps",
-    "read_results": "experiments.results", "results_file": "core",
+    "read_results": "experiments.results", "results_file": "files",
 }
 __all__ = [*_PUBLIC]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdc_nb.core import cache_dir, save_tensors
+from kdc_nb.files import cache_dir, save_tensors
 
 
 def unpack(shard: Path) -> tuple[np.ndarray, np.ndarray, list[str]]: # (N, 3, 32, 32) uint8, (N,) int64, names of classes

@@ -1,5 +1,4 @@
 "What comes next: whole rows, the most telling first, and with a budget only what can be finished"
-import time
 from collections import deque
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,15 +11,15 @@ from hypothesis import strategies as st
 import kdc_nb.experiments.agenda as agenda_room
 import kdc_nb.experiments.runs as kr
 import kdc_nb.training.trainer as trainer_room
-from kdc_nb.core import save_tensors
+from kdc_nb.files import save_tensors
 from kdc_nb.training.data import DataSpec
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.agenda import Scheduler
 from kdc_nb.experiments.runs import RunContext, Store
-from kdc_nb.experiments.specs import Distil, RunSpec, TemperatureScaled, lineage, run_label
+from kdc_nb.experiments.specs import Distil, RunSpec, lineage, run_label
 from kdc_nb.experiments.sweeps import sweep
-from tests.conftest import patch_name
+from kdc_nb.experiments.teachers import TemperatureScaled
 
 TINY = DataSpec("known", n_train=100, n_valid=60, n_test=80)
 TEACHER = RunSpec(TINY, "resnet14", Method("nll"), Recipe(2, 50))
@@ -143,7 +142,8 @@ def test_a_teacher_whose_weights_were_removed_is_a_run_like_any_other(tmp_path, 
     store, trained = Store(tmp_path), []
     before = sweep([TEACHER], store, "cpu", progress=False)
     store.path(TEACHER, "net").unlink()
-    patch_name(monkeypatch, "load_trained_net", lambda *args, there=kr.load_trained_net: trained.append(store.path(TEACHER, "net").exists()) or there(*args))
+    there = kr.RunContext.trained_net
+    monkeypatch.setattr(kr.RunContext, "trained_net", lambda *args: trained.append(store.path(TEACHER, "net").exists()) or there(*args))
     sweep([STUDENT], store, "cpu", progress=False, on_result=lambda r: trained.append(r.spec))
     assert trained == [TEACHER, True, STUDENT], "before its student asks"
     assert torch.equal(store.get(TEACHER).logits["test"], before[0].logits["test"])

@@ -6,13 +6,12 @@ import sys
 import time
 
 import pytest
-import torch
 
 import kdc_nb.training.devices as devices_room
 import kdc_nb.paper.selfcheck as selfcheck_room
 import kdc_nb.training.steps as kt
 from kdc_nb.training.data import DataSpec
-from kdc_nb.training.devices import cuda_is_broken, mark_cuda_broken
+from kdc_nb.training.devices import mark_cuda_broken
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.steps import GraphCaptureError

@@ -7,14 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdc_nb.core import DamagedFile, atomic_write, decode, encode, load_tensors, save_tensors, spec_hash
+from kdc_nb.core import decode, encode, spec_hash
+from kdc_nb.files import DamagedFile, atomic_write, load_tensors, save_tensors
 from kdc_nb.training.data import DataSpec
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.experiments.specs import (
-    Distil, RunSpec, TemperatureScaled, TemperedPosterior, first_teacher_run, full_data,
+from kdc_nb.experiments.specs import Distil, RunSpec, full_data
+from kdc_nb.experiments.teachers import (
+    Ensemble, OutOfFold, StoredLogits, TemperatureScaled, TemperedPosterior,
 )
-from kdc_nb.experiments.teachers import Ensemble, OutOfFold, StoredLogits
 
 methods = st.one_of(
     st.just(Method("nll")),
@@ -26,7 +27,7 @@ plain = st.builds(RunSpec, st.builds(lambda n: DataSpec("known", n_train=n), st.
 temperature, weight = st.floats(.1, 20), st.floats(0, 1)
 others = [st.builds(kind, plain, st.integers(2, 5)) for kind in (Ensemble, OutOfFold)] + [st.builds(StoredLogits, st.text(max_size=5), st.just("0"*16))]
 students = st.recursive(plain, lambda inner: st.builds(
-    lambda s, t, T, a: RunSpec(full_data(getattr(first_teacher_run(t), "data", s.data)), s.model, Distil(t, T, a), s.recipe, s.seed),
+    lambda s, t, T, a: RunSpec(full_data(getattr(t.first_run(), "data", s.data)), s.model, Distil(t, T, a), s.recipe, s.seed),
     plain, st.one_of(inner, st.builds(TemperatureScaled, inner), st.builds(TemperedPosterior, temperature), *others), temperature, weight), max_leaves=4)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import kdc_nb.training.cifar as cifar_room
 import kdc_nb.training.data as data_room
-from kdc_nb.core import cache_dir
+from kdc_nb.files import cache_dir
 from kdc_nb.training.cifar import _fetch_cifar_archive, _load_cifar
 from kdc_nb.training.data import DataSpec, _shift_and_flip, channel_stats, draw_shifts_and_flips, load_data
 from kdc_nb.training.synthetic import _draw_synthetic_split

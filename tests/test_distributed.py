@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kdc_nb.core import load_tensors
+from kdc_nb.files import load_tensors
 from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.images import find_images, register_image_folder
 from kdc_nb.training.methods import Method

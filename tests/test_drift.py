@@ -14,8 +14,6 @@ from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 from PIL import Image
 from scipy import ndimage
 
-import kdc_nb.training.steps as steps_room
-import kdc_nb.analysis.drift as drift_room
 from kdc_nb.core import decode, encode
 from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.methods import Method

@@ -19,7 +19,8 @@ from kdc_nb.training.loss_fields import _batch_context
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.results import result_from_json, result_to_json
 from kdc_nb.experiments.runs import Store, run
-from kdc_nb.experiments.specs import Distil, RunSpec, TemperedPosterior
+from kdc_nb.experiments.specs import Distil, RunSpec
+from kdc_nb.experiments.teachers import TemperedPosterior
 from kdc_nb.experiments.transfer import TransferPlot, prepare_transfer
 from kdc_nb.analysis.views import extract_features
 from kdc_nb.explorers import explore_classes, explore_method, explore_reliability, explore_transfer

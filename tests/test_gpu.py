@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdc_nb.core import load_tensors
+from kdc_nb.files import load_tensors
 from kdc_nb.training.methods import Method
 from kdc_nb.experiments.results import read_results
 from kdc_nb.experiments.specs import Distil

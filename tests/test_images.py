@@ -16,8 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import kdc_nb.training.images as ki
-import kdc_nb.training.trainer as kt
-from kdc_nb.core import cache_dir, load_tensors
+from kdc_nb.files import cache_dir, load_tensors
 from kdc_nb.training.data import DataSpec, LeaveFoldOut, load_data
 from kdc_nb.training.methods import TrainingMethod
 from kdc_nb.training.recipes import Recipe
@@ -165,7 +164,6 @@ def test_imagenet_100_is_a_folder_and_a_list_of_classes(imagenet):
 
 
 def test_what_is_only_looked_at_is_scaled_and_cut_to_the_middle(imagenet):
-    from torchvision.transforms import v2
     files = load_data(ki.register_imagenet100(imagenet, ["n01", "n02", "n03"], 28)).test.inputs
     seen = files.to("cpu")
     for x, name in zip(seen, files.names):

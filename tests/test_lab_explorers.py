@@ -13,7 +13,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 pytestmark = pytest.mark.browser
 PAGE = "nbs/scratch.ipynb"
 CELLS = ["""import torch
-from kdc_nb.core import results_file
+from kdc_nb.files import results_file
 from kdc_nb.analysis.views import read_features
 from kdc_nb.explorers import explore_classes, explore_method, explore_reliability, explore_theory
 logits, labels = 3*torch.randn(2000, 10, generator=torch.Generator().manual_seed(0)), torch.arange(2000) % 10

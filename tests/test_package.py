@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import kdc_nb
-from kdc_nb.core import save_tensors
+from kdc_nb.files import save_tensors
 from kdc_nb.training.data import DataSpec
 from kdc_nb.training.models import MODELS, build_model
 from kdc_nb.training.recipes import Recipe

@@ -3,25 +3,23 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdc_nb.calibration.differences import paired_difference
+from kdc_nb.calibration.metrics import ece, nll, top1
 from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.methods import Method
-from kdc_nb.explorers import _trace_first_teacher, explore_classes
-from kdc_nb.paper.commands import main
-from kdc_nb.calibration.metrics import ece, nll, top1
 from kdc_nb.training.recipes import RECIPES, Recipe
 from kdc_nb.experiments.agenda import _runs_teachers_first, write_specs
 from kdc_nb.experiments.results import read_results, result_outcomes, write_results
 from kdc_nb.experiments.runs import Store, run
 from kdc_nb.experiments.specs import (
-    Distil, RunSpec, TemperatureScaled, lineage, run_label, self_distillation_chain, trace_generation,
+    Distil, RunSpec, lineage, run_label, self_distillation_chain, trace_generation,
 )
 from kdc_nb.experiments.sweeps import sweep
 from kdc_nb.experiments.tables import collect_by_row, results_table
+from kdc_nb.experiments.teachers import TemperatureScaled
 from kdc_nb.analysis.diffusion import prepare_generations
 from kdc_nb.analysis.linear_model import fit_linear_student
 from kdc_nb.analysis.theorems import calibration_gap, draw_linear_problem
@@ -31,10 +29,12 @@ from kdc_nb.paper.claims import (
     table_claims,
 )
 from kdc_nb.paper.selection import as_hyperparameters, candidate_specs, candidates_table, select_on_validation
+from kdc_nb.explorers import _trace_first_teacher, explore_classes
+from kdc_nb.paper.commands import main
 from tests.conftest import patch_name
 from kdc_nb.paper.settings import (
-    order_by_priority, MINIATURE_DATA, PAPER_EXPERIMENTS, PUBLISHED_HYPERPARAMETERS, SETTINGS, Setting, paper_specs,
-    table_specs,
+    MINIATURE_DATA, PAPER_EXPERIMENTS, PUBLISHED_HYPERPARAMETERS, SETTINGS, Setting, order_by_priority,
+    paper_specs, table_specs,
 )
 
 METHODS = {"NLL": Method("nll"), "PS-KD": Method("pskd"), "focal + MDCA": Method("mdca", beta=1, gamma=1)}

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdc_nb.core import DamagedFile
+from kdc_nb.files import DamagedFile
 from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.runs import Store

@@ -17,8 +17,9 @@ from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.panels import plot_tradeoff, prepare_histories
 from kdc_nb.experiments.runs import Store, run
-from kdc_nb.experiments.specs import Distil, RunSpec, TemperatureScaled
+from kdc_nb.experiments.specs import Distil, RunSpec
 from kdc_nb.experiments.tables import results_table, summarise_seeds
+from kdc_nb.experiments.teachers import TemperatureScaled
 from kdc_nb.experiments.transfer import (
     plot_direct_and_distilled, plot_temperature_grid, prepare_direct_and_distilled,
     prepare_temperature_grid,

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, strategies as st
 
 import kdc_nb.experiments.runs as kr
-from kdc_nb.core import DamagedFile, encode, load_npz, load_tensors, save_npz
+from kdc_nb.core import encode
+from kdc_nb.files import DamagedFile, load_npz, load_tensors, save_npz
 from kdc_nb.calibration.metrics import compute_outcomes, equal_width_bins, metrics_from_outcomes, nll
 from kdc_nb.calibration.posthoc import fit_temperature
 from kdc_nb.training.data import DataSpec
@@ -20,10 +21,9 @@ from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.results import (
     _compress_outcomes, _decompress_outcomes, read_results, recalibrate, result_outcomes, write_results,
 )
-from kdc_nb.experiments.runs import Store, all_results, clean_store, run, teacher_train_logits
-from kdc_nb.experiments.specs import (
-    Distil, RunSpec, TemperatureScaled, TemperedPosterior, lineage, run_id, run_label,
-)
+from kdc_nb.experiments.runs import RunContext, Store, all_results, clean_store, run, teacher_train_logits
+from kdc_nb.experiments.specs import Distil, RunSpec, lineage, run_id, run_label
+from kdc_nb.experiments.teachers import TemperatureScaled, TemperedPosterior
 from tests.conftest import patch_name
 
 TINY = DataSpec("known", n_train=100, n_valid=60, n_test=80)
@@ -120,14 +120,14 @@ def test_what_temperature_scaling_teaches(store):
     teacher = go(TEACHER, store)
     from kdc_nb.training.data import load_data
     T = fit_temperature(teacher.logits["valid"], load_data(TINY).valid.labels)
-    raw, scaled = (teacher_train_logits(t, STUDENT.data, store, "cpu") for t in (TEACHER, TemperatureScaled(TEACHER)))
+    raw, scaled = (teacher_train_logits(t, STUDENT.data, RunContext(store, "cpu")) for t in (TEACHER, TemperatureScaled(TEACHER)))
     assert torch.allclose(scaled*T, raw, rtol=1e-5, atol=1e-5)
 
 
 def test_what_the_tempered_truth_teaches():
     from kdc_nb.training.data import load_data
     p = load_data(TINY).train.posterior.double()
-    said = teacher_train_logits(TemperedPosterior(.5), STUDENT.data, None, "cpu").double().softmax(1)
+    said = teacher_train_logits(TemperedPosterior(.5), STUDENT.data, RunContext(None, "cpu")).double().softmax(1)
     assert torch.allclose(said, p**2/(p**2).sum(1, keepdim=True), atol=1e-5)
 
 

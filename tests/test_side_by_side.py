@@ -18,17 +18,16 @@ import kdc_nb.training.steps as steps_room
 import kdc_nb.experiments.runs as runs_room
 import kdc_nb.experiments.specs as specs_room
 import kdc_nb.experiments.sweeps as sweeps_room
-import kdc_nb.training.trainer as trainer_room
 from kdc_nb.training.data import DataSpec
 from kdc_nb.training.devices import cuda_is_broken, mark_cuda_broken
 from kdc_nb.training.methods import Method
 from kdc_nb.training.models import MODELS
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.steps import GraphCaptureError
-from kdc_nb.experiments.agenda import Scheduler
-from kdc_nb.experiments.runs import RunContext, Store, all_results, run
-from kdc_nb.experiments.specs import Distil, RunSpec, TemperatureScaled
+from kdc_nb.experiments.runs import Store, all_results, run
+from kdc_nb.experiments.specs import Distil, RunSpec
 from kdc_nb.experiments.sweeps import _SideBySideRunner, _TeacherCachePool, sweep
+from kdc_nb.experiments.teachers import TemperatureScaled
 from tests.conftest import patch_name
 
 DIGITS = DataSpec("digits", n_train=100, n_valid=60)

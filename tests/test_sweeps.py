@@ -1,5 +1,4 @@
 "Sweeps: the same answer in one process and in many, whatever dies, and no longer than told"
-import json
 import os
 import random
 import signal
@@ -8,7 +7,6 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,16 +16,17 @@ import torch
 import kdc_nb.experiments.runs as kr
 import kdc_nb.training.steps as steps_room
 import kdc_nb.experiments.sweeps as sweeps_room
-from kdc_nb.core import save_tensors
+from kdc_nb.files import save_tensors
 from kdc_nb.training.data import DataSpec
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.trainer import run_trainer, train_in_chunks
 from kdc_nb.experiments.agenda import _runs_teachers_first, plan_sweep, read_specs, write_specs
 from kdc_nb.experiments.results import read_results
-from kdc_nb.experiments.runs import RunContext, Store, all_results, clean_store, explain_interrupt, run
-from kdc_nb.experiments.specs import Distil, RunSpec, TemperatureScaled, run_label
+from kdc_nb.experiments.runs import Store, all_results, clean_store, explain_interrupt, run
+from kdc_nb.experiments.specs import Distil, RunSpec, run_label
 from kdc_nb.experiments.sweeps import sweep
+from kdc_nb.experiments.teachers import TemperatureScaled
 from kdc_nb.paper.commands import main
 from tests.conftest import patch_name
 

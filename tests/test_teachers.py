@@ -10,20 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from kdc_nb.core import DamagedFile
+from kdc_nb.files import DamagedFile
 from kdc_nb.training.data import DataSpec, LeaveFoldOut, load_data
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.agenda import read_specs, write_specs
-from kdc_nb.experiments.runs import (
-    Store, has_live_teacher, log_mean_probs, predictor, run, teacher_train_logits,
-)
-from kdc_nb.experiments.specs import (
-    Distil, RunSpec, TemperatureScaled, TemperedPosterior, lineage, required_runs, teacher_label,
-    with_seed,
-)
+from kdc_nb.experiments.runs import RunContext, Store, has_live_teacher, run, teacher_train_logits
+from kdc_nb.experiments.specs import Distil, RunSpec, lineage, teacher_label, with_seed
 from kdc_nb.experiments.sweeps import sweep
-from kdc_nb.experiments.teachers import Ensemble, OutOfFold, StoredLogits, teacher_from_logits
+from kdc_nb.experiments.teachers import (
+    Ensemble, OutOfFold, StoredLogits, TemperatureScaled, TemperedPosterior, log_mean_probs,
+    teacher_from_logits,
+)
 from tests.conftest import patch_name
 
 TINY = DataSpec("known", n_train=100, n_valid=60, n_test=80)
@@ -46,41 +44,41 @@ def test_the_mean_is_that_of_the_probabilities(n, c, seed):
 
 def test_an_ensemble_says_the_mean_of_what_its_networks_say(store):
     ensemble = Ensemble(NET, 3)
-    for r in required_runs(ensemble): go(r, store)
-    alone = [teacher_train_logits(r, TINY, store, "cpu").double().numpy() for r in required_runs(ensemble)]
+    for r in ensemble.required_runs(): go(r, store)
+    alone = [teacher_train_logits(r, TINY, RunContext(store, "cpu")).double().numpy() for r in ensemble.required_runs()]
     assert not np.allclose(alone[0], alone[1]), "other seeds, other networks"
-    together = teacher_train_logits(ensemble, TINY, store, "cpu").double().numpy()
+    together = teacher_train_logits(ensemble, TINY, RunContext(store, "cpu")).double().numpy()
     assert softmax(together) == pytest.approx(np.mean([softmax(z) for z in alone], 0), abs=1e-5)
 
 
 def test_an_ensemble_is_scaled_by_the_temperature_of_its_mean(store):
     ensemble = Ensemble(NET, 2)
-    p = np.mean([softmax(go(r, store).logits["valid"].double().numpy()) for r in required_runs(ensemble)], 0)
+    p = np.mean([softmax(go(r, store).logits["valid"].double().numpy()) for r in ensemble.required_runs()], 0)
     y = load_data(TINY).valid.labels.numpy()
     nll = lambda u: -np.log(softmax(u*np.log(p))[range(len(y)), y]).mean()
     u = minimize_scalar(nll, bounds=(.01, 100), method="bounded", options={"xatol": 1e-8}).x
-    plain, scaled = (teacher_train_logits(t, TINY, store, "cpu") for t in (ensemble, TemperatureScaled(ensemble)))
+    plain, scaled = (teacher_train_logits(t, TINY, RunContext(store, "cpu")) for t in (ensemble, TemperatureScaled(ensemble)))
     assert (scaled/plain).numpy() == pytest.approx(u, rel=1e-3)
 
 
 def test_networks_that_teach_alone_are_scaled_alone(store):
     "An out-of-fold teacher's temperature suits single networks, not their mean, which is less sure."
     folds = OutOfFold(replace(NET, recipe=Recipe(8, 50)), 2)
-    z = np.concatenate([go(r, store).logits["valid"].double().numpy() for r in required_runs(folds)])
+    z = np.concatenate([go(r, store).logits["valid"].double().numpy() for r in folds.required_runs()])
     y = np.tile(load_data(TINY).valid.labels.numpy(), 2)
     nll = lambda u: -np.log(softmax(u*z)[range(len(y)), y]).mean()
     u = minimize_scalar(nll, bounds=(.01, 100), method="bounded", options={"xatol": 1e-8}).x
-    plain, scaled = (teacher_train_logits(t, TINY, store, "cpu") for t in (folds, TemperatureScaled(folds)))
+    plain, scaled = (teacher_train_logits(t, TINY, RunContext(store, "cpu")) for t in (folds, TemperatureScaled(folds)))
     assert (scaled/plain).numpy() == pytest.approx(u, rel=1e-3)
 
 
 def test_nobody_is_asked_about_an_image_that_he_has_seen(store):
     "Each image's answer is that of a network in whose training set it is not."
     folds, data = OutOfFold(NET, 3), load_data(TINY)
-    for r in required_runs(folds): go(r, store)
-    said = teacher_train_logits(folds, TINY, store, "cpu")
-    seen = [{x.numpy().tobytes() for x in load_data(r.data).train.inputs} for r in required_runs(folds)]
-    alone = [teacher_train_logits(r, TINY, store, "cpu") for r in required_runs(folds)]
+    for r in folds.required_runs(): go(r, store)
+    said = teacher_train_logits(folds, TINY, RunContext(store, "cpu"))
+    seen = [{x.numpy().tobytes() for x in load_data(r.data).train.inputs} for r in folds.required_runs()]
+    alone = [teacher_train_logits(r, TINY, RunContext(store, "cpu")) for r in folds.required_runs()]
     for i, x in enumerate(data.train.inputs):
         strangers = [k for k in range(3) if x.numpy().tobytes() not in seen[k]]
         assert len(strangers) == 1 and torch.allclose(said[i], alone[strangers[0]][i], atol=1e-5)
@@ -124,7 +122,7 @@ def test_what_was_given_teaches_in_other_processes(store):
     teacher = teacher_from_logits("random", z.numpy(), TINY, store)
     students = [replace(NET, method=Distil(teacher, T, 1.)) for T in (1, 4)]
     assert all(r.evaluation.n == 80 for r in sweep(students, store, "cpu", jobs=2, progress=False))
-    assert torch.equal(teacher_train_logits(teacher, TINY, store, "cpu"), z) and teacher_label(students[0].method) == "random"
+    assert torch.equal(teacher_train_logits(teacher, TINY, RunContext(store, "cpu")), z) and teacher_label(students[0].method) == "random"
 
 
 def test_a_function_is_asked_about_every_image_once(store):
@@ -134,7 +132,7 @@ def test_a_function_is_asked_about_every_image_once(store):
         assert x.dtype == torch.float32 and x.shape == (len(index), 3, 8, 8)
         return torch.zeros(len(index), 20) + index[:, None]
     given_ = teacher_from_logits("counts", teacher, TINY, store)
-    assert asked_about == list(range(100)) and teacher_train_logits(given_, TINY, store, "cpu")[:, 0].tolist() == asked_about
+    assert asked_about == list(range(100)) and teacher_train_logits(given_, TINY, RunContext(store, "cpu"))[:, 0].tolist() == asked_about
 
 
 def test_other_words_are_another_teacher(store):
@@ -160,9 +158,9 @@ def test_what_was_said_of_other_images_is_refused(store):
 def test_a_damaged_or_foreign_file_is_told(store):
     teacher = teacher_from_logits("a", torch.zeros(100, 20), TINY, store)
     (path := next(store.folder.glob("*.said"))).write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(DamagedFile, match=path.name): predictor(teacher, TINY, store, "cpu")
+    with pytest.raises(DamagedFile, match=path.name): teacher.predictor(TINY, RunContext(store, "cpu"))
     for bad in ("../../secret", "", "0"*15):
-        with pytest.raises(ValueError, match="16 hexadecimal digits"): predictor(StoredLogits("a", bad), TINY, store, "cpu")
+        with pytest.raises(ValueError, match="16 hexadecimal digits"): StoredLogits("a", bad).predictor(TINY, RunContext(store, "cpu"))
 
 
 @pytest.mark.parametrize("make", [lambda: Ensemble(NET, 1), lambda: OutOfFold(NET, 1), lambda: OutOfFold(replace(NET, data=LeaveFoldOut(TINY, 0, 2))),
@@ -183,7 +181,7 @@ def test_descriptions_survive_a_file(tmp_path):
 
 def test_another_seed_is_one_all_the_way_down():
     spec = with_seed(replace(NET, method=Distil(TemperatureScaled(Ensemble(NET, 2)))), 7)
-    assert (spec.seed, [r.seed for r in required_runs(spec.method.teacher)]) == (7, [7, 1007])
+    assert (spec.seed, [r.seed for r in spec.method.teacher.required_runs()]) == (7, [7, 1007])
 
 
 def test_votes_of_people_teach(photos, store, tmp_path, monkeypatch):

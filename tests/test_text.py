@@ -7,13 +7,13 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from scipy import stats
 
 import kdc_nb.training.text as text_room
-from kdc_nb.core import cache_dir, derive_seed
+from kdc_nb.core import derive_seed
+from kdc_nb.files import cache_dir
 from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.methods import TrainingMethod
 from kdc_nb.training.models import MODELS, build_model

@@ -15,13 +15,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import kdc_nb.core as core_room
-import kdc_nb.training.devices as devices_room
 import kdc_nb.training.steps as steps_room
 import kdc_nb.training.trainer as trainer_room
-from kdc_nb.core import load_tensors, save_tensors
+from kdc_nb.files import load_tensors, save_tensors
 from kdc_nb.training.data import DataSpec, load_data
-from kdc_nb.training.devices import cuda_is_broken, mark_cuda_broken
+from kdc_nb.training.devices import mark_cuda_broken
 from kdc_nb.training.methods import Distillation, Method, TrainingMethod, TrainingStep
 from kdc_nb.training.models import build_model
 from kdc_nb.training.recipes import Recipe
@@ -31,7 +29,8 @@ from kdc_nb.training.steps import (
 )
 from kdc_nb.training.trainer import OutOfTime, _train_epoch, fit, run_trainer
 from kdc_nb.experiments.runs import Store, _build_net, clean_store
-from kdc_nb.experiments.specs import Distil, RunSpec, TemperedPosterior, run_id
+from kdc_nb.experiments.specs import Distil, RunSpec, run_id
+from kdc_nb.experiments.teachers import TemperedPosterior
 from tests.conftest import patch_name
 
 TINY = DataSpec("known", n_train=200, n_valid=50, n_test=100)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import check, lookup
+from ..core import Registry, check, lookup
 from kdc_nb.analysis.filters import (
     decompose_hsv, defocus_kernel, gaussian_smooth, map_pil_images, motion_filter, pixel_grid,
     plasma_fractal, random_affine, resample_bilinear, zoom_centre,
@@ -31,7 +31,7 @@ class _Corruption(NamedTuple):
     strengths: tuple # a number, or several, for each severity from 1 to 5
 
 
-CORRUPTIONS: dict[str, _Corruption] = {}
+CORRUPTIONS = Registry("corruption")
 
 
 def register_corruption(*strengths) -> Callable: # a decorator

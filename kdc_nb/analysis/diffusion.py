@@ -19,8 +19,7 @@ from ..core import check, lookup
 from ..calibration.estimates import Estimate
 from ..calibration.diagrams import COLORS, GREY, format_percent_axes
 from kdc_nb.experiments.specs import (
-    Distil, RunSpec, first_teacher_run, method_label, run_label, self_distillation_chain, teacher_label,
-    trace_generation,
+    Distil, RunSpec, method_label, run_label, self_distillation_chain, teacher_label, trace_generation,
 )
 from .views import FeatureView
 
@@ -38,7 +37,7 @@ def prepare_merging(
     looks: Mapping[RunSpec, FeatureView], # among them students of trained teachers
 ) -> list[_MeasuredStudent]:
     "What was measured of the students, in their order"
-    students = {s: l for s, l in looks.items() if isinstance(s.method, Distil) and first_teacher_run(s.method.teacher)}
+    students = {s: l for s, l in looks.items() if isinstance(s.method, Distil) and s.method.teacher.first_run()}
     kinds = {(s.data, s.model) for s in students}
     check(len(kinds) == 1, "looks", ", ".join(f"{m} on {d}" for d, m in kinds) or "no students", "one student network on one data set")
     check(all(l.merging for l in students.values()), "looks", "a data set without super-classes", "one whose similar classes are known")

@@ -16,7 +16,8 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from ..core import check, decode, encode, frozen_spec, load_npz, save_npz
+from ..core import check, decode, encode, frozen_spec
+from ..files import load_npz, save_npz
 from ..calibration.predictions import check_outputs_and_labels
 from ..calibration.metrics import nll, top1, top_label
 from ..calibration.estimates import top_label_estimates
@@ -26,7 +27,7 @@ from ..training.devices import best_device
 from ..training.steps import predict_logits
 from ..experiments.specs import RunSpec, run_label
 from ..experiments.results import round_numbers
-from ..experiments.runs import Store, load_trained_net
+from ..experiments.runs import RunContext, Store
 from .corruptions import CORRUPTIONS, check_severity, corrupt_images
 
 # %% ../../nbs/analysis/08_drift.ipynb #0bb2694d
@@ -97,14 +98,14 @@ class DriftResult:
 def evaluate_drift(
     spec: RunSpec, # a finished run
     store: Store | None = None, # None: the one in the cache folder
-    names: Sequence[str] = tuple(CORRUPTIONS), # corruptions, or names of published files
+    names: Sequence[str] | None = None, # corruptions, or names of published files; None: all corruptions
     severities: Sequence[int] = (1, 2, 3, 4, 5),
     n: int | None = None, # the first so many test images; None: all
     folder: Path | str | None = None, # of the published .npy files; None: the corruptions are made here
     device: str | None = None, # None: the fastest there is
 ) -> DriftResult:
     "Ask the network of a finished run about corrupted test images; a `ValueError` says which run is missing, or what is wrong with a file"
-    store = store or Store()
+    store, names = store or Store(), tuple(CORRUPTIONS) if names is None else names
     result, data = store.get(spec), load_data(spec.data)
     check(result is not None, "spec", f"{run_label(spec)}, which is not in {store.folder}", "a finished run: `run` it first")
     n = len(data.test) if n is None else n
@@ -112,7 +113,7 @@ def evaluate_drift(
     one, test = (Split(data.test.inputs[:m].to("cpu"), data.test.labels[:m]) for m in (1, n))
     for severity in severities: check_severity(severity)
     for name in names: _load_corrupted_test(one if folder is None else test, name, 1, folder)
-    net, T = load_trained_net(spec, store, device).to(best_device(device)), result.evaluation.T
+    net, T = RunContext(store, device).trained_net(spec).to(best_device(device)), result.evaluation.T
     def ask(inputs):
         logits = predict_logits(net, data, inputs).double()
         return {"raw": _evaluate_with_noise(logits, test.labels), "scaled": _evaluate_with_noise(logits/T, test.labels)}

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core import check, decode, encode, load_npz, save_npz
+from ..core import check, decode, encode
+from ..files import load_npz, save_npz
 from ..calibration.predictions import softmax64
 from ..calibration.estimates import Estimate
 from ..training.data import load_data
@@ -21,7 +22,7 @@ from ..training.devices import best_device
 from ..training.steps import predict_logits
 from ..experiments.specs import RunSpec
 from ..experiments.results import Result, compact_json, result_from_json, result_to_json, round_numbers
-from ..experiments.runs import Store, load_trained_net, run
+from ..experiments.runs import RunContext, Store, run
 from .features import FeatureExtractor, head_weights
 from .geometry import class_geometry, measure_merging, similar_classes, similar_triples
 
@@ -63,7 +64,7 @@ def extract_features(
     data = load_data(spec.data)
     check(int(data.test.labels.bincount(minlength=data.n_classes).min()) > 1, "test", "a class with fewer than two samples", "two or more of each")
     result = run(spec, store, device, progress=False)
-    net = load_trained_net(spec, store, device).to(best_device(device))
+    net = RunContext(store, device).trained_net(spec).to(best_device(device))
     every = {k: predict_logits(FeatureExtractor(net), data, getattr(data, k).inputs) for k in ("train", "test")}
     index = {k: _first_per_class(getattr(data, k).labels, per_class) for k in every}
     confidence, top = softmax64(result.logits["test"]).max(1)

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import Table, check
+from ..core import check
+from ..tables import Table
 from .predictions import as_float64, check_outputs_and_labels
 from .metrics import PER_SAMPLE_METRICS, top_label
 from .posthoc import fit_temperature, to_logits

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core import Table, check, frozen_spec, lookup
+from ..core import check, frozen_spec, lookup
+from ..tables import Table
 from .predictions import check_outputs_and_labels, to_probs
 from .metrics import PER_SAMPLE_METRICS
 from .posthoc import cross_fit_temperature, fit_temperature, to_logits

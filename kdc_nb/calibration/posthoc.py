@@ -62,7 +62,7 @@ def cross_fit_temperature(x: Tensor, y: Tensor, kind: str, seed: int) -> Tensor:
     return to_logits(x, kind)/T[fold][:, None]
 
 # %% ../../nbs/calibration/02_posthoc.ipynb #287c295d
-class Calibrator(NamedSpec):
+class Calibrator(NamedSpec, n_given=2):
     "A post-hoc calibrator by name; `build(logits, labels)` fits it and gives a function from logits to logits"
 
 

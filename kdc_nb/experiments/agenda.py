@@ -21,15 +21,14 @@ from typing import NamedTuple
 
 import torch
 
-from ..core import DamagedFile, atomic_write, cache_dir, check, decode, encode, load_meta
+from ..core import check, decode, encode
+from ..files import DamagedFile, atomic_write, cache_dir, load_meta
 from ..training.data import load_data
 from ..training.cifar import pending_download
 from ..training.devices import best_device, broadcast_int
-from .specs import RunSpec, full_data, lineage, required_runs, run_label
+from .specs import RunSpec, full_data, lineage, run_label
 from .results import Result
-from kdc_nb.experiments.runs import (
-    RunContext, Store, all_results, describe_environment, find_result, has_live_teacher,
-)
+from .runs import RunContext, Store, all_results, describe_environment, has_live_teacher
 
 # %% ../../nbs/experiments/04_agenda.ipynb #c13860f3
 _SECONDS_PER_UNIT = {"": 1., "s": 1., "min": 60., "h": 3600.}
@@ -66,7 +65,7 @@ class _PlannedRun(NamedTuple):
 # %% ../../nbs/experiments/04_agenda.ipynb #67c52b9a
 def _timing_key(spec: RunSpec) -> tuple: # equal for runs that take the same time for an image
     "What the time for an image depends on"
-    teachers = required_runs(spec.method.teacher) if has_live_teacher(spec) else ()
+    teachers = spec.teacher_runs() if has_live_teacher(spec) else ()
     return full_data(spec.data).name, spec.model, spec.recipe.batch_size, *(r.model for r in teachers)
 
 
@@ -137,9 +136,9 @@ def format_plan(planned: list[_PlannedRun]) -> str:
     return "\n".join([*(f"{left(p):28}{_format_duration(p.seconds):>18}  {run_label(p.spec)}" for p in planned), total, *fetched])
 
 # %% ../../nbs/experiments/04_agenda.ipynb #a6e2d001
-def has_result_and_weights(run: RunSpec, where: RunContext) -> bool:
+def has_result_and_weights(run: RunSpec, context: RunContext) -> bool:
     "Whether a run and its weights are in the store"
-    return find_result(run, where.store, where.device) is not None and where.store.path(run, "net").exists()
+    return context.find_result(run) is not None and context.store.path(run, "net").exists()
 
 
 class Scheduler:
@@ -152,18 +151,18 @@ class Scheduler:
 
     def __init__(self,
         specs: Iterable[RunSpec], # the most telling first
-        where: RunContext,
+        context: RunContext,
         until: float | None, # when to stop, as `time.time()` tells it; None: when all is done
         unrecorded: Iterable[RunSpec] = (), # whose steps cannot be recorded
     ):
-        self.where, self.until, self.unrecorded = where, until, set(unrecorded)
-        rows = [lineage(s) for s in dict.fromkeys(specs) if where.store.get(s) is None]
+        self.context, self.until, self.unrecorded = context, until, set(unrecorded)
+        rows = [lineage(s) for s in dict.fromkeys(specs) if context.store.get(s) is None]
         teaching = {t for *teachers, _ in rows for t in teachers} # they come with their students
-        self.rows = [[*(t for t in teachers if not has_result_and_weights(t, where)), s] for *teachers, s in rows if s not in teaching]
+        self.rows = [[*(t for t in teachers if not has_result_and_weights(t, context)), s] for *teachers, s in rows if s not in teaching]
         self.order = list(dict.fromkeys(r for row in self.rows for r in row))
         self.missing, self.evaluated = set(self.order), set() # not in the store; trained, but not in the store
         self.running, self.left_out, self.any_begun = {}, {}, False # when each began; why
-        self.pace = None if until is None else _TrainingPace(where.store, where.device, where.at_once)
+        self.pace = None if until is None else _TrainingPace(context.store, context.device, context.at_once)
         self.overhead = deque([0.], maxlen=4) # seconds of the latest runs beside their training; first ones wait for imports
 
     def next(self, can_begin: Callable[[RunSpec], bool] = lambda run: True) -> RunSpec | None:
@@ -172,7 +171,7 @@ class Scheduler:
         if self.pace and not self.any_begun and not runs and time.time() < self.until: runs = self.order[:1]
         ready = lambda r: r not in self.running and not set(lineage(r)[:-1]) & self.missing and can_begin(r)
         first = next((self.order.index(r) for r in runs if ready(r)), -1)
-        first = broadcast_int(first, best_device(self.where.device)) # processes that share each run must not differ
+        first = broadcast_int(first, best_device(self.context.device)) # processes that share each run must not differ
         if first < 0: return None
         self.running[self.order[first]], self.any_begun = time.time(), True
         return self.order[first]
@@ -184,7 +183,7 @@ class Scheduler:
         if not self.pace: return {r: 0. for row in rows for r in row}
         ends, out = {r: self.seconds(r) for r in self.running}, {}
         busy = [end for r, end in ends.items() if r not in self.evaluated]
-        free = busy + [0.]*(self.where.at_once - len(busy)) # when each place is
+        free = busy + [0.]*(self.context.at_once - len(busy)) # when each place is
         for row in rows:
             then, places, begins = dict(ends), free.copy(), {}
             for r in row:
@@ -203,7 +202,7 @@ class Scheduler:
         known = self.pace.planned(run).seconds
         total = max(self.overhead) + (count_training_images(run)*self.pace.slowest() if known is None else known)
         if run not in self.running: return total
-        try: saved = self.where.store.path(run, "part").stat().st_mtime
+        try: saved = self.context.store.path(run, "part").stat().st_mtime
         except FileNotFoundError: saved = 0.
         return max(0., total - (time.time() - max(self.running[run], saved))) # what is known is from then
 
@@ -236,8 +235,8 @@ class Scheduler:
     def halve(self) -> None:
         "As many runs at a time are too many: begin those anew that found the device full, too"
         self.left_out = {r: e for r, e in self.left_out.items() if not isinstance(e, torch.OutOfMemoryError)}
-        self.where = self.where._replace(at_once=self.where.at_once//2)
-        left = f"{len(self.missing)} runs start again, {self.where.at_once} at a time"
+        self.context = self.context._replace(at_once=self.context.at_once//2)
+        left = f"{len(self.missing)} runs start again, {self.context.at_once} at a time"
         warnings.warn(f"the device is out of memory; {left}")
         self.again()
 

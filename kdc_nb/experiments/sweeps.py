@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from ..core import check
 from ..training.data import load_data
 from kdc_nb.training.devices import (
-    best_device, cuda_is_broken, free_gpu_memory, list_devices, mark_cuda_broken, rank_and_world,
-    worker_processes,
+    best_device, call_with_own_code, cuda_is_broken, free_gpu_memory, list_devices, mark_cuda_broken,
+    pack_own_code, rank_and_world, worker_processes,
 )
 from ..training.steps import GraphCaptureError, TeacherCache
 from ..training.trainer import OutOfTime, train_in_chunks
@@ -38,27 +38,27 @@ from .agenda import Scheduler, count_training_images, has_result_and_weights, pa
 _OnResult = Callable[[Result], None] # called with each finished run
 
 
-def _run_in_worker(run: RunSpec, where: RunContext, until: float | None) -> Exception | None:
+def _run_in_worker(run: RunSpec, context: RunContext, until: float | None) -> Exception | None:
     "Do one run in a worker; why it is not finished is returned, so that it stops no other run"
     try:
-        if not has_result_and_weights(run, where): train_run(run, where, False, until) # another process may have done it
+        if not has_result_and_weights(run, context): train_run(run, context, False, until) # another process may have done it
     except Exception as e: return e
 
 # %% ../../nbs/experiments/05_sweeps.ipynb #efc10214
 def _run_parallel(agenda: Scheduler, pool: Executor, on_result: _OnResult) -> None:
     "Do runs in the processes of a pool, as many at once as there are places; on several GPUs in turn"
-    devices, running = list_devices(agenda.where.device), {}
+    devices, running = list_devices(agenda.context.device), {}
     while True:
-        while len(running) < agenda.where.at_once and (run := agenda.next()):
+        while len(running) < agenda.context.at_once and (run := agenda.next()):
             device = min(devices, key=Counter(d for _, d in running.values()).__getitem__)
-            future = pool.submit(_run_in_worker, run, agenda.where._replace(device=device), agenda.until)
+            future = pool.submit(call_with_own_code, pack_own_code(), _run_in_worker, run, agenda.context._replace(device=device), agenda.until)
             running[future] = run, device
         if not running: return
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             run, _ = running.pop(future)
             if error := future.result(): agenda.leave_out(run, error)
-            elif result := agenda.where.store.get(run): on_result(result)
-            else: agenda.leave_out(run, FileNotFoundError(f"{agenda.where.store.folder}: a worker's result is not there"))
+            elif result := agenda.context.store.get(run): on_result(result)
+            else: agenda.leave_out(run, FileNotFoundError(f"{agenda.context.store.folder}: a worker's result is not there"))
 
 
 def _run_parallel_with_restarts(agenda: Scheduler, pool: Executor | None, on_result: _OnResult) -> None:
@@ -67,7 +67,7 @@ def _run_parallel_with_restarts(agenda: Scheduler, pool: Executor | None, on_res
     while True:
         before = len(agenda.missing)
         try:
-            with nullcontext(pool) if pool else worker_processes(agenda.where.at_once) as workers:
+            with nullcontext(pool) if pool else worker_processes(agenda.context.at_once) as workers:
                 _run_parallel(agenda, workers, on_result)
         except BrokenExecutor as e:
             idle = 0 if len(agenda.missing) < before else idle + 1
@@ -76,7 +76,7 @@ def _run_parallel_with_restarts(agenda: Scheduler, pool: Executor | None, on_res
             agenda.again()
         else:
             full = any(isinstance(e, torch.OutOfMemoryError) for e in agenda.left_out.values())
-            if not full or agenda.where.at_once == 1: return
+            if not full or agenda.context.at_once == 1: return
             agenda.halve()
 
 # %% ../../nbs/experiments/05_sweeps.ipynb #c0a7b2d3
@@ -129,15 +129,15 @@ class _RunSlot:
 
     def __init__(self,
         run: RunSpec,
-        where: RunContext,
+        context: RunContext,
         until: float | None, # when to stop, as `time.time()` tells it
         cache: TeacherCache | None, # of its teacher
         stream: torch.cuda.Stream | None, # None: there is only one
     ):
         self.stream, self.event = stream, None
-        with self.on_stream(): self.training = build_trainer(run, where, cache)
-        self.run, self.where = run, where
-        self.pieces = train_in_chunks(self.training, where.store.path(run, "part"), until=until)
+        with self.on_stream(): self.training = build_trainer(run, context, cache)
+        self.run, self.context = run, context
+        self.pieces = train_in_chunks(self.training, context.store.path(run, "part"), until=until)
 
     def on_stream(self):
         "Whatever is asked of the device in the block goes to the slot's stream"
@@ -156,7 +156,7 @@ class _RunSlot:
 
     def trained(self) -> TrainedRun:
         "What came out"
-        with self.on_stream(): return collect_trained_run(self.run, self.where, self.training)
+        with self.on_stream(): return collect_trained_run(self.run, self.context, self.training)
 
 
 class _SideBySideRunner:
@@ -170,7 +170,7 @@ class _SideBySideRunner:
         self.agenda, self.on_result, self.on_progress = agenda, on_result, on_progress
         self.slots, self.evaluated = {}, {} # by run; what came out, by the future of its evaluation
         self.caches = _TeacherCachePool(agenda.missing)
-        n, device = agenda.where.at_once, best_device(agenda.where.device)
+        n, device = agenda.context.at_once, best_device(agenda.context.device)
         self.streams = [torch.cuda.Stream(device) if device.type == "cuda" and n > 1 else None for _ in range(n)]
         beside = rank_and_world()[1] == 1 and (n > 1 or device.type == "cuda") # processes that share each run keep step
         self.workers = ExitStack()
@@ -194,7 +194,7 @@ class _SideBySideRunner:
 
     def has_room(self) -> bool:
         "Whether there is a free slot, and evaluation is not far behind"
-        return len(self.slots) < self.agenda.where.at_once and len(self.evaluated) <= self.n_workers
+        return len(self.slots) < self.agenda.context.at_once and len(self.evaluated) <= self.n_workers
 
     def can_begin(self, run: RunSpec) -> bool:
         "Runs that drop units out draw from one generator, which recorded steps of others could disturb: they keep to themselves"
@@ -208,18 +208,18 @@ class _SideBySideRunner:
             e.run = run
             raise
         except Exception as e:
-            if isinstance(e, torch.OutOfMemoryError) and self.agenda.where.at_once > 1: raise
+            if isinstance(e, torch.OutOfMemoryError) and self.agenda.context.at_once > 1: raise
             self.agenda.leave_out(run, e)
             self.end(run)
         return True
 
     def begin(self, run: RunSpec) -> bool:
         "Put a run into a slot, unless another process has done it"
-        where, cache = self.agenda.where._replace(record=run not in self.agenda.unrecorded), self.caches.take(run)
-        if has_result_and_weights(run, where):
+        context, cache = self.agenda.context._replace(record=run not in self.agenda.unrecorded), self.caches.take(run)
+        if has_result_and_weights(run, context):
             self.end(run)
-            self.on_result(where.store.get(run))
-        else: self.slots[run] = _RunSlot(run, where, self.agenda.until, cache, self.stream_for(run))
+            self.on_result(context.store.get(run))
+        else: self.slots[run] = _RunSlot(run, context, self.agenda.until, cache, self.stream_for(run))
         return True
 
     def stream_for(self, run: RunSpec) -> torch.cuda.Stream | None:
@@ -256,7 +256,7 @@ class _SideBySideRunner:
         "Put a run into the store"
         try: figures = future.result() if self.pool else None
         except BrokenExecutor: figures = self.pool = None # a process was killed
-        self.on_result(store_result(trained, self.agenda.where.store, figures))
+        self.on_result(store_result(trained, self.agenda.context.store, figures))
         return True
 
     def end(self, run: RunSpec) -> None:
@@ -294,7 +294,7 @@ def _run_side_by_side(agenda: Scheduler, on_result: _OnResult, on_progress: Call
 
 def _continue_in_fresh_process(agenda: Scheduler, on_result: _OnResult) -> bool: # False: it is spoilt, too, and there is more to do
     "Do runs side by side in a fresh process"
-    store = agenda.where.store
+    store = agenda.context.store
     def collect():
         there = lambda r: all(store.path(r, kind).exists() for kind in ("net", "run"))
         for run in [r for r in agenda.order if r in agenda.missing and there(r)]:
@@ -304,7 +304,7 @@ def _continue_in_fresh_process(agenda: Scheduler, on_result: _OnResult) -> bool:
     free_gpu_memory()
     rows = [row[-1] for row in agenda.rows if not agenda.left_out.keys() & row]
     with worker_processes(1) as pool:
-        rest = pool.submit(_run_remaining, rows, agenda.where, agenda.until, agenda.unrecorded)
+        rest = pool.submit(call_with_own_code, pack_own_code(), _run_remaining, rows, agenda.context, agenda.until, agenda.unrecorded)
         while not rest.done():
             wait([rest], timeout=1.)
             collect()
@@ -316,12 +316,12 @@ def _continue_in_fresh_process(agenda: Scheduler, on_result: _OnResult) -> bool:
 
 def _run_remaining(
     specs: list[RunSpec],
-    where: RunContext,
+    context: RunContext,
     until: float | None,
     unrecorded: set[RunSpec],
 ) -> tuple[dict[RunSpec, Exception], bool]: # what was left out, and why; whether this process is sound
     "Do what is left"
-    agenda = Scheduler(specs, where, until, unrecorded)
+    agenda = Scheduler(specs, context, until, unrecorded)
     _SideBySideRunner(agenda, agenda.done).work()
     return agenda.left_out, not cuda_is_broken()
 

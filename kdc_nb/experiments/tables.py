@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..core import Table, check
+from ..core import check
+from ..tables import Table
 from ..calibration.estimates import Estimate
 from ..calibration.evaluation import DAGGER, OUTSIDE_NOTE, format_metric, metric_label
 from .specs import Distil, RunSpec

@@ -24,9 +24,8 @@ from kdc_nb.calibration.diagrams import (
     BLUE, COLORS, GREEN, GREY, ORANGE, SKY, axis_label, format_percent_axes,
 )
 from ..training.data import DataSpec, load_data
-from kdc_nb.experiments.specs import (
-    Distil, RunSpec, TemperatureScaled, TemperedPosterior, first_teacher_run, method_label, teacher_label,
-)
+from .specs import Distil, RunSpec, method_label, teacher_label
+from .teachers import TemperatureScaled, TemperedPosterior
 from .results import Result, group_by_seed
 from .tables import SeedSummary, format_seed_count, summarise_results
 
@@ -146,12 +145,12 @@ def prepare_direct_and_distilled(
 ) -> dict[str, tuple[SeedSummary, SeedSummary]]: # by calibrator: direct, distilled from a teacher calibrated so
     "Each calibrator used directly, and by the teacher; temperature scaling too, where there are such students"
     groups = group_by_seed(results)
-    students = [s for s in groups if isinstance(s.method, Distil) and (s.method.T, s.method.alpha) == (T, alpha) and first_teacher_run(s.method.teacher)]
+    students = [s for s in groups if isinstance(s.method, Distil) and (s.method.T, s.method.alpha) == (T, alpha) and s.method.teacher.first_run()]
     kinds = {(s.data, s.model) for s in students}
     check(len(kinds) < 2, "results", ", ".join(f"{m} on {d}" for d, m in kinds), "one student network on one data set")
     out = {}
     for s in students:
-        direct, which = groups.get(replace(s, method=first_teacher_run(s.method.teacher).method)), "scaled" if isinstance(s.method.teacher, TemperatureScaled) else "raw"
+        direct, which = groups.get(replace(s, method=s.method.teacher.first_run().method)), "scaled" if isinstance(s.method.teacher, TemperatureScaled) else "raw"
         if direct: out[teacher_label(s.method)] = summarise_results("direct", direct, which), summarise_results("KD", groups[s], "raw")
     return out
 

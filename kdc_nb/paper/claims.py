@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..core import Table, check, lookup
+from ..core import check, lookup
+from ..tables import Table
 from ..calibration.evaluation import format_metric, metric_label
 from ..calibration.differences import Difference, debiased_contributions, estimate_difference
 from ..experiments.results import Result, result_outcomes

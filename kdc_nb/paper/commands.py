@@ -14,9 +14,11 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import closing, redirect_stdout
 from dataclasses import replace
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-from ..core import Table, check, spec_hash
+from ..core import check, spec_hash
+from ..tables import Table
 from ..training.devices import best_device, distributed_session, rank_and_world
 from ..training.recipes import RECIPES
 from ..experiments.specs import RunSpec
@@ -50,6 +52,7 @@ def _build_parser() -> argparse.ArgumentParser:
     flag("--candidates", "in place of its rows, what the validation images may choose from, one seed")
     p.add_argument("--chosen", help="strengths, T and alpha as the validation images choose from the candidates in this "
                                     ".npz file (as published)")
+    p.add_argument("--import", dest="modules", action="append", default=[], metavar="FILE", help="import a .py file that registers methods, networks or data; may be repeated")
     p.add_argument("--store", help="folder of the runs (the cache folder's)")
     p.add_argument("--device", help="cpu, cuda, cuda:1 or mps (the fastest there is)")
     p.add_argument("--jobs", type=int, default=1, help="processes at a time, each with a run (1)")
@@ -61,11 +64,12 @@ def _build_parser() -> argparse.ArgumentParser:
     return p
 
 # %% ../../nbs/paper/05_commands.ipynb #82b9c0a4
-def main(args: Iterable[str] | None = None) -> int: # exit status, see EXITS
+def main(args: Iterable[str] | None = None) -> int: # exit status, see `_EXIT_STATUS_HELP`
     "The command `kdc_sweep`"
     a = _build_parser().parse_args(args)
     store = Store(a.store)
     try:
+        for file in a.modules: _import_file(file)
         with distributed_session(a.device), redirect_stdout(sys.stdout if rank_and_world()[0] == 0 else io.StringIO()): return _run_command(a, store)
     except KeyboardInterrupt: status, why = 130, f"\nStopped. What is done is kept in {store.folder}; the same command goes on."
     except ValueError as e: status, why = 2, e
@@ -73,6 +77,19 @@ def main(args: Iterable[str] | None = None) -> int: # exit status, see EXITS
         status, why = 1, "\n".join([f"{type(e).__name__}: {e}", *getattr(e, "__notes__", [])])
     print(why, file=sys.stderr)
     return status
+
+# %% ../../nbs/paper/05_commands.ipynb #7c231da0
+def _import_file(path: str) -> None:
+    "Import a .py file, such that what it registers can be sent to other processes; a `ValueError` says what went wrong in it"
+    import cloudpickle
+    name = Path(path).stem
+    check(Path(path).is_file() and path.endswith(".py"), "--import", path, "a .py file that is there")
+    check(name not in sys.modules, "--import", path, f"another name than {name}, which is that of a module")
+    spec = spec_from_file_location(name, path)
+    sys.modules[name] = module = module_from_spec(spec)
+    try: spec.loader.exec_module(module)
+    except Exception as e: raise ValueError(f"--import: {path}: {type(e).__name__}: {e}") from e
+    cloudpickle.register_pickle_by_value(module)
 
 # %% ../../nbs/paper/05_commands.ipynb #b0000006
 def _run_command(a: argparse.Namespace, store: Store) -> int:

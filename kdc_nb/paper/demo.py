@@ -18,12 +18,14 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from ..core import atomic_write, check
+from ..core import check
+from ..files import atomic_write
 from ..training.data import DataSpec
 from ..training.methods import Method
 from ..training.devices import best_device
 from ..training.recipes import RECIPES, Recipe
-from ..experiments.specs import Distil, RunSpec, TemperedPosterior
+from ..experiments.specs import Distil, RunSpec
+from ..experiments.teachers import TemperedPosterior
 from ..experiments.results import Result
 from ..experiments.runs import Store
 from ..experiments.sweeps import sweep

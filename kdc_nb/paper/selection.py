@@ -8,11 +8,13 @@ __all__ = ['METHOD_GRID', 'candidate_specs', 'select_on_validation', 'as_hyperpa
 # %% ../../nbs/paper/01_selection.ipynb #1e9a44bb
 from collections.abc import Mapping, Sequence
 
-from ..core import Table, check
+from ..core import check
+from ..tables import Table
 from ..calibration.evaluation import format_metric, metric_label
 from ..training.methods import Method
 from ..training.recipes import Recipe
-from ..experiments.specs import Distil, RunSpec, TemperatureScaled, lineage, method_label, run_label
+from ..experiments.specs import Distil, RunSpec, lineage, method_label, run_label
+from ..experiments.teachers import TemperatureScaled
 from ..experiments.results import Result
 from .settings import PAPER_METHODS, Hyperparameters, paper_specs, resolve_setting
 

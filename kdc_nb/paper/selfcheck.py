@@ -21,7 +21,8 @@ from ..training.devices import best_device, call_in_fresh_process, cuda_is_broke
 from ..training.recipes import Recipe
 from ..training.steps import Trainer
 from ..training.trainer import run_trainer, train_in_chunks
-from ..experiments.specs import Distil, RunSpec, TemperatureScaled
+from ..experiments.specs import Distil, RunSpec
+from ..experiments.teachers import TemperatureScaled
 from ..experiments.runs import Store, describe_environment
 from ..experiments.sweeps import sweep
 from .settings import PAPER_METHODS

@@ -14,9 +14,8 @@ from ..core import check, lookup
 from ..training.data import DataSpec
 from ..training.methods import Method
 from ..training.recipes import Recipe
-from kdc_nb.experiments.specs import (
-    Distil, RunSpec, TemperatureScaled, first_teacher_run, self_distillation_chain,
-)
+from ..experiments.specs import Distil, RunSpec, self_distillation_chain
+from ..experiments.teachers import TemperatureScaled
 
 # %% ../../nbs/paper/00_settings.ipynb #bf78273b
 class Setting(NamedTuple):
@@ -187,7 +186,7 @@ def order_by_priority(
     alphas = list(dict.fromkeys(s.method.alpha for s in rows.values() if isinstance(s.method, Distil)))
     def key(spec):
         taught, first, depth = isinstance(spec.method, Distil), spec, 0
-        while isinstance(first.method, Distil): first, depth = first_teacher_run(first.method.teacher) or first, depth + 1
+        while isinstance(first.method, Distil): first, depth = first.method.teacher.first_run() or first, depth + 1
         alpha = alphas.index(spec.method.alpha) if taught else 0
         scaled = taught and isinstance(spec.method.teacher, TemperatureScaled)
         rank = _METHOD_PRIORITY.index(first.method.name) if first.method.name in _METHOD_PRIORITY else len(_METHOD_PRIORITY)

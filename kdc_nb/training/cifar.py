@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import atomic_write, cache_dir, check, load_tensors, save_tensors
+from ..core import check
+from ..files import atomic_write, cache_dir, load_tensors, save_tensors
 from .data import DataSpec, Dataset, Split, channel_stats, check_split_sizes
 
 # %% ../../nbs/training/02_cifar.ipynb #cf87699e

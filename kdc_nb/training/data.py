@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import NamedSpec, cache_dir, check, content_hash, frozen_spec, load_tensors
+from ..core import NamedSpec, check, frozen_spec
+from ..files import cache_dir, content_hash, load_tensors
 
 # %% ../../nbs/training/00_data.ipynb #1fd73e86
 @dataclass(frozen=True, eq=False)
@@ -85,15 +85,8 @@ class Dataset:
         return content_hash(tensors, f"{self.augment} {self.mean} {self.std}")[:16]
 
 # %% ../../nbs/training/00_data.ipynb #24617b45
-_DATA_MODULES = "synthetic", "cifar", "images", "text" # which register the kit's own data sets
-
-
-class DataSpec(NamedSpec):
+class DataSpec(NamedSpec, rooms=[f"kdc_nb.training.{room}" for room in ("synthetic", "cifar", "images", "text")]):
     "A data set by name, such as `DataSpec('cifar10', n_train=5000)`"
-
-    def __init__(self, name: str, **params):
-        for room in _DATA_MODULES: import_module(f"kdc_nb.training.{room}")
-        super().__init__(name, **params)
 
     @property
     def title(self) -> str: return self.params.get("title", self.name)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['best_device', 'list_devices', 'bf16_autocast', 'seeded_rng', 'distributed_session', 'rank_and_world', 'rank_slice',
            'gather_batch', 'gather_strided', 'broadcast_int', 'mark_cuda_broken', 'cuda_is_broken', 'free_gpu_memory',
-           'worker_processes', 'call_in_fresh_process']
+           'worker_processes', 'pack_own_code', 'call_with_own_code', 'call_in_fresh_process']
 
 # %% ../../nbs/training/09_devices.ipynb #84e505d9
 import gc
@@ -21,7 +21,7 @@ import torch
 from joblib.externals import loky
 from torch import Tensor, distributed
 
-from ..core import check
+from ..core import KNOWN_FINGERPRINTS, Registry, check, own_entries, own_fingerprints
 
 # %% ../../nbs/training/09_devices.ipynb #25c1a362
 def best_device(
@@ -182,8 +182,27 @@ def worker_processes(
         raise
     pool.shutdown()
 
+# %% ../../nbs/training/09_devices.ipynb #bd6f8b47
+def pack_own_code() -> tuple[int, bytes]: # this process, what it has
+    "What users registered here, for `call_with_own_code` in another process"
+    entries, fingerprints = own_entries(), own_fingerprints()
+    if not fingerprints: return os.getpid(), b""
+    import cloudpickle
+    return os.getpid(), cloudpickle.dumps((entries, fingerprints))
+
+
+def call_with_own_code(packed: tuple[int, bytes], f: Callable, *args: Any) -> Any:
+    "Call a function where all is registered that was registered where `packed` was made"
+    sender, code = packed
+    if code and sender != os.getpid():
+        import cloudpickle
+        entries, fingerprints = cloudpickle.loads(code)
+        KNOWN_FINGERPRINTS.update(fingerprints)
+        for kind, name, made in entries: Registry.by_kind[kind].data[name] = made
+    return f(*args)
+
 
 def call_in_fresh_process(f: Callable, *args: Any) -> Any:
     "What a function gives in a process of its own, which nothing has happened to"
     free_gpu_memory()
-    with worker_processes(1) as pool: return pool.submit(f, *args).result()
+    with worker_processes(1) as pool: return pool.submit(call_with_own_code, pack_own_code(), f, *args).result()

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import check, content_hash, derive_seed, save_tensors
+from ..core import check, derive_seed
+from ..files import content_hash, save_tensors
 from kdc_nb.training.data import (
     DataSpec, Dataset, InputsAndLabels, Split, channel_stats, check_augmentations, check_class_names,
     check_labels, read_registered_data, registered_data_path, stratified_split,

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core import cache_dir, check, content_hash, load_tensors, save_tensors
+from ..core import check
+from ..files import cache_dir, content_hash, load_tensors, save_tensors
 from kdc_nb.training.data import (
     DataSpec, Dataset, InputsAndLabels, Split, check_class_names, check_labels, check_split_sizes,
     read_registered_data, registered_data_path,

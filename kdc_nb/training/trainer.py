@@ -18,7 +18,8 @@ import torch
 from torch import distributed, nn
 from tqdm.auto import tqdm
 
-from ..core import check, load_tensors, save_tensors
+from ..core import check
+from ..files import load_tensors, save_tensors
 from ..calibration.metrics import ece, top1
 from .data import Dataset
 from .methods import TrainingMethod

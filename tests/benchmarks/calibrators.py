@@ -13,7 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from training import BATCH, C, images, kernels, synchronize # the benchmark beside this one
 
-from kdc_nb.core import atomic_write, format_text_table
+from kdc_nb.files import atomic_write
+from kdc_nb.tables import format_text_table
 from kdc_nb.training.devices import best_device
 from kdc_nb.training.methods import Distillation, Method, TrainingMethod, TrainingStep
 from kdc_nb.training.models import build_model

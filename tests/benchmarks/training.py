@@ -41,7 +41,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from kdc_nb.core import atomic_write
+from kdc_nb.files import atomic_write
 from kdc_nb.training.data import Dataset, Split
 from kdc_nb.training.devices import best_device, bf16_autocast
 from kdc_nb.training.losses import cross_entropy, distillation
