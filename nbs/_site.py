@@ -24,6 +24,7 @@ from pygments.lexers import get_lexer_by_name
 from _build import NBS, ROOT, directives, notebooks
 
 FRAME = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+FOLDERS = ("", "calibration", "training", "experiments", "analysis", "paper", "studies") # under nbs, each on those before it
 MARKER = ".made-by-make-site" # a folder that holds this file may be replaced
 PYTHON, COLOURS = get_lexer_by_name("ipython3"), HtmlFormatter(style="vs")
 LETTERS = {(alphabet, unicodedata.normalize("NFKC", c)): c for alphabet in ("double-struck", "script") for c in map(chr, range(0x2100, 0x1D800))
@@ -125,8 +126,8 @@ class Page:
 
 
 def read_pages() -> list[Page]:
-    "All notebooks in reading order: the index, those beside it, those in folders"
-    paths = sorted((p.relative_to(NBS) for p in notebooks()), key=lambda p: (p.stem != "index", len(p.parts)))
+    "All notebooks in reading order: the index, those beside it, those in folders, floor by floor"
+    paths = sorted((p.relative_to(NBS) for p in notebooks()), key=lambda p: (p.stem != "index", FOLDERS.index(p.parent.name)))
     names, pages = [p.as_posix() for p in paths], []
     for name in names:
         cells, markdown = nbformat.read(NBS/name, as_version=4).cells, MarkdownWithMath(Renderer(name, set(names)))

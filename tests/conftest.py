@@ -5,8 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
-import kdc_nb # before torch, for its threads' sake
-import numpy as np
+import kdc_nb # noqa: F401, before torch, for its threads' sake
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

@@ -121,7 +121,7 @@ def test_the_first_is_begun_even_if_it_cannot_be_finished(tmp_path, clock):
 
 def test_a_checkpoint_tells_what_is_left(tmp_path, clock):
     made = agenda(tmp_path, [STUDENT, OTHER], 100., resnet14=10., resnet8=5.)
-    save_tensors(made.where.store.path(TEACHER, "part"), {}, epochs_done=1.5, history=[], seconds=30.)
+    save_tensors(made.context.store.path(TEACHER, "part"), {}, epochs_done=1.5, history=[], seconds=30.)
     assert made.seconds(TEACHER) == pytest.approx(10), "half an epoch at twenty seconds an epoch"
 
 

@@ -44,7 +44,7 @@ def test_the_check_passes_here(few, capsys):
 def test_a_method_that_trains_otherwise_the_second_time_is_a_fault(few, capsys, monkeypatch):
     learn, times = selfcheck_room._epoch_losses, []
     def drifting(training, *rest):
-        if type(training.method).__name__ == "CorrectnessRanking": times.append(1)
+        if type(training.method).__name__ == "_CorrectnessRanking": times.append(1)
         return [x*(1 + .2*(len(times) == 1)) for x in learn(training, *rest)]
     patch_name(monkeypatch, "_epoch_losses", drifting)
     assert main(["--check", "--device", "cpu"]) == 1
@@ -54,9 +54,9 @@ def test_a_method_that_trains_otherwise_the_second_time_is_a_fault(few, capsys, 
 
 
 def test_after_a_recording_that_failed_the_others_are_checked_in_fresh_processes(few, capsys, monkeypatch):
-    recorded, here = kt.capture_step, os.getpid()
+    recorded = kt.capture_step
     def refuse(run):
-        if type(run.method).__name__ == "CorrectnessRanking":
+        if type(run.method).__name__ == "_CorrectnessRanking":
             mark_cuda_broken()
             raise GraphCaptureError("the step cannot be recorded: why")
         return recorded(run)
@@ -65,7 +65,7 @@ def test_after_a_recording_that_failed_the_others_are_checked_in_fresh_processes
     patch_name(monkeypatch, "call_in_fresh_process", lambda f, *args: asked.append(args) or elsewhere(f, *args))
     assert main(["--check", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
-    assert "crl                   FAULT   NotRecorded: the step cannot be recorded: why" in out and out.splitlines()[-1] == "Faults: crl"
+    assert "crl                   FAULT   GraphCaptureError: the step cannot be recorded: why" in out and out.splitlines()[-1] == "Faults: crl"
     assert len(asked) == 3
 
 

@@ -82,7 +82,7 @@ def test_given_images_come_back_and_are_found_by_another_process(own):
     d = load_data(data)
     assert torch.equal(d.train.inputs, x) and torch.equal(d.test.inputs, x) and torch.equal(d.valid.labels, y[:6])
     assert (d.classes, d.augment, d.in_channels, data.title) == (("a", "b", "c"), ("flip",), 3, "mine") and d.mean == pytest.approx((x/255.).mean((0, 2, 3)).tolist(), abs=1e-6)
-    code = f"from kdc_nb.training.data import *; print(load_data(Data('given', title='mine', fingerprint={data.fingerprint!r})).fingerprint)"
+    code = f"from kdc_nb.training.data import *; print(load_data(DataSpec('given', title='mine', fingerprint={data.fingerprint!r})).fingerprint)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == d.fingerprint
     assert ki.register_images("mine", (x, y), (x[:6], y[:6]), (x, y), ["a", "b", "c"], ["flip"]) == data, "the same content is the same data set"
     assert ki.register_images("mine", (x, y.flip(0)), (x[:6], y[:6]), (x, y), ["a", "b", "c"], ["flip"]) != data
@@ -289,4 +289,4 @@ def test_streamed_runs_go_in_parallel_and_by_folds(imagenet, tmp_path):
     fold, whole_set = load_data(LeaveFoldOut(data, 0, 3)), load_data(data)
     assert len(fold.train) == 18 and fold.fingerprint != whole_set.fingerprint
     said = teacher_from_logits("mine", torch.randn(27, 3), data, Store(tmp_path/"a"))
-    with pytest.raises(ValueError, match="who was asked about other images"): run(replace(runs[0], data=LeaveFoldOut(data, 0, 3), method=Distil(said)), Store(tmp_path/"a"), "cpu", progress=False)
+    with pytest.raises(ValueError, match="with logits of other images"): run(replace(runs[0], data=LeaveFoldOut(data, 0, 3), method=Distil(said)), Store(tmp_path/"a"), "cpu", progress=False)

@@ -103,7 +103,7 @@ def device(monkeypatch):
     class Pretended(_SideBySideRunner):
         def __init__(self, agenda, *rest):
             super().__init__(agenda, *rest)
-            self.streams = [f"stream {k}" for k in range(agenda.where.at_once)]
+            self.streams = [f"stream {k}" for k in range(agenda.context.at_once)]
     patch_name(monkeypatch, "_SideBySideRunner", Pretended)
     monkeypatch.setattr(torch.cuda, "stream", it.on)
     patch_name(monkeypatch, "_record_event", it.mark)
@@ -151,7 +151,7 @@ def refusing(monkeypatch, error, which=lambda run: True):
 
 
 def test_after_a_recording_that_failed_the_rest_goes_on_in_a_fresh_process(store, alone, monkeypatch):
-    refusing(monkeypatch, GraphCaptureError("the step cannot be recorded: why"), lambda run: type(run.method).__name__ == "CorrectnessRanking")
+    refusing(monkeypatch, GraphCaptureError("the step cannot be recorded: why"), lambda run: type(run.method).__name__ == "_CorrectnessRanking")
     seen = []
     with pytest.warns(UserWarning, match="crl beta=1, seed 1: the step cannot be recorded: why; it is trained without"):
         same(go(ALL, store, slots=2, on_result=seen.append), alone)
@@ -259,7 +259,7 @@ def test_evaluation_that_is_slow_holds_back_what_could_not_be_evaluated_in_time(
 
 
 def test_a_device_that_was_full_while_it_recorded_one_of_one_leaves_the_rest_to_a_fresh_process(store, alone, monkeypatch):
-    refusing(monkeypatch, torch.OutOfMemoryError("full"), lambda run: type(run.method).__name__ == "CorrectnessRanking")
+    refusing(monkeypatch, torch.OutOfMemoryError("full"), lambda run: type(run.method).__name__ == "_CorrectnessRanking")
     with pytest.raises(torch.OutOfMemoryError): go(OTHERS, store)
     same([store.get(s) for s in OTHERS[1:]], alone[4:])
 

@@ -141,7 +141,7 @@ def test_other_words_are_another_teacher(store):
 
 
 @pytest.mark.parametrize("said, message", [
-    (torch.zeros(99, 20), r"said: got shape \(99, 20\), expected \(100, 20\)"), (torch.full((100, 20), torch.nan), "NaN or infinity"),
+    (torch.zeros(99, 20), r"logits: got shape \(99, 20\), expected \(100, 20\)"), (torch.full((100, 20), torch.nan), "NaN or infinity"),
     ("words", "no table of numbers"), (lambda x, index: torch.zeros(len(x), 3), r"shape \(100, 3\)"),
 ])
 def test_what_is_no_teacher_is_refused(store, said, message):
@@ -152,7 +152,7 @@ def test_what_is_no_teacher_is_refused(store, said, message):
 def test_what_was_said_of_other_images_is_refused(store):
     teacher = teacher_from_logits("a", torch.zeros(100, 20), TINY, store)
     for other in (replace(NET, data=DataSpec("known", n_train=100, n_valid=60, n_test=80, seed=1)), replace(NET, data=LeaveFoldOut(TINY, 0, 2))):
-        with pytest.raises(ValueError, match="teacher: got a, who was asked about other images"): go(replace(other, method=Distil(teacher)), store)
+        with pytest.raises(ValueError, match="teacher: got a, with logits of other images"): go(replace(other, method=Distil(teacher)), store)
 
 
 def test_a_damaged_or_foreign_file_is_told(store):

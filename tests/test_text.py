@@ -41,7 +41,7 @@ def test_the_posterior_of_topics_is_true_and_the_same_everywhere():
     for c in range(12): # every class's share is what its probabilities say
         miss = (y == c).double() - p[:, c]
         assert stats.norm.sf(abs(float(miss.sum()))/float((p[:, c]*(1 - p[:, c])).sum())**.5) > 1e-4
-    code = "from kdc_nb.training.data import *; print(load_data(Data('topics', n_train=40, n_valid=20, n_test=30)).fingerprint)"
+    code = "from kdc_nb.training.data import *; print(load_data(DataSpec('topics', n_train=40, n_valid=20, n_test=30)).fingerprint)"
     said = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() for _ in range(2)}
     assert said == {load_data(TINY).fingerprint}, "the tokenizer is learnt alike in every process"
     assert torch.equal(load_data(TINY).test.inputs[:, :10], d.test.inputs[:30, :10])
@@ -113,7 +113,8 @@ def own_bert(folder, data, pickled=False):
         (folder/"model.safetensors").unlink()
         torch.save(body.state_dict(), folder/"pytorch_model.bin")
     config.num_labels = data.n_classes
-    MODELS["own_bert"] = lambda n_classes, in_channels: text_room.TextClassifier(BertForSequenceClassification(config), str(folder))
+    @MODELS.register("own_bert")
+    def build(n_classes, in_channels): return text_room.TextClassifier(BertForSequenceClassification(config), str(folder))
     return body
 
 

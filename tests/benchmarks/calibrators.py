@@ -46,7 +46,7 @@ def loss_alone(method: TrainingMethod, device: torch.device):
     method.to(device)
     z, y = torch.randn(BATCH, C, device=device, requires_grad=True), torch.randint(C, (BATCH,), device=device)
     index, epoch, said = torch.arange(BATCH, device=device), torch.ones((), dtype=torch.long, device=device), torch.randn(BATCH, C, device=device)
-    targets = torch.randn(BATCH, C, device=device).softmax(1) if type(method).__name__ == "MixUp" else y
+    targets = torch.randn(BATCH, C, device=device).softmax(1) if type(method).__name__ == "_MixUp" else y
     return lambda: torch.autograd.grad(method(TrainingStep(z, targets, index, epoch, said)), z)
 
 

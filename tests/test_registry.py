@@ -1,0 +1,176 @@
+"One registry: a name is given once, what is registered is part of a run's id, and is there in other processes"
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from kdc_nb.calibration.posthoc import Calibrator
+from kdc_nb.core import Registry, own_entries, source_fingerprint, spec_hash
+from kdc_nb.experiments.runs import Store, run
+from kdc_nb.experiments.specs import Distil, RunSpec, run_id
+from kdc_nb.training.data import DataSpec, load_data
+from kdc_nb.training.losses import cross_entropy
+from kdc_nb.training.methods import Method, TrainingMethod
+from kdc_nb.training.models import MODELS
+from kdc_nb.training.recipes import Recipe
+
+TINY = DataSpec("known", n_train=100, n_valid=60, n_test=80)
+OWN = '''
+import torch
+from kdc_nb.training.data import DataSpec, Dataset, Split
+from kdc_nb.training.losses import cross_entropy
+from kdc_nb.training.methods import Method, TrainingMethod
+from kdc_nb.training.models import MODELS
+
+FACTOR = {factor}
+
+def penalty(z): return FACTOR*z.pow(2).mean()
+
+@Method.register("own_penalty")
+def own_penalty(beta=1.): return TrainingMethod(lambda z, y: cross_entropy(z, y) + beta*penalty(z))
+
+@MODELS.register("own_net_{{width}}")
+def own_net(n_classes, in_channels, width):
+    flat = torch.nn.Linear(64*in_channels, width)
+    return torch.nn.Sequential(torch.nn.Flatten(), flat, torch.nn.ReLU(), torch.nn.Linear(width, n_classes))
+
+@DataSpec.register("own_data")
+def own_data(n=60):
+    g = torch.Generator().manual_seed(0)
+    def split():
+        y = torch.arange(n) % 4
+        x = torch.randint(0, 60, (n, 1, 8, 8), generator=g, dtype=torch.uint8) + (50*y.to(torch.uint8))[:, None, None, None]
+        return Split(x, y, torch.nn.functional.one_hot(y, 4).float())
+    return Dataset(split(), split(), split(), ("a", "b", "c", "d"), superclass=(0, 0, 1, 1), mean=(.5,), std=(.2,))
+'''
+SPECS = '''
+from kdc_nb.experiments.agenda import write_specs
+from kdc_nb.experiments.specs import Distil, RunSpec
+from kdc_nb.training.recipes import Recipe
+data, recipe = DataSpec("own_data"), Recipe(2, 20)
+teacher = RunSpec(data, "own_net_9", Method("own_penalty", beta=.1), recipe)
+specs = [teacher, RunSpec(data, "own_net_5", Distil(teacher), recipe), RunSpec(data, "own_net_5", Method("own_penalty"), recipe)]
+'''
+
+
+@pytest.fixture
+def clean():
+    "What a test registers is gone afterwards"
+    before = {k: dict(r.data) for k, r in Registry.by_kind.items()}
+    yield
+    for k, r in Registry.by_kind.items(): r.data = before.get(k, r.data)
+
+
+def register(factor: float = 1., layer: str = "ReLU") -> None:
+    "What a script or notebook registers, with a constant of a helper and a layer of the network"
+    exec(compile(OWN.format(factor=factor).replace("ReLU", layer), "<own>", "exec"), {"__name__": "__main__"})
+
+
+SPEC = RunSpec(TINY, "resnet8", "nll", Recipe(1, 50))
+
+
+@pytest.mark.parametrize("registry, name", [
+    (Method.registry, "nll"), (MODELS, "densenet121"), (MODELS, "resnet{depth}"), (MODELS, "bert-base-uncased"),
+    (DataSpec.registry, "known"), (DataSpec.registry, "cifar10"), (Calibrator.registry, "ts"),
+])
+def test_a_taken_name_is_refused(registry, name, clean):
+    def another(): pass
+    before = registry[name]
+    with pytest.raises(ValueError, match=f"{registry.kind}: got '.*', expected a name that is not taken"): registry.register(name)(another)
+    with pytest.raises(ValueError, match="not taken"): registry[name] = lambda: None
+    assert registry[name] is before
+
+
+def test_a_cell_run_again_is_no_other_entry(clean):
+    for value in (1, 2):
+        @Method.register("again")
+        def again(x=value): return x
+    assert Method("again").x == 2
+
+
+def test_a_parameter_without_default_is_refused_where_it_is_registered(clean):
+    with pytest.raises(ValueError, match=r"Method\('bare'\): got parameters \['beta'\] without default"):
+        @Method.register("bare")
+        def bare(beta): pass
+    assert "bare" not in Method.registry
+    @Calibrator.register("given")
+    def given(logits, labels, strength=1.): pass
+    assert Calibrator("given").strength == 1
+
+
+def test_the_kits_own_runs_have_no_code_in_their_id():
+    spec = RunSpec(TINY, "resnet8", Method("crl"))
+    assert own_entries() == [] and run_id(spec) == spec_hash(spec, schema=1, data=[load_data(TINY).fingerprint])
+
+
+def test_changed_code_is_another_run(clean):
+    "The constant of a method's helper, a layer of a network: each is another id, also of a student, and the same again the same"
+    register()
+    net = replace(SPEC, model="own_net_3")
+    specs = [replace(SPEC, method=Method("own_penalty")), net, replace(SPEC, method=Distil(net))]
+    def ids(**kw):
+        register(**kw)
+        return [run_id(s) for s in specs]
+    plain, constant, layer = ids(), ids(factor=-9.), ids(layer="Tanh")
+    assert [a == b for a, b in zip(plain, constant)] == [False, True, True]
+    assert [a == b for a, b in zip(plain, layer)] == [True, False, False]
+    assert ids() == plain
+
+
+def test_a_result_of_other_code_is_not_taken(clean, tmp_path):
+    "A method whose penalty was multiplied by -9 under the same name is trained, not looked up"
+    results = []
+    for factor in (1., -9.):
+        register(factor)
+        results.append(run(replace(SPEC, method=Method("own_penalty")), Store(tmp_path), "cpu", progress=False))
+    assert len([*tmp_path.glob("*.run")]) == 2
+    assert not torch.equal(*(r.logits["test"] for r in results))
+
+
+def test_what_a_fingerprint_holds():
+    def f(x): return x + 1
+    def g(x): return x + 2
+    class A:
+        def act(self): return f(1)
+    class B:
+        def act(self): return g(1)
+    assert len({source_fingerprint(t) for t in (f, g, A, B, cross_entropy)}) == 5
+    assert source_fingerprint(f) == source_fingerprint(f)
+
+
+def test_a_scripts_own_method_network_and_data_in_two_processes(tmp_path):
+    "Defined in the script itself: trained by two workers, and found again by a second call"
+    (tmp_path/"script.py").write_text(OWN.format(factor=1.) + SPECS + '''
+from kdc_nb.experiments.runs import Store, all_results, run
+from kdc_nb.experiments.sweeps import sweep
+if __name__ == "__main__":
+    store = Store("store")
+    swept = sweep(specs, store, "cpu", jobs=2, progress=False)
+    found = [run(s, store, "cpu", progress=False) for s in specs]
+    print(all((a.logits["test"] == b.logits["test"]).all() for a, b in zip(swept, found)), len(all_results(store)))
+''')
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "3"], done.stderr
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_the_command_imports_a_file(tmp_path, jobs):
+    (tmp_path/"my_methods.py").write_text(OWN.format(factor=1.))
+    (tmp_path/"specs.py").write_text("from my_methods import *" + SPECS + "write_specs(specs, 'runs.json')")
+    subprocess.run([sys.executable, "specs.py"], cwd=tmp_path, check=True)
+    command = [sys.executable, "-m", "kdc_nb", "runs.json", "--store", "store", "--device", "cpu", "--jobs", jobs]
+    told = subprocess.run([*command, "--import", "my_methods.py", "--results", "out.npz"], cwd=tmp_path, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    assert len([*(tmp_path/"store").glob("*.run")]) == 3
+    without = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert without.returncode == 2 and "own_" in without.stderr
+
+
+@pytest.mark.parametrize("text, message", [("x = ", "SyntaxError"), ("import nothing_of_this_name", "ModuleNotFoundError"), (None, "a .py file that is there")])
+def test_a_file_that_cannot_be_imported(tmp_path, text, message):
+    if text is not None: (tmp_path/"mine.py").write_text(text)
+    done = subprocess.run([sys.executable, "-m", "kdc_nb", "fig4", "--import", str(tmp_path/"mine.py"), "--plan"], capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
