@@ -26,7 +26,7 @@ def check(
     ok: bool, # what should hold
     argument: str, # the argument's name, as its user knows it
     got: Any, # what came
-    expected: str, # what would have been right, in words
+    expected: str, # what would have been correct, in words
 ) -> None:
     "Raise a `ValueError` that names the argument, what came and what was expected, unless `ok`"
     if not ok: raise ValueError(f"{argument}: got {got}, expected {expected}")
@@ -70,8 +70,7 @@ class Registry(UserDict):
     def __setitem__(self, name, made):
         if not is_built_in(made): self.load()
         old = self.data.get(name)
-        again = _defined_as(old) and _defined_as(old) == _defined_as(made) # a cell was run again
-        check(old is None or again, self.kind, repr(name), "a name that is not taken yet")
+        check(old is None or _is_defined_again(old, made), self.kind, repr(name), "a name that is not taken yet")
         self.data[name] = made
 
     def register(self, name: str) -> Callable: # a decorator
@@ -87,10 +86,10 @@ def is_built_in(made: Any) -> bool:
     return (getattr(made, "__module__", None) or "").partition(".")[0] == "kdc_nb"
 
 
-def _defined_as(made: Any) -> str | None: # None: it has no name of its own
-    "The name by which a function or class was defined"
-    name = getattr(made, "__qualname__", None)
-    return None if name is None or "<lambda>" in name else name
+def _is_defined_again(old: Any, made: Any) -> bool:
+    "Whether a cell was run again that defined `old`; of the kit's own, only with the very same code"
+    same_name = getattr(old, "__qualname__", "<lambda>") == getattr(made, "__qualname__", None)
+    return same_name and (not is_built_in(old) or _byte_code(old) == _byte_code(made))
 
 # %% ../nbs/core.ipynb #19cd2670
 def own_entries() -> list[tuple[str, str, Any]]: # kind, name, function or class
@@ -126,7 +125,7 @@ def source_fingerprint(made: Any) -> str: # 16 hexadecimal digits
 # %% ../nbs/core.ipynb #df0d3a5d
 def _functions(thing: Any) -> list[Callable]:
     "A function, or those of a class"
-    own = vars(thing).values() if inspect.isclass(thing) else [thing]
+    own = vars(thing).values() if inspect.isclass(thing) else [inspect.unwrap(thing)]
     return [f for f in (getattr(f, "__func__", f) for f in own) if inspect.isfunction(f)]
 
 
@@ -134,15 +133,17 @@ def _source(thing: Any) -> str:
     "The source of a function or class; where there is none, its byte code"
     try: return textwrap.dedent(inspect.getsource(thing))
     except (OSError, TypeError): pass
-    if not inspect.isclass(thing): return repr([_bytes_of_code(f.__code__) for f in _functions(thing)])
+    if not inspect.isclass(thing): return _byte_code(thing)
     bases = [b.__qualname__ for b in thing.__bases__]
     constants = {k: v for k, v in vars(thing).items() if isinstance(v, (bool, int, float, str, tuple)) and not k.startswith("__")}
     return repr([thing.__qualname__, bases, constants, *map(_source, _functions(thing))])
 
 
-def _bytes_of_code(code: CodeType) -> list:
-    "What a function does, without the place where it was written"
-    return [code.co_code, code.co_names, *(_bytes_of_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts)]
+def _byte_code(thing: Any) -> str:
+    "What a function or class does, without the place where it was written"
+    def parts(code):
+        return [code.co_code, code.co_names, *(parts(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts)]
+    return repr([parts(f.__code__) for f in _functions(thing)])
 
 
 def _names_in(code: CodeType) -> set[str]:
@@ -150,7 +151,7 @@ def _names_in(code: CodeType) -> set[str]:
     return set(code.co_names).union(*(_names_in(c) for c in code.co_consts if isinstance(c, CodeType)))
 
 # %% ../nbs/core.ipynb #7c894ddb
-SPEC_TYPES: dict[str, type] = {} # the classes that `decode` may make, by written name
+SPEC_TYPES = Registry("kind", "kdc_nb.experiments.teachers", "kdc_nb.analysis.drift") # the classes that `decode` may make
 WRITTEN_NAMES = { # classes that are called otherwise in files and ids, which outlive names
     "DataSpec": "Data", "LeaveFoldOut": "WithoutFold", "Calibrator": "PostHoc", "TemperatureScaled": "Scaled",
     "TemperedPosterior": "Posterior", "StoredLogits": "Given", "DriftResult": "Drift",
@@ -163,7 +164,7 @@ def written_name(cls: type) -> str:
 
 
 def frozen_spec(cls: type) -> type:
-    "Make `cls` a frozen dataclass that `encode` and `decode` know by its name; whole numbers given for floats become floats, lists tuples"
+    "Make `cls` a frozen dataclass that `encode` and `decode` know by its name; integers given for floats become floats, lists tuples"
     own = cls.__dict__.get("__post_init__", lambda self: None)
     def __post_init__(self):
         for f in fields(self):

@@ -62,10 +62,10 @@ class _ConfidenceShift(NamedTuple):
     "Confidences of a teacher and its student, image by image"
     teacher: np.ndarray # (N,)
     student: np.ndarray # (N,)
-    right: np.ndarray # (N,) whether the student's label is right
+    right: np.ndarray # (N,) whether the student's label is correct
 
     def mean(self, right: bool) -> tuple[float, float]: # mean change from teacher to student, half of its 95% interval
-        "How much surer the student is, on images that it gets right or wrong"
+        "How much more confident the student is, on images that it gets correct or wrong"
         d = (self.student - self.teacher)[self.right == right]
         return float(d.mean()), 1.96*float(d.std(ddof=1))/len(d)**.5
 
@@ -80,7 +80,7 @@ def plot_confidence_shift(
     shift: _ConfidenceShift,
     title: str = "From teacher to student",
 ) -> Sequence[Axes]:
-    "The student's confidence against the teacher's, where it is right and where it is wrong"
+    "The student's confidence against the teacher's, where it is correct and where it is wrong"
     import seaborn as sns
     few = min(shift.right.sum(), (~shift.right).sum())
     check(few >= 2, "shift", f"{few} images on one side", "two or more that the student gets right, and that it gets wrong")

@@ -64,7 +64,7 @@ def corrupt_images(
     how = lookup(CORRUPTIONS, name, "name")
     check_severity(severity)
     _check_image_batch(inputs)
-    check(isinstance(seed, int) and seed >= 0, "seed", repr(seed), "a whole number from 0")
+    check(isinstance(seed, int) and seed >= 0, "seed", repr(seed), "an integer from 0")
     rng = np.random.default_rng([seed, zlib.crc32(name.encode()), severity])
     parts = (how.spoil(x.numpy()/np.float32(255), how.strengths[severity - 1], rng) for x in inputs.cpu().split(500))
     return torch.cat([torch.from_numpy((np.clip(x, 0, 1)*255 + 1e-3).astype(np.uint8)) for x in parts])

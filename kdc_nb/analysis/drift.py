@@ -54,7 +54,7 @@ def read_corrupted_images(
     check_severity(severity)
     images = _open_npy(Path(folder)/f"{name}.npy", lambda a: a.dtype == np.uint8 and a.ndim == 4 and a.shape[3] == 3 and a.size and len(a) % 5 == 0,
                         "uint8 of shape (5 N, H, W, 3)")
-    labels = _open_npy(Path(folder)/"labels.npy", lambda a: a.dtype.kind in "iu" and a.shape == images.shape[:1], f"whole numbers of shape ({len(images)},)")
+    labels = _open_npy(Path(folder)/"labels.npy", lambda a: a.dtype.kind in "iu" and a.shape == images.shape[:1], f"integers of shape ({len(images)},)")
     n = len(images)//5
     x, y = (torch.from_numpy(np.array(a[n*(severity - 1):n*severity])) for a in (images, labels.astype(np.int64)))
     check(0 <= int(y.min()) and int(y.max()) < 100, "folder", f"{Path(folder)/'labels.npy'} with labels {y.min()} to {y.max()}", "labels from 0 to 99")

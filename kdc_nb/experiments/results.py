@@ -169,7 +169,7 @@ def _compress_outcomes(images: Mapping[str, Outcomes]) -> dict[str, Tensor]: # b
 
 # %% ../../nbs/experiments/02_results.ipynb #248a2b70
 def _quantise(x: Tensor) -> Tensor:
-    "Numbers as whole numbers of 1/128 that fit into 16 bits"
+    "Numbers as integers of 1/128 that fit into 16 bits"
     return (128*x).round().clamp(-2**15, 2**15 - 1)
 
 
@@ -179,7 +179,7 @@ def _ece_bin_of_odds(odds: Tensor) -> Tensor:
 
 
 def _to_byte_planes(steps: Tensor) -> Tensor: # (N,) to (2, N)
-    "Whole numbers of 16 bits as their low and their high bytes"
+    "Integers of 16 bits as their low and their high bytes"
     return steps.to(torch.int16).view(torch.uint8).view(-1, 2).T.contiguous()
 
 

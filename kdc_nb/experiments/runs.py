@@ -171,7 +171,7 @@ def build_trainer(
 
 
 def collect_trained_run(spec: RunSpec, context: RunContext, training: Trainer) -> TrainedRun: # that is over
-    "A trained network and what it says"
+    "A trained network and its logits"
     data = training.data
     logits = {k: predict_logits(training.net, data, getattr(data, k).inputs) for k in ("valid", "test")}
     if not all(z.isfinite().all() for z in logits.values()):

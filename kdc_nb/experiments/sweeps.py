@@ -386,7 +386,7 @@ class _ProgressSweep:
 def check_parallelism(jobs: int, slots: int, pool: Executor | None = None) -> None:
     "Refuse numbers of runs at a time that mean nothing together"
     for k, v in dict(jobs=jobs, slots=slots).items():
-        check(type(v) is int and v >= 1, k, v, "a whole number, at least 1")
+        check(type(v) is int and v >= 1, k, v, "an integer, at least 1")
     other = f"{jobs} jobs" if jobs > 1 else "a pool" if pool else None
     check(slots == 1 or not other, "slots", slots, f"1 beside {other}: runs are either in other processes or in this one")
     check(rank_and_world()[1] == 1 or jobs == slots == 1, "jobs", max(jobs, slots), "1, as the processes share each run")

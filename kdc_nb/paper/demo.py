@@ -46,7 +46,7 @@ class _DemoPart(NamedTuple):
 # %% ../../nbs/paper/03_demo.ipynb #ab7bcee9
 def _demo_parts(
     name: str | None = None, # cifar10 or cifar100; None: known images and digits
-    gpu: bool = False, # photographs at full size
+    gpu: bool = False, # images at full size
 ) -> list[_DemoPart]:
     "The parts of the demo"
     if name is None: return [
@@ -54,8 +54,8 @@ def _demo_parts(
         _DemoPart("Scanned digits", Setting(DataSpec("digits"), "resnet14", "resnet8"), Recipe(epochs=20, batch_size=50)),
     ]
     check(name in ("cifar10", "cifar100"), "DATA", name, "cifar10 or cifar100")
-    if gpu: return [_DemoPart(f"{name}, all training photographs", Setting(DataSpec(name), "wrn_40_2", "wrn_40_1"), RECIPES["fast"])]
-    return [_DemoPart(f"{name}, 5,000 training photographs", Setting(DataSpec(name, n_train=5000), "resnet14", "resnet8"), RECIPES["cpu"])]
+    if gpu: return [_DemoPart(f"{name}, all training images", Setting(DataSpec(name), "wrn_40_2", "wrn_40_1"), RECIPES["fast"])]
+    return [_DemoPart(f"{name}, 5,000 training images", Setting(DataSpec(name, n_train=5000), "resnet14", "resnet8"), RECIPES["cpu"])]
 
 # %% ../../nbs/paper/03_demo.ipynb #208c3b5a
 _CALIBRATED_METHOD = PAPER_METHODS["MDCA"]

@@ -29,7 +29,7 @@ _CIFAR_ARCHIVES = { # torchvision's class, file, MD5 of the file
 def _fetch_cifar_archive(
     name: str, # cifar10 or cifar100
     folder: Path, # where it is, or shall be
-) -> Path: # an archive whose MD5 is right
+) -> Path: # an archive whose MD5 is correct
     "The official archive, downloaded unless it is there. A `ValueError` says where to put which file when it cannot be had"
     import torchvision.datasets as sets
     from torchvision.datasets.utils import check_integrity, download_url
@@ -105,7 +105,7 @@ def _cifar_superclasses(
 
 # %% ../../nbs/training/02_cifar.ipynb #17a465b2
 def _cifar_dataset(name: str, n_train: int, n_valid: int, seed: int) -> Dataset:
-    "Cut the training photographs into training and validation ones by a seed"
+    "Cut the training images into training and validation ones by a seed"
     check_split_sizes(name, 50_000, n_train=n_train, n_valid=n_valid)
     t, classes = _load_cifar(name, cache_dir()/"data")
     order = torch.from_numpy(np.random.RandomState(seed).permutation(50_000))
@@ -116,13 +116,13 @@ def _cifar_dataset(name: str, n_train: int, n_valid: int, seed: int) -> Dataset:
 # %% ../../nbs/training/02_cifar.ipynb #3c98b8d3
 @DataSpec.register("cifar10")
 def _cifar10(n_train: int = 45_000, n_valid: int = 5000, seed: int = 0) -> Dataset:
-    "Photographs of 10 classes"
+    "Images of 10 classes"
     return _cifar_dataset("cifar10", n_train, n_valid, seed)
 
 # %% ../../nbs/training/02_cifar.ipynb #e649798d
 @DataSpec.register("cifar100")
 def _cifar100(n_train: int = 45_000, n_valid: int = 5000, seed: int = 0) -> Dataset:
-    "Photographs of 100 classes"
+    "Images of 100 classes"
     return _cifar_dataset("cifar100", n_train, n_valid, seed)
 
 # %% ../../nbs/training/02_cifar.ipynb #786bbbfb
@@ -140,7 +140,7 @@ def _read_human_votes(
 # %% ../../nbs/training/02_cifar.ipynb #bb2cb59b
 @DataSpec.register("cifar10h")
 def _cifar10h(n_train: int = 5000, n_valid: int = 1000, seed: int = 0) -> Dataset:
-    "CIFAR-10's official test photographs with the votes of people as their posterior; what training and validation leave is the test set"
+    "CIFAR-10's official test images with the votes of people as their posterior; what training and validation leave is the test set"
     check_split_sizes("cifar10h", 9_999, n_train=n_train, n_valid=n_valid)
     t, classes = _load_cifar("cifar10", cache_dir()/"data")
     votes, order = _read_human_votes(cache_dir()/"data"), torch.from_numpy(np.random.RandomState(seed).permutation(10_000))

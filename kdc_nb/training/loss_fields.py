@@ -120,5 +120,5 @@ def logit_loss_field(penalty: str, beta: float, margin: float) -> _LossField:
 
 
 def batch_loss_field(penalty: str, beta: float, overconfidence: float) -> _LossField:
-    "The NLL and one of BATCH_PENALTIES, among others of whom the network is too sure by a factor"
+    "The NLL and one of BATCH_PENALTIES, among others of whom the network is overconfident by a factor"
     return prepare_loss_field(lambda z, y: cross_entropy(z, y) + beta*BATCH_PENALTIES[penalty](z, y), _batch_context(overconfidence))

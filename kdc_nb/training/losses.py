@@ -106,7 +106,7 @@ def confidence_and_correct(
     logits: Tensor, # (B, C)
     labels: Tensor, # (B,)
 ) -> tuple[Tensor, Tensor]: # (B,) and (B,) bool
-    "How sure the network is of each sample, and whether it is right"
+    "How confident the network is of each sample, and whether it is correct"
     sure, best = upcast(logits).softmax(1).max(1)
     return sure, best == labels
 
@@ -135,7 +135,7 @@ def mmce(
 # %% ../../nbs/training/06_losses.ipynb #e60973ec
 def crl(
     logits: Tensor, # (B, C)
-    correctness: Tensor, # (B,) how often each sample was right so far, 0 to 1
+    correctness: Tensor, # (B,) how often each sample was correct so far, 0 to 1
 ) -> Tensor: # scalar
     "Correctness ranking, a penalty"
     sure = upcast(logits).softmax(1).amax(1)

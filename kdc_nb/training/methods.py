@@ -162,7 +162,7 @@ class Distillation(TrainingMethod):
 # %% ../../nbs/training/08_methods.ipynb #c44a4d84
 @Method.register("pskd")
 class _ProgressiveDistillation(TrainingMethod):
-    "Progressive self-knowledge distillation (Kim et al., 2021): targets move from the labels to what the network said an epoch ago"
+    "Progressive self-knowledge distillation (Kim et al., 2021): targets move from the labels to the network's logits an epoch ago"
 
     def __init__(self, alpha: float = .8): # weight of the past at the end of training, 0 to 1
         check(0 <= alpha <= 1, "alpha", alpha, "a weight from 0 to 1")
@@ -185,7 +185,7 @@ class _ProgressiveDistillation(TrainingMethod):
 # %% ../../nbs/training/08_methods.ipynb #b4fccb1c
 @Method.register("crl")
 class _CorrectnessRanking(TrainingMethod):
-    "Correctness ranking (Moon et al., 2020): surer of the images that were right more often"
+    "Correctness ranking (Moon et al., 2020): more confident of the images that were correct more often"
 
     def __init__(self, beta: float = 1.): # weight of the ranking, 0 or more
         _check_not_negative(beta=beta)

@@ -31,8 +31,8 @@ class Recipe:
     warmup: float | None = None # share of training in which the rate rises linearly, to fall linearly after it; None: see `drops`
 
     def __post_init__(self):
-        check(isinstance(self.epochs, int) and self.epochs >= 1, "epochs", self.epochs, "a whole number, at least 1")
-        check(isinstance(self.batch_size, int) and self.batch_size >= 2, "batch_size", self.batch_size, "a whole number, at least 2 (BatchNorm needs two samples)")
+        check(isinstance(self.epochs, int) and self.epochs >= 1, "epochs", self.epochs, "an integer, at least 1")
+        check(isinstance(self.batch_size, int) and self.batch_size >= 2, "batch_size", self.batch_size, "an integer, at least 2 (BatchNorm needs two samples)")
         check(self.lr > 0, "lr", self.lr, "a learning rate above 0")
         check(self.keep in ("last", "best"), "keep", repr(self.keep), "'last' or 'best'")
         check(all(0 < d < 1 for d in self.drops), "drops", self.drops, "shares of training between 0 and 1")
