@@ -10,13 +10,15 @@ from kdc_nb.calibration.estimates import (
     Estimate, _chernoff_interval, calibration_estimates, reliability_bins, wilson_interval,
 )
 from kdc_nb.calibration.evaluation import Evaluation, _per_sample_estimate, evaluate
-from kdc_nb.calibration.metrics import (
-    METRICS, PER_SAMPLE_METRICS, BinaryPredictions, binned_error, brier, ece, nll, top_label,
-)
+from kdc_nb.calibration.metrics import METRICS, binned_error, brier, ece, nll
 from kdc_nb.calibration.null_bands import null_band, null_draws
+from kdc_nb.calibration.predictions import BinaryPredictions, top_label
 from kdc_nb.calibration import metrics
 
 from .conftest import made
+
+BINNED = [k for k, m in METRICS.items() if m.norm]
+MEANS = [k for k, m in METRICS.items() if m.per_sample]
 
 
 # -- noise --------------------------------------------------------------------
@@ -27,14 +29,14 @@ def test_null_draws_are_what_the_metrics_score():
     g = torch.Generator().manual_seed(1)
     fast = null_draws(z, n_boot=2000, seed=2)
     slow = [p.multinomial(1, generator=g).squeeze(1) for _ in range(150)]
-    for name in METRICS:
+    for name in BINNED:
         scores = torch.tensor([getattr(metrics, name)(z, y) for y in slow])
         assert fast[name].mean() == pytest.approx(float(scores.mean()), rel=.08), name
         assert fast[name].std() == pytest.approx(float(scores.std()), rel=.25), name
 
 
 def test_null_band_has_its_level():
-    inside = dict.fromkeys(METRICS, 0)
+    inside = dict.fromkeys(BINNED, 0)
     for seed in range(60):
         z, y, _ = made(300, 4, seed=seed)
         for k, b in null_band(z, n_boot=200, seed=seed).items(): inside[k] += b.low <= getattr(metrics, k)(z, y) <= b.high
@@ -93,7 +95,7 @@ def exact(z, posterior, names):
     p = z.softmax(1)
     top = p.argmax(1, keepdim=True)
     tables = {True: BinaryPredictions(p.gather(1, top), posterior.gather(1, top)), False: BinaryPredictions(p, posterior)}
-    return {k: binned_error(METRICS[k], tables[METRICS[k].claims is top_label], 15) for k in names}
+    return {k: binned_error(METRICS[k], tables[METRICS[k].predictions is top_label], 15) for k in names}
 
 
 def test_a_large_error_is_told_from_noise_and_a_perfect_model_is_not():
@@ -133,7 +135,7 @@ def test_evaluate_with_and_without_validation():
     crossed, held_out = evaluate(z, y, n_boot=50), evaluate(z, y, *made(1000, 5, 2., seed=9)[:2], n_boot=50)
     assert crossed.cross_fitted and not held_out.cross_fitted
     for e in (crossed, held_out):
-        assert set(e.raw) == set(e.scaled) == set(METRICS) | set(PER_SAMPLE_METRICS)
+        assert set(e.raw) == set(e.scaled) == set(METRICS)
         assert e.T == pytest.approx(2, abs=.25)
         assert e.scaled["ece"].value < e.raw["ece"].value and e.scaled["nll"].value < e.raw["nll"].value
         assert e.scaled["top1"] .value == e.raw["top1"].value
@@ -147,7 +149,7 @@ def test_evaluation_is_a_value():
     assert decode(json.loads(json.dumps(encode(e), allow_nan=False))) == e
     assert isinstance(e, Evaluation) and isinstance(e.raw["ece"], Estimate)
     daggers = any(v.outside() for t in (e.raw, e.scaled) for v in t.values())
-    assert "classwise ACE, %" in repr(e) and e._repr_html_().count("<tr>") == 1 + 2*len(METRICS | PER_SAMPLE_METRICS) + daggers
+    assert "classwise ACE, %" in repr(e) and e._repr_html_().count("<tr>") == 1 + 2*len(METRICS) + daggers
     assert max(map(len, repr(e).splitlines())) <= 80, "a terminal's width"
     assert evaluate(z[:4], y[:4], n_boot=30).scaled is None
 
@@ -185,7 +187,7 @@ def test_a_frame_holds_every_estimate_in_its_unit(tmp_path):
     e = evaluate(z, y, n_boot=50)
     frame = e.to_frame()
     assert list(frame) == ["output", "metric", "unit", "value", "low", "high", "debiased", "null_low", "null_high", "n"]
-    assert len(frame) == 2*len(METRICS | PER_SAMPLE_METRICS) and set(frame.n) == {300}
+    assert len(frame) == 2*len(METRICS) and set(frame.n) == {300}
     assert all(frame[c].dtype == float for c in ("value", "low", "high", "debiased", "null_low", "null_high"))
     for which in ("raw", "scaled"):
         for k, v in getattr(e, which).items():
@@ -198,7 +200,7 @@ def test_a_frame_holds_every_estimate_in_its_unit(tmp_path):
     assert (tmp_path/"e.csv").read_text().splitlines()[0] == "output,metric,unit,value,low,high,debiased,null_low,null_high,n"
     assert r"null\_low" in frame.to_latex(escape=True) and r"\%" in frame.to_latex(escape=True)
     alone = evaluate(z[:4], y[:4], n_boot=30).to_frame()
-    assert set(alone.output) == {"raw"} and len(alone) == len(METRICS | PER_SAMPLE_METRICS)
+    assert set(alone.output) == {"raw"} and len(alone) == len(METRICS)
 
 
 def test_an_infinite_nll_is_shown_as_that():
@@ -207,10 +209,10 @@ def test_an_infinite_nll_is_shown_as_that():
 
 
 def test_means_have_the_promised_null_band():
-    inside = dict.fromkeys(PER_SAMPLE_METRICS, 0)
+    inside = dict.fromkeys(MEANS, 0)
     for seed in range(60):
         z, y, _ = made(200, 4, seed=seed)
-        for k in PER_SAMPLE_METRICS:
+        for k in MEANS:
             e = _per_sample_estimate(k, z, y, "logits", .95)
             inside[k] += e.null_low <= e.value <= e.null_high
     assert min(inside.values()) >= 51, inside

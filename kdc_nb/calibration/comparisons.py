@@ -18,10 +18,10 @@ from torch import Tensor
 from ..core import check
 from ..tables import Table
 from .predictions import as_float64, check_outputs_and_labels
-from .metrics import PER_SAMPLE_METRICS, top_label
+from .metrics import METRICS, select_metrics
 from .posthoc import fit_temperature, to_logits
 from kdc_nb.calibration.evaluation import (
-    Evaluation, format_metric, metric_label, metric_unit, to_display_unit,
+    Evaluation, format_metric, metric_label, metric_name, metric_unit, table_order, to_display_unit,
 )
 from kdc_nb.calibration.differences import (
     Difference, estimate_difference, holm, shift_to_debiased, signed_gaps,
@@ -39,7 +39,8 @@ class _ComparedMetric(NamedTuple):
     def texts(self, metric: str) -> list[str]: # a, b, difference, interval, p, corrected p
         "The numbers as they are shown"
         digits, d = 2 if metric_unit(metric) == "%" else 4, self.difference
-        values = ["infinite" if v == np.inf else format_metric(metric, v, digits=digits) for v in (self.a, self.b)]
+        def text(v): return "infinite" if np.isinf(v) else format_metric(metric, v, digits=digits)
+        values = [text(self.a), text(self.b)]
         if d is None: return [*values, "", "", "", ""]
         mean, low, high = (format_metric(metric, v, "+", digits) for v in d[:3])
         chances = ("<0.001" if p < .001 else f"{p:.3f}" for p in (d.p, self.p_holm))
@@ -58,7 +59,7 @@ class Comparison:
     n: int # images
     seeds: int # of each model; 1: it speaks of other images, not of other training runs
     raw: dict[str, _ComparedMetric] # by metric, for the outputs as given
-    scaled: dict[str, _ComparedMetric] # after temperature scaling, without top1; empty without validation images
+    scaled: dict[str, _ComparedMetric] # after temperature scaling, but for what that leaves alone
     names: tuple[str, str] = ("a", "b") # of the two models
 
     def rows(self) -> Iterator[tuple[str, str, _ComparedMetric]]: # "raw" or "scaled", metric, what is known of it
@@ -94,10 +95,14 @@ def _comparison_notes(c: Comparison) -> list[str]:
     one = "One seed each: this speaks of other images, not of other training runs."
     several = f"{c.seeds} seeds each: this speaks of other training runs and other images."
     unsure = f"; the others cannot be told with {c.n:,} images"*any(m.better is None for m in tests)
+    binned = [metric_name(k) for k in c.raw if k in METRICS and METRICS[k].norm]
+    names = " and ".join(filter(None, (", ".join(binned[:-1]), *binned[-1:])))
+    are, them, their = ("are", "them", "Their") if len(binned) > 1 else ("is", "it", "Its")
+    debiased = [f"{names} {are} debiased, less what the noise of the labels adds to {them}.",
+                f"{their} intervals are too short where two models predict alike or are nearly calibrated."]
     return [one if c.seeds == 1 else several,
             f"better: p below .05 after Holm's correction for {len(tests)} comparisons{unsure}.",
-            "ECE, ACE and KS are debiased, less what the noise of the labels adds to them.",
-            "Their intervals are too short where two models predict alike or are nearly calibrated."]
+            *(debiased if binned else [])]
 
 # %% ../../nbs/calibration/07_comparisons.ipynb #a9ec9837
 def _check_two_models(
@@ -143,14 +148,17 @@ def _scale_by_temperature(
     return [[scaled(x, v) for x, v in zip(*pair)] for pair in zip((a, b), held)]
 
 # %% ../../nbs/calibration/07_comparisons.ipynb #96885557
-def _contributions_by_metric(seeds: Sequence[Tensor], y: Tensor, kind: str) -> dict[str, np.ndarray]:
-    "What each image of each seed contributes to each metric: tables (seeds, images)"
-    def row(k, x):
-        if k in PER_SAMPLE_METRICS: return PER_SAMPLE_METRICS[k](x, y, kind)
-        claims = top_label(x, y, kind)
+def _contributions_by_metric(
+    seeds: Sequence[Tensor], y: Tensor, # outputs (N, C) of each seed, labels (N,)
+    kind: str, # "logits" or "probs"
+    names: Sequence[str], # of paired metrics
+) -> dict[str, np.ndarray]: # (seeds, images)
+    "What each image of each seed contributes to each metric"
+    def row(m, k, x):
+        if m.per_sample: return m.per_sample(x, y, kind)
+        claims = m.predictions(x, y, kind)
         return shift_to_debiased(signed_gaps(claims, k), claims, k)
-    names = ("top1", "nll", "brier", "ece", "ace", "ks")
-    return {k: torch.stack([row(k, x) for x in seeds]).numpy() for k in names}
+    return {k: torch.stack([row(METRICS[k], k, x) for x in seeds]).numpy() for k in names}
 
 
 def _compare_metrics(
@@ -159,7 +167,9 @@ def _compare_metrics(
     "All comparisons, corrected for their number"
     found = {k: estimate_difference(a - b) for k, (a, b) in pairs.items() if np.isfinite(a + b).all()}
     p = dict(zip(found, holm([d.p for d in found.values()]).tolist()))
-    def better(k): return ("a" if (found[k].mean > 0) == (k[1] == "top1") else "b") if p.get(k, 1) < .05 else None
+    def better(k):
+        if p.get(k, 1) >= .05: return None
+        return "a" if (found[k].mean > 0) == METRICS[k[1]].higher_is_better else "b"
     return {k: _ComparedMetric(float(a.mean()), float(b.mean()), found.get(k), p.get(k), better(k))
             for k, (a, b) in pairs.items()}
 
@@ -173,23 +183,28 @@ def compare(
     valid_labels: Any = None, # (M,)
     kind: str = "logits", # what all outputs are: "logits" or "probs"
     names: tuple[str, str] = ("a", "b"), # of the two models, for the table
+    metrics: str | Sequence[str] | None = None, # names; None: accuracy, NLL, Brier, ECE, ACE and KS
 ) -> Comparison:
-    """Which of two models is better on the same images: the paired difference of each metric that images share.
+    """Which of two models is better on the same images: the paired difference of each metric.
 
-    These are accuracy, NLL, Brier score, ECE, ACE and KS. A `ValueError` names the argument that is wrong: outputs that are no finite
-    (N, C) numbers, or have other images, classes or seeds than those of the first model; labels that are not N whole numbers from 0 to
-    C-1 (one-hot labels: take their argmax).
+    These are means over images and calibration errors of the top label. A `ValueError` names the argument
+    that is wrong: outputs that are no finite (N, C) numbers, or have other images, classes or seeds than
+    those of the first model; labels that are not N whole numbers from 0 to C-1 (one-hot labels: take their
+    argmax); a metric that cannot be paired.
     """
-    check(isinstance(names, (list, tuple)) and len(names) == 2 and all(isinstance(n, str) for n in names) and names[0] != names[1], "names", names, "two texts that differ")
+    texts = isinstance(names, (list, tuple)) and len(names) == 2 and all(isinstance(n, str) for n in names)
+    check(texts and names[0] != names[1], "names", names, "two texts that differ")
     check(kind in ("logits", "probs"), "kind", repr(kind), "'logits' or 'probs'")
     a, b, y = _check_two_models(logits_a, logits_b, labels, kind)
     check(len(y) > 1, "labels", f"{len(y)} of them", "two images or more")
+    chosen = select_metrics(metrics, lambda m: m.paired)
+    asked = table_order(chosen) if metrics is None else [*chosen]
     outputs, valid = {"raw": (a, b, kind)}, (valid_logits_a, valid_logits_b, valid_labels)
     if any(v is not None for v in valid): outputs["scaled"] = *_scale_by_temperature(a, b, valid, kind), "logits"
     pairs = {}
     for which, (*two, how) in outputs.items():
-        one, other = (_contributions_by_metric(model, y, how) for model in two)
-        pairs |= {(which, k): (one[k], other[k]) for k in one if (which, k) != ("scaled", "top1")} # T changes no prediction
+        one, other = (_contributions_by_metric(model, y, how, asked) for model in two)
+        pairs |= {(which, k): (one[k], other[k]) for k in one if which == "raw" or not chosen[k].rank_only}
     found = _compare_metrics(pairs)
     raw, scaled = ({k: m for (of, k), m in found.items() if of == which} for which in ("raw", "scaled"))
     return Comparison(len(y), len(a), raw, scaled, tuple(names))

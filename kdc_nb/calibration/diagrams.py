@@ -18,10 +18,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..core import check
-from .metrics import BinaryPredictions, ece, nll
+from .predictions import BinaryPredictions
+from .metrics import METRICS, ece, nll
 from kdc_nb.calibration.estimates import (
     Estimate, ReliabilityBins, bins_from_predictions, prepare_diagram, top_label_estimates,
 )
+from .evaluation import metric_name
 from .differences import Difference, holm
 
 # %% ../../nbs/calibration/08_diagrams.ipynb #90b8ee49
@@ -30,7 +32,7 @@ BLUE, ORANGE, GREEN, PINK, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7
 # %% ../../nbs/calibration/08_diagrams.ipynb #f7c67a9b
 def axis_label(metric: str) -> str:
     "A metric's name for an axis"
-    return "top-1 accuracy" if metric == "top1" else metric.upper()
+    return METRICS[metric].axis or METRICS[metric].label if metric in METRICS else metric_name(metric)
 
 # %% ../../nbs/calibration/08_diagrams.ipynb #5834f606
 def format_percent_axes(ax: Axes, axis: str = "both") -> None: # "x", "y" or "both"

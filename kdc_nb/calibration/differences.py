@@ -15,30 +15,31 @@ import torch
 from torch import Tensor
 
 from ..core import check
-from .metrics import METRICS, BinaryPredictions, Outcomes, bin_gaps
+from .predictions import BinaryPredictions, gaps_and_shares
+from .metrics import METRICS, Outcomes
 from .estimates import top_label_estimates
+from .evaluation import table_order
 
 # %% ../../nbs/calibration/06_differences.ipynb #b4db779a
 def _contributions_per_image(
     o: Outcomes,
-    metric: str, # "top1", "nll", "ece", "ace" or "ks"
+    metric: str, # "top1", "nll", or a paired calibration error of the top label
     n_bins: int = 15,
 ) -> Tensor: # (N,) numbers whose mean is the metric
     "What each image contributes to a metric"
-    if metric in ("top1", "nll"): return o.hit if metric == "top1" else o.nll
-    check(metric in ("ece", "ace", "ks"), "metric", repr(metric), "top1, nll, ece, ace or ks: what is known of each image")
-    return signed_gaps(o.claims, metric, n_bins)
+    known = [k for k in table_order(METRICS) if k in o.per_sample or METRICS[k].norm and METRICS[k].paired]
+    check(metric in known, "metric", repr(metric), f"{', '.join(known)}: what is known of each image")
+    return o.per_sample[metric] if metric in o.per_sample else signed_gaps(o.claims, metric, n_bins)
 
 
 def signed_gaps(claims: BinaryPredictions, metric: str, n_bins: int = 15) -> Tensor: # (N,)
-    "The gap p - hit of each image, with a sign such that their mean is the calibration error"
-    bins = METRICS[metric].bins(claims.p, n_bins).squeeze(1)
-    gaps = bin_gaps(claims, bins[:, None], int(bins.max()) + 1).squeeze(0)
-    if metric == "ks":
-        walk = gaps.cumsum(0)
-        sign = walk.sign()[far := int(walk.abs().argmax())]*(torch.arange(len(walk)) <= far)
-    else: sign = gaps.sign()
-    return sign[bins]*(claims.p - claims.hit).squeeze(1)
+    "The gap p - hit of each image times the norm's slope in its bin: their mean is the calibration error"
+    rule = METRICS[metric]
+    bins = rule.bins(claims.p, n_bins)
+    with torch.inference_mode(False), torch.enable_grad():
+        gaps, share = gaps_and_shares(claims, bins, n_bins)
+        slope = torch.autograd.grad(rule.norm(gaps.requires_grad_(), share), gaps)[0].nan_to_num(0.)
+    return (slope.T.gather(0, bins)*(claims.p - claims.hit)).sum(1)
 
 # %% ../../nbs/calibration/06_differences.ipynb #c8527136
 class Difference(NamedTuple):
@@ -67,11 +68,11 @@ def estimate_difference(
 # %% ../../nbs/calibration/06_differences.ipynb #7cb500a9
 def debiased_contributions(
     seeds: Sequence[Outcomes], # on the same images
-    metric: str, # "top1", "nll", "ece", "ace" or "ks"
+    metric: str, # "top1", "nll", or a paired calibration error of the top label
 ) -> np.ndarray: # (seeds, images)
     "The contributions of each seed's images; those to a calibration error moved so that their mean is the debiased estimate"
     rows = [_contributions_per_image(o, metric) for o in seeds]
-    if metric in METRICS: rows = [shift_to_debiased(row, o.claims, metric) for row, o in zip(rows, seeds)]
+    if METRICS[metric].norm: rows = [shift_to_debiased(row, o.claims, metric) for row, o in zip(rows, seeds)]
     return torch.stack(rows).numpy()
 
 
@@ -83,7 +84,7 @@ def shift_to_debiased(row: Tensor, claims: BinaryPredictions, metric: str) -> Te
 def paired_difference(
     a: Sequence[Outcomes], # by seed
     b: Sequence[Outcomes], # in the same order of seeds, on the same images
-    metric: str, # "top1", "nll", "ece", "ace" or "ks"
+    metric: str, # "top1", "nll", or a paired calibration error of the top label
 ) -> Difference: # of a less b
     "How much row a is above row b, seed by seed and image by image; of logits and labels `compare` tells it"
     _check_outcomes([*a, *b], "a, b")
@@ -120,14 +121,14 @@ def holm(
 # %% ../../nbs/calibration/06_differences.ipynb #768ac877
 def rank_intervals(
     rows: Mapping[str, Sequence[Outcomes]], # by name, seeds in the same order
-    metric: str, # "nll", "ece", "ace" or "ks": less is better; or "top1"
+    metric: str, # as `paired_difference` takes it
 ) -> dict[str, tuple[int, int]]: # best and worst rank of each, from 1
     "The ranks that a row may have, 95% for each row, from its corrected comparisons with all others (Mogstad et al. 2024)"
-    sign, ranks = -1 if metric == "top1" else 1, {}
     _check_outcomes([o for own in rows.values() for o in own], "rows")
     check(len({len(own) for own in rows.values()}) == 1, "rows", "rows with other numbers of seeds", "the same seeds for all")
     _check_same_images([o for own in rows.values() for o in own])
     each = {name: debiased_contributions(own, metric) for name, own in rows.items()}
+    sign, ranks = -1 if METRICS[metric].higher_is_better else 1, {}
     for name, own in each.items():
         others = [estimate_difference(own - b) for k, b in each.items() if k != name]
         sure = [sign*d.mean for d, p in zip(others, holm([d.p for d in others])) if p < .05]

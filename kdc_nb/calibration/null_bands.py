@@ -4,21 +4,23 @@
 
 # %% auto #0
 __all__ = ['TIE_TOLERANCE', 'simulate_calibrated', 'NoiseModel', 'noise_bins', 'top_label_noise', 'classwise_noise',
-           'split_metric_names', 'null_draws', 'NullBand', 'null_band', 'central_range']
+           'split_metric_names', 'null_draws', 'NullBand', 'null_band_of_mean', 'central_range', 'null_band']
 
 # %% ../../nbs/calibration/03_null_bands.ipynb #902b4a3b
 from collections.abc import Callable, Sequence
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import check, lookup
-from .predictions import check_outputs, to_probs
-from kdc_nb.calibration.metrics import (
-    METRICS, BinaryPredictions, bin_sums, check_bins_and_draws, classwise, equal_mass_bins, top_label,
+from ..core import check
+from kdc_nb.calibration.predictions import (
+    BinaryPredictions, bin_sums, check_bins_and_draws, check_outputs, classwise, equal_mass_bins,
+    to_probs, top_label,
 )
+from .metrics import METRICS, Metric, label_moments, select_metrics
 
 # %% ../../nbs/calibration/03_null_bands.ipynb #ca61d7a6
 def simulate_calibrated(
@@ -39,43 +41,45 @@ def _simulate_top_label(
     ends: Tensor, # (E,) numbers of images after which it is read
     n_boot: int, # draws
     seed: int, # of the draws
-) -> tuple[Tensor, Tensor]: # (H, n_boot, E) hits among the first images, and (n_boot,) the farthest the first walk gets, over N
+    norms: Sequence[Callable] = (), # of walks (R, N), zero where they may not be read -> (R,)
+) -> tuple[Tensor, list[Tensor]]: # (H, n_boot, E) hits among the first; first walk's norms (n_boot,)
     "How many of the first images would be right, if the labels were drawn with these chances"
     n, chance, expected = chances.shape[1], chances.float(), chances[0].cumsum(0).float()
-    rng, read, peak = np.random.default_rng(seed), [], []
+    rng, read, peaks = np.random.default_rng(seed), [], [[] for _ in norms]
     for start in range(0, n_boot, rows := max(1, 2**19//n)):
         u = torch.from_numpy(rng.random((min(rows, n_boot - start), n), dtype=np.float32))
         hits = [(u < q).cumsum(1, dtype=torch.float32) for q in chance]
         read.append(torch.stack([h[:, ends - 1] for h in hits]))
-        peak.append(hits[0].sub_(expected).abs_().mul_(steps).amax(1)/n)
-    return torch.cat(read, 1), torch.cat(peak)
+        if norms: walks = (expected - hits[0]).mul_(steps)/n
+        for norm, peak in zip(norms, peaks): peak.append(norm(walks))
+    return torch.cat(read, 1), [torch.cat(peak) for peak in peaks]
 
 # %% ../../nbs/calibration/03_null_bands.ipynb #c574b1cb
 def _simulate_classwise(
     probs: Tensor, # (N, C) probabilities that the labels are drawn from
     bins: Sequence[Tensor], # one or more (N, C) tables of bins
-    n_bins: int, # how many bins
+    n_bins: Sequence[int], # how many bins each has
     n_boot: int, # draws
     seed: int, # of the draws
 ) -> list[Tensor]: # for each table (n_boot, C, n_bins) sums of p - hit over N
-    "The noise of the class-wise gaps, if the labels were drawn from `tempered_probs`"
+    "The noise of the class-wise gaps, if the labels were drawn from `probs`"
     n, c = probs.shape
     rng, cdf = np.random.default_rng(seed), probs.cumsum(1).float()
-    cells = [b + n_bins*torch.arange(c) for b in bins]
+    cells = [b + m*torch.arange(c) for b, m in zip(bins, n_bins)]
     counts = [[] for _ in bins]
     for start in range(0, n_boot, rows := max(1, 2**20//n)):
         u = torch.from_numpy(rng.random((n, min(rows, n_boot - start)), dtype=np.float32))
         labels = torch.searchsorted(cdf, u, right=True).clamp_(max=c - 1)
-        draw = n_bins*c*torch.arange(u.shape[1])
-        for k, cell in enumerate(cells):
-            hits = torch.bincount((cell.gather(1, labels) + draw).flatten(), minlength=n_bins*c*u.shape[1])
-            counts[k].append(hits.view(-1, c, n_bins))
-    return [((bin_sums(probs, b, n_bins) - torch.cat(k))/n).float() for b, k in zip(bins, counts)]
+        draw = torch.arange(u.shape[1])
+        for count, cell, m in zip(counts, cells, n_bins):
+            hits = torch.bincount((cell.gather(1, labels) + m*c*draw).flatten(), minlength=m*c*len(draw))
+            count.append(hits.view(-1, c, m))
+    return [((bin_sums(probs, b, m) - torch.cat(k))/n).float() for b, k, m in zip(bins, counts, n_bins)]
 
 # %% ../../nbs/calibration/03_null_bands.ipynb #c99587f8
 class NoiseModel(NamedTuple):
     "The observed gaps of a metric and what noise does to them, with H hypotheses and R draws"
-    norm: Callable # total, largest or farthest
+    norm: Callable # of the metric
     share: Tensor # (K, B) what part of the images each bin holds
     noise: Tensor # (H, R, K, B) noise of the gaps under each hypothesis
     peak: Tensor # (R,) the metric itself under the first hypothesis
@@ -84,55 +88,73 @@ class NoiseModel(NamedTuple):
         return self.norm(gaps, self.share)
 
 # %% ../../nbs/calibration/03_null_bands.ipynb #37f2ead9
-def noise_bins(name: str, claims: BinaryPredictions, n_bins: int) -> Tensor: # (N, K)
-    "The bins in which a metric's noise is simulated: its own, or 256 slices for `ks`"
-    return equal_mass_bins(claims.p, 256) if name == "ks" else METRICS[name].bins(claims.p, n_bins)
+def noise_bins(rule: Metric, claims: BinaryPredictions, n_bins: int) -> tuple[Tensor, int]: # (N, K), how many
+    "The bins in which a metric's noise is simulated: its own, or 256 slices for one that has none"
+    if rule.walk: return equal_mass_bins(claims.p, 256), 256
+    bins = rule.bins(claims.p, n_bins)
+    return bins, max(n_bins, int(bins.max()) + 1)
 
 # %% ../../nbs/calibration/03_null_bands.ipynb #35cb1db4
-def top_label_noise(names: Sequence[str], claims: BinaryPredictions, chances: Tensor, n_bins: int, n_boot: int, seed: int) -> dict[str, NoiseModel]:
-    "The laws of the metrics `names` of the top label under chances (H, N)"
+def top_label_noise(
+    names: Sequence[str], # metrics of the top label
+    claims: BinaryPredictions, # (N, 1)
+    chances: Tensor, # (H, N) that the top labels are correct, one row a hypothesis
+    n_bins: int,
+    n_boot: int, # draws
+    seed: int, # of the draws
+) -> dict[str, NoiseModel]: # by metric
+    "The noise of metrics of the top label"
     conf, order = claims.p.squeeze(1).sort()
     steps = torch.cat([conf[1:] > conf[:-1], torch.tensor([True])]).float()
-    bins = {k: noise_bins(k, claims, n_bins).squeeze(1)[order].contiguous() for k in names}
-    ends = [torch.searchsorted(b, torch.arange(256 if k == "ks" else n_bins), right=True) for k, b in bins.items()]
-    hits, peak = _simulate_top_label(chances[:, order], steps, torch.cat(ends).clamp(min=1), n_boot, seed)
-    sums = chances[:, order].cumsum(1)
+    rules = [METRICS[k] for k in names]
+    bins = [(b.squeeze(1)[order].contiguous(), m) for b, m in (noise_bins(r, claims, n_bins) for r in rules)]
+    ends = [torch.searchsorted(b, torch.arange(m), right=True) for b, m in bins]
+    walks = [r.walk for r in rules if r.walk]
+    chances, places = chances[:, order], torch.cat(ends).clamp(min=1)
+    hits, peaks = _simulate_top_label(chances, steps, places, n_boot, seed, walks)
+    sums = chances.cumsum(1)
     laws = {}
-    for k, e, h in zip(names, ends, hits.split([len(e) for e in ends], -1)):
+    for k, r, e, h in zip(names, rules, ends, hits.split([len(e) for e in ends], -1)):
         walk = (sums[:, None, e.clamp(min=1) - 1] - h)*(e > 0)/len(conf)
         noise = walk.diff(dim=-1, prepend=walk.new_zeros(*walk.shape[:2], 1))[..., None, :].float()
-        law = NoiseModel(METRICS[k].norm, e.diff(prepend=e.new_zeros(1))[None]/len(conf), noise, peak)
-        laws[k] = law if k == "ks" else law._replace(peak=law.length(noise[0]))
+        share = e.diff(prepend=e.new_zeros(1))[None]/len(conf)
+        laws[k] = NoiseModel(r.norm, share, noise, peaks.pop(0) if r.walk else r.norm(noise[0], share))
     return laws
 
 # %% ../../nbs/calibration/03_null_bands.ipynb #d1b9baa0
-def classwise_noise(names: Sequence[str], claims: BinaryPredictions, probs: Sequence[Tensor], n_bins: int, n_boot: int, seed: int) -> dict[str, NoiseModel]:
-    "The laws of the class-wise metrics `names` under probabilities (N, C), one table a hypothesis"
-    bins = [noise_bins(k, claims, n_bins) for k in names]
-    noise = zip(*[_simulate_classwise(q, bins, n_bins, n_boot, seed) for q in probs])
+def classwise_noise(
+    names: Sequence[str], # class-wise metrics
+    claims: BinaryPredictions, # (N, C)
+    probs: Sequence[Tensor], # (N, C) probabilities of the labels, one table a hypothesis
+    n_bins: int,
+    n_boot: int, # draws
+    seed: int, # of the draws
+) -> dict[str, NoiseModel]: # by metric
+    "The noise of class-wise metrics"
+    bins, many = zip(*(noise_bins(METRICS[k], claims, n_bins) for k in names))
+    noise = zip(*[_simulate_classwise(q, bins, many, n_boot, seed) for q in probs])
     laws = {}
-    for k, b, parts in zip(names, bins, noise):
-        share = bin_sums(torch.ones_like(claims.p), b, n_bins)/len(b)
+    for k, b, m, parts in zip(names, bins, many, noise):
+        share = bin_sums(torch.ones_like(claims.p), b, m)/len(b)
         laws[k] = NoiseModel(METRICS[k].norm, share, torch.stack(parts), METRICS[k].norm(parts[0], share))
     return laws
 
 # %% ../../nbs/calibration/03_null_bands.ipynb #b679f7b2
-def split_metric_names(metrics: str | Sequence[str]) -> tuple[list[str], list[str]]:
-    "Names of calibration metrics, those of the top label and those of all classes; a `ValueError` lists the known ones"
-    names = [metrics] if isinstance(metrics, str) else list(metrics)
-    rules = [lookup(METRICS, k, "metrics") for k in names]
-    return [[k for k, r in zip(names, rules) if r.claims is claims] for claims in (top_label, classwise)]
+def split_metric_names(metrics: str | Sequence[str] | None) -> list[list[str]]:
+    "Names of calibration metrics, those of the top label and the class-wise ones"
+    rules = select_metrics(metrics, lambda m: m.norm)
+    return [[k for k, r in rules.items() if r.predictions is claims] for claims in (top_label, classwise)]
 
 # %% ../../nbs/calibration/03_null_bands.ipynb #63a6c3eb
 def null_draws(
     outputs: Any, # (N, C) logits or probabilities
-    metrics: str | Sequence[str] = tuple(METRICS), # names of calibration metrics
+    metrics: str | Sequence[str] | None = None, # names of calibration metrics; None: the built-in ones
     n_bins: int = 15,
     n_boot: int = 1000, # draws
     seed: int = 0, # of the draws
     kind: str = "logits", # what the outputs are: "logits" or "probs"
 ) -> dict[str, Tensor]: # (n_boot,) scores for each metric
-    "What a perfectly calibrated model with these very probabilities would score: labels drawn from its own probabilities"
+    "Scores of a perfectly calibrated model with these very probabilities: labels are drawn from them"
     check_bins_and_draws(n_bins, n_boot)
     tops, classes = split_metric_names(metrics)
     p = to_probs(check_outputs(outputs, kind), kind)
@@ -148,19 +170,14 @@ class NullBand(NamedTuple):
     mean: float
     high: float # its upper end
 
-# %% ../../nbs/calibration/03_null_bands.ipynb #9b6a6b78
-def null_band(
-    outputs: Any, # (N, C) logits or probabilities
-    metrics: str | Sequence[str] = tuple(METRICS), # names of calibration metrics
-    n_bins: int = 15,
-    n_boot: int = 1000, # draws
-    level: float = .95, # the part of the draws inside the band
-    seed: int = 0, # of the draws
-    kind: str = "logits", # what the outputs are: "logits" or "probs"
-) -> dict[str, NullBand]: # for each metric
-    "The central part of what a perfectly calibrated model with these very probabilities would score"
-    draws = null_draws(outputs, metrics, n_bins, n_boot, seed, kind)
-    return {k: NullBand(low, float(d.mean()), high) for k, d in draws.items() for low, high in [central_range(d, level)]}
+# %% ../../nbs/calibration/03_null_bands.ipynb #3fa08291
+def null_band_of_mean(m: Metric, x: Tensor, kind: str, level: float) -> NullBand:
+    "The same of a mean over images, of checked outputs"
+    check(0 < level < 1, "level", level, "a number between 0 and 1")
+    expected, variance = label_moments(m, x, kind)
+    centre = float(expected.mean())
+    spread = NormalDist().inv_cdf((1 + level)/2)*float(variance.clamp(min=0).sum())**.5/len(x)
+    return NullBand(m.clip(centre - spread), centre, m.clip(centre + spread))
 
 # %% ../../nbs/calibration/03_null_bands.ipynb #1dc20f79
 def central_range(draws: Tensor, level: float) -> tuple[float, float]:
@@ -171,3 +188,23 @@ def central_range(draws: Tensor, level: float) -> tuple[float, float]:
 
 
 TIE_TOLERANCE = 1e-6 # scores closer than this, relatively, are the same score, rounded differently
+
+# %% ../../nbs/calibration/03_null_bands.ipynb #9b6a6b78
+def null_band(
+    outputs: Any, # (N, C) logits or probabilities
+    metrics: str | Sequence[str] | None = None, # names of metrics; None: the built-in calibration metrics
+    n_bins: int = 15,
+    n_boot: int = 1000, # draws
+    level: float = .95, # the part of the draws inside the band
+    seed: int = 0, # of the draws
+    kind: str = "logits", # what the outputs are: "logits" or "probs"
+) -> dict[str, NullBand]: # for each metric
+    "The central part of what a perfectly calibrated model with these very probabilities would score"
+    rules = select_metrics(metrics, bool if metrics is not None else lambda m: m.norm)
+    binned, x = [k for k, m in rules.items() if m.norm], check_outputs(outputs, kind)
+    draws = null_draws(x, binned, n_bins, n_boot, seed, kind) if binned else {}
+    def band(k, m):
+        if k not in draws: return null_band_of_mean(m, x, kind, level)
+        low, high = central_range(draws[k], level)
+        return NullBand(low, float(draws[k].mean()), high)
+    return {k: band(k, m) for k, m in rules.items()}
