@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kdc_nb.calibration.posthoc import Calibrator
 from kdc_nb.core import Registry, own_entries, source_fingerprint, spec_hash
-from kdc_nb.experiments.runs import Store, run
-from kdc_nb.experiments.specs import Distil, RunSpec, run_id
+from kdc_nb.calibration.posthoc import Calibrator
 from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.losses import cross_entropy
-from kdc_nb.training.methods import Method, TrainingMethod
+from kdc_nb.training.methods import Method
 from kdc_nb.training.models import MODELS
 from kdc_nb.training.recipes import Recipe
+from kdc_nb.experiments.runs import Store, run
+from kdc_nb.experiments.specs import Distil, RunSpec, run_id
 
 TINY = DataSpec("known", n_train=100, n_valid=60, n_test=80)
 OWN = '''
@@ -47,9 +47,9 @@ def own_data(n=60):
     return Dataset(split(), split(), split(), ("a", "b", "c", "d"), superclass=(0, 0, 1, 1), mean=(.5,), std=(.2,))
 '''
 SPECS = '''
+from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.agenda import write_specs
 from kdc_nb.experiments.specs import Distil, RunSpec
-from kdc_nb.training.recipes import Recipe
 data, recipe = DataSpec("own_data"), Recipe(2, 20)
 teacher = RunSpec(data, "own_net_9", Method("own_penalty", beta=.1), recipe)
 specs = [teacher, RunSpec(data, "own_net_5", Distil(teacher), recipe), RunSpec(data, "own_net_5", Method("own_penalty"), recipe)]

@@ -13,9 +13,9 @@ from hypothesis import given, strategies as st
 import kdc_nb.experiments.runs as kr
 from kdc_nb.core import encode
 from kdc_nb.files import DamagedFile, load_npz, load_tensors, save_npz
-from kdc_nb.calibration.predictions import equal_width_bins
 from kdc_nb.calibration.metrics import compute_outcomes, metrics_from_outcomes, nll
 from kdc_nb.calibration.posthoc import fit_temperature
+from kdc_nb.calibration.predictions import equal_width_bins
 from kdc_nb.training.data import DataSpec
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe

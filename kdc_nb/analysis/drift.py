@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..core import check, decode, encode, frozen_spec
 from ..files import load_npz, save_npz
-from ..calibration.predictions import check_outputs_and_labels
-from ..calibration.metrics import nll, top1, top_label
+from ..calibration.predictions import check_outputs_and_labels, top_label
+from ..calibration.metrics import nll, top1
 from ..calibration.estimates import top_label_estimates
 from ..calibration.diagrams import COLORS, GREY, axis_label
 from ..training.data import Split, load_data

@@ -21,9 +21,9 @@ from torch import Tensor
 from ..core import check, decode, encode
 from ..files import load_npz, save_npz
 from ..tables import Table
-from ..calibration.predictions import softmax64
+from ..calibration.predictions import equal_width_bins, softmax64
 from kdc_nb.calibration.metrics import (
-    Outcomes, compute_outcomes, ece, equal_width_bins, kl_to_truth, nll, top1, true_calibration_error,
+    Outcomes, compute_outcomes, ece, kl_to_truth, nll, top1, true_calibration_error,
 )
 from ..calibration.posthoc import Calibrator
 from ..calibration.estimates import DiagramData, ReliabilityBins, reliability_bins
