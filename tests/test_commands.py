@@ -9,12 +9,12 @@ import pytest
 
 import kdc_nb.training.devices as devices_room
 import kdc_nb.paper.selfcheck as selfcheck_room
-import kdc_nb.training.steps as kt
 from kdc_nb.training.data import DataSpec
 from kdc_nb.training.devices import mark_cuda_broken
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.steps import GraphCaptureError
+from kdc_nb.training.trainer import Trainer
 from kdc_nb.experiments.agenda import write_specs
 from kdc_nb.experiments.results import read_results
 from kdc_nb.experiments.runs import Store, run
@@ -54,13 +54,13 @@ def test_a_method_that_trains_otherwise_the_second_time_is_a_fault(few, capsys, 
 
 
 def test_after_a_recording_that_failed_the_others_are_checked_in_fresh_processes(few, capsys, monkeypatch):
-    recorded = kt.capture_step
-    def refuse(run):
-        if type(run.method).__name__ == "_CorrectnessRanking":
+    capture = Trainer.capture
+    def refuse(trainer):
+        if type(trainer.method).__name__ == "_CorrectnessRanking":
             mark_cuda_broken()
             raise GraphCaptureError("the step cannot be recorded: why")
-        return recorded(run)
-    patch_name(monkeypatch, "capture_step", refuse)
+        return capture(trainer)
+    monkeypatch.setattr(Trainer, "capture", refuse)
     asked, elsewhere = [], devices_room.call_in_fresh_process
     patch_name(monkeypatch, "call_in_fresh_process", lambda f, *args: asked.append(args) or elsewhere(f, *args))
     assert main(["--check", "--device", "cpu"]) == 1

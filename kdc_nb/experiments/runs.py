@@ -30,8 +30,8 @@ from kdc_nb.training.devices import (
     best_device, broadcast_int, call_in_fresh_process, cuda_is_broken, gather_strided, rank_and_world,
     seeded_rng,
 )
-from ..training.steps import GraphCaptureError, Predictor, TeacherCache, Trainer, predict_logits
-from ..training.trainer import run_trainer
+from ..training.steps import GraphCaptureError, Predictor, TeacherCache, predict_logits
+from ..training.trainer import Trainer
 from .specs import Distil, RunSpec, Teacher, lineage, run_id, run_label
 from .teachers import TemperatureScaled, teacher_temperature
 from .results import Result, make_result, result_from_json, result_to_json
@@ -197,7 +197,7 @@ def store_result(
 def train_run(spec: RunSpec, context: RunContext, progress: bool, until: float | None = None) -> Result:
     "Train a run, from its checkpoint if there is one; where its step cannot be recorded, in a fresh process and without"
     if cuda_is_broken(): return call_in_fresh_process(train_run, spec, context, progress, until)
-    try: training = run_trainer(build_trainer(spec, context), context.store.path(spec, "part"), until=until, progress=progress)
+    try: training = build_trainer(spec, context).run(context.store.path(spec, "part"), deadline=until, progress=progress)
     except GraphCaptureError as e:
         warnings.warn(f"{run_label(spec)}: {e}; it is trained without, which costs speed, in a fresh process", stacklevel=2)
         return call_in_fresh_process(train_run, spec, context._replace(record=False), progress, until)
