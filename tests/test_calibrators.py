@@ -58,7 +58,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, name):
 
 
 def batch(B, C, right, scale=3.):
-    "Logits and labels of a batch of which all, none or some are right."
+    "Logits and labels of a batch of which all, none or some are correct."
     z = scale*torch.randn(B, C, generator=torch.Generator().manual_seed(B + C))
     best = z.argmax(1)
     labels = {"all": best, "none": (best + 1) % C, "some": torch.where(torch.arange(B) % 2 == 0, best, (best + 1) % C)}[right]

@@ -1,4 +1,4 @@
-"Data sets: real photographs, archives, the known truth, augmentation against a plain loop."
+"Data sets: real images, archives, the known truth, augmentation against a plain loop."
 
 import hashlib
 import os
@@ -27,7 +27,7 @@ def forget():
 
 
 def test_real_photographs(photos):
-    "The official statistics of the training photographs, the split by seed, and the fingerprint of the content."
+    "The official statistics of the training images, the split by seed, and the fingerprint of the content."
     d = load_data(DataSpec("cifar100"))
     assert (len(d.train), len(d.valid), len(d.test), d.n_classes) == (45_000, 5000, 10_000, 100)
     assert d.mean == pytest.approx((0.5070751592371323, 0.48654887331495095, 0.4409178433670343), abs=1e-12)

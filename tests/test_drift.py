@@ -57,7 +57,7 @@ each_severity = pytest.mark.parametrize("severity", range(1, 6))
 
 
 def images(n=3, channels=3, h=32, w=None, seed=0):
-    "Smooth random images, as photographs are, with some black, white and grey"
+    "Smooth random images, as images are, with some black, white and grey"
     z = np.random.default_rng(seed).normal(size=(n, channels, h, w or h))
     x = np.clip(128 + 250*ndimage.gaussian_filter(z, (0, 0, 1.5, 1.5)), 0, 255).astype(np.uint8)
     x[:, :, :2, :3], x[:, :, 2:4, :3], x[:, :, 4:6, :3] = 0, 255, 90
@@ -377,7 +377,7 @@ def spoil(folder, fault):
     "pickle": "frost.npy, which cannot be read", "objects": "frost.npy, which cannot be read", "zip": "frost.npy with several arrays",
     "floats": r"float32 of shape \(20, 8, 8, 3\), expected uint8 of shape \(5 N, H, W, 3\)", "channels first": r"uint8 of shape \(20, 3, 8, 8\)",
     "one severity": r"shape \(4, 8, 8, 3\)", "none": r"shape \(0, 8, 8, 3\)",
-    "fewer labels": r"labels.npy with uint8 of shape \(4,\), expected whole numbers of shape \(20,\)", "labels with fractions": "float64 of shape",
+    "fewer labels": r"labels.npy with uint8 of shape \(4,\), expected integers of shape \(20,\)", "labels with fractions": "float64 of shape",
     "label 100": "labels 100 to 100, expected labels from 0 to 99", "label -1": "labels -1 to -1",
 }.items())
 def test_faults_of_files(tmp_path, fault, message):

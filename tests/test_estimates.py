@@ -91,7 +91,7 @@ def test_intervals_cover(factor, target):
 
 
 def exact(z, posterior, names):
-    "The estimands: the metrics with the chance of being right in place of right or wrong"
+    "The estimands: the metrics with the chance of being correct in place of correct or wrong"
     p = z.softmax(1)
     top = p.argmax(1, keepdim=True)
     tables = {True: BinaryPredictions(p.gather(1, top), posterior.gather(1, top)), False: BinaryPredictions(p, posterior)}

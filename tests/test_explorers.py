@@ -110,7 +110,7 @@ def test_methods_follow_every_control(family, values, monkeypatch): every_contro
 
 
 def test_the_crowd_is_as_wrong_about_itself_as_it_is_said_to_be():
-    "Always the same answers; the surer they are by the factor, the fewer are right"
+    "Always the same answers; the more confident they are by the factor, the fewer are correct"
     right = [float((z.argmax(1) == y).float().mean()) for z, y in map(_batch_context, (.2, 1., 4.))]
     assert torch.equal(_batch_context(.2)[0], _batch_context(4.)[0]) and right[0] > right[1] > right[2]
 

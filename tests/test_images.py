@@ -89,7 +89,7 @@ def test_given_images_come_back_and_are_found_by_another_process(own):
 
 @pytest.mark.parametrize("change, message", [
     (lambda x, y: dict(train=(x.float(), y)), "train: got inputs of torch.float32"), (lambda x, y: dict(test=(x[:, :2], y)), "test: got inputs of shape .*, expected 1 or 3 channels"),
-    (lambda x, y: dict(valid=(x, y[:5])), r"valid: got labels of int64 and shape \(5,\), expected 12 whole numbers"),
+    (lambda x, y: dict(valid=(x, y[:5])), r"valid: got labels of int64 and shape \(5,\), expected 12 integers"),
     (lambda x, y: dict(valid=(x, y.float())), "valid: got labels of float32"), (lambda x, y: dict(train=(x, y - 1)), "train: got labels"),
     (lambda x, y: dict(test=(x[:, :, :, :8], y)), "train, valid, test: got images of shapes"), (lambda x, y: dict(classes=["a", "b"]), "classes: got 2 of them"),
     (lambda x, y: dict(train=(x[y != 1], y[y != 1])), "train: got nothing of 1, expected samples of every class"), (lambda x, y: dict(augment=["spin"]), "augment: got"),

@@ -225,7 +225,7 @@ def test_gradients(name):
 
 
 def extremes():
-    "One sample of two classes, then batches: all right, all wrong, mixed, of equal logits"
+    "One sample of two classes, then batches: all correct, all wrong, mixed, of equal logits"
     large, rng = [0., 1e4, -1e4], np.random.default_rng(0)
     for row, label in product(product(large, large), (0, 1)): yield np.array([row]), np.array([label])
     for C in (2, 3, 5):

@@ -24,7 +24,7 @@ ALL = BINNED | dict(ks=ks, brier=brier, nll=nll, top1=top1)
 
 
 def binary(conf, right):
-    "Two-class probabilities with these confidences of the top label, and labels that make it right or wrong"
+    "Two-class probabilities with these confidences of the top label, and labels that make it correct or wrong"
     return [[c, 1 - c] for c in conf], [0 if r else 1 for r in right]
 
 
@@ -141,8 +141,8 @@ def test_extreme_logits_are_finite():
     ([[.5, .6]], [0], "probs", "sum 1 within 1e-4"),
     ([[1.5, -.5]], [0], "probs", "between 0 and 1"),
     ([[1., 2.]], [-1], "logits", "labels: got -1 to -1, expected 0 to 1"),
-    ([[1., 2.]], [.5], "logits", "whole numbers"),
-    ([[1., 2.]], [math.nan], "logits", "whole numbers"),
+    ([[1., 2.]], [.5], "logits", "integers"),
+    ([[1., 2.]], [math.nan], "logits", "integers"),
     ([[1., 2.]], [[0]], "logits", "labels: got shape (1, 1)"),
     ([["a", "b"]], [0], "logits", "no table of numbers"),
     ([[1., 2.], [1.]], [0, 0], "logits", "no table of numbers"),

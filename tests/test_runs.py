@@ -169,7 +169,7 @@ def test_log_odds_are_those_of_the_confidence():
 
 
 def test_a_light_file_is_fifty_kilobytes_at_most(tmp_path):
-    "10,000 images of ten classes, Gaussian logits that are right half of the time"
+    "10,000 images of ten classes, Gaussian logits that are correct half of the time"
     z = 2*torch.randn(10_000, 10)
     y = z.double().softmax(1).multinomial(1).squeeze(1)
     save_npz(tmp_path/"x.npz", _compress_outcomes({"raw": compute_outcomes(1.4*z, y), "scaled": compute_outcomes(z, y)}))
@@ -202,7 +202,7 @@ def test_a_description_of_the_wrong_kind_is_refused(bad, words):
 
 @pytest.mark.parametrize("bad", [dict(epochs=2.5), dict(epochs=2.), dict(batch_size=64.5)])
 def test_a_recipe_counts_in_whole_numbers(bad):
-    with pytest.raises(ValueError, match="expected a whole number"): Recipe(**dict(epochs=2) | bad)
+    with pytest.raises(ValueError, match="expected an integer"): Recipe(**dict(epochs=2) | bad)
 
 
 def test_a_file_of_a_method_unknown_here_is_named(store):
@@ -221,7 +221,7 @@ def test_a_warning_free_run(store):
 
 
 def test_real_photographs_train_and_are_judged(photos, store):
-    "Sixty photographs and one epoch teach little, and every part turns: the cache, flips, 10,000 test images."
+    "Sixty images and one epoch teach little, and every part turns: the cache, flips, 10,000 test images."
     r = go(RunSpec(DataSpec("cifar10", n_train=60, n_valid=60), "resnet8", "nll", Recipe(1, 30, augment=("flip",))), store)
     assert r.evaluation.n == 10_000 and r.truth is None and 0 < r.evaluation.raw["top1"].value < .5
 

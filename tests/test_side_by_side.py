@@ -25,8 +25,9 @@ from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.steps import GraphCaptureError
 from kdc_nb.training.trainer import Trainer
 from kdc_nb.experiments.runs import Store, all_results, run
+from kdc_nb.experiments.side_by_side import SideBySideRunner, TeacherCachePool
 from kdc_nb.experiments.specs import Distil, RunSpec
-from kdc_nb.experiments.sweeps import _SideBySideRunner, _TeacherCachePool, sweep
+from kdc_nb.experiments.sweeps import sweep
 from kdc_nb.experiments.teachers import TemperatureScaled
 from tests.conftest import patch_name
 
@@ -100,11 +101,11 @@ class Mark:
 def device(monkeypatch):
     "Streams, pretended; a piece is of two steps"
     it, step = Device(), Trainer.step
-    class Pretended(_SideBySideRunner):
+    class Pretended(SideBySideRunner):
         def __init__(self, agenda, *rest):
             super().__init__(agenda, *rest)
             self.streams = [f"stream {k}" for k in range(agenda.context.at_once)]
-    patch_name(monkeypatch, "_SideBySideRunner", Pretended)
+    patch_name(monkeypatch, "SideBySideRunner", Pretended)
     monkeypatch.setattr(torch.cuda, "stream", it.on)
     patch_name(monkeypatch, "_record_event", it.mark)
     patch_name(monkeypatch, "STEPS_PER_CHUNK", {"cpu": 2})
@@ -157,7 +158,7 @@ def test_after_a_recording_that_failed_the_rest_goes_on_in_a_fresh_process(store
         same(go(ALL, store, slots=2, on_result=seen.append), alone)
     assert len(seen) == len({r.spec for r in seen}) == len(ALL) + 1, "each is told once, the teacher too"
     assert cuda_is_broken()
-    monkeypatch.setattr(sweeps_room._SideBySideRunner, "work", None) # of no use in this process any more
+    monkeypatch.setattr(sweeps_room.SideBySideRunner, "work", None) # of no use in this process any more
     assert go([replace(TEACHER, seed=7)], store)[0].spec.seed == 7
 
 
@@ -185,11 +186,11 @@ def dies(*args): os.kill(os.getpid(), signal.SIGKILL)
 
 def test_what_nobody_else_looks_at_is_looked_at_here(store, alone, monkeypatch):
     "The process that was to look is killed"
-    class Killed(_SideBySideRunner):
+    class Killed(SideBySideRunner):
         def __init__(self, *args):
             super().__init__(*args)
             self.pool.submit(dies)
-    patch_name(monkeypatch, "_SideBySideRunner", Killed)
+    patch_name(monkeypatch, "SideBySideRunner", Killed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore") # of joblib
         same(go(ALL, store, slots=2), alone)
@@ -246,14 +247,14 @@ def test_failed_runs_free_their_memory(store, monkeypatch):
 
 def test_evaluation_that_is_slow_holds_back_what_could_not_be_evaluated_in_time(store, monkeypatch):
     waiting = []
-    class Slow(_SideBySideRunner):
+    class Slow(SideBySideRunner):
         def has_room(self):
             waiting.append(len(self.evaluated) - self.n_workers)
             return super().has_room()
         def collect(self):
             if len(self.evaluated) <= self.n_workers and self.slots: return False # as if none were done
             return super().collect()
-    patch_name(monkeypatch, "_SideBySideRunner", Slow)
+    patch_name(monkeypatch, "SideBySideRunner", Slow)
     go([replace(TEACHER, seed=s, recipe=Recipe(1, 100)) for s in range(8)], store, slots=2)
     assert len(all_results(store)) == 8 and max(waiting) <= 2, "what was running when there was no more room"
 
@@ -312,14 +313,14 @@ def test_ctrl_c_keeps_what_is_done(store, alone, monkeypatch):
 
 def test_an_answer_is_kept_only_while_somebody_may_ask_and_no_more_than_fits(monkeypatch):
     specs = [specs_room.with_seed(s, k) for k in range(3) for s in STUDENTS]
-    caches = _TeacherCachePool(specs)
+    caches = TeacherCachePool(specs)
     first = [caches.take(s) for s in specs[::3]]
     assert len(set(map(id, first))) == 3 and not any(map(caches.can_begin, specs))
     for s, cache in zip(specs[::3], first):
         cache.cached_epochs = {0, 1} # all of them
         caches.give_back(s)
     assert all(map(caches.can_begin, specs))
-    monkeypatch.setattr(_TeacherCachePool, "size", staticmethod(lambda spec: 1.5e9))
+    monkeypatch.setattr(TeacherCachePool, "size", staticmethod(lambda spec: 1.5e9))
     assert caches.take(specs[1]) is first[0], "and is now the one last used"
     assert len(caches.caches) == 3
     caches.sizes = dict.fromkeys(caches.sizes, 1.5e9)

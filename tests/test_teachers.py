@@ -62,7 +62,7 @@ def test_an_ensemble_is_scaled_by_the_temperature_of_its_mean(store):
 
 
 def test_networks_that_teach_alone_are_scaled_alone(store):
-    "An out-of-fold teacher's temperature suits single networks, not their mean, which is less sure."
+    "An out-of-fold teacher's temperature suits single networks, not their mean, which is less confident."
     folds = OutOfFold(replace(NET, recipe=Recipe(8, 50)), 2)
     z = np.concatenate([go(r, store).logits["valid"].double().numpy() for r in folds.required_runs()])
     y = np.tile(load_data(TINY).valid.labels.numpy(), 2)

@@ -194,7 +194,7 @@ def test_features_of_any_scale(scales):
 
 
 def test_what_is_returned_is_what_is_certified():
-    "Half precision, lists and whole numbers are as good as float64; two features that are nearly one are refused"
+    "Half precision, lists and integers are as good as float64; two features that are nearly one are refused"
     rng = np.random.default_rng(0)
     X, y, z_t = rng.normal(size=(3, 200)).astype(np.float32), rng.integers(0, 2, 200), rng.normal(size=200)
     X = np.vstack([X, X[0] + X[1]]).astype(np.float32)

@@ -81,7 +81,7 @@ def test_killed_many_times(tmp_path): check_killed(tmp_path, 12, seed=1)
 
 
 class Counts(TrainingMethod):
-    "A method with state: how often each sample was right; the loss depends on it."
+    "A method with state: how often each sample was correct; the loss depends on it."
     needs_valid = True
 
     def start(self, n_train, n_classes, epochs):
@@ -210,7 +210,7 @@ def test_epochs_and_seeds_differ_and_repeat():
 
 
 def test_the_teacher_is_asked_for_the_right_samples():
-    "A teacher that knows the labels by index is right about every batch."
+    "A teacher that knows the labels by index is correct about every batch."
     data, seen = load_data(TINY), []
     teacher = lambda x, index: seen.append(index) or 9*torch.nn.functional.one_hot(data.train.labels[index], 20).float()
 

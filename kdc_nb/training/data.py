@@ -112,7 +112,7 @@ def channel_stats(
 
 # %% ../../nbs/training/00_data.ipynb #2312b679
 def check_split_sizes(name: str, total: int | None = None, **sizes: int) -> None:
-    "Refuse splits that are empty or, together, larger than the `l1_norm` there is"
+    "Refuse splits that are empty or, together, larger than the total there is"
     for k, n in sizes.items(): check(n >= 1, f"{name} {k}", n, "at least 1")
     if total is not None: check(sum(sizes.values()) <= total, f"{name} {' + '.join(sizes)}", sum(sizes.values()), f"at most {total:,} together")
 
