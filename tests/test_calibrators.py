@@ -50,7 +50,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, name):
         def after_epoch(self, epoch, *valid):
             if epoch == 3: raise KeyboardInterrupt
             super().after_epoch(epoch, *valid)
-    with pytest.raises(KeyboardInterrupt): fit(_build_net(spec), data, Stops(), recipe, device="cpu", checkpoint=tmp_path/"x", every=0, progress=False)
+    with pytest.raises(KeyboardInterrupt): fit(_build_net(spec), data, Stops(), recipe, device="cpu", checkpoint=tmp_path/"x", checkpoint_every=0, progress=False)
     b = fit(stopped, data, Method(name).build(), recipe, device="cpu", checkpoint=tmp_path/"x", progress=False)
     assert a.history == b.history
     for there, here in ((through, stopped), (a.method, b.method)):

@@ -10,12 +10,12 @@ import torch
 
 import kdc_nb.training.devices as devices_room
 import kdc_nb.paper.selfcheck as selfcheck_room
-import kdc_nb.training.steps as kt
 from kdc_nb.training.data import DataSpec
 from kdc_nb.training.devices import cuda_is_broken, mark_cuda_broken
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.steps import GraphCaptureError
+from kdc_nb.training.trainer import Trainer
 from kdc_nb.experiments.agenda import write_specs
 from kdc_nb.experiments.results import read_results
 from kdc_nb.experiments.runs import Store, run
@@ -45,7 +45,7 @@ def test_the_check_passes_here(few, capsys):
 def test_a_method_that_trains_otherwise_the_second_time_is_a_fault(few, capsys, monkeypatch):
     learn, times = selfcheck_room._epoch_losses, []
     def drifting(training, *rest):
-        if type(training.method).__name__ == "CorrectnessRanking": times.append(1)
+        if type(training.method).__name__ == "_CorrectnessRanking": times.append(1)
         return [x*(1 + .2*(len(times) == 1)) for x in learn(training, *rest)]
     patch_name(monkeypatch, "_epoch_losses", drifting)
     assert main(["--check", "--device", "cpu"]) == 1
@@ -55,18 +55,18 @@ def test_a_method_that_trains_otherwise_the_second_time_is_a_fault(few, capsys, 
 
 
 def test_after_a_recording_that_failed_the_others_are_checked_in_fresh_processes(few, capsys, monkeypatch):
-    recorded, here = kt.capture_step, os.getpid()
-    def refuse(run):
-        if type(run.method).__name__ == "CorrectnessRanking":
+    capture = Trainer.capture
+    def refuse(trainer):
+        if type(trainer.method).__name__ == "_CorrectnessRanking":
             mark_cuda_broken()
             raise GraphCaptureError("the step cannot be recorded: why")
-        return recorded(run)
-    patch_name(monkeypatch, "capture_step", refuse)
+        return capture(trainer)
+    monkeypatch.setattr(Trainer, "capture", refuse)
     asked, elsewhere = [], devices_room.call_in_fresh_process
     patch_name(monkeypatch, "call_in_fresh_process", lambda f, *args: asked.append(args) or elsewhere(f, *args))
     assert main(["--check", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
-    assert "crl                   FAULT   NotRecorded: the step cannot be recorded: why" in out and out.splitlines()[-1] == "Faults: crl"
+    assert "crl                   FAULT   GraphCaptureError: the step cannot be recorded: why" in out and out.splitlines()[-1] == "Faults: crl"
     assert len(asked) == 3
 
 

@@ -12,6 +12,7 @@ import pytest
 from kdc_nb.calibration.metrics import compute_outcomes
 from kdc_nb.training.data import DataSpec
 from kdc_nb.training.recipes import Recipe
+from kdc_nb.training.trainer import Trainer
 from kdc_nb.paper.demo import _demo_parts, _format_verdict, _part_specs, run_demo
 from kdc_nb.paper.demo import main
 from tests.conftest import patch_name
@@ -31,7 +32,7 @@ def test_tables_figures_and_a_page(small, tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.glob("*.png")) == [f"{d}_{k}.png" for d in ("digits", "known") for k in ("ece", "reliability")]
     page = (tmp_path/"index.html").read_text()
     assert page.count("<img") == 4 and page.count("<table>") == 2 and "http" not in page
-    patch_name(monkeypatch, "_train_epoch", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(Trainer, "train_epoch", lambda trainer: pytest.fail("trained again"))
     assert run_demo(seeds=2, folder=tmp_path, device="cpu", progress=False) == text
 
 

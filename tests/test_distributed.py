@@ -108,7 +108,7 @@ def test_what_cannot_be_shared_is_refused(tmp_path):
     write_specs([RunSpec(DATA, "resnet8", "nll", Recipe(1, 33))], tmp_path/"runs.json")
     assert "batch_size: got 33, expected a multiple of 2" in launch(tmp_path, 2, *args).stderr
     stores = ("program.py", "runs.json", "own")
-    (tmp_path/"program.py").write_text(PROGRAM.replace("sys.argv[2]", "sys.argv[2] + str(place()[0])"))
+    (tmp_path/"program.py").write_text(PROGRAM.replace("sys.argv[2]", "sys.argv[2] + str(rank_and_world()[0])"))
     write_specs([RunSpec(DATA, "resnet8", "nll", Recipe(1, 32))], tmp_path/"runs.json")
     launch(tmp_path, 2, *stores)
     assert "in which one process finds what another does not, expected a folder that all processes share" in launch(tmp_path, 2, *stores).stderr

@@ -16,17 +16,15 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import kdc_nb.training.images as ki
-import kdc_nb.training.trainer as kt
 from kdc_nb.core import cache_dir, load_tensors
 from kdc_nb.training.data import DataSpec, LeaveFoldOut, load_data
 from kdc_nb.training.methods import TrainingMethod
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.training.trainer import fit
+from kdc_nb.training.trainer import Trainer, fit
 from kdc_nb.experiments.runs import Store, _build_net, run
 from kdc_nb.experiments.specs import Distil, RunSpec
 from kdc_nb.experiments.sweeps import sweep
 from kdc_nb.experiments.teachers import teacher_from_logits
-from tests.conftest import patch_name
 
 
 @pytest.fixture(autouse=True)
@@ -202,7 +200,7 @@ def test_a_streamed_run_can_be_killed_and_its_teacher_may_see_what_it_sees(image
     d, part = load_data(data), tmp_path/"part"
     for left in (2, 1, 0): # killed in the sixth step of each call, twelve to do
         net = _build_net(teacher)
-        with pytest.raises(KeyboardInterrupt) if left else nullcontext(): fit(net, d, Killed(), recipe, 0, device="cpu", checkpoint=part, every=0., progress=False)
+        with pytest.raises(KeyboardInterrupt) if left else nullcontext(): fit(net, d, Killed(), recipe, 0, device="cpu", checkpoint=part, checkpoint_every=0., progress=False)
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), store.net(teacher).state_dict().values()))
 
 
@@ -213,8 +211,8 @@ def test_a_streamed_run_killed_after_the_last_step_of_an_epoch_goes_on(imagenet,
     go = lambda net, **kw: fit(net, d, TrainingMethod(), spec.recipe, device="cpu", progress=False, **kw).history
     def stop(*args): raise KeyboardInterrupt
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        patch_name(m, "_end_epoch", stop)
-        go(_build_net(spec), checkpoint=part, every=0.)
+        m.setattr(Trainer, "end_epoch", stop)
+        go(_build_net(spec), checkpoint=part, checkpoint_every=0.)
     assert load_tensors(part)[1]["epochs_done"] == 1 and not load_tensors(part)[1]["history"]
     through, stopped = _build_net(spec), _build_net(spec)
     assert go(through) == go(stopped, checkpoint=part)

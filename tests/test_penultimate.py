@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from kdc_nb.core import DamagedFile
 from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.recipes import Recipe
+from kdc_nb.training.trainer import Trainer
 from kdc_nb.experiments.runs import Store
 from kdc_nb.experiments.specs import RunSpec
 from kdc_nb.analysis.geometry import (
@@ -19,7 +20,6 @@ from kdc_nb.analysis.views import (
     _first_per_class, extract_features, feature_images, most_confused_triple, read_features,
     write_features,
 )
-from tests.conftest import patch_name
 
 SIMILAR = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)
 CENTRES = torch.tensor([[0., 0, 0], [2, 0, 0], [0, 5, 0], [0, 5, 3]])
@@ -151,7 +151,7 @@ def test_a_look_keeps_what_its_pictures_need(seen):
 
 def test_a_look_trains_nothing_that_is_stored(seen, monkeypatch):
     store, (known, _) = seen
-    patch_name(monkeypatch, "_train_epoch", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(Trainer, "train_epoch", lambda trainer: pytest.fail("trained again"))
     again = extract_features(known.result.spec, store, "cpu", per_class=3)
     assert torch.equal(again.features["train"], known.features["train"]) and again.merging == known.merging
 

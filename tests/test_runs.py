@@ -17,6 +17,7 @@ from kdc_nb.calibration.posthoc import fit_temperature
 from kdc_nb.training.data import DataSpec
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
+from kdc_nb.training.trainer import Trainer
 from kdc_nb.experiments.results import (
     _compress_outcomes, _decompress_outcomes, read_results, recalibrate, result_outcomes, write_results,
 )
@@ -40,7 +41,7 @@ def go(spec, store): return run(spec, store, "cpu", progress=False)
 
 def test_a_second_call_trains_nothing(store, monkeypatch):
     first = go(STUDENT, store)
-    patch_name(monkeypatch, "_train_epoch", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(Trainer, "train_epoch", lambda trainer: pytest.fail("trained again"))
     again = go(STUDENT, store)
     assert torch.equal(first.logits["test"], again.logits["test"]) and encode(first.evaluation) == encode(again.evaluation)
 

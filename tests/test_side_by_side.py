@@ -14,17 +14,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-import kdc_nb.training.steps as steps_room
 import kdc_nb.experiments.runs as runs_room
 import kdc_nb.experiments.specs as specs_room
 import kdc_nb.experiments.sweeps as sweeps_room
-import kdc_nb.training.trainer as trainer_room
 from kdc_nb.training.data import DataSpec
 from kdc_nb.training.devices import cuda_is_broken, mark_cuda_broken
 from kdc_nb.training.methods import Method
 from kdc_nb.training.models import MODELS
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.steps import GraphCaptureError
+from kdc_nb.training.trainer import Trainer
 from kdc_nb.experiments.agenda import Scheduler
 from kdc_nb.experiments.runs import RunContext, Store, all_results, run
 from kdc_nb.experiments.specs import Distil, RunSpec, TemperatureScaled
@@ -100,7 +99,7 @@ class Mark:
 @pytest.fixture
 def device(monkeypatch):
     "Streams, pretended; a piece is of two steps"
-    it, step = Device(), steps_room._train_step
+    it, step = Device(), Trainer.step
     class Pretended(_SideBySideRunner):
         def __init__(self, agenda, *rest):
             super().__init__(agenda, *rest)
@@ -109,7 +108,7 @@ def device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", it.on)
     patch_name(monkeypatch, "_record_event", it.mark)
     patch_name(monkeypatch, "STEPS_PER_CHUNK", {"cpu": 2})
-    patch_name(monkeypatch, "_train_step", lambda training: it.step(training, step))
+    monkeypatch.setattr(Trainer, "step", lambda trainer: it.step(trainer, step))
     return it
 
 
@@ -143,16 +142,16 @@ def test_those_that_drop_out_share_a_stream_and_come_out_as_if_alone(store, devi
 
 def refusing(monkeypatch, error, which=lambda run: True):
     "Recording fails in this process; another process knows nothing of that"
-    recorded = steps_room.capture_step
-    def refuse(run):
-        if not (run.record and which(run)): return recorded(run)
+    capture = Trainer.capture
+    def refuse(trainer):
+        if not (trainer.use_cuda_graph and which(trainer)): return capture(trainer)
         mark_cuda_broken()
         raise error
-    patch_name(monkeypatch, "capture_step", refuse)
+    monkeypatch.setattr(Trainer, "capture", refuse)
 
 
 def test_after_a_recording_that_failed_the_rest_goes_on_in_a_fresh_process(store, alone, monkeypatch):
-    refusing(monkeypatch, GraphCaptureError("the step cannot be recorded: why"), lambda run: type(run.method).__name__ == "CorrectnessRanking")
+    refusing(monkeypatch, GraphCaptureError("the step cannot be recorded: why"), lambda run: type(run.method).__name__ == "_CorrectnessRanking")
     seen = []
     with pytest.warns(UserWarning, match="crl beta=1, seed 1: the step cannot be recorded: why; it is trained without"):
         same(go(ALL, store, slots=2, on_result=seen.append), alone)
@@ -229,8 +228,8 @@ def test_an_error_of_the_caller_waits_until_all_is_done(store, kw):
 
 
 def test_failed_runs_free_their_memory(store, monkeypatch):
-    made, Training = [], steps_room.Trainer
-    class Noted(Training):
+    made = []
+    class Noted(Trainer):
         def __init__(self, *args, **kw):
             super().__init__(*args, **kw)
             made.append(weakref.ref(self))
@@ -260,7 +259,7 @@ def test_evaluation_that_is_slow_holds_back_what_could_not_be_evaluated_in_time(
 
 
 def test_a_device_that_was_full_while_it_recorded_one_of_one_leaves_the_rest_to_a_fresh_process(store, alone, monkeypatch):
-    refusing(monkeypatch, torch.OutOfMemoryError("full"), lambda run: type(run.method).__name__ == "CorrectnessRanking")
+    refusing(monkeypatch, torch.OutOfMemoryError("full"), lambda run: type(run.method).__name__ == "_CorrectnessRanking")
     with pytest.raises(torch.OutOfMemoryError): go(OTHERS, store)
     same([store.get(s) for s in OTHERS[1:]], alone[4:])
 
@@ -300,13 +299,13 @@ def test_no_process_outlives_the_one_that_was_killed(tmp_path, how):
 
 
 def test_ctrl_c_keeps_what_is_done(store, alone, monkeypatch):
-    calls, step = [], steps_room._train_step
-    def interrupted(training):
+    calls, step = [], Trainer.step
+    def interrupted(trainer):
         calls.append(1)
         if len(calls) == 18: raise KeyboardInterrupt
-        step(training)
+        step(trainer)
     with monkeypatch.context() as m:
-        patch_name(m, "_train_step", interrupted)
+        m.setattr(Trainer, "step", interrupted)
         with pytest.raises(runs_room.Stopped): go(ALL, store, slots=2)
     same(go(ALL, store, slots=2), alone)
 
@@ -317,7 +316,7 @@ def test_an_answer_is_kept_only_while_somebody_may_ask_and_no_more_than_fits(mon
     first = [caches.take(s) for s in specs[::3]]
     assert len(set(map(id, first))) == 3 and not any(map(caches.can_begin, specs))
     for s, cache in zip(specs[::3], first):
-        cache.epochs = {0, 1} # heard to the end
+        cache.cached_epochs = {0, 1} # all of them
         caches.give_back(s)
     assert all(map(caches.can_begin, specs))
     monkeypatch.setattr(_TeacherCachePool, "size", staticmethod(lambda spec: 1.5e9))

@@ -22,7 +22,6 @@ from kdc_nb.core import save_tensors
 from kdc_nb.training.data import DataSpec
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.training.trainer import run_trainer, train_in_chunks
 from kdc_nb.experiments.agenda import _runs_teachers_first, plan_sweep, read_specs, write_specs
 from kdc_nb.experiments.results import read_results
 from kdc_nb.experiments.runs import RunContext, Store, all_results, clean_store, explain_interrupt, run
@@ -150,10 +149,10 @@ def test_a_grid_asks_its_live_teacher_once(store, monkeypatch):
     same(shared, [run(p, Store(store.folder.parent/"alone"), "cpu", progress=False) for p in pupils])
     heard, where = steps_room.TeacherCache(), kr.RunContext(Store(store.folder.parent/"alone"), "cpu")
     first, second = (kr.build_trainer(p, where, heard) for p in pupils[:2])
-    for _ in train_in_chunks(first):
+    for _ in first.chunks():
         if first.epoch == 1: break
-    assert heard.epochs == {0}
-    assert torch.equal(kr.collect_trained_run(pupils[1], where, run_trainer(second, progress=False)).logits["test"], shared[1].logits["test"])
+    assert heard.cached_epochs == {0}
+    assert torch.equal(kr.collect_trained_run(pupils[1], where, second.run(progress=False)).logits["test"], shared[1].logits["test"])
 
 
 def test_a_budget_is_kept_and_nothing_of_it_lost(store):

@@ -18,7 +18,7 @@ from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.methods import TrainingMethod
 from kdc_nb.training.models import MODELS, build_model
 from kdc_nb.training.recipes import Recipe, learning_rate
-from kdc_nb.training.steps import Trainer, _draw_epoch_plan
+from kdc_nb.training.steps import draw_epoch_plan
 from kdc_nb.training.trainer import fit
 from kdc_nb.experiments.results import read_results
 from kdc_nb.experiments.runs import Store, _build_net, run
@@ -186,7 +186,7 @@ def test_dropout_resumes_exactly_and_leaves_the_users_numbers_alone(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
     for left in (2, 1, 0): # four steps, in the second epoch, four, in the third, and the last of nine
         net = _build_net(spec)
-        try: fit(net, d, Killed(), RECIPE, 0, device="cpu", checkpoint=tmp_path/"part", every=0., progress=False)
+        try: fit(net, d, Killed(), RECIPE, 0, device="cpu", checkpoint=tmp_path/"part", checkpoint_every=0., progress=False)
         except KeyboardInterrupt: assert left
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), net.state_dict().values()))
     assert torch.equal(before, torch.random.get_rng_state())
@@ -198,12 +198,10 @@ def test_the_loop_is_torchs_adamw_with_linear_warmup():
     done = fit(nets[0], d, TrainingMethod(), RECIPE, 5, device="cpu", progress=False)
     named = dict(nets[1].named_parameters())
     opt = torch.optim.AdamW([{"params": [p for p in named.values() if p.ndim > 1]}, {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0}], 1., (.9, .999), weight_decay=.05, foreach=False)
-    plan = Trainer(build_model("distilbert_1_32", 12, d.in_channels), d, TrainingMethod(), RECIPE, 5, torch.device("cpu"))
     for epoch in range(3):
-        plan.epoch = epoch
         torch.manual_seed(derive_seed(5, epoch, 0))
         nets[1].train()
-        for k, index in enumerate(_draw_epoch_plan(plan).index):
+        for k, index in enumerate(draw_epoch_plan(d, TrainingMethod(), RECIPE, 5, epoch).index):
             loss = torch.nn.functional.cross_entropy(nets[1](d.train.inputs[index].long()), d.train.labels[index])
             opt.zero_grad()
             loss.backward()

@@ -17,8 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdc_nb.core as core_room
 import kdc_nb.training.devices as devices_room
-import kdc_nb.training.steps as steps_room
-import kdc_nb.training.trainer as trainer_room
 from kdc_nb.core import load_tensors, save_tensors
 from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.devices import cuda_is_broken, mark_cuda_broken
@@ -26,10 +24,9 @@ from kdc_nb.training.methods import Distillation, Method, TrainingMethod, Traini
 from kdc_nb.training.models import build_model
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.steps import (
-    GraphCaptureError, TeacherCache, Trainer, _epoch_generator, _match_grad_strides, _train_step,
-    begin_epoch, capture_step, load_trainer_state_dict, trainer_state_dict,
+    GraphCaptureError, TeacherCache, _epoch_generator, match_grad_strides, predict_logits,
 )
-from kdc_nb.training.trainer import OutOfTime, _train_epoch, fit, run_trainer
+from kdc_nb.training.trainer import OutOfTime, Trainer, fit
 from kdc_nb.experiments.runs import Store, _build_net, clean_store
 from kdc_nb.experiments.specs import Distil, RunSpec, TemperedPosterior, run_id
 from tests.conftest import patch_name
@@ -38,8 +35,9 @@ TINY = DataSpec("known", n_train=200, n_valid=50, n_test=100)
 SPEC = RunSpec(TINY, "resnet8", Distil(TemperedPosterior(.5), 2, .5), Recipe(60, 32))
 CHILD = """
 import sys, functools, kdc_nb.experiments.runs as r
+from kdc_nb.training.trainer import Trainer
 from tests.test_training import SPEC
-r.drive = functools.partial(r.drive, every=0)
+Trainer.run = functools.partialmethod(Trainer.run, checkpoint_every=0)
 r.run(SPEC, r.Store(sys.argv[1]), "cpu", progress=False)
 """
 
@@ -111,7 +109,7 @@ def test_state_and_best_weights_survive_a_stop(tmp_path, keep):
         def after_epoch(self, epoch, *valid):
             super().after_epoch(epoch, *valid)
             if epoch == 3: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): fit(_build_net(SPEC), data, Stops(), recipe, device="cpu", checkpoint=path, every=0, progress=False)
+    with pytest.raises(KeyboardInterrupt): fit(_build_net(SPEC), data, Stops(), recipe, device="cpu", checkpoint=path, checkpoint_every=0, progress=False)
     rest = Counts()
     b = fit(stopped, data, rest, recipe, device="cpu", checkpoint=path, progress=False).history
     assert rest.seen == [3, 4, 5], "only what was missing"
@@ -126,11 +124,11 @@ def dropping(seed=0):
 
 def interrupt_at(monkeypatch, n):
     "Ctrl-C after n steps"
-    calls, step = itertools.count(), steps_room._train_step
-    def interrupted(*args):
+    calls, step = itertools.count(), Trainer.step
+    def interrupted(trainer):
         if next(calls) == n: raise KeyboardInterrupt
-        step(*args)
-    patch_name(monkeypatch, "_train_step", interrupted)
+        step(trainer)
+    monkeypatch.setattr(Trainer, "step", interrupted)
 
 
 @pytest.mark.parametrize("net, method", [*((lambda: _build_net(SPEC), m) for m in ("nll", "crl", "pskd", "adafocal", "mixup")), (dropping, "nll")],
@@ -144,12 +142,12 @@ def test_stopped_in_the_middle_of_an_epoch(tmp_path, monkeypatch, net, method, n
     a = go(through)
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         interrupt_at(m, n)
-        go(net(), checkpoint=path, every=0)
+        go(net(), checkpoint=path, checkpoint_every=0)
     assert load_tensors(path)[1]["epochs_done"] == pytest.approx(n/7)
     steps = []
     with monkeypatch.context() as m:
-        step = steps_room._train_step
-        patch_name(m, "_train_step", lambda *args: steps.append(1) or step(*args))
+        step = Trainer.step
+        m.setattr(Trainer, "step", lambda trainer: steps.append(1) or step(trainer))
         b = go(stopped, checkpoint=path)
     assert len(steps) == 21 - n
     assert a == b and all(torch.equal(x, y) for x, y in zip(through.state_dict().values(), stopped.state_dict().values()))
@@ -161,48 +159,48 @@ def test_recording_a_step_draws_nothing_from_its_drop_out(monkeypatch):
         net = dropping()
         fit(net, load_data(TINY), TrainingMethod(), Recipe(1, 32), device="cpu", progress=False)
         return net[2].weight
-    plain, record = go(), steps_room.capture_step
-    patch_name(monkeypatch, "capture_step", lambda *args: torch.rand(5) is not None and record(*args)) # as the steps before a recording draw
+    plain, capture = go(), Trainer.capture
+    monkeypatch.setattr(Trainer, "capture", lambda trainer: torch.rand(5) is not None and capture(trainer)) # as the steps before a recording draw
     assert torch.equal(plain, go())
 
 
 def test_an_epoch_longer_than_ten_seconds_is_saved_within(tmp_path, monkeypatch):
     "By the clock, whatever the epoch: two steps of six seconds each"
     clock = SimpleNamespace(time=lambda: clock.now, now=0.)
-    def slow(run, step=steps_room._train_step): step(run); clock.now += 6
-    monkeypatch.setattr(trainer_room, "time", clock)
-    patch_name(monkeypatch, "_train_step", slow)
+    def slow(trainer, step=Trainer.step): step(trainer); clock.now += 6
+    patch_name(monkeypatch, "time", clock)
+    monkeypatch.setattr(Trainer, "step", slow)
     saved = []
     patch_name(monkeypatch, "save_tensors", lambda path, tensors, **meta: saved.append((meta["epochs_done"], meta["seconds"])))
     fit(_build_net(SPEC), load_data(TINY), TrainingMethod(), Recipe(1, 32), device="cpu", checkpoint=tmp_path/"x", progress=False)
     assert saved == [(pytest.approx(k/7), 6*k) for k in (2, 4, 6)]
 
 
-def test_what_a_resumed_student_did_not_hear_is_not_kept(tmp_path, monkeypatch):
-    "Another student of the same teacher asks again in the epoch of which the first heard only a part"
-    data, path, heard, net = load_data(TINY), tmp_path/"x", TeacherCache(), _build_net(SPEC).eval()
-    student = lambda heard: Trainer(_build_net(SPEC), data, Distillation(), Recipe(3, 32), 0, torch.device("cpu"), lambda x, index: net(x), heard=heard)
-    go = lambda heard=None, **kw: run_trainer(student(heard), progress=False, **kw)
+def test_an_epoch_of_which_a_resumed_student_cached_a_part_does_not_count_as_cached(tmp_path, monkeypatch):
+    "Another student of the same teacher queries it again in the epoch that the first began elsewhere"
+    data, path, cache, net = load_data(TINY), tmp_path/"x", TeacherCache(), _build_net(SPEC).eval()
+    student = lambda cache: Trainer(_build_net(SPEC), data, Distillation(), Recipe(3, 32), 0, torch.device("cpu"), lambda x, index: net(x), teacher_cache=cache)
+    go = lambda cache=None, **kw: student(cache).run(progress=False, **kw)
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         interrupt_at(m, 10)
-        go(checkpoint=path, every=0)
-    resumed = go(checkpoint=path, heard=heard)
-    assert heard.epochs == {2} and resumed.history == go().history == go(heard=heard).history
+        go(checkpoint=path, checkpoint_every=0)
+    resumed = go(checkpoint=path, cache=cache)
+    assert cache.cached_epochs == {2} and resumed.history == go().history == go(cache=cache).history
 
 
 def test_best_keeps_the_epoch_with_the_best_validation_accuracy():
     data, net = load_data(TINY), _build_net(SPEC)
     history = fit(net, data, Method("nll").build(), Recipe(6, 32, keep="best"), device="cpu", progress=False).history
-    accuracy = float((steps_room.predict_logits(net, data, data.valid.inputs).argmax(1) == data.valid.labels).float().mean())
+    accuracy = float((predict_logits(net, data, data.valid.inputs).argmax(1) == data.valid.labels).float().mean())
     assert accuracy == pytest.approx(max(h["valid_accuracy"] for h in history))
 
 
 @pytest.mark.parametrize("n, size", [(200, 32), (64, 64), (5, 32)])
 def test_every_image_is_seen_in_batches_of_one_size(n, size):
     data = load_data(DataSpec("known", n_train=n, n_valid=5, n_test=5))
-    training = Trainer(_build_net(SPEC), data, TrainingMethod(), Recipe(1, size), 0, torch.device("cpu"))
-    begin_epoch(training)
-    index, shift, flip, *_ = training.plan
+    trainer = Trainer(_build_net(SPEC), data, TrainingMethod(), Recipe(1, size), 0, torch.device("cpu"))
+    trainer.begin_epoch()
+    index, shift, flip, *_ = trainer.epoch_plan
     assert index.shape == flip.shape == shift.shape[:2] and index.shape[1] == min(n, size)
     assert set(index.flatten().tolist()) == set(range(n)) and not shift.any() and not flip.any()
 
@@ -243,24 +241,24 @@ class Watch(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("method, listening", [*((Method(m).build(), None) for m in sorted(Method.registry)), (Method("mdca", gamma=1).build(), None),
-                                               *((Distillation(2., .5), listening) for listening in (None, True, False))],
-                         ids=[*sorted(Method.registry), "focal + MDCA", "KD", "KD, the first to ask", "KD, a later one"])
-def test_a_step_asks_the_device_for_nothing(method, listening):
+@pytest.mark.parametrize("method, recording", [*((Method(m).build(), None) for m in sorted(Method.registry)), (Method("mdca", gamma=1).build(), None),
+                                               *((Distillation(2., .5), recording) for recording in (None, True, False))],
+                         ids=[*sorted(Method.registry), "focal + MDCA", "KD", "KD, the first student", "KD, a later one"])
+def test_a_step_reads_nothing_back_from_the_device(method, recording):
     "What a CUDA graph cannot record: reading a value back, making a tensor from one of Python's, sizes that depend on values"
     net = _build_net(SPEC).eval()
     teacher = (lambda x, index: net(x)) if isinstance(method, Distillation) else None
-    heard = None if listening is None else TeacherCache()
-    training = Trainer(_build_net(SPEC), load_data(TINY), method, Recipe(2, 32), 0, torch.device("cpu"), teacher, 1.5, heard)
-    training.listening = bool(listening)
-    begin_epoch(training)
-    _train_step(training)
-    before = {k: t.data_ptr() for k, t in trainer_state_dict(training).items()}
-    with Watch() as watch: _train_step(training)
+    cache = None if recording is None else TeacherCache()
+    trainer = Trainer(_build_net(SPEC), load_data(TINY), method, Recipe(2, 32), 0, torch.device("cpu"), teacher, 1.5, cache)
+    trainer.recording = bool(recording)
+    trainer.begin_epoch()
+    trainer.step()
+    before = {k: t.data_ptr() for k, t in trainer.state_dict().items()}
+    with Watch() as watch: trainer.step()
     assert "convolution_backward" in watch.seen and not watch.seen & {"_local_scalar_dense", "lift_fresh", "nonzero", "bincount", "_unique2"}
-    begin_epoch(training)
-    load_trainer_state_dict(training, {k: t.clone() for k, t in trainer_state_dict(training).items()}, 0, [])
-    assert before == {k: t.data_ptr() for k, t in trainer_state_dict(training).items()}, "a recorded step writes to the same places for ever"
+    trainer.begin_epoch()
+    trainer.load_state_dict({k: t.clone() for k, t in trainer.state_dict().items()}, 0, [])
+    assert before == {k: t.data_ptr() for k, t in trainer.state_dict().items()}, "a captured step writes to the same memory for ever"
 
 
 @pytest.mark.parametrize("spoil", [
@@ -269,7 +267,7 @@ def test_a_step_asks_the_device_for_nothing(method, listening):
 ])
 def test_a_checkpoint_of_another_version_is_named_and_left(tmp_path, spoil):
     data, path = load_data(TINY), tmp_path/"x"
-    with pytest.raises(OutOfTime): fit(_build_net(SPEC), data, Late(), Recipe(9, 32), device="cpu", checkpoint=path, every=0, until=time.time() + 1, progress=False)
+    with pytest.raises(OutOfTime): fit(_build_net(SPEC), data, Late(), Recipe(9, 32), device="cpu", checkpoint=path, checkpoint_every=0, deadline=time.time() + 1, progress=False)
     tensors, meta = spoil(*load_tensors(path))
     save_tensors(path, tensors, **meta)
     with pytest.warns(UserWarning, match="got a checkpoint of another version.*starting again"):
@@ -297,17 +295,17 @@ def test_pieces_of_time_shorter_than_an_epoch_add_up(tmp_path):
     through = fit(_build_net(SPEC), data, TrainingMethod(), Recipe(2, 32), device="cpu", progress=False).history
     done = [0.]
     while True:
-        try: history = go(until=time.time() + .35); break
+        try: history = go(deadline=time.time() + .35); break
         except OutOfTime: done.append(load_tensors(path)[1]["epochs_done"])
     assert done == sorted(set(done)) and len(done) > 3 and any(d % 1 for d in done) and history == through
 
 
 def test_time_that_is_over_stops_a_run(tmp_path):
-    with pytest.raises(OutOfTime, match="0 of 3"): fit(_build_net(SPEC), load_data(TINY), TrainingMethod(), Recipe(3, 32), device="cpu", until=time.time() - 1, progress=False)
+    with pytest.raises(OutOfTime, match="0 of 3"): fit(_build_net(SPEC), load_data(TINY), TrainingMethod(), Recipe(3, 32), device="cpu", deadline=time.time() - 1, progress=False)
     path = tmp_path/"x"
     class Slow(TrainingMethod):
         def after_epoch(self, epoch, *valid): time.sleep(.3)
-    with pytest.raises(OutOfTime): fit(_build_net(SPEC), load_data(TINY), Slow(), Recipe(40, 32), device="cpu", checkpoint=path, until=time.time() + 2, progress=False)
+    with pytest.raises(OutOfTime): fit(_build_net(SPEC), load_data(TINY), Slow(), Recipe(40, 32), device="cpu", checkpoint=path, deadline=time.time() + 2, progress=False)
     _, meta = load_tensors(path)
     assert 0 < meta["epochs_done"] <= len(meta["history"]) + 1 <= 40 and .3*meta["epochs_done"] < meta["seconds"] < 3
 
@@ -323,13 +321,13 @@ def pretended_cuda(monkeypatch):
     for name, fake in dict(Stream=same, stream=lambda s: nullcontext(), current_stream=same, default_stream=same, CUDAGraph=Graph, graph=graph).items():
         monkeypatch.setattr(torch.cuda, name, fake)
     patch_name(monkeypatch, "bf16_autocast", lambda device: nullcontext())
-    def record(training):
-        Graph.replay = lambda self: _train_step(training)
-        begin_epoch(training)
-        training.device = torch.device("cuda")
-        try: step = capture_step(training)
+    def record(trainer):
+        Graph.replay = lambda self: trainer.step()
+        trainer.begin_epoch()
+        trainer.device = torch.device("cuda")
+        try: step = trainer.capture()
         finally: mark_cuda_broken(False)
-        training.device = torch.device("cpu")
+        trainer.device = torch.device("cpu")
         return step
     return record
 
@@ -337,10 +335,10 @@ def pretended_cuda(monkeypatch):
 def test_recording_leaves_no_trace(pretended_cuda):
     "Warm-up steps and the recording itself change weights, momentum and BatchNorm: all of it is put back, to the same places"
     plain, recording = (Trainer(_build_net(SPEC), load_data(TINY), Method("mdca").build(), Recipe(2, 32), 0, torch.device("cpu")) for _ in range(2))
-    before = {k: (t.data_ptr(), t.clone()) for k, t in trainer_state_dict(recording).items()}
-    recording.step = pretended_cuda(recording)
-    assert all(t.data_ptr() == before[k][0] and torch.equal(t, before[k][1]) for k, t in trainer_state_dict(recording).items())
-    for run in (plain, recording, plain, recording): list(_train_epoch(run))
+    before = {k: (t.data_ptr(), t.clone()) for k, t in recording.state_dict().items()}
+    recording.run_step = pretended_cuda(recording)
+    assert all(t.data_ptr() == before[k][0] and torch.equal(t, before[k][1]) for k, t in recording.state_dict().items())
+    for run in (plain, recording, plain, recording): list(run.train_epoch())
     assert plain.history == recording.history and len(plain.history) == 2
 
 
@@ -349,9 +347,9 @@ def test_what_cannot_be_recorded_ends_in_a_sentence_unless_nobody_wants_it_recor
     monkeypatch.setattr(torch.cuda, "graph", refuse)
     make = lambda **kw: Trainer(_build_net(SPEC), load_data(TINY), TrainingMethod(), Recipe(2, 32), 0, torch.device("cpu"), **kw)
     with pytest.raises(GraphCaptureError, match="cannot be recorded as a CUDA graph.*not permitted"): pretended_cuda(make())
-    plain, eager = make(), make(record=False)
-    eager.step = pretended_cuda(eager)
-    for run in (plain, eager): list(_train_epoch(run))
+    plain, eager = make(), make(use_cuda_graph=False)
+    eager.run_step = pretended_cuda(eager)
+    for run in (plain, eager): list(run.train_epoch())
     assert plain.history == eager.history
 
 
@@ -374,15 +372,15 @@ def test_logits_keep_their_precision_where_the_body_is_in_16_bits():
     assert net.double()(x.double()).dtype == torch.float64
 
 
-def test_what_a_student_of_a_scaled_teacher_hears_is_divided_whoever_asked():
+def test_logits_of_a_scaled_teacher_are_divided_by_its_temperature_whichever_student_cached_them():
     data, net = load_data(TINY), _build_net(SPEC).eval()
-    heard = TeacherCache()
+    cache = TeacherCache()
     class Looks(Distillation):
         seen = []
         def forward(self, step):
             self.seen.append(step.teacher.clone())
             return super().forward(step)
-    for T in (1., 4.): run_trainer(Trainer(_build_net(SPEC), data, Looks(), Recipe(1, 100), 0, torch.device("cpu"), lambda x, i: net(x), T, heard), progress=False)
+    for T in (1., 4.): Trainer(_build_net(SPEC), data, Looks(), Recipe(1, 100), 0, torch.device("cpu"), lambda x, i: net(x), T, cache).run(progress=False)
     first, second, again_first, again_second = Looks.seen # two steps of each
     assert torch.equal(again_first, first/4) and torch.equal(again_second, second/4)
 
@@ -393,7 +391,7 @@ def test_a_finished_run_keeps_no_memory():
     gc.disable()
     try:
         run = Trainer(_build_net(SPEC), load_data(TINY), TrainingMethod(), Recipe(1, 100), 0, torch.device("cpu"))
-        run_trainer(run, progress=False)
+        run.run(progress=False)
         alive = weakref.ref(run)
         del run
         assert alive() is None
@@ -415,7 +413,7 @@ def test_gradients_are_laid_out_as_their_parameters(d):
     net(x).backward()
     before = [p.grad.clone() for p in net.parameters()]
     odd = [p.grad.stride() != p.stride() for p in net.parameters()]
-    _match_grad_strides(net)
+    match_grad_strides(net)
     assert odd[0] == (d == 1) and not odd[1]
     assert all(p.grad.stride() == p.stride() and torch.equal(p.grad, g) for p, g in zip(net.parameters(), before))
 
@@ -423,5 +421,5 @@ def test_gradients_are_laid_out_as_their_parameters(d):
 def test_gradients_that_are_transposed_in_memory_are_copied():
     net = torch.nn.Linear(3, 2)
     net.weight.grad = torch.arange(6.).view(3, 2).T
-    _match_grad_strides(net)
+    match_grad_strides(net)
     assert net.weight.grad.stride() == net.weight.stride() and net.weight.grad.tolist() == [[0, 2, 4], [1, 3, 5]]

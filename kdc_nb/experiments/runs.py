@@ -32,8 +32,8 @@ from kdc_nb.training.devices import (
     best_device, broadcast_int, call_in_fresh_process, cuda_is_broken, gather_strided, rank_and_world,
     seeded_rng,
 )
-from ..training.steps import GraphCaptureError, Predictor, TeacherCache, Trainer, predict_logits
-from ..training.trainer import run_trainer
+from ..training.steps import GraphCaptureError, Predictor, TeacherCache, predict_logits
+from ..training.trainer import Trainer
 from kdc_nb.experiments.specs import (
     Distil, RunSpec, TemperatureScaled, TemperedPosterior, first_teacher_run, lineage, required_runs,
     run_id, run_label,
@@ -235,7 +235,7 @@ def store_result(
 def train_run(spec: RunSpec, where: RunContext, progress: bool, until: float | None = None) -> Result:
     "Train a run, from its checkpoint if there is one; where its step cannot be recorded, in a fresh process and without"
     if cuda_is_broken(): return call_in_fresh_process(train_run, spec, where, progress, until)
-    try: training = run_trainer(build_trainer(spec, where), where.store.path(spec, "part"), until=until, progress=progress)
+    try: training = build_trainer(spec, where).run(where.store.path(spec, "part"), deadline=until, progress=progress)
     except GraphCaptureError as e:
         warnings.warn(f"{run_label(spec)}: {e}; it is trained without, which costs speed, in a fresh process", stacklevel=2)
         return call_in_fresh_process(train_run, spec, where._replace(record=False), progress, until)

@@ -25,7 +25,7 @@ from kdc_nb.training.devices import (
     worker_processes,
 )
 from ..training.steps import GraphCaptureError, TeacherCache
-from ..training.trainer import OutOfTime, train_in_chunks
+from ..training.trainer import OutOfTime
 from .specs import RunSpec, model_has_dropout, run_label
 from .results import Result, evaluate_splits, load_evaluation_inputs
 from kdc_nb.experiments.runs import (
@@ -108,7 +108,7 @@ class _TeacherCachePool:
         self.taken.add(spec)
         if not key or self.waiting[key] < 2 and key not in self.caches: return None
         cache = self.caches[key] = self.caches.pop(key, None) or TeacherCache()
-        if len(cache.epochs) < spec.recipe.epochs: self.filling.add(key)
+        if len(cache.cached_epochs) < spec.recipe.epochs: self.filling.add(key)
         self.sizes[key] = self.size(spec)
         for old in [k for k in self.caches if k != key and k not in self.filling]:
             if sum(self.sizes[k] for k in self.caches) > 4e9: del self.caches[old]
@@ -137,7 +137,7 @@ class _RunSlot:
         self.stream, self.event = stream, None
         with self.on_stream(): self.training = build_trainer(run, where, cache)
         self.run, self.where = run, where
-        self.pieces = train_in_chunks(self.training, where.store.path(run, "part"), until=until)
+        self.pieces = self.training.chunks(where.store.path(run, "part"), deadline=until)
 
     def on_stream(self):
         "Whatever is asked of the device in the block goes to the slot's stream"

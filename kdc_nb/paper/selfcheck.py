@@ -19,8 +19,7 @@ from ..training.models import build_model
 from ..training.methods import Distillation, Method
 from ..training.devices import best_device, call_in_fresh_process, cuda_is_broken, seeded_rng
 from ..training.recipes import Recipe
-from ..training.steps import Trainer
-from ..training.trainer import run_trainer, train_in_chunks
+from ..training.trainer import Trainer
 from ..experiments.specs import Distil, RunSpec, TemperatureScaled
 from ..experiments.runs import Store, describe_environment
 from ..experiments.sweeps import sweep
@@ -34,18 +33,19 @@ _CHECKED_METHODS |= {"mdca, focal": PAPER_METHODS["MDCA"], "mmce, ported": PAPER
 _DISTILLATION = "distillation"
 
 # %% ../../nbs/paper/04_selfcheck.ipynb #35e54f1f
-def _make_trainer(name: str, device: str, record: bool = True) -> Trainer: # of _METHODS, or _KD
+def _make_trainer(name: str, device: str, use_cuda_graph: bool = True) -> Trainer: # of _METHODS, or _KD
     "A small network that is to learn by a method, or from a teacher"
     data = replace(load_data(_CHECK_DATA), augment=_CHECK_RECIPE.augment)
     with seeded_rng(0): net, master = (build_model(m, data.n_classes) for m in ("resnet8", "resnet14"))
     master = master.to(device, memory_format=torch.channels_last).eval()
     method, teacher = (_CHECKED_METHODS[name].build(), None) if name != _DISTILLATION else (Distillation(2., .5), lambda x, index: master(x).float())
-    return Trainer(net, data, method, _CHECK_RECIPE, 0, torch.device(device), teacher, record=record)
+    where = dict(device=torch.device(device), use_cuda_graph=use_cuda_graph)
+    return Trainer(net, data, method, _CHECK_RECIPE, seed=0, teacher=teacher, **where)
 
 # %% ../../nbs/paper/04_selfcheck.ipynb #62061d7e
 def _epoch_losses(training: Trainer, checkpoint: Path | None = None) -> list[float]:
     "How it learns, epoch by epoch"
-    return [row["loss"] for row in run_trainer(training, checkpoint, every=0., progress=False).history]
+    return [row["loss"] for row in training.run(checkpoint, checkpoint_every=0., progress=False).history]
 
 # %% ../../nbs/paper/04_selfcheck.ipynb #a0000009
 _LOSS_TOLERANCE = .1 # of each other: losses of an epoch, as a share
@@ -85,7 +85,7 @@ def _check_resuming(device: str) -> _CheckOutcome:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)/"part"
         stopped = _make_trainer(name, device)
-        for _ in train_in_chunks(stopped, path, every=0.):
+        for _ in stopped.chunks(path, checkpoint_every=0.):
             if stopped.epochs_done() >= 1: break
         resumed = _epoch_losses(_make_trainer(name, device), path)
     whole = _epoch_losses(_make_trainer(name, device))

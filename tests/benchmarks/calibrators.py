@@ -18,7 +18,7 @@ from kdc_nb.training.devices import best_device
 from kdc_nb.training.methods import Distillation, Method, TrainingMethod, TrainingStep
 from kdc_nb.training.models import build_model
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.training.steps import Trainer, begin_epoch, capture_step
+from kdc_nb.training.trainer import Trainer
 from kdc_nb.experiments.runs import describe_environment
 from kdc_nb.experiments.specs import method_label
 
@@ -54,10 +54,10 @@ def training_step(method: TrainingMethod, device: torch.device):
     teacher = (lambda x, index: said[index]) if isinstance(method, Distillation) else None
     run = Trainer(build_model("wrn_40_1", C), images(BATCH), method, Recipe(2, BATCH, augment=("crop", "flip")), 0, device, teacher)
     said = torch.randn(BATCH, C, device=device)
-    begin_epoch(run)
-    step = capture_step(run)
+    run.begin_epoch()
+    step = run.capture()
     def once():
-        run.k.zero_()
+        run.step_counter.zero_()
         step()
     return once
 

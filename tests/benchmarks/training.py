@@ -48,7 +48,8 @@ from kdc_nb.training.losses import cross_entropy, distillation
 from kdc_nb.training.methods import Distillation, Method
 from kdc_nb.training.models import build_model
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.training.steps import Trainer, _train_step, begin_epoch, capture_step, predict_logits
+from kdc_nb.training.steps import predict_logits
+from kdc_nb.training.trainer import Trainer
 from kdc_nb.experiments.runs import describe_environment
 
 C, BATCH, TEACHER = 100, 128, "wrn_40_2"
@@ -171,17 +172,17 @@ class Run:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         with torch.cuda.stream(self.stream): # None: nothing happens
             net = build_model(case.model, data.n_classes)
-            self.training = Trainer(net, data, method, recipe, 0, device, asked, record=case.loop == "recorded")
-            begin_epoch(self.training)
-            self.fast = capture_step(self.training)
+            self.training = Trainer(net, data, method, recipe, 0, device, asked, use_cuda_graph=case.loop == "recorded")
+            self.training.begin_epoch()
+            self.fast = self.training.capture()
         synchronize(device)
 
-    def slow(self) -> None: _train_step(self.training)
+    def slow(self) -> None: self.training.step()
 
     def renew(self) -> None:
         "Begin the next epoch if this one is over"
         if self.done < len(self.training.losses): return
-        with torch.cuda.stream(self.stream): begin_epoch(self.training)
+        with torch.cuda.stream(self.stream): self.training.begin_epoch()
         self.done = 0
 
     def advance(self, step: Callable[[], None]) -> None:
