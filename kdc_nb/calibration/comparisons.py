@@ -177,7 +177,7 @@ def _compare_metrics(
 def compare(
     logits_a: Any, # (N, C) of the first model, from any framework; of several seeds a list of such
     logits_b: Any, # the same of the second model, on the same images in the same order
-    labels: Any, # (N,) whole numbers from 0 to C-1
+    labels: Any, # (N,) integers from 0 to C-1
     valid_logits_a: Any = None, # (M, C) of validation images, to compare after temperature scaling, too
     valid_logits_b: Any = None, # the same of the second model
     valid_labels: Any = None, # (M,)
@@ -189,7 +189,7 @@ def compare(
 
     These are means over images and calibration errors of the top label. A `ValueError` names the argument
     that is wrong: outputs that are no finite (N, C) numbers, or have other images, classes or seeds than
-    those of the first model; labels that are not N whole numbers from 0 to C-1 (one-hot labels: take their
+    those of the first model; labels that are not N integers from 0 to C-1 (one-hot labels: take their
     argmax); a metric that cannot be paired.
     """
     texts = isinstance(names, (list, tuple)) and len(names) == 2 and all(isinstance(n, str) for n in names)

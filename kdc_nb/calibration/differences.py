@@ -105,7 +105,7 @@ def _check_same_images(several: Sequence[Outcomes]) -> None:
     first = several[0]
     for o in several:
         check(len(o.hit) == len(first.hit), "images", f"{len(first.hit)} and {len(o.hit)} of them", "the same test images for all")
-        alike = o.top == first.top # then both are right or both are wrong; otherwise one at most is right
+        alike = o.top == first.top # then both are correct or both are wrong; otherwise one at most is correct
         check(torch.equal(o.hit[alike], first.hit[alike]) and not (o.hit*first.hit)[~alike].any(), "images", "some with other labels", "the same test images for all")
 
 # %% ../../nbs/calibration/06_differences.ipynb #c47bf8ca

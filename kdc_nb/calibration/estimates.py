@@ -30,7 +30,7 @@ from kdc_nb.calibration.null_bands import (
 
 # %% ../../nbs/calibration/04_estimates.ipynb #ab061699
 def wilson_interval(
-    hits: Any, # how many were right
+    hits: Any, # how many were correct
     n: Any, # of how many, above 0
     level: float = .95,
 ) -> tuple: # low, high: numbers, or arrays where those come in
@@ -55,7 +55,7 @@ class ReliabilityBins(NamedTuple):
     upper: np.ndarray # right edge, which belongs to the bin
     count: np.ndarray # images
     confidence: np.ndarray # their mean confidence
-    accuracy: np.ndarray # the fraction that was right
+    accuracy: np.ndarray # the fraction that was correct
     low: np.ndarray # Wilson's interval of the accuracy
     high: np.ndarray
     null_low: np.ndarray # where the accuracy of a perfectly calibrated model would be
@@ -68,7 +68,7 @@ class ReliabilityBins(NamedTuple):
 
 def reliability_bins(
     outputs: Any, # (N, C) logits or probabilities
-    labels: Any, # (N,) whole numbers from 0 to C-1
+    labels: Any, # (N,) integers from 0 to C-1
     n_bins: int = 15, # bins of equal width
     n_boot: int = 1000, # draws for the null band
     level: float = .95, # of the interval and the band
@@ -226,7 +226,7 @@ def _estimate_from_noise(
 
 def calibration_estimates(
     outputs: Any, # (N, C) logits or probabilities
-    labels: Any, # (N,) whole numbers from 0 to C-1
+    labels: Any, # (N,) integers from 0 to C-1
     metrics: str | Sequence[str] | None = None, # names of calibration metrics; None: the built-in ones
     n_bins: int = 15,
     n_boot: int = 1000, # draws

@@ -139,7 +139,7 @@ def _format_estimate(metric: str, e: Estimate) -> tuple[str, ...]: # value, inte
 # %% ../../nbs/calibration/05_evaluation.ipynb #ccfc6da0
 def evaluate(
     logits: Any, # (N, C) logits of the test set, or probabilities where `kind` says so
-    labels: Any, # (N,) whole numbers from 0 to C-1
+    labels: Any, # (N,) integers from 0 to C-1
     valid_logits: Any = None, # (M, C) the same of a validation set, for the temperature
     valid_labels: Any = None, # (M,)
     n_bins: int = 15,
@@ -153,7 +153,7 @@ def evaluate(
     Fields hold fractions; the table that is shown is in percent, and so is `to_frame()`. Two models:
     `compare`. What is reported unless `metrics` says otherwise is the same whatever else is registered. A
     `ValueError` names the argument that is wrong: outputs that are no finite (N, C) numbers, or probabilities
-    whose rows do not sum to 1; labels that are not N whole numbers from 0 to C-1 (one-hot labels: take their
+    whose rows do not sum to 1; labels that are not N integers from 0 to C-1 (one-hot labels: take their
     argmax); a metric that is not registered.
     """
     x, y = check_outputs_and_labels(logits, labels, kind)

@@ -240,7 +240,7 @@ def true_calibration_error(
     posterior: Any, # (N, C) the true ones
     n_bins: int = 15, # bins of equal width
 ) -> float: # a fraction
-    "ECE with the chance that the top label is right in place of whether it was"
+    "ECE with the chance that the top label is correct in place of whether it was"
     p, truth = _check_probs_and_posterior(probs, posterior)
     top = p.argmax(1, keepdim=True)
     return binned_error(METRICS["ece"], BinaryPredictions(p.gather(1, top), truth.gather(1, top)), n_bins)
@@ -265,7 +265,7 @@ def _check_probs_and_posterior(probs: Any, posterior: Any) -> tuple[Tensor, Tens
 class Outcomes(NamedTuple):
     "How a model fares on each of N images"
     top: Tensor # (N,) int64, the label it predicts
-    hit: Tensor # (N,) float64, 1 where that is right
+    hit: Tensor # (N,) float64, 1 where that is correct
     log_odds: Tensor # (N,) float64, log(p/(1 - p)) of its confidence p
     nll: Tensor # (N,) float64, in nats
     gaps: Tensor # (C, n_bins) float64, the class-wise gaps of SCE: sum of p - hit over N
@@ -279,7 +279,7 @@ class Outcomes(NamedTuple):
 
 def compute_outcomes(
     logits: Any, # (N, C)
-    labels: Any, # (N,) whole numbers from 0 to C-1
+    labels: Any, # (N,) integers from 0 to C-1
     n_bins: int = 15, # of SCE
 ) -> Outcomes:
     "What is kept of a model's outputs"

@@ -36,14 +36,14 @@ def simulate_calibrated(
 
 # %% ../../nbs/calibration/03_null_bands.ipynb #2dcde076
 def _simulate_top_label(
-    chances: Tensor, # (H, N) chances that the sorted images' top labels are right, one row a hypothesis
+    chances: Tensor, # (H, N) chances that the sorted images' top labels are correct, one row a hypothesis
     steps: Tensor, # (N,) 1 where the walk may be read: at the last of equal confidences
     ends: Tensor, # (E,) numbers of images after which it is read
     n_boot: int, # draws
     seed: int, # of the draws
     norms: Sequence[Callable] = (), # of walks (R, N), zero where they may not be read -> (R,)
 ) -> tuple[Tensor, list[Tensor]]: # (H, n_boot, E) hits among the first; first walk's norms (n_boot,)
-    "How many of the first images would be right, if the labels were drawn with these chances"
+    "How many of the first images would be correct, if the labels were drawn with these chances"
     n, chance, expected = chances.shape[1], chances.float(), chances[0].cumsum(0).float()
     rng, read, peaks = np.random.default_rng(seed), [], [[] for _ in norms]
     for start in range(0, n_boot, rows := max(1, 2**19//n)):

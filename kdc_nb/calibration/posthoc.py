@@ -29,7 +29,7 @@ def _nll_derivatives(d: Tensor, u: float) -> tuple[float, float]:
 # %% ../../nbs/calibration/02_posthoc.ipynb #be535a57
 def fit_temperature(
     outputs: Any, # (N, C) logits or probabilities, of images the model was not trained on
-    labels: Any, # (N,) whole numbers from 0 to C-1
+    labels: Any, # (N,) integers from 0 to C-1
     kind: str = "logits", # what the outputs are; a probability of 0 counts as 2e-308
 ) -> float: # T, from 0.01 to 100
     "The T that minimises the NLL of softmax(z/T), to machine precision (Guo et al. 2017); an end of the range where the minimum lies beyond it"

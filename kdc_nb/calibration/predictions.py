@@ -50,22 +50,22 @@ def check_outputs(
 # %% ../../nbs/calibration/00_predictions.ipynb #30bbac1e
 def check_outputs_and_labels(
     outputs: Any, # (N, C) logits or probabilities
-    labels: Any, # (N,) whole numbers from 0 to C-1
+    labels: Any, # (N,) integers from 0 to C-1
     kind: str = "logits", # what the outputs are: "logits" or "probs"
 ) -> tuple[Tensor, Tensor]: # outputs (N, C) float64, labels (N,) int64
     "Check outputs and labels and make them tensors; a `ValueError` says what is wrong"
     x, y = check_outputs(outputs, kind), as_float64(labels, "labels")
     check(y.ndim == 1, "labels", f"shape {tuple(y.shape)}", "(N,)")
     check(len(y) == len(x), "labels", f"{len(y)} of them", f"{len(x)}, one for each row of the outputs")
-    check(bool((y == y.round()).all()), "labels", "numbers with a fraction, or NaN", "whole numbers")
+    check(bool((y == y.round()).all()), "labels", "numbers with a fraction, or NaN", "integers")
     check(0 <= float(y.min()) and float(y.max()) < x.shape[1], "labels", f"{y.min():.0f} to {y.max():.0f}", f"0 to {x.shape[1] - 1}")
     return x, y.long()
 
 # %% ../../nbs/calibration/00_predictions.ipynb #5ed12456
 def check_bins_and_draws(n_bins: int, n_boot: int = 2) -> None:
     "A `ValueError` unless there is a bin, and draws enough to have a spread"
-    check(isinstance(n_bins, int) and n_bins > 0, "n_bins", n_bins, "a whole number above 0")
-    check(isinstance(n_boot, int) and n_boot > 1, "n_boot", n_boot, "a whole number above 1")
+    check(isinstance(n_bins, int) and n_bins > 0, "n_bins", n_bins, "an integer above 0")
+    check(isinstance(n_boot, int) and n_boot > 1, "n_boot", n_boot, "an integer above 1")
 
 # %% ../../nbs/calibration/00_predictions.ipynb #d65890d2
 def softmax64(

@@ -24,8 +24,7 @@ from kdc_nb.experiments.runs import (
     RunContext, TrainedRun, build_trainer, collect_trained_run, has_live_teacher, store_result,
     strip_scaling,
 )
-from .agenda import Scheduler, count_training_images, has_result_and_weights
-from .sweeps import _OnResult
+from .agenda import OnResult, Scheduler, count_training_images, has_result_and_weights
 
 # %% ../../nbs/experiments/05_side_by_side.ipynb #c0a7b2d3
 class TeacherCachePool:
@@ -112,7 +111,7 @@ class SideBySideRunner:
 
     def __init__(self,
         agenda: Scheduler,
-        on_result: _OnResult,
+        on_result: OnResult,
         on_progress: Callable[[float], None] = lambda done: None, # called with how many runs the unfinished ones amount to
     ):
         self.agenda, self.on_result, self.on_progress = agenda, on_result, on_progress

@@ -27,13 +27,10 @@ from ..training.trainer import OutOfTime
 from .specs import RunSpec, run_label
 from .results import Result
 from .runs import RunContext, Store, explain_interrupt, train_run
-from .agenda import Scheduler, has_result_and_weights, parse_duration
+from .agenda import OnResult, Scheduler, has_result_and_weights, parse_duration
 from .side_by_side import SideBySideRunner
 
 # %% ../../nbs/experiments/06_sweeps.ipynb #54f2ed24
-_OnResult = Callable[[Result], None] # called with each finished run
-
-
 def _run_in_worker(run: RunSpec, context: RunContext, until: float | None) -> Exception | None:
     "Do one run in a worker; why it is not finished is returned, so that it stops no other run"
     try:
@@ -41,7 +38,7 @@ def _run_in_worker(run: RunSpec, context: RunContext, until: float | None) -> Ex
     except Exception as e: return e
 
 # %% ../../nbs/experiments/06_sweeps.ipynb #efc10214
-def _run_parallel(agenda: Scheduler, pool: Executor, on_result: _OnResult) -> None:
+def _run_parallel(agenda: Scheduler, pool: Executor, on_result: OnResult) -> None:
     "Do runs in the processes of a pool, as many at once as there are places; on several GPUs in turn"
     devices, running = list_devices(agenda.context.device), {}
     while True:
@@ -57,7 +54,7 @@ def _run_parallel(agenda: Scheduler, pool: Executor, on_result: _OnResult) -> No
             else: agenda.leave_out(run, FileNotFoundError(f"{agenda.context.store.folder}: a worker's result is not there"))
 
 
-def _run_parallel_with_restarts(agenda: Scheduler, pool: Executor | None, on_result: _OnResult) -> None:
+def _run_parallel_with_restarts(agenda: Scheduler, pool: Executor | None, on_result: OnResult) -> None:
     "Do runs in a pool, or in processes of our own; when one dies or finds the device full, what is not finished begins again"
     idle = 0
     while True:
@@ -76,7 +73,7 @@ def _run_parallel_with_restarts(agenda: Scheduler, pool: Executor | None, on_res
             agenda.halve()
 
 # %% ../../nbs/experiments/06_sweeps.ipynb #5e8d44b1
-def _run_side_by_side(agenda: Scheduler, on_result: _OnResult, on_progress: Callable[[float], None]) -> None:
+def _run_side_by_side(agenda: Scheduler, on_result: OnResult, on_progress: Callable[[float], None]) -> None:
     "Do runs side by side; after a step that cannot be recorded, or with a device that is full, the rest in a fresh process"
     while True:
         try:
@@ -94,7 +91,7 @@ def _run_side_by_side(agenda: Scheduler, on_result: _OnResult, on_progress: Call
             agenda.halve()
 
 
-def _continue_in_fresh_process(agenda: Scheduler, on_result: _OnResult) -> bool: # False: it is spoilt, too, and there is more to do
+def _continue_in_fresh_process(agenda: Scheduler, on_result: OnResult) -> bool: # False: it is spoilt, too, and there is more to do
     "Do runs side by side in a fresh process"
     store = agenda.context.store
     def collect():
@@ -137,7 +134,7 @@ def sweep(
     progress: bool = True, # show a bar
     slots: int = 1, # runs at a time in this process, on a GPU each on a stream of its own
     pool: Executor | None = None, # who does the jobs, such as a cluster, as many at a time as `jobs` says; None: new processes
-    on_result: _OnResult = lambda result: None, # called with each result as soon as it is there
+    on_result: OnResult = lambda result: None, # called with each result as soon as it is there
 ) -> list[Result | None]: # in the order of `specs`; None where the budget was too small
     """Do many runs, each once and after those that teach it.
 
@@ -160,7 +157,7 @@ def sweep(
 class _ProgressSweep:
     "A sweep with a bar, whose errors wait until all others are done, those of the caller's `on_result` too"
 
-    def __init__(self, agenda: Scheduler, on_result: _OnResult, progress: bool):
+    def __init__(self, agenda: Scheduler, on_result: OnResult, progress: bool):
         self.agenda, self.on_result, self.total = agenda, on_result, len(agenda.missing)
         self.bar = tqdm(total=self.total, unit="run", disable=not progress or rank_and_world()[0] > 0)
         self.unfinished, self.failures = 0., []
