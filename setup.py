@@ -15,6 +15,8 @@ setup(
     author=cfg["author"],
     packages=find_packages(include=["kdc_nb*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={"text": cfg["text_requirements"].split(), "dev": (cfg["dev_requirements"] + " " + cfg["text_requirements"]).split()},
-    entry_points={"nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"], "console_scripts": cfg["console_scripts"].split()},
+    extras_require={"text": cfg["text_requirements"].split(),
+                    "dev": (cfg["dev_requirements"] + " " + cfg["text_requirements"]).split()},
+    entry_points={"nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
+                  "console_scripts": cfg["console_scripts"].split()},
 )

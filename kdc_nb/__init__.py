@@ -1,4 +1,7 @@
-"""Calibration transfer via knowledge distillation. `from kdc_nb import evaluate` and so on; the rest is in the modules that the notebooks export"""
+"""Calibration transfer via knowledge distillation.
+
+`from kdc_nb import evaluate` and so on; the rest is in the modules that the notebooks export
+"""
 
 import os
 import signal
@@ -10,8 +13,12 @@ __version__ = "0.1.0"
 
 # What most people come for, and the module that holds it; nothing is imported before somebody asks
 _PUBLIC = {
-    "evaluate": "calibration.evaluation", "compare": "calibration.comparisons", "plot_reliability": "calibration.diagrams", "explore_reliability": "explorers", "load_outputs": "calibration.predictions",
-    "DataSpec": "training.data", "Method": "training.methods", "Recipe": "training.recipes", "RunSpec": "experiments.specs", "Distil": "experiments.specs", "run": "experiments.runs", "sweep": "experiments.sweeps",
+    "evaluate": "calibration.evaluation", "compare": "calibration.comparisons",
+    "plot_reliability": "calibration.diagrams",
+    "explore_reliability": "explorers", "load_outputs": "calibration.predictions",
+    "DataSpec": "training.data", "Method": "training.methods",
+    "Recipe": "training.recipes", "RunSpec": "experiments.specs",
+    "Distil": "experiments.specs", "run": "experiments.runs", "sweep": "experiments.sweeps",
     "read_results": "experiments.results", "results_file": "files",
 }
 __all__ = [*_PUBLIC]
@@ -26,7 +33,8 @@ def __dir__(): return sorted([*globals(), *_PUBLIC])
 
 
 def _no_spinning() -> None:
-    """Let torch's threads sleep while they wait for one another: spinning, they slow training down up to seven times beside another program.
+    """Let torch's threads sleep while they wait for one another: spinning, they slow training down up to
+    seven times beside another program.
 
     OpenMP reads this when torch is loaded; where torch was there first, a warning says what to set.
     """
@@ -34,8 +42,10 @@ def _no_spinning() -> None:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     torch = sys.modules.get("torch")
     if torch and torch.get_num_threads() > 1:
-        warnings.warn("torch was imported before kdc_nb, so its threads spin while they wait, which makes a busy machine up to seven times slower. "
-                      "Import kdc_nb first, or set OMP_WAIT_POLICY=PASSIVE before Python starts", RuntimeWarning, stacklevel=3)
+        warnings.warn("torch was imported before kdc_nb, so its threads spin while they wait, "
+                      "which makes a busy machine up to seven times slower. "
+                      "Import kdc_nb first, or set OMP_WAIT_POLICY=PASSIVE before Python starts",
+                      RuntimeWarning, stacklevel=3)
 
 
 def _command(module: str) -> int:
@@ -44,7 +54,9 @@ def _command(module: str) -> int:
     except KeyboardInterrupt:
         print("\nStopped before it began; the same command starts again.", file=sys.stderr)
         status = 130
-    if status == 130: signal.signal(signal.SIGINT, signal.SIG_DFL) # once more, while Python cleans up for seconds, ends it without a traceback
+    if status == 130:
+        # once more, while Python cleans up for seconds, ends it without a traceback
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     return status
 
 

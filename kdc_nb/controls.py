@@ -33,10 +33,12 @@ def _encode_png(
     rows = np.empty((flat.shape[0], flat.shape[1] + 1), np.uint8)
     rows[:, 0], rows[0, 1:] = 2, flat[0] # filter 2: up
     np.subtract(flat[1:], flat[:-1], out=rows[1:, 1:])
-    head = struct.pack(">IIBBBBB", *pixels.shape[1::-1], 8, {3: 2, 4: 6}[pixels.shape[2]], 0, 0, 0) # 8 bits, RGB or RGBA
+    # 8 bits, RGB or RGBA
+    head = struct.pack(">IIBBBBB", *pixels.shape[1::-1], 8, {3: 2, 4: 6}[pixels.shape[2]], 0, 0, 0)
     parts = (b"IHDR", head), (b"IDAT", zlib.compress(rows, level)), (b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts)
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in parts)
 
 # %% ../nbs/controls.ipynb #e55e4c16
 class _Blitter:
@@ -52,7 +54,8 @@ class _Blitter:
         self.canvas.draw()
         figure.set_layout_engine("none") # what has found its place stays there
         self.still = self.canvas.copy_from_bbox(figure.bbox)
-        self.moving = sorted(figure.findobj(lambda artist: artist.get_animated()), key=lambda artist: artist.zorder)
+        self.moving = sorted(figure.findobj(lambda artist: artist.get_animated()),
+                             key=lambda artist: artist.zorder)
 
     def pixels(self) -> np.ndarray: # (H, W, 4) uint8
         "The figure as it is now"
@@ -72,9 +75,11 @@ class NumberControl(widgets.HBox):
         whole: bool = False, # whether it must be an integer
     ):
         self.steps, self.whole, self.following = np.array(steps, float), whole, False
-        self.slider = widgets.IntSlider(0, 0, len(steps) - 1, readout=False, layout=widgets.Layout(width="7.5rem"))
+        self.slider = widgets.IntSlider(0, 0, len(steps) - 1, readout=False,
+                                        layout=widgets.Layout(width="7.5rem"))
         self.box = widgets.FloatText(layout=widgets.Layout(width="4.6rem"))
-        super().__init__([widgets.Label(name), self.slider, self.box], layout=widgets.Layout(margin="0 .6rem 0 0"))
+        super().__init__([widgets.Label(name), self.slider, self.box],
+                         layout=widgets.Layout(margin="0 .6rem 0 0"))
         self.observe(self._follow, "value")
         self.slider.observe(lambda change: self._take(self.steps[change.new]), "value")
         self.box.observe(lambda change: self._take(change.new), "value")
@@ -103,16 +108,20 @@ def value_slider(
 ) -> widgets.SelectionSlider:
     "A slider over a few stored values"
     values = sorted(set(values))
-    return widgets.SelectionSlider(options=[(f"{v:g}", v) for v in values], value=values[0] if value is None else value,
-                                   description=name, style=_WIDE_STYLE, layout=widgets.Layout(width="16rem", margin=_CONTROL_MARGIN))
+    return widgets.SelectionSlider(options=[(f"{v:g}", v) for v in values],
+                                   value=values[0] if value is None else value,
+                                   description=name, style=_WIDE_STYLE,
+                                   layout=widgets.Layout(width="16rem", margin=_CONTROL_MARGIN))
 
 
-_WIDE_STYLE, _CONTROL_MARGIN = {"description_width": "initial"}, "2px .8rem 2px 2px" # names as wide as their words, and room after a control
+# names as wide as their words, and room after a control
+_WIDE_STYLE, _CONTROL_MARGIN = {"description_width": "initial"}, "2px .8rem 2px 2px"
 
 
 def dropdown(name: str, options: Any, value: Any = None) -> widgets.Dropdown:
     "A menu of options; None: the first of them"
-    own = widgets.Dropdown(options=options, description=name, style=_WIDE_STYLE, layout=widgets.Layout(width="max-content", margin=_CONTROL_MARGIN))
+    own = widgets.Dropdown(options=options, description=name, style=_WIDE_STYLE,
+                           layout=widgets.Layout(width="max-content", margin=_CONTROL_MARGIN))
     if value is not None: own.value = value
     return own
 
@@ -145,10 +154,12 @@ class Explorer(widgets.VBox):
         self.image.add_class("kdc-picture")
         self.refusal, self.saved, self.errors = widgets.HTML(), widgets.HTML(), widgets.Output()
         first = {k: c.value for k, c in controls.items()}
-        row = [*(self._button(text, lambda values=v: self.move(**values)) for text, v in ({"reset": first} | dict(buttons)).items()),
+        row = [*(self._button(text, lambda values=v: self.move(**values))
+                 for text, v in ({"reset": first} | dict(buttons)).items()),
                self._button("save as SVG", self._save), self.saved, self.refusal]
         wrap, hidden = widgets.Layout(flex_flow="row wrap"), widgets.Layout(display="none")
-        super().__init__([widgets.HTML(_CSS, layout=hidden), widgets.HBox(list(controls.values()), layout=wrap),
+        super().__init__([widgets.HTML(_CSS, layout=hidden),
+                          widgets.HBox(list(controls.values()), layout=wrap),
                           widgets.HBox(row, layout=wrap), self.image, self.errors])
         self.add_class("kdc-explorer")
         for c in controls.values(): c.observe(self.update, "value")
@@ -165,7 +176,8 @@ class Explorer(widgets.VBox):
 
     def values(self) -> dict[str, Any]:
         "What the controls say; a `ValueError` where a number is out of range"
-        return {k: c.checked(k) if isinstance(c, NumberControl) else c.value for k, c in self.controls.items()}
+        return {k: c.checked(k) if isinstance(c, NumberControl) else c.value
+                for k, c in self.controls.items()}
 
     def move(self, **values) -> None:
         "Give controls other values, and draw once"
@@ -180,7 +192,9 @@ class Explorer(widgets.VBox):
         if self.held: return
         try:
             self.show(**(values := self.values()))
-            self.image.value, self.shown, self.saved.value, self.refusal.value = _encode_png(self.blitter.pixels()), values, "", ""
+            self.image.value, self.shown, self.saved.value, self.refusal.value = (
+                _encode_png(self.blitter.pixels()), values, "", ""
+            )
             self.image.remove_class("kdc-stale")
             if self.errors.outputs: self.errors.outputs = ()
         except ValueError as e:
@@ -190,9 +204,12 @@ class Explorer(widgets.VBox):
             with self.errors: raise
 
     def save(self,
-        path: str | Path | None = None, # ending in .svg, .pdf or .png; None: a new .svg in the working directory
+        # ending in .svg, .pdf or .png; None: a new .svg in the working directory
+        path: str | Path | None = None,
     ) -> Path:
-        "Save the picture as it is; a `ValueError` where the file exists, or where the controls' values have no picture"
+        """Save the picture as it is; a `ValueError` where the file exists, or where the
+        controls' values have no picture
+        """
         path = _free_path(Path(f"{self.name}.svg")) if path is None else Path(path)
         check(not path.exists(), "path", str(path), "a file that does not exist yet")
         check(not self.refusal.value, "controls", "values without a picture", "values that are not refused")
@@ -207,7 +224,8 @@ class Explorer(widgets.VBox):
 
     def _repr_mimebundle_(self, **kwargs):
         png = b64encode(_encode_png(self.blitter.pixels()[..., :3], level=9)).decode()
-        return (super()._repr_mimebundle_(**kwargs) or {}) | {"image/png": png}, {"image/png": {"width": self.width}}
+        return ((super()._repr_mimebundle_(**kwargs) or {}) | {"image/png": png},
+                {"image/png": {"width": self.width}})
 
 # %% ../nbs/controls.ipynb #808a8399
 def _free_path(path: Path) -> Path:

@@ -43,7 +43,10 @@ def lookup(
 
 # %% ../nbs/core.ipynb #5213598d
 class Registry(UserDict):
-    "Entries by name. A taken name is refused; the rooms that hold the kit's own entries are imported before the first look"
+    """Entries by name.
+
+    A taken name is refused; the rooms that hold the kit's own entries are imported before the first look
+    """
     by_kind: ClassVar[dict[str, "Registry"]] = {} # all registries
 
     def __init__(self,
@@ -65,12 +68,14 @@ class Registry(UserDict):
 
     def __getitem__(self, name): return self.data[name] if name in self else self.data[name]
     def __iter__(self): self.load(); return iter(self.data)
-    def __reduce__(self): return self.by_kind.__getitem__, (self.kind,) # in another process it is that process's own
+    def __reduce__(self): # in another process it is that process's own
+        return self.by_kind.__getitem__, (self.kind,)
 
     def __setitem__(self, name, made):
         if not is_built_in(made): self.load()
         old = self.data.get(name)
-        check(old is None or _is_defined_again(old, made), self.kind, repr(name), "a name that is not taken yet")
+        check(old is None or _is_defined_again(old, made),
+              self.kind, repr(name), "a name that is not taken yet")
         self.data[name] = made
 
     def register(self, name: str) -> Callable: # a decorator
@@ -94,16 +99,19 @@ def _is_defined_again(old: Any, made: Any) -> bool:
 # %% ../nbs/core.ipynb #19cd2670
 def own_entries() -> list[tuple[str, str, Any]]: # kind, name, function or class
     "What users registered, in this process"
-    return [(kind, name, made) for kind, r in Registry.by_kind.items() for name, made in r.data.items() if not is_built_in(made)]
+    return [(kind, name, made) for kind, r in Registry.by_kind.items()
+            for name, made in r.data.items() if not is_built_in(made)]
 
 
 def own_fingerprints() -> dict[str, str]: # by module and name
     "The fingerprints of what users registered or defined as a description, in this process"
     own = [made for *_, made in own_entries()] + [cls for cls in SPEC_TYPES.values() if not is_built_in(cls)]
-    return {f"{made.__module__}.{made.__qualname__}": source_fingerprint(made) for made in own if hasattr(made, "__qualname__")}
+    return {f"{made.__module__}.{made.__qualname__}": source_fingerprint(made)
+            for made in own if hasattr(made, "__qualname__")}
 
 # %% ../nbs/core.ipynb #84815cb2
-KNOWN_FINGERPRINTS: dict[str, str] = {} # by module and name: of what came from another process, and left its source there
+# by module and name: of what came from another process, and left its source there
+KNOWN_FINGERPRINTS: dict[str, str] = {}
 
 
 def source_fingerprint(made: Any) -> str: # 16 hexadecimal digits
@@ -135,14 +143,16 @@ def _source(thing: Any) -> str:
     except (OSError, TypeError): pass
     if not inspect.isclass(thing): return _byte_code(thing)
     bases = [b.__qualname__ for b in thing.__bases__]
-    constants = {k: v for k, v in vars(thing).items() if isinstance(v, (bool, int, float, str, tuple)) and not k.startswith("__")}
+    constants = {k: v for k, v in vars(thing).items()
+                 if isinstance(v, (bool, int, float, str, tuple)) and not k.startswith("__")}
     return repr([thing.__qualname__, bases, constants, *map(_source, _functions(thing))])
 
 
 def _byte_code(thing: Any) -> str:
     "What a function or class does, without the place where it was written"
     def parts(code):
-        return [code.co_code, code.co_names, *(parts(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts)]
+        return [code.co_code, code.co_names,
+                *(parts(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts)]
     return repr([parts(f.__code__) for f in _functions(thing)])
 
 
@@ -151,7 +161,8 @@ def _names_in(code: CodeType) -> set[str]:
     return set(code.co_names).union(*(_names_in(c) for c in code.co_consts if isinstance(c, CodeType)))
 
 # %% ../nbs/core.ipynb #7c894ddb
-SPEC_TYPES = Registry("kind", "kdc_nb.experiments.teachers", "kdc_nb.analysis.drift") # the classes that `decode` may make
+# the classes that `decode` may make
+SPEC_TYPES = Registry("kind", "kdc_nb.experiments.teachers", "kdc_nb.analysis.drift")
 WRITTEN_NAMES = { # classes that are called otherwise in files and ids, which outlive names
     "DataSpec": "Data", "LeaveFoldOut": "WithoutFold", "Calibrator": "PostHoc", "TemperatureScaled": "Scaled",
     "TemperedPosterior": "Posterior", "StoredLogits": "Given", "DriftResult": "Drift",
@@ -164,7 +175,9 @@ def written_name(cls: type) -> str:
 
 
 def frozen_spec(cls: type) -> type:
-    "Make `cls` a frozen dataclass that `encode` and `decode` know by its name; integers given for floats become floats, lists tuples"
+    """Make `cls` a frozen dataclass that `encode` and `decode` know by its name; integers given for floats
+    become floats, lists tuples
+    """
     own = cls.__dict__.get("__post_init__", lambda self: None)
     def __post_init__(self):
         for f in fields(self):
@@ -195,16 +208,21 @@ class NamedSpec:
     ):
         what = type(self).__name__
         made = lookup(self.registry, name, what)
-        defaults = {p.name: p.default for p in inspect.signature(made).parameters.values() if p.default is not p.empty}
-        for k in params: check(k in defaults, f"{what}({name!r})", repr(k), "parameters among " + (", ".join(defaults) or "none"))
+        defaults = {p.name: p.default
+                    for p in inspect.signature(made).parameters.values() if p.default is not p.empty}
+        for k in params:
+            check(k in defaults, f"{what}({name!r})", repr(k),
+                  "parameters among " + (", ".join(defaults) or "none"))
         values = {k: _coerce(params.get(k, d), d, f"{what}({name!r}) {k}") for k, d in defaults.items()}
         self.__dict__.update(name=name, params=values)
 
-    def __setattr__(self, k, v): raise AttributeError(f"{type(self).__name__} is a value: make a new one instead of setting {k}")
+    def __setattr__(self, k, v):
+        raise AttributeError(f"{type(self).__name__} is a value: make a new one instead of setting {k}")
     def __getattr__(self, k):
         if k != "params" and k in self.__dict__.get("params", {}): return self.params[k]
         raise AttributeError(f"{type(self).__name__} has no {k}")
-    def __eq__(self, other): return type(self) is type(other) and (self.name, self.params) == (other.name, other.params)
+    def __eq__(self, other):
+        return type(self) is type(other) and (self.name, self.params) == (other.name, other.params)
     def __hash__(self): return hash((type(self).__name__, json.dumps(encode(self), sort_keys=True)))
 
     def __repr__(self):
@@ -216,9 +234,12 @@ class NamedSpec:
         "Register a function or class under `name`; its parameters with defaults become the value's"
         def add(made):
             params = list(inspect.signature(made).parameters.values())
-            on, bare = [p.name for p in params if p.default is True], [p.name for p in params[cls.n_given:] if p.default is p.empty]
-            check(not on, f"{cls.__name__}({name!r})", f"{on[:1]} on by default", "switches that are off, since `encode` leaves those out")
-            check(not bare, f"{cls.__name__}({name!r})", f"parameters {bare} without default", "a default for each")
+            on, bare = ([p.name for p in params if p.default is True],
+                        [p.name for p in params[cls.n_given:] if p.default is p.empty])
+            check(not on, f"{cls.__name__}({name!r})", f"{on[:1]} on by default",
+                  "switches that are off, since `encode` leaves those out")
+            check(not bare, f"{cls.__name__}({name!r})",
+                  f"parameters {bare} without default", "a default for each")
             cls.registry[name] = made
             return made
         return add
@@ -229,11 +250,14 @@ class NamedSpec:
 
 # %% ../nbs/core.ipynb #22b50130
 def _coerce(given: Any, default: Any, argument: str) -> Any: # `_stored_images`, as the default's type
-    "`_stored_images` as the type of `default`; a `ValueError` names the argument where it cannot be that without loss"
+    """`_stored_images` as the type of `default`; a `ValueError` names the argument where it
+    cannot be that without loss
+    """
     if default is None or given is None or type(given) is type(default): return given
     number = isinstance(given, (int, float)) and not isinstance(given, bool)
     if isinstance(default, float) and number: return float(given)
-    if isinstance(default, int) and not isinstance(default, bool) and number and given == int(given): return int(given)
+    if isinstance(default, int) and not isinstance(default, bool) and number and given == int(given):
+        return int(given)
     if isinstance(default, tuple) and isinstance(given, list): return tuple(given)
     check(False, argument, repr(given), f"a {type(default).__name__}")
 
@@ -241,10 +265,12 @@ def _coerce(given: Any, default: Any, argument: str) -> Any: # `_stored_images`,
 def encode(obj: Any) -> Any: # what `json.dumps` takes
     """`obj` as plain JSON, values as objects with their class under `kind`.
 
-    A field that is None is left out, and a named value's switch that is off: what comes later, with that as its default, leaves older
-    descriptions (and ids) as they were.
+    A field that is None is left out, and a named value's switch that is off: what comes later, with that as
+    its default, leaves older descriptions (and ids) as they were.
     """
-    if isinstance(obj, NamedSpec): return {"kind": written_name(type(obj)), "name": obj.name, **{k: v for k, v in obj.params.items() if v is not False}}
+    if isinstance(obj, NamedSpec):
+        return {"kind": written_name(type(obj)), "name": obj.name,
+                **{k: v for k, v in obj.params.items() if v is not False}}
     if is_dataclass(obj):
         rest = {f.name: encode(v) for f in fields(obj) if (v := getattr(obj, f.name)) is not None}
         return {"kind": written_name(type(obj)), **rest}

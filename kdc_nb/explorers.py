@@ -44,7 +44,8 @@ def explore_reliability(
     "Sliders for temperature and bins over the reliability diagram of a run or of your own outputs"
     if isinstance(outputs, Result):
         check(labels is None, "labels", "some", "none beside a result, which has its own")
-        check(bool(outputs.logits), "outputs", "a result from a light file, without logits", "one from a store, such as run(spec)")
+        check(bool(outputs.logits), "outputs", "a result from a light file, without logits",
+              "one from a store, such as run(spec)")
         outputs, labels, kind = outputs.logits["test"], load_data(outputs.spec.data).test.labels, "logits"
     check(labels is not None, "labels", "none", "one for each row of the outputs")
     x, y = check_outputs_and_labels(outputs, labels, kind)
@@ -60,8 +61,10 @@ def explore_reliability(
         curves.show(T, now)
 
     steps = [float(f"{2**e:.3g}") for e in np.arange(-3, 3.01, .05)]
-    controls = {"T": NumberControl("temperature T", steps, 1.), "n_bins": NumberControl("bins", range(2, 51), 15, whole=True)}
-    return Explorer(figure, show, controls, "reliability", {"go to the fitted T": {"T": float(f"{fitted:.4g}")}})
+    controls = {"T": NumberControl("temperature T", steps, 1.),
+                "n_bins": NumberControl("bins", range(2, 51), 15, whole=True)}
+    return Explorer(figure, show, controls, "reliability",
+                    {"go to the fitted T": {"T": float(f"{fitted:.4g}")}})
 
 # %% ../nbs/explorers.ipynb #6e7c8d83
 @plt.rc_context(SMALL_FONT)
@@ -70,7 +73,8 @@ def explore_transfer(
 ) -> Explorer:
     "Sliders for T and alpha, and choices of teacher and seed, over stored students"
     pairs = prepare_transfer(results)
-    check(len(pairs) > 0, "results", "no student beside its teacher", "results of students and of the runs that taught them")
+    check(len(pairs) > 0, "results", "no student beside its teacher",
+          "results of students and of the runs that taught them")
     figure, (left, right) = create_panels(2, 3.8)
     transfer, diagram = TransferPlot(left, limit=.3, animated=True), ReliabilityDiagram(right, animated=True)
     students = _index_students(p.spec for p in pairs)
@@ -103,11 +107,13 @@ class _StudentChoice(NamedTuple):
 def _index_students(specs: Iterable[RunSpec]) -> dict[_StudentChoice, RunSpec]:
     "Students by what is chosen; the first of those that agree in all of it"
     out = {}
-    for s in specs: out.setdefault(_StudentChoice(s.method.T, s.method.alpha, *_trace_first_teacher(s), s.seed), s)
+    for s in specs:
+        out.setdefault(_StudentChoice(s.method.T, s.method.alpha, *_trace_first_teacher(s), s.seed), s)
     return out
 
 
-def _find_student(students: Mapping[_StudentChoice, RunSpec], **values) -> RunSpec: # what is not given is the first student's
+def _find_student(students: Mapping[_StudentChoice, RunSpec],
+                  **values) -> RunSpec: # what is not given is the first student's
     "The student of a choice; a `ValueError` that says which there are where there is none"
     wanted = next(iter(students))._replace(**values)
     check(wanted in students, ", ".join(values), ", ".join(f"{v}" for v in values.values()),
@@ -116,23 +122,31 @@ def _find_student(students: Mapping[_StudentChoice, RunSpec], **values) -> RunSp
 
 
 def _format_stored_students(students: Iterable[_StudentChoice], wanted: _StudentChoice) -> str:
-    "The temperatures and weights of this teacher's students; or its generations and seeds, where these have none"
+    """The temperatures and weights of this teacher's students; or its generations and
+    seeds, where these have none
+    """
     same = [s for s in students if s[2:] == wanted[2:]]
     own = sorted({(s.generation, s.seed) for s in students if s.teacher == wanted.teacher})
-    if not same: return ": this teacher's have " + " or ".join(f"generation {g}, seed {seed}" for g, seed in own)
-    weights = {T: ", ".join(f"{a:g}" for a in sorted(s.alpha for s in same if s.T == T)) for T in sorted({s.T for s in same})}
+    if not same:
+        return ": this teacher's have " + " or ".join(f"generation {g}, seed {seed}" for g, seed in own)
+    weights = {T: ", ".join(f"{a:g}" for a in sorted(s.alpha for s in same if s.T == T))
+               for T in sorted({s.T for s in same})}
     return ": this teacher's have " + "; ".join(f"T = {T:g} with alpha = {a}" for T, a in weights.items())
 
 
-_METHOD_WORDS = {"nll": "NLL", "ls": "label smoothing", "TS": "temperature scaling", "mdca": "MDCA", "mbls": "margin-based label smoothing"}
+_METHOD_WORDS = {"nll": "NLL", "ls": "label smoothing", "TS": "temperature scaling",
+                 "mdca": "MDCA", "mbls": "margin-based label smoothing"}
 
 
 def _student_controls(students: Mapping[_StudentChoice, RunSpec]) -> dict[str, widgets.Widget]:
-    "Controls for what is chosen, generation and seed only where there are several; the first student's to begin with"
+    """Controls for what is chosen, generation and seed only where there are several; the
+    first student's to begin with
+    """
     first, columns = next(iter(students)), _StudentChoice(*map(dict.fromkeys, zip(*students)))
     chain = len(columns.generation) > 1
     names = [(" ".join(_METHOD_WORDS.get(w, w) for w in name.split()), name) for name in columns.teacher]
-    found = {"T": value_slider("temperature T", columns.T, first.T), "alpha": value_slider("weight alpha", columns.alpha, first.alpha),
+    found = {"T": value_slider("temperature T", columns.T, first.T),
+             "alpha": value_slider("weight alpha", columns.alpha, first.alpha),
              "teacher": dropdown("first teacher" if chain else "teacher", names)}
     if chain: found["generation"] = value_slider("generation", columns.generation, first.generation)
     if len(columns.seed) > 1: found["seed"] = dropdown("seed", sorted(columns.seed), first.seed)
@@ -145,42 +159,53 @@ def explore_classes(
 ) -> Explorer:
     "Controls for T, alpha, teacher, seed and three classes over penultimate layer and reliability"
     found = [s for s in looks if isinstance(s.method, Distil) and s.method.teacher in looks]
-    check(len(found) > 0, "looks", "no student beside its teacher", "looks at students and at the networks that taught them")
+    check(len(found) > 0, "looks", "no student beside its teacher",
+          "looks at students and at the networks that taught them")
     kinds = {(s.data, s.model) for s in found}
     check(len(kinds) == 1, "looks", f"{len(kinds)} kinds of students", "one student network on one data set")
     names, students = looks[found[0]].classes, _index_students(found)
     check(len(names) >= 3, "looks", f"{len(names)} classes", "three or more")
     figure, axs = create_panels(3, 3.3)
-    panels, diagram = (ClassClusters(axs[0]), ClassClusters(axs[1], legend=False)), ReliabilityDiagram(axs[2], animated=True)
+    panels, diagram = ((ClassClusters(axs[0]), ClassClusters(axs[1], legend=False)),
+                       ReliabilityDiagram(axs[2], animated=True))
 
     @lru_cache(64)
-    def placed(specs, classes, split): return dict(zip(specs, unit_square_clusters([looks[s] for s in specs], classes, split)))
+    def placed(specs, classes, split):
+        return dict(zip(specs, unit_square_clusters([looks[s] for s in specs], classes, split)))
 
     def show(a, b, c, split, images, **values):
         spec, classes = _find_student(students, **values), (a, b, c)
-        own, taught = tuple(s for s in found if s.seed == spec.seed), spec.method.teacher # those of a seed share their axes
-        roles = (taught, (taught,), "Teacher"), (spec, own, f"Student, T = {spec.method.T:g}, alpha = {spec.method.alpha:g}")
+        # those of a seed share their axes
+        own, taught = tuple(s for s in found if s.seed == spec.seed), spec.method.teacher
+        roles = ((taught, (taught,), "Teacher"),
+                 (spec, own, f"Student, T = {spec.method.T:g}, alpha = {spec.method.alpha:g}"))
         for panel, (s, together, role) in zip(panels, roles):
-            points, shown = placed(together, classes, split)[s], feature_images(looks[s], classes, split) if images else None
-            panel.show(points, [names[k] for k in classes], f"{role}: some {split} samples\n{format_merging(looks[s], classes)}", shown)
+            points, shown = (placed(together, classes, split)[s],
+                             feature_images(looks[s], classes, split) if images else None)
+            panel.show(points, [names[k] for k in classes],
+                       f"{role}: some {split} samples\n{format_merging(looks[s], classes)}", shown)
         diagram.show(looks[spec].result.diagram().bins, _format_student(looks[spec].result))
 
-    controls = {**_student_controls(students), **_class_controls(names, most_confused_triple(looks[found[0].method.teacher]))}
+    controls = {**_student_controls(students),
+                **_class_controls(names, most_confused_triple(looks[found[0].method.teacher]))}
     return Explorer(figure, show, controls, "classes")
 
 
 def _format_student(result: Result) -> str:
     "Three lines on a student"
     e = result.evaluation
-    return f"Student: top-1 {100*e.raw['top1'].value:.1f}%, N = {e.n:,}\nNLL {e.raw['nll'].value:.3f}\n{format_ece(e.raw['ece'])}"
+    return (f"Student: top-1 {100*e.raw['top1'].value:.1f}%, N = {e.n:,}\nNLL {e.raw['nll'].value:.3f}\n"
+            f"{format_ece(e.raw['ece'])}")
 
 
 def _class_controls(names: Sequence[str], begin: Sequence[int]) -> dict[str, widgets.Widget]:
     "Menus for three classes, and for which of their samples are shown and how"
     options = [(n, i) for i, n in enumerate(names)]
-    images = widgets.Checkbox(False, description="as images", indent=False, layout=widgets.Layout(width="auto"))
+    images = widgets.Checkbox(False, description="as images", indent=False,
+                              layout=widgets.Layout(width="auto"))
     images.add_class("kdc-photographs")
-    return {k: dropdown(f"class {k}", options, v) for k, v in zip("abc", begin)} | {"split": dropdown("samples of", ["test", "train"]), "images": images}
+    return ({k: dropdown(f"class {k}", options, v) for k, v in zip("abc", begin)}
+            | {"split": dropdown("samples of", ["test", "train"]), "images": images})
 
 # %% ../nbs/explorers.ipynb #0180abcf
 @plt.rc_context(SMALL_FONT | {"font.size": 8})
@@ -189,20 +214,28 @@ def explore_theory() -> Explorer:
     picture = LinearPlot()
     sizes = value_slider("points N", (10, 20, 50, 100, 200, 500, 1000, 2000), 1000)
     controls = dict(
-        T=number_slider(.5, 10, 2, .1, "temperature T"), alpha=number_slider(0, 1, .5, .01, "weight alpha"), N=sizes,
-        d=NumberControl("dimensions d", range(2, 31), 10, whole=True), scale=number_slider(.1, 6, 2, .1, "logit scale"),
-        overconfidence=number_slider(.2, 4, 2, .1, "overconfidence"), angle=number_slider(0, 180, 30, 5, "angle (degrees)"),
-        features=dropdown("features", list(FEATURE_SAMPLERS)), intercept=widgets.Checkbox(True, description="intercept", indent=False, layout=widgets.Layout(width="auto")))
-    return Explorer(picture.figure, lambda **values: picture.show(prepare_linear_view(**values)), controls, "theory")
+        T=number_slider(.5, 10, 2, .1, "temperature T"),
+        alpha=number_slider(0, 1, .5, .01, "weight alpha"), N=sizes,
+        d=NumberControl("dimensions d", range(2, 31), 10, whole=True),
+        scale=number_slider(.1, 6, 2, .1, "logit scale"),
+        overconfidence=number_slider(.2, 4, 2, .1, "overconfidence"),
+        angle=number_slider(0, 180, 30, 5, "angle (degrees)"),
+        features=dropdown("features", list(FEATURE_SAMPLERS)),
+        intercept=widgets.Checkbox(True, description="intercept", indent=False,
+                                   layout=widgets.Layout(width="auto")))
+    return Explorer(picture.figure, lambda **values: picture.show(prepare_linear_view(**values)),
+                    controls, "theory")
 
 # %% ../nbs/explorers.ipynb #7868680b
 _METHOD_FAMILIES = { # a pull, a title, and the controls of its strengths
     "targets": (target_loss_field, "A target: smoothed label and teacher", lambda: dict(
         eps=number_slider(0, 1, .1, .01, "smoothing eps"), alpha=number_slider(0, 1, .5, .01, "weight alpha"),
         teacher=number_slider(.01, .99, .7, .01, "teacher's probability of the label"))),
-    "weights": (weight_loss_field, "A weight: focal loss", lambda: dict(gamma=number_slider(-2, 10, 3, .1, "exponent gamma"))),
+    "weights": (weight_loss_field, "A weight: focal loss",
+                lambda: dict(gamma=number_slider(-2, 10, 3, .1, "exponent gamma"))),
     "logits": (logit_loss_field, "NLL and a penalty on logits", lambda: dict(
-        penalty=dropdown("penalty", list(LOGIT_PENALTIES)), beta=number_slider(0, 2, .1, .01, "weight beta"), margin=number_slider(0, 12, 6, .1, "margin"))),
+        penalty=dropdown("penalty", list(LOGIT_PENALTIES)),
+        beta=number_slider(0, 2, .1, .01, "weight beta"), margin=number_slider(0, 12, 6, .1, "margin"))),
     "batches": (batch_loss_field, "NLL and a penalty on a batch", lambda: dict(
         penalty=dropdown("penalty", list(BATCH_PENALTIES)), beta=number_slider(0, 10, 2, .1, "weight beta"),
         overconfidence=number_slider(.2, 4, 2, .1, "overconfidence of the others"))),
@@ -217,4 +250,5 @@ def explore_method(
     prepare, title, controls = lookup(_METHOD_FAMILIES, family, "family")
     _, axs = create_panels(2, 3.6, width_ratios=(1, 1.3))
     picture = LossFieldPlot(axs, animated=True)
-    return Explorer(axs[0].figure, lambda **values: picture.show(prepare(**values), title), controls(), f"method_{family}")
+    return Explorer(axs[0].figure, lambda **values: picture.show(prepare(**values), title),
+                    controls(), f"method_{family}")

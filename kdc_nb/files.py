@@ -62,7 +62,9 @@ def save_tensors(
     tensors: Mapping[str, Tensor], # by name; moved to the CPU
     **meta: Any, # what `json.dumps` takes
 ) -> None:
-    "Write tensors and a JSON text as one safetensors file, whole or not at all; an `OSError` says what the disk refused"
+    """Write tensors and a JSON text as one safetensors file, whole or not at all; an `OSError`
+    says what the disk refused
+    """
     tensors = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
     text = json.dumps(meta)
     with atomic_write(path) as part:
@@ -73,12 +75,15 @@ def save_tensors(
 def load_tensors(
     path: Path | str, # written by `save_tensors`
 ) -> tuple[dict[str, Tensor], dict[str, Any]]: # tensors by name, the JSON
-    "Copies of what `save_tensors` wrote, so the file may change under them; `DamagedFile` names a file that is not whole, `FileNotFoundError` one that is not there"
+    """Copies of what `save_tensors` wrote, so the file may change under them; `DamagedFile` names a file that
+    is not whole, `FileNotFoundError` one that is not there
+    """
     try:
         with safe_open(path, "pt") as f:
             tensors, facts = {k: f.get_tensor(k).clone() for k in f.keys()}, f.metadata() or {}
     except SafetensorError as e: raise DamagedFile(f"{path}: damaged ({e})") from e
-    if facts.get("digest") != content_hash(tensors, facts.get("meta", "")): raise DamagedFile(f"{path}: damaged (its digest does not fit)")
+    if facts.get("digest") != content_hash(tensors, facts.get("meta", "")):
+        raise DamagedFile(f"{path}: damaged (its digest does not fit)")
     return tensors, json.loads(facts["meta"])
 
 
@@ -98,7 +103,8 @@ def save_npz(
 ) -> None:
     "The same as one compressed .npz, for results that are committed"
     text = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-    with atomic_write(path) as part, open(part, "wb") as f: np.savez_compressed(f, meta=text, **{k: t.numpy() for k, t in tensors.items()})
+    with atomic_write(path) as part, open(part, "wb") as f:
+        np.savez_compressed(f, meta=text, **{k: t.numpy() for k, t in tensors.items()})
 
 
 def load_npz(
@@ -108,7 +114,8 @@ def load_npz(
     try:
         with np.load(path, allow_pickle=False) as f: arrays = {k: f[k] for k in f}
         meta = json.loads(arrays.pop("meta").tobytes())
-    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, AttributeError, TypeError) as e: raise DamagedFile(f"{path}: damaged ({e})") from e
+    except (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, AttributeError, TypeError) as e:
+        raise DamagedFile(f"{path}: damaged ({e})") from e
     return {k: torch.from_numpy(v) for k, v in arrays.items()}, meta
 
 # %% ../nbs/files.ipynb #83cdbd00
@@ -126,9 +133,12 @@ def runs_folder() -> Path: # not made until something is written
 def results_file(
     name: str, # such as "transfer_curve.npz"; it need not be there
 ) -> Path:
-    "A file of `nbs/results`, of the checkout that this package is run from, or of the one around the working directory"
+    """A file of `nbs/results`, of the checkout that this package is run from, or of the one
+    around the working directory
+    """
     here = Path.cwd()
     folders = [root/"nbs"/"results" for root in (Path(kdc_nb.__file__).parents[1], here, *here.parents)]
     found = next((f for f in folders if f.is_dir()), None)
-    check(found is not None, "name", f"{name!r}, with no nbs/results beside the package or above {here}", "a checkout of kdc_nb")
+    check(found is not None, "name",
+          f"{name!r}, with no nbs/results beside the package or above {here}", "a checkout of kdc_nb")
     return found/name

@@ -1,7 +1,9 @@
 """The notebooks' housekeeping: run them and keep what they show, make README.md, test everything.
 
-    python nbs/_build.py jupyter            JupyterLab as the pages want it: kernels with the same sums on every machine, clean files
-    python nbs/_build.py run [NAME ...]     all notebooks, or those whose path starts with a NAME (06, studies/)
+    python nbs/_build.py jupyter            JupyterLab as the pages want it: kernels with the same sums on
+                                            every machine, clean files
+    python nbs/_build.py run [NAME ...]     all notebooks, or those whose path starts
+                                            with a NAME (06, studies/)
     python nbs/_build.py readme             README.md from index.ipynb
     python nbs/_build.py test [--all]       notebooks, then tests; --all adds the long tests
 """
@@ -22,10 +24,15 @@ import nbformat
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT/"nbs"
 FLAGS = {"slow", "gpu"} # as in `tst_flags`: cells that nbdev_test runs only when asked
-ENV = { # in which a second run gives the same bytes, also on another machine (x86-64 with AVX2): no hash order, no dates, sums in one order
+# in which a second run gives the same bytes, also on another machine (x86-64 with AVX2): no hash order,
+# no dates, sums in one order
+ENV = {
     "PYTHONHASHSEED": "0", "SOURCE_DATE_EPOCH": "0", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
-    "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "COMPATIBLE", "OPENBLAS_CORETYPE": "Haswell",
-    "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR", "NUMBA_CPU_NAME": "generic",
+    "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_CBWR": "COMPATIBLE", "OPENBLAS_CORETYPE": "Haswell",
+    "NPY_DISABLE_CPU_FEATURES":
+        "X86_V4 AVX512F AVX512CD AVX512_SKX AVX512_CLX AVX512_CNL AVX512_ICL AVX512_SPR",
+    "NUMBA_CPU_NAME": "generic",
 }
 PROGRESS = re.compile(r"\[\d\d:\d\d[<,]") # how every tqdm bar ends
 PRIVATE = re.compile(r"0x7f[0-9a-f]+|(?<![\w.:/])/(?:home|root|Users|tmp|private|var)/[\w.]+")
@@ -37,7 +44,8 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 def notebooks(*names: str) -> list[Path]:
     "The notebooks of the project, or those whose path below nbs/ starts with one of `names`"
     found = [p.relative_to(NBS) for p in sorted(NBS.rglob("*.ipynb"))]
-    return [NBS/p for p in found if not any(part[0] in "._" for part in p.parts) and str(p).startswith(names or "")]
+    return [NBS/p
+            for p in found if not any(part[0] in "._" for part in p.parts) and str(p).startswith(names or "")]
 
 
 def directives(cell) -> set[str]:
@@ -74,7 +82,8 @@ def leaks(nb) -> list[str]:
     "What no committed output may hold: warnings, memory addresses, paths of one machine"
     found = []
     for i, output in ((i, o) for i, c in enumerate(nb.cells) for o in c.get("outputs", [])):
-        texts = [v for k, v in output.get("data", {}).items() if k.startswith("text/")] + [output.get("text", "")]
+        texts = ([v for k, v in output.get("data", {}).items() if k.startswith("text/")]
+                 + [output.get("text", "")])
         private = [m for t in texts for m in PRIVATE.findall(t) + [str(ROOT)]*(str(ROOT) in t)]
         if private: found.append(f"cell {i} shows {private[0]}")
         if output.get("name") == "stderr": found.append(f"cell {i} writes to stderr: {output.text.strip()}")
@@ -82,7 +91,9 @@ def leaks(nb) -> list[str]:
 
 
 def jupyter() -> int:
-    "Make every JupyterLab of this environment start kernels in ENV, with its commands on the path, and save and open pages as _jupyter.py says"
+    """Make every JupyterLab of this environment start kernels in ENV, with its commands on the path, and save
+    and open pages as _jupyter.py says
+    """
     from ipykernel.kernelspec import install
     install(prefix=sys.prefix, env=ENV | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}${{PATH}}"})
     config = Path(sys.prefix)/"etc"/"jupyter"/"jupyter_server_config.py"
@@ -92,7 +103,9 @@ def jupyter() -> int:
 
 
 def executed(path: Path):
-    "The notebook at `path`, run in a kernel of its own and cleaned; the cells that `skipped` names keep their outputs"
+    """The notebook at `path`, run in a kernel of its own and cleaned; the cells that
+    `skipped` names keep their outputs
+    """
     from nbclient import NotebookClient
     nb = nbformat.read(path, as_version=4)
     for cell in nb.cells: cell.metadata["tags"] = ["skip-execution"]*skipped(cell)
@@ -112,8 +125,10 @@ def run(names: list[str]) -> int:
     for path in chosen:
         start = time.time()
         try: nb = executed(path)
-        except (CellExecutionError, DeadKernelError) as e: sys.exit(f"\n{path.relative_to(ROOT)} failed and was left as it was\n{e}")
-        if found := leaks(nb): sys.exit(f"\n{path.relative_to(ROOT)} was left as it was:\n  " + "\n  ".join(found))
+        except (CellExecutionError, DeadKernelError) as e:
+            sys.exit(f"\n{path.relative_to(ROOT)} failed and was left as it was\n{e}")
+        if found := leaks(nb):
+            sys.exit(f"\n{path.relative_to(ROOT)} was left as it was:\n  " + "\n  ".join(found))
         nbformat.write(nb, path)
         print(f"{path.relative_to(ROOT)}  {time.time() - start:.0f} s", flush=True)
     return 0
@@ -123,7 +138,8 @@ def run(names: list[str]) -> int:
 
 def from_root(text: str) -> str:
     "Markdown whose relative links start at nbs/, made to start at the root"
-    return re.sub(r"(\]\()(?![a-z]+:|[#/])([^)\s]+)", lambda m: m[1] + posixpath.normpath(f"nbs/{m[2]}"), text)
+    return re.sub(r"(\]\()(?![a-z]+:|[#/])([^)\s]+)",
+                  lambda m: m[1] + posixpath.normpath(f"nbs/{m[2]}"), text)
 
 
 def readme() -> int:
@@ -137,13 +153,17 @@ def readme() -> int:
         cell.metadata["tags"] = ["output alone"]*("echo: false" in directives(cell))
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
     config = {"TagRemovePreprocessor": {"enabled": True, "remove_input_tags": {"output alone"}}}
-    text, resources = MarkdownExporter(config=Config(config)).from_notebook_node(nb, {"unique_key": "index", "output_files_dir": "images"})
+    text, resources = MarkdownExporter(config=Config(config)).from_notebook_node(
+        nb, {"unique_key": "index", "output_files_dir": "images"}
+    )
     for old in NBS.glob("images/index_*"): old.unlink()
     for name, data in resources["outputs"].items():
         (NBS/name).parent.mkdir(exist_ok=True)
         (NBS/name).write_bytes(data)
     text = re.sub(r"\n\s*\n(?=\S)", "\n\n", from_root(text)).strip()
-    (ROOT/"README.md").write_text(f"<!-- made from nbs/index.ipynb: edit that, then `make notebooks` -->\n\n{text}\n")
+    (ROOT/"README.md").write_text(
+        f"<!-- made from nbs/index.ipynb: edit that, then `make notebooks` -->\n\n{text}\n"
+    )
     return 0
 
 
@@ -185,7 +205,8 @@ def test_modules(long: bool) -> Tally:
     "pytest over tests/"
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder)/"report.xml"
-        status, _ = stream("pytest", f"--junitxml={report}", "--durations=5", "-o", "junit_logging=no", *([] if long else ["-m", "not long"]))
+        status, _ = stream("pytest", f"--junitxml={report}", "--durations=5", "-o",
+                           "junit_logging=no", *([] if long else ["-m", "not long"]))
         if not report.exists(): return Tally(failed=1)
         suite = ElementTree.parse(report).getroot().find("testsuite")
     tests, failures, errors, skips = (int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped"))
@@ -206,7 +227,8 @@ def test(long: bool) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("jupyter")
     commands.add_parser("run").add_argument("names", nargs="*", metavar="NAME")

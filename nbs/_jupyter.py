@@ -1,5 +1,6 @@
-"""JupyterLab and the pages: saved, a page is what `make notebooks` would write; opened, it is as JupyterLab wants it, so
-that closing it untouched asks nothing. `make setup` puts a line into .venv/etc/jupyter that loads this file.
+"""JupyterLab and the pages: saved, a page is what `make notebooks` would write; opened, it is as
+JupyterLab wants it, so that closing it untouched asks nothing. `make setup` puts a line into
+.venv/etc/jupyter that loads this file.
 """
 import runpy
 import sys

@@ -1,6 +1,8 @@
-"""The notebooks, as they are, as web pages that load nothing and run nothing: `python nbs/_site.py [FOLDER]`, or _site.
+"""The notebooks, as they are, as web pages that load nothing and run nothing: `python
+nbs/_site.py [FOLDER]`, or _site.
 
-A page is one file: style, pictures and formulas (MathML) are in it. Its frame is _site.html, which also forbids it every request.
+A page is one file: style, pictures and formulas (MathML) are in it. Its frame is _site.html, which also
+forbids it every request.
 """
 import posixpath
 import re
@@ -24,25 +26,33 @@ from pygments.lexers import get_lexer_by_name
 from _build import NBS, ROOT, directives, notebooks
 
 FRAME = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
-FOLDERS = ("", "calibration", "training", "experiments", "analysis", "paper", "studies") # under nbs, each on those before it
+# under nbs, each on those before it
+FOLDERS = ("", "calibration", "training", "experiments", "analysis", "paper", "studies")
 MARKER = ".made-by-make-site" # a folder that holds this file may be replaced
 PYTHON, COLOURS = get_lexer_by_name("ipython3"), HtmlFormatter(style="vs")
-LETTERS = {(alphabet, unicodedata.normalize("NFKC", c)): c for alphabet in ("double-struck", "script") for c in map(chr, range(0x2100, 0x1D800))
-           if re.fullmatch(rf"(MATHEMATICAL )?{alphabet} (CAPITAL|SMALL|DIGIT) \w+", unicodedata.name(c, ""), re.I)}
+LETTERS = {(alphabet, unicodedata.normalize("NFKC", c)): c
+           for alphabet in ("double-struck", "script") for c in map(chr, range(0x2100, 0x1D800))
+           if re.fullmatch(rf"(MATHEMATICAL )?{alphabet} (CAPITAL|SMALL|DIGIT) \w+",
+                           unicodedata.name(c, ""), re.I)}
 
 
 # Formulas and text
 
 def mend(before, node, after) -> None:
-    "What browsers leave to the writer of a formula: other alphabets, room around names, signs, bars, slashes, limits of sums"
+    """What browsers leave to the writer of a formula: other alphabets, room around names, signs,
+    bars, slashes, limits of sums
+    """
     node.text = LETTERS.get((node.get("mathvariant"), node.text), node.text)
     if node.tag == "mi" and re.fullmatch("[a-z]{2,}", node.text):
-        room = ["0" if n is None or n.tag == "mo" and n.text not in {*")]"} else ".17em" for n in (before, after)]
+        room = ["0" if n is None or n.tag == "mo" and n.text not in {*")]"} else ".17em"
+                for n in (before, after)]
         node.tag, node.attrib = "mo", {"lspace": room[0], "rspace": room[1]}
-    if node.text == "\N{MINUS SIGN}" and before is not None and before.text in {*"([,=≈<>≤≥∝→"}: node.set("form", "prefix")
+    if node.text == "\N{MINUS SIGN}" and before is not None and before.text in {*"([,=≈<>≤≥∝→"}:
+        node.set("form", "prefix")
     if node.text == "‖": node.attrib.setdefault("stretchy", "false")
     if node.text == "/": node.attrib = {"lspace": "0", "rspace": "0"}
-    if node.tag in ("msub", "msubsup") and node[0].text == "∑": node.tag = node.tag.replace("sub", "under").replace("sup", "over")
+    if node.tag in ("msub", "msubsup") and node[0].text == "∑":
+        node.tag = node.tag.replace("sub", "under").replace("sup", "over")
 
 
 def formula(tex: str, display: str) -> str:
@@ -55,7 +65,9 @@ def formula(tex: str, display: str) -> str:
 
 
 class Renderer(IPythonRenderer):
-    "Markdown of the notebook `here`: formulas in MathML, headings named as JupyterLab names them, links to other pages"
+    """Markdown of the notebook `here`: formulas in MathML, headings named as JupyterLab names
+    them, links to other pages
+    """
     def __init__(self, here: str, names: set[str]):
         super().__init__(escape=False, embed_images=True, path=str((NBS/here).parent))
         self.folder, self.names = posixpath.dirname(here), names
@@ -63,13 +75,15 @@ class Renderer(IPythonRenderer):
     def inline_math(self, body): return formula(body, "inline")
     def block_math(self, body): return f'<span class="formula">{formula(body, "block")}</span>'
     def latex_environment(self, name, body): return self.block_math(rf"\begin{{{name}}}{body}\end{{{name}}}")
-    def heading(self, text, level, **attrs): return f'<h{level} id="{plain(text).replace(" ", "-")}">{text}</h{level}>\n'
+    def heading(self, text, level, **attrs):
+        return f'<h{level} id="{plain(text).replace(" ", "-")}">{text}</h{level}>\n'
 
     def link(self, text, url, title=None):
         if re.match("[a-z]+:|#", url): return super().link(text, url, title)
         path, mark, anchor = url.partition("#")
         target = posixpath.normpath(posixpath.join(NBS.name, self.folder, path))
-        if target.removeprefix(f"{NBS.name}/") in self.names: return super().link(text, file_name(path) + mark + anchor, title)
+        if target.removeprefix(f"{NBS.name}/") in self.names:
+            return super().link(text, file_name(path) + mark + anchor, title)
         return f'<span title="{target}, a file of the project">{text}</span>'
 
 
@@ -89,14 +103,16 @@ def output_html(output) -> str:
     "An output in its richest form; tables without the style that they bring along"
     data = output.get("data", {})
     if "text/html" in data: return re.sub("(?s)<style.*?</style>", "", data["text/html"])
-    if "image/png" in data: return f'<img src="data:image/png;base64,{"".join(data["image/png"].split())}" alt="figure">'
+    if "image/png" in data:
+        return f'<img src="data:image/png;base64,{"".join(data["image/png"].split())}" alt="figure">'
     return f"<pre>{escape(output.get('text', data.get('text/plain', '')))}</pre>"
 
 
 def cell_html(cell, markdown: MarkdownWithMath) -> str:
     "A cell as nbdev's directives want it; a formula stays on one line with the comma that follows it"
     if cell.cell_type == "markdown":
-        return re.sub("(<math((?!</math>).)*</math>[,.;:?!)]+)", r'<span class="whole">\1</span>', markdown.render(cell.source))
+        return re.sub("(<math((?!</math>).)*</math>[,.;:?!)]+)",
+                      r'<span class="whole">\1</span>', markdown.render(cell.source))
     marks = directives(cell)
     if cell.cell_type != "code" or "hide" in marks: return ""
     source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|"))
@@ -117,7 +133,8 @@ class Page:
     def title(self) -> str: return first("<h1[^>]*>(.*?)</h1>", self.body, self.name)
 
     @property
-    def summary(self) -> str: return f"<small>{first('<blockquote>.*?<p>(.*?)</p>', self.body)}</small>"*self.module
+    def summary(self) -> str:
+        return f"<small>{first('<blockquote>.*?<p>(.*?)</p>', self.body)}</small>"*self.module
 
     def link(self, other: "Page") -> str:
         "A link to a page, marked where it leads to this one"
@@ -127,10 +144,12 @@ class Page:
 
 def read_pages() -> list[Page]:
     "All notebooks in reading order: the index, those beside it, those in folders, floor by floor"
-    paths = sorted((p.relative_to(NBS) for p in notebooks()), key=lambda p: (p.stem != "index", FOLDERS.index(p.parent.name)))
+    paths = sorted((p.relative_to(NBS) for p in notebooks()),
+                   key=lambda p: (p.stem != "index", FOLDERS.index(p.parent.name)))
     names, pages = [p.as_posix() for p in paths], []
     for name in names:
-        cells, markdown = nbformat.read(NBS/name, as_version=4).cells, MarkdownWithMath(Renderer(name, set(names)))
+        cells, markdown = (nbformat.read(NBS/name, as_version=4).cells,
+                           MarkdownWithMath(Renderer(name, set(names))))
         module = any(d.startswith("default_exp") for c in cells for d in directives(c))
         pages.append(Page(name, "".join(cell_html(c, markdown) for c in cells), module))
     return pages
@@ -139,10 +158,12 @@ def read_pages() -> list[Page]:
 def navigation(here: Page, pages: list[Page]) -> str:
     "Links to all pages by folder and, below the one that is shown, to its sections"
     sections = re.findall('<h2 id="(.*?)">(.*?)</h2>', here.body)
-    inside = "<ul>" + "".join(f'<li><a href="#{anchor}">{plain(title)}</a></li>' for anchor, title in sections) + "</ul>"
+    inside = "<ul>" + "".join(f'<li><a href="#{anchor}">{plain(title)}</a></li>'
+                              for anchor, title in sections) + "</ul>"
     lines = []
     for folder, group in groupby(pages, key=lambda p: posixpath.dirname(p.name)):
-        lines += [f"<b>{folder}</b>"*bool(folder), "<ul>", *(f"<li>{here.link(p)}{p.summary}{inside*(p is here)}</li>" for p in group), "</ul>"]
+        lines += [f"<b>{folder}</b>"*bool(folder), "<ul>",
+                  *(f"<li>{here.link(p)}{p.summary}{inside*(p is here)}</li>" for p in group), "</ul>"]
     return "\n".join(lines)
 
 
@@ -151,16 +172,20 @@ def page_html(here: Page, before: Page | None, after: Page | None, pages: list[P
     left, right = f"← {here.link(before)}" if before else "", f"{here.link(after)} →" if after else ""
     title = " · ".join(dict.fromkeys(plain(p.title) for p in (here, pages[0])))
     style = COLOURS.get_style_defs(".highlight")
-    return FRAME.substitute(title=title, style=style, body=here.body, left=left, right=right, nav=navigation(here, pages))
+    return FRAME.substitute(title=title, style=style, body=here.body,
+                            left=left, right=right, nav=navigation(here, pages))
 
 
 def build(folder: Path) -> None:
     "The site in `folder`, whole or not at all; nothing but an older site is replaced"
     if folder.exists() and not (folder/MARKER).exists() and (folder.is_file() or any(folder.iterdir())):
-        sys.exit(f"{folder} is no site made by this command and was left as it was: name an empty or a new folder")
+        sys.exit(
+            f"{folder} is no site made by this command and was left as it was: name an empty or a new folder"
+        )
     pages = read_pages()
     trios = zip(pages, [None, *pages], [*pages[1:], None])
-    files = {file_name(p.name): page_html(p, before, after, pages) for p, before, after in trios} | {MARKER: ""}
+    files = ({file_name(p.name): page_html(p, before, after, pages) for p, before, after in trios}
+             | {MARKER: ""})
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as beside:
         new = Path(beside)/"new"

@@ -1,4 +1,6 @@
-"""What several tests share: a store of their own, made-up outputs, a browser, and real photographs where they are to be had."""
+"""What several tests share: a store of their own, made-up outputs, a browser, and real photographs
+where they are to be had.
+"""
 
 import os
 import shutil
@@ -14,7 +16,8 @@ from tests.shards import write_photos
 
 settings.register_profile("kit", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 settings.load_profile("kit")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic",
+         "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
 
 
@@ -45,7 +48,8 @@ def browser(tmp_path_factory):
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not chromium: pytest.skip("no chromium on the path")
     with playwright.sync_playwright() as p:
-        context = p.chromium.launch_persistent_context(tmp_path_factory.mktemp("profile"), executable_path=chromium, args=FLAGS,
+        context = p.chromium.launch_persistent_context(tmp_path_factory.mktemp("profile"),
+                                                       executable_path=chromium, args=FLAGS,
                                                        viewport={"width": 1280, "height": 1600})
         yield context
         context.close()
@@ -59,7 +63,9 @@ def shots(tmp_path):
 
 @pytest.fixture(scope="session")
 def photo_cache(tmp_path_factory):
-    "A cache folder that holds real CIFAR-10 and CIFAR-100; tests that ask for it are skipped where there are none."
+    """A cache folder that holds real CIFAR-10 and CIFAR-100; tests that ask for it are
+    skipped where there are none.
+    """
     source = os.environ.get("KDC_TEST_DATA")
     if not source: pytest.skip("real photographs: KDC_TEST_DATA names no folder")
     folder = tmp_path_factory.mktemp("photos")

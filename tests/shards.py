@@ -1,8 +1,9 @@
 """CIFAR in shards to the kit's cache: `python -m tests.shards cifar10 FOLDER`.
 
-A set is five shards of training images and one of test images, FOLDER/cifar10-train-0.npz to -4.npz and cifar10-test.npz. Each holds
-strips of images as lossless WebP, one after the other ("webp", and where each ends in "offsets"), and labels with their names
-("label" and "names"; of CIFAR-100 "fine" and "fine_names"). Nothing is a pickle. Needs neither pytest nor a network.
+A set is five shards of training images and one of test images, FOLDER/cifar10-train-0.npz to -4.npz and
+cifar10-test.npz. Each holds strips of images as lossless WebP, one after the other ("webp", and where each
+ends in "offsets"), and labels with their names ("label" and "names"; of CIFAR-100 "fine" and "fine_names").
+Nothing is a pickle. Needs neither pytest nor a network.
 """
 import argparse
 import io
@@ -16,7 +17,9 @@ import torch
 from kdc_nb.files import cache_dir, save_tensors
 
 
-def unpack(shard: Path) -> tuple[np.ndarray, np.ndarray, list[str]]: # (N, 3, 32, 32) uint8, (N,) int64, names of classes
+def unpack(
+    shard: Path
+) -> tuple[np.ndarray, np.ndarray, list[str]]: # (N, 3, 32, 32) uint8, (N,) int64, names of classes
     "Images and labels of a shard"
     from PIL import Image
     with np.load(shard, allow_pickle=False) as z:
@@ -36,7 +39,9 @@ def write_photos(name: str, source: Path, folder: Path) -> None:
     if missing: raise SystemExit(f"{source}: no {', '.join(missing)}")
     with ProcessPoolExecutor(min(6, os.cpu_count())) as pool: parts = list(pool.map(unpack, paths))
     join = lambda which, k: torch.from_numpy(np.concatenate([p[k] for p in which]))
-    tensors = {f"{split}_{what}": join(which, k) for split, which in (("train", parts[:5]), ("test", parts[5:])) for k, what in enumerate(("inputs", "labels"))}
+    tensors = {f"{split}_{what}": join(which, k)
+               for split, which in (("train", parts[:5]), ("test", parts[5:]))
+               for k, what in enumerate(("inputs", "labels"))}
     save_tensors(target, tensors, classes=parts[-1][2])
 
 

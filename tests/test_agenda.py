@@ -43,7 +43,9 @@ def clock(monkeypatch):
 def agenda(folder, rows, until, places=1, **seconds):
     "An agenda that knows how long networks take"
     made = Scheduler(rows, RunContext(Store(folder), "cpu", places), until)
-    if made.pace: made.pace.latest = {(TINY.name, model, 50): deque([s/200], 1) for model, s in seconds.items()} # two epochs of 100 images
+    if made.pace:
+        # two epochs of 100 images
+        made.pace.latest = {(TINY.name, model, 50): deque([s/200], 1) for model, s in seconds.items()}
     return made
 
 
@@ -53,12 +55,16 @@ def finish(made, run, seconds): made.done(SimpleNamespace(spec=run, facts={"seco
 def test_a_row_is_begun_only_if_its_student_can_be_finished(tmp_path, clock):
     "Teacher 10 s, student 5"
     rows = [STUDENT, OTHER, replace(STUDENT, seed=3)]
-    left = lambda until, places=1: [run_label(r) for r in agenda(tmp_path, rows, until, places, resnet14=10., resnet8=5.).admitted()]
+    left = lambda until, places=1: [
+        run_label(r) for r in agenda(tmp_path, rows, until, places, resnet14=10., resnet8=5.).admitted()
+    ]
     assert left(14.9) == []
     assert left(15) == [run_label(r) for r in (TEACHER, STUDENT)]
-    assert left(20) == [run_label(r) for r in (TEACHER, STUDENT, rows[2])], "the row that is too long is passed over"
+    assert left(20) == [run_label(r)
+                        for r in (TEACHER, STUDENT, rows[2])], "the row that is too long is passed over"
     assert left(30) == [run_label(r) for r in (*lineage(STUDENT), *lineage(OTHER))]
-    assert left(15, 2) == [run_label(r) for r in (*lineage(STUDENT), *lineage(OTHER))], "two places, side by side"
+    assert left(15, 2) == [run_label(r)
+                           for r in (*lineage(STUDENT), *lineage(OTHER))], "two places, side by side"
 
 
 def test_a_teacher_that_is_a_row_too_comes_only_with_its_student(tmp_path, clock):
@@ -126,7 +132,8 @@ def test_a_checkpoint_tells_what_is_left(tmp_path, clock):
 
 
 def test_without_a_pace_runs_are_begun_and_what_is_unlike_others_counts_as_the_slowest(tmp_path, clock):
-    assert agenda(tmp_path, [STUDENT, OTHER], 5.).admitted() == dict.fromkeys([*lineage(STUDENT), *lineage(OTHER)], 0.)
+    assert (agenda(tmp_path, [STUDENT, OTHER], 5.).admitted()
+            == dict.fromkeys([*lineage(STUDENT), *lineage(OTHER)], 0.))
     assert agenda(tmp_path, [STUDENT, OTHER], 19., resnet14=10.).admitted() == {}
     assert agenda(tmp_path, [STUDENT, OTHER], 20., resnet14=10.).admitted() == {TEACHER: 0., STUDENT: 10.}
 
@@ -135,7 +142,8 @@ def test_a_run_in_which_the_laptop_slept_is_forgotten(tmp_path, clock):
     made = agenda(tmp_path, [STUDENT, OTHER], 100.)
     kind = (TINY.name, "resnet8", 50)
     for seconds in (3600., 5., 5.): made.pace.add(SimpleNamespace(spec=STUDENT, facts={"seconds": seconds}))
-    assert made.pace.of(kind) == 5/200 == made.pace.slowest() and made.pace.of(("known", "resnet20", 50)) is None
+    assert (made.pace.of(kind) == 5/200 == made.pace.slowest()
+            and made.pace.of(("known", "resnet20", 50)) is None)
 
 
 def test_a_teacher_whose_weights_were_removed_is_a_run_like_any_other(tmp_path, monkeypatch):
@@ -143,7 +151,8 @@ def test_a_teacher_whose_weights_were_removed_is_a_run_like_any_other(tmp_path, 
     before = sweep([TEACHER], store, "cpu", progress=False)
     store.path(TEACHER, "net").unlink()
     there = kr.RunContext.trained_net
-    monkeypatch.setattr(kr.RunContext, "trained_net", lambda *args: trained.append(store.path(TEACHER, "net").exists()) or there(*args))
+    monkeypatch.setattr(kr.RunContext, "trained_net",
+                        lambda *args: trained.append(store.path(TEACHER, "net").exists()) or there(*args))
     sweep([STUDENT], store, "cpu", progress=False, on_result=lambda r: trained.append(r.spec))
     assert trained == [TEACHER, True, STUDENT], "before its student asks"
     assert torch.equal(store.get(TEACHER).logits["test"], before[0].logits["test"])
@@ -156,15 +165,19 @@ def test_who_fails_takes_its_students_along(tmp_path):
     assert [made.next(), made.next(), made.next()] == [OTHER.method.teacher, replace(TEACHER, seed=5), None]
 
 
-RUNS = [RunSpec(TINY, model, Method(m), Recipe(2, 50)) for model in ("resnet8", "resnet14", "resnet20") for m in ("nll", "ls")]
+RUNS = [RunSpec(TINY, model, Method(m), Recipe(2, 50))
+        for model in ("resnet8", "resnet14", "resnet20") for m in ("nll", "ls")]
 
 
 @settings(max_examples=150)
 @given(st.data(), st.integers(1, 3), st.floats(1, 60))
 def test_what_is_admitted_is_finished_in_time(tmp_path, data, places, until):
-    "Played through on places that work as fast as promised: all that was begun ends in time, teachers before students, whole rows"
+    """Played through on places that work as fast as promised: all that was begun ends in time, teachers
+    before students, whole rows
+    """
     some = data.draw(st.lists(st.sampled_from(RUNS), min_size=1, max_size=4))
-    rows = some + [replace(data.draw(st.sampled_from(RUNS)), method=Distil(t)) for t in data.draw(st.lists(st.sampled_from(RUNS), max_size=4))]
+    rows = some + [replace(data.draw(st.sampled_from(RUNS)), method=Distil(t))
+                   for t in data.draw(st.lists(st.sampled_from(RUNS), max_size=4))]
     rows = data.draw(st.permutations(rows))
     took = {m: data.draw(st.floats(1, 20)) for m in ("resnet8", "resnet14", "resnet20")}
     clock, before = Clock(), agenda_room.time
@@ -182,8 +195,11 @@ def test_what_is_admitted_is_finished_in_time(tmp_path, data, places, until):
             finish(made, run, took[run.model])
             done.append(run)
         assert set(first) <= set(done), "what is admitted is done"
-        if first: assert clock.now <= until + 1e-6 and all(any(r in lineage(s) for s in rows if s in done) for r in done), "no teacher without its student"
-        if sum(took[r.model] for r in made.order) <= until: assert len(done) == len(made.order), "where there is time for all, all is done"
+        if first:
+            assert clock.now <= until + 1e-6 and all(any(r in lineage(s) for s in rows if s in done)
+                                                     for r in done), "no teacher without its student"
+        if sum(took[r.model] for r in made.order) <= until:
+            assert len(done) == len(made.order), "where there is time for all, all is done"
     finally: agenda_room.time = before
 
 
@@ -197,7 +213,8 @@ def test_an_interrupted_sweep_has_whole_rows(tmp_path):
     assert seen == [*lineage(STUDENT), *lineage(OTHER)]
 
 
-@pytest.mark.parametrize("bad", [dict(jobs=0), dict(slots=0), dict(slots=1.5), dict(jobs=2, slots=2), dict(jobs=True, slots=-1)])
+@pytest.mark.parametrize("bad", [dict(jobs=0), dict(slots=0), dict(slots=1.5),
+                                 dict(jobs=2, slots=2), dict(jobs=True, slots=-1)])
 def test_numbers_that_mean_nothing_are_refused(tmp_path, bad):
     with pytest.raises(ValueError, match="(jobs|slots): got"): sweep([TEACHER], Store(tmp_path), "cpu", **bad)
 
@@ -205,4 +222,5 @@ def test_numbers_that_mean_nothing_are_refused(tmp_path, bad):
 def test_the_budget_of_scaled_teachers(tmp_path, clock):
     "A student of the scaled teacher needs that teacher only"
     rows = [STUDENT, replace(STUDENT, method=Distil(TemperatureScaled(TEACHER)))]
-    assert agenda(tmp_path, rows, 20., resnet14=10., resnet8=5.).admitted() == {TEACHER: 0., rows[0]: 10., rows[1]: 15.}
+    assert (agenda(tmp_path, rows, 20., resnet14=10., resnet8=5.).admitted()
+            == {TEACHER: 0., rows[0]: 10., rows[1]: 15.})

@@ -1,4 +1,6 @@
-"Every method by name: it trains, holds at the edges, keeps its state; what remembers, against plain loops; what comes after training."
+"""Every method by name: it trains, holds at the edges, keeps its state; what remembers, against plain loops;
+what comes after training.
+"""
 
 import numpy as np
 import pytest
@@ -21,12 +23,14 @@ from tests.conftest import made
 
 TINY = DataSpec("known", n_train=200, n_valid=100, n_test=300)
 METHODS = sorted(Method.registry)
-SWITCHES = [Method("ls", others=True), Method("mmce", ported=True), Method("acls", published=True), Method("mdca", gamma=2)]
+SWITCHES = [Method("ls", others=True), Method("mmce", ported=True),
+            Method("acls", published=True), Method("mdca", gamma=2)]
 
 
 def test_all_of_the_papers_methods_are_there():
     "Tables 1 and 2; TS comes after training, KD is a student's method."
-    assert {"nll", "ls", "mmce", "mixup", "crl", "pskd", "mdca", "adafocal", "cpc", "mbls", "acls", "focal", "flsd", "dca"} == set(METHODS)
+    assert {"nll", "ls", "mmce", "mixup", "crl", "pskd", "mdca", "adafocal",
+            "cpc", "mbls", "acls", "focal", "flsd", "dca"} == set(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -35,7 +39,8 @@ def test_it_trains_and_its_calibration_is_reported(tmp_path, name):
     result = run(RunSpec(TINY, "resnet8", name, Recipe(8, 50)), Store(tmp_path), "cpu", progress=False)
     raw, scaled = result.evaluation.raw, result.evaluation.scaled
     assert raw["top1"].value > .2 and result.history[-1]["loss"] < result.history[0]["loss"]
-    assert all(np.isfinite([e.value, e.low, e.high, e.null_low, e.null_high]).all() for e in (*raw.values(), *scaled.values()))
+    assert all(np.isfinite([e.value, e.low, e.high, e.null_low, e.null_high]).all()
+               for e in (*raw.values(), *scaled.values()))
     assert 0 <= result.truth["error"] <= 1
 
 
@@ -50,18 +55,23 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, name):
         def after_epoch(self, epoch, *valid):
             if epoch == 3: raise KeyboardInterrupt
             super().after_epoch(epoch, *valid)
-    with pytest.raises(KeyboardInterrupt): fit(_build_net(spec), data, Stops(), recipe, device="cpu", checkpoint=tmp_path/"x", checkpoint_every=0, progress=False)
-    b = fit(stopped, data, Method(name).build(), recipe, device="cpu", checkpoint=tmp_path/"x", progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        fit(_build_net(spec), data, Stops(), recipe, device="cpu",
+            checkpoint=tmp_path/"x", checkpoint_every=0, progress=False)
+    b = fit(stopped, data, Method(name).build(), recipe,
+            device="cpu", checkpoint=tmp_path/"x", progress=False)
     assert a.history == b.history
     for there, here in ((through, stopped), (a.method, b.method)):
-        assert all(torch.equal(x, y) for x, y in zip(there.state_dict().values(), here.state_dict().values(), strict=True))
+        assert all(torch.equal(x, y)
+                   for x, y in zip(there.state_dict().values(), here.state_dict().values(), strict=True))
 
 
 def batch(B, C, right, scale=3.):
     "Logits and labels of a batch of which all, none or some are correct."
     z = scale*torch.randn(B, C, generator=torch.Generator().manual_seed(B + C))
     best = z.argmax(1)
-    labels = {"all": best, "none": (best + 1) % C, "some": torch.where(torch.arange(B) % 2 == 0, best, (best + 1) % C)}[right]
+    labels = {"all": best, "none": (best + 1) % C,
+              "some": torch.where(torch.arange(B) % 2 == 0, best, (best + 1) % C)}[right]
     return z.requires_grad_(), labels
 
 
@@ -69,7 +79,9 @@ def batch(B, C, right, scale=3.):
 @pytest.mark.parametrize("right", ["all", "none", "some"])
 @pytest.mark.parametrize("B, C", [(1, 2), (1, 5), (6, 2), (6, 5)])
 def test_the_edges(method, right, B, C):
-    "One sample, two classes, all or none right: a finite loss with a finite gradient, and looking back does not fail."
+    """One sample, two classes, all or none right: a finite loss with a finite gradient, and
+    looking back does not fail.
+    """
     own, (z, y) = method.build(), batch(B, C, right)
     own.start(B, C, epochs=2)
     for epoch in range(2):
@@ -92,9 +104,12 @@ def test_a_nan_is_told_and_not_crashed_on(name):
 
 
 @pytest.mark.parametrize("bad, words", [
-    (dict(name="ls", eps=2), "eps: got 2.0"), (dict(name="focal", gamma=-1), "gamma: got -1.0"), (dict(name="mdca", beta=-1), "beta: got -1.0"),
-    (dict(name="mbls", margin=-1), "margin: got -1.0"), (dict(name="cpc", exclusion=-1), "exclusion: got -1.0"), (dict(name="mixup", a=0), "a: got 0.0"),
-    (dict(name="adafocal", rate=0), "rate: got 0.0"), (dict(name="pskd", alpha=1.1), "alpha: got 1.1"), (dict(name="crl", beta=-1), "beta: got -1.0"), (dict(name="mmce", ported=3), "ported: got 3"),
+    (dict(name="ls", eps=2), "eps: got 2.0"), (dict(name="focal", gamma=-1), "gamma: got -1.0"),
+    (dict(name="mdca", beta=-1), "beta: got -1.0"),
+    (dict(name="mbls", margin=-1), "margin: got -1.0"),
+    (dict(name="cpc", exclusion=-1), "exclusion: got -1.0"), (dict(name="mixup", a=0), "a: got 0.0"),
+    (dict(name="adafocal", rate=0), "rate: got 0.0"), (dict(name="pskd", alpha=1.1), "alpha: got 1.1"),
+    (dict(name="crl", beta=-1), "beta: got -1.0"), (dict(name="mmce", ported=3), "ported: got 3"),
 ])
 def test_a_description_refuses_strengths_that_mean_nothing(bad, words):
     with pytest.raises(ValueError, match=words): RunSpec("known", "resnet8", Method(**bad))
@@ -126,7 +141,8 @@ def test_adafocal_looks_back_as_a_plain_loop_does(seed, n, C):
         assert float(own.gamma[b]) == pytest.approx(min(20, max(-2, g)), abs=2e-4)
 
 
-@given(st.lists(st.floats(-2, 20).filter(lambda g: abs(g) >= .2), min_size=1, max_size=15), st.floats(-1, 1), st.floats(.1, 3))
+@given(st.lists(st.floats(-2, 20).filter(lambda g: abs(g) >= .2), min_size=1, max_size=15),
+       st.floats(-1, 1), st.floats(.1, 3))
 def test_adafocals_strengths_stay_in_range_and_off_zero(gamma, gap, rate):
     g = torch.tensor(gamma)
     new = _update_gamma(g, torch.full_like(g, gap), rate)
@@ -166,7 +182,8 @@ def test_progressive_distillation_learns_from_what_was_said_an_epoch_ago():
                 one, a = np.eye(3)[y[i]], .6*(epoch + 1)/3
                 losses.append(-(((1 - a)*one + a*said.get(i, one))*np.log(p)).sum())
                 now[i] = p
-            assert float(method(TrainingStep(z, y[index], index, torch.tensor(epoch)))) == pytest.approx(np.mean(losses), abs=1e-5)
+            assert (float(method(TrainingStep(z, y[index], index, torch.tensor(epoch))))
+                    == pytest.approx(np.mean(losses), abs=1e-5))
         method.after_epoch(epoch, None, None)
         said = now
 
@@ -212,7 +229,8 @@ def test_isotonic_is_scikit_learns():
         def predict_proba(self, z): return softmax64(torch.as_tensor(z)).numpy()
         def predict(self, z): return z.argmax(1)
     z, y, _ = made(n=2000, factor=2.)
-    theirs = CalibratedClassifierCV(FrozenEstimator(AsIs().fit(z, y)), method="isotonic").fit(z, y).predict_proba(z)
+    theirs = (CalibratedClassifierCV(FrozenEstimator(AsIs().fit(z, y)), method="isotonic")
+              .fit(z, y).predict_proba(z))
     ours = softmax64(Calibrator("isotonic").build(z, y)(z)).numpy()
     assert np.abs(ours - theirs).max() < 2e-3, "but for steps at 0 and 1, which are 1/(N+2) here"
 

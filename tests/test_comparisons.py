@@ -28,10 +28,12 @@ def seen(seed, n=300, c=5, scale=2., sure=1.):
     return compute_outcomes(sure*z, y)
 
 
-@given(seed=st.integers(0, 999), n=st.integers(1, 200), metric=st.sampled_from(("top1", "nll", "ece", "ace", "ks")), sure=st.sampled_from((.3, 1., 3.)))
+@given(seed=st.integers(0, 999), n=st.integers(1, 200),
+       metric=st.sampled_from(("top1", "nll", "ece", "ace", "ks")), sure=st.sampled_from((.3, 1., 3.)))
 def test_contributions_have_the_metric_as_their_mean(seed, n, metric, sure):
     o = seen(seed, n, sure=sure)
-    assert float(_contributions_per_image(o, metric).mean()) == pytest.approx(metrics_from_outcomes(o)[metric], abs=1e-12)
+    assert (float(_contributions_per_image(o, metric).mean())
+            == pytest.approx(metrics_from_outcomes(o)[metric], abs=1e-12))
 
 
 def test_contributions_by_hand():
@@ -43,21 +45,24 @@ def test_contributions_by_hand():
 @given(numbers)
 def test_one_image_is_the_t_test_over_seeds(d):
     ours, theirs = estimate_difference(np.array(d)[:, None]), ttest_1samp(d, 0)
-    assert ours.p == pytest.approx(theirs.pvalue, rel=1e-6) and (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval()), rel=1e-6, abs=1e-9)
+    assert (ours.p == pytest.approx(theirs.pvalue, rel=1e-6) and (ours.low, ours.high)
+            == pytest.approx(tuple(theirs.confidence_interval()), rel=1e-6, abs=1e-9))
 
 
 def test_one_seed_is_the_paired_t_test_over_images():
     z, y = torch.randn(2, 300, 5), torch.arange(300) % 5
     a, b = compute_outcomes(z[0], y), compute_outcomes(z[1], y)
     ours, theirs = paired_difference([a], [b], "nll"), ttest_rel(a.nll.numpy(), b.nll.numpy())
-    assert ours.p == pytest.approx(theirs.pvalue, rel=1e-6) and (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval()), rel=1e-6)
+    assert (ours.p == pytest.approx(theirs.pvalue, rel=1e-6)
+            and (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval()), rel=1e-6))
 
 
 @given(st.integers(0, 99), st.integers(2, 4), st.integers(2, 30))
 def test_both_kinds_of_chance_make_an_interval_wider_than_either(seed, s, n):
     d = np.random.default_rng(seed).normal(size=(s, n))
     both = estimate_difference(d)
-    assert both.high - both.low >= max(estimate_difference(x).high - estimate_difference(x).low for x in (d.mean(1, keepdims=True), d.mean(0, keepdims=True))) - 1e-12
+    assert both.high - both.low >= max(estimate_difference(x).high - estimate_difference(x).low
+                                       for x in (d.mean(1, keepdims=True), d.mean(0, keepdims=True))) - 1e-12
     turned = estimate_difference(-d)
     assert (turned.mean, turned.low, turned.p) == pytest.approx((-both.mean, -both.high, both.p))
     assert (both.p < .05) == (not both.low <= 0 <= both.high)
@@ -71,10 +76,13 @@ def test_exact_differences_and_none():
 
 
 def test_other_images_are_refused():
-    with pytest.raises(ValueError, match="images: got 300 and 200 of them"): paired_difference([seen(0)], [seen(0, n=200)], "ece")
+    with pytest.raises(ValueError, match="images: got 300 and 200 of them"):
+        paired_difference([seen(0)], [seen(0, n=200)], "ece")
     z, y = torch.randn(50, 3), torch.arange(50) % 3
-    with pytest.raises(ValueError, match="images: got some with other labels"): rank_intervals({"a": [compute_outcomes(z, y)], "b": [compute_outcomes(z, y.roll(1))]}, "nll")
-    with pytest.raises(ValueError, match="rows: got rows with other numbers of seeds"): rank_intervals({"a": [seen(0)], "b": [seen(0)]*3}, "nll")
+    with pytest.raises(ValueError, match="images: got some with other labels"):
+        rank_intervals({"a": [compute_outcomes(z, y)], "b": [compute_outcomes(z, y.roll(1))]}, "nll")
+    with pytest.raises(ValueError, match="rows: got rows with other numbers of seeds"):
+        rank_intervals({"a": [seen(0)], "b": [seen(0)]*3}, "nll")
     with pytest.raises(ValueError, match="b: got 0 seeds"): paired_difference([], [], "ece")
 
 
@@ -90,7 +98,8 @@ def two(n=300, c=5, seed=0):
 def test_compare_is_paired_metric_by_metric():
     a, b, y = two()
     c = compare(a, b, y)
-    assert list(c.raw) == ["top1", "nll", "brier", "ece", "ace", "ks"] and (c.n, c.seeds, c.scaled, c.names) == (300, 1, {}, ("a", "b"))
+    assert (list(c.raw) == ["top1", "nll", "brier", "ece", "ace", "ks"]
+            and (c.n, c.seeds, c.scaled, c.names) == (300, 1, {}, ("a", "b")))
     for k in ("top1", "nll", "ece", "ace", "ks"):
         theirs = paired_difference([compute_outcomes(a, y)], [compute_outcomes(b, y)], k)
         assert c.raw[k].difference[:4] == pytest.approx(theirs[:4], rel=1e-6, abs=1e-12), k
@@ -99,22 +108,30 @@ def test_compare_is_paired_metric_by_metric():
 
 
 def test_compare_by_hand():
-    "Probabilities .8 and .6 of the first of two classes, labels 0, 0, 0, 1: NLLs, Brier scores and paired t tests"
+    """Probabilities .8 and .6 of the first of two classes, labels 0, 0, 0, 1: NLLs, Brier
+    scores and paired t tests
+    """
     p = np.array([[.8, .2]]*4), np.array([[.6, .4]]*4)
     c = compare(*p, [0, 0, 0, 1], kind="probs")
     nll = np.log([[.6/.8]*3 + [.4/.2]]).squeeze()
-    assert c.raw["nll"].difference.mean == pytest.approx(nll.mean()) and c.raw["nll"].difference.p == pytest.approx(ttest_1samp(nll, 0).pvalue)
-    assert (c.raw["brier"].a, c.raw["brier"].b) == (pytest.approx((3*.08 + 1.28)/4), pytest.approx((3*.32 + .72)/4))
+    assert (c.raw["nll"].difference.mean == pytest.approx(nll.mean())
+            and c.raw["nll"].difference.p == pytest.approx(ttest_1samp(nll, 0).pvalue))
+    assert ((c.raw["brier"].a, c.raw["brier"].b)
+            == (pytest.approx((3*.08 + 1.28)/4), pytest.approx((3*.32 + .72)/4)))
     assert c.raw["top1"].difference == (0, 0, 0, 1, (0,), 4) and c.raw["top1"].better is None
-    assert all(m.better is None for m in c.raw.values()) and repr(c).count("cannot be told") == 7 # a line each, and the footnote
+    # a line each, and the footnote
+    assert all(m.better is None for m in c.raw.values()) and repr(c).count("cannot be told") == 7
 
 
 def test_the_better_is_named_whichever_comes_first():
     a, b, y = two(4000)
     c, turned = compare(a, b, y, names=("bold", "noisy")), compare(b, a, y)
-    assert (c.raw["top1"].better, c.raw["ece"].better) == ("a", "b") == (turned.raw["top1"].better.replace("b", "a"), turned.raw["ece"].better.replace("a", "b"))
+    assert ((c.raw["top1"].better, c.raw["ece"].better) == ("a", "b")
+            == (turned.raw["top1"].better.replace("b", "a"), turned.raw["ece"].better.replace("a", "b")))
     for k, m in c.raw.items():
-        assert (m.difference.mean, m.difference.low, m.p_holm) == pytest.approx((-turned.raw[k].difference.mean, -turned.raw[k].difference.high, turned.raw[k].p_holm))
+        assert (m.difference.mean, m.difference.low, m.p_holm) == pytest.approx((
+            -turned.raw[k].difference.mean, -turned.raw[k].difference.high, turned.raw[k].p_holm
+        ))
     assert [r[-1] for r in c.table().rows][:2] == ["bold", "noisy" if c.raw["nll"].better == "b" else "bold"]
     assert c.table().head[1:3] == ["bold", "noisy"] and {"bold", "noisy"} < set(c.to_frame())
 
@@ -122,18 +139,26 @@ def test_the_better_is_named_whichever_comes_first():
 def test_any_framework_and_both_kinds():
     a, b, y = two(60)
     first = compare(a, b, y)
-    for x, z, labels in ((a.numpy(), b.tolist(), y.tolist()), (a.float().requires_grad_(), b.float(), y.float()), (pd.DataFrame(a.numpy()), b.numpy(), pd.Series(y.numpy()))):
-        for k, m in compare(x, z, labels).raw.items(): assert m.a == pytest.approx(first.raw[k].a, abs=1e-4), k
-    for k, m in compare(a.softmax(1), b.softmax(1), y, kind="probs").raw.items(): assert m[:2] == pytest.approx(first.raw[k][:2]), k
+    for x, z, labels in ((a.numpy(), b.tolist(), y.tolist()),
+                         (a.float().requires_grad_(), b.float(), y.float()),
+                         (pd.DataFrame(a.numpy()), b.numpy(), pd.Series(y.numpy()))):
+        for k, m in compare(x, z, labels).raw.items():
+            assert m.a == pytest.approx(first.raw[k].a, abs=1e-4), k
+    for k, m in compare(a.softmax(1), b.softmax(1), y, kind="probs").raw.items():
+        assert m[:2] == pytest.approx(first.raw[k][:2]), k
 
 
 def test_seeds_are_compared_in_pairs():
     (a, b, y), noise = two(), .2*torch.randn(3, 300, 5, generator=torch.Generator().manual_seed(5))
     c = compare([a + e for e in noise], [b - e for e in noise], y)
-    theirs = paired_difference([compute_outcomes(a + e, y) for e in noise], [compute_outcomes(b - e, y) for e in noise], "nll")
-    assert c.seeds == 3 and c.raw["nll"].difference[:4] == pytest.approx(theirs[:4]) and c.raw["nll"].difference.each == pytest.approx(theirs.each) and len(c.raw["ece"].difference.each) == 3
+    theirs = paired_difference([compute_outcomes(a + e, y) for e in noise],
+                               [compute_outcomes(b - e, y) for e in noise], "nll")
+    assert (c.seeds == 3 and c.raw["nll"].difference[:4] == pytest.approx(theirs[:4])
+            and c.raw["nll"].difference.each == pytest.approx(theirs.each)
+            and len(c.raw["ece"].difference.each) == 3)
     assert compare(a + noise, (b - noise).numpy(), y).raw == c.raw, "as one table (seeds, N, C)"
-    assert "other training runs and other images" in repr(c) and "not of other training runs" in repr(compare(a, b, y))
+    assert ("other training runs and other images" in repr(c)
+            and "not of other training runs" in repr(compare(a, b, y)))
 
 
 def test_after_temperature_scaling_each_model_has_its_own_temperature():
@@ -141,25 +166,32 @@ def test_after_temperature_scaling_each_model_has_its_own_temperature():
     c = compare(a, b, y, va, vb, vy)
     T = [fit_temperature(v, vy) for v in (va, vb)]
     theirs = paired_difference([compute_outcomes(a/T[0], y)], [compute_outcomes(b/T[1], y)], "nll")
-    assert c.scaled["nll"].difference[:4] == pytest.approx(theirs[:4]) and set(c.scaled) == set(c.raw) - {"top1"}
+    assert (c.scaled["nll"].difference[:4] == pytest.approx(theirs[:4])
+            and set(c.scaled) == set(c.raw) - {"top1"})
     found = [*c.raw.values(), *c.scaled.values()]
-    assert sorted(m.p_holm for m in found) == pytest.approx(sorted(holm([m.difference.p for m in found]))), "corrected for all that is shown"
+    assert sorted(m.p_holm for m in found) == pytest.approx(sorted(holm([m.difference.p for m in found]))), (
+        "corrected for all that is shown"
+    )
     assert [r[0] for r in c.table().rows][:4] == ["Top-1, %", "NLL, nats", "  after TS", "Brier"]
 
 
 def test_a_comparison_goes_to_pandas_in_its_unit():
     a, b, y = two(2000)
     frame = compare(a, b, y).to_frame()
-    assert list(frame) == ["output", "metric", "unit", "a", "b", "difference", "low", "high", "p", "p_holm", "better", "n", "seeds"]
+    assert list(frame) == ["output", "metric", "unit", "a", "b", "difference",
+                           "low", "high", "p", "p_holm", "better", "n", "seeds"]
     row = frame.set_index("metric").loc["top1"]
-    assert row.a == pytest.approx(100*metrics_from_outcomes(compute_outcomes(a, y))["top1"]) and row.unit == "%" and row.n == 2000
-    assert frame[["a", "b", "difference", "low", "high", "p", "p_holm"]].dtypes.eq(float).all() and frame.p.between(0, 1).all()
+    assert (row.a == pytest.approx(100*metrics_from_outcomes(compute_outcomes(a, y))["top1"])
+            and row.unit == "%" and row.n == 2000)
+    assert (frame[["a", "b", "difference", "low", "high", "p", "p_holm"]].dtypes.eq(float).all()
+            and frame.p.between(0, 1).all())
 
 
 def test_an_infinite_nll_is_not_tested():
     p = np.array([[1., 0.], [0., 1.], [.7, .3], [.4, .6]])
     c = compare(p, np.full((4, 2), .5), [0, 0, 0, 1], kind="probs")
-    assert c.raw["nll"] == (np.inf, pytest.approx(np.log(2)), None, None, None) and c.raw["brier"].difference is not None
+    assert (c.raw["nll"] == (np.inf, pytest.approx(np.log(2)), None, None, None)
+            and c.raw["brier"].difference is not None)
     assert "infinite" in repr(c) and "nan" not in repr(c) and "for 5 comparisons" in repr(c)
     assert np.isnan(c.to_frame().set_index("metric").loc["nll", "difference"])
 
@@ -169,7 +201,8 @@ a, b, y = two(60)
 
 @pytest.mark.parametrize("call, message", [
     (lambda: compare(a, b, y[:50]), "labels: got 50 of them, expected 60"),
-    (lambda: compare(a, b[:50], y), "logits_b: got 50 images, 5 classes, expected 60 images, 5 classes, as logits_a has"),
+    (lambda: compare(a, b[:50], y),
+     "logits_b: got 50 images, 5 classes, expected 60 images, 5 classes, as logits_a has"),
     (lambda: compare(a, b[:, :4], y), "logits_b: got 60 images, 4 classes"),
     (lambda: compare(y, a, b), r"logits_a: got shape \(60,\), expected \(N, C\)"),
     (lambda: compare(a, y, b), r"logits_b: got shape \(60,\), expected \(N, C\)"),
@@ -177,7 +210,8 @@ a, b, y = two(60)
     (lambda: compare(a, b, y + .5), "labels: got numbers with a fraction"),
     (lambda: compare(a, b, y + 1), "labels: got 1 to 5, expected 0 to 4"),
     (lambda: compare(a, b.clone().fill_(np.nan), y), "logits_b: got NaN or infinity"),
-    (lambda: compare(a.softmax(1), b, y, kind="probs"), "logits_b: got numbers that are none, expected numbers between 0 and 1"),
+    (lambda: compare(a.softmax(1), b, y, kind="probs"),
+     "logits_b: got numbers that are none, expected numbers between 0 and 1"),
     (lambda: compare(a, b, y, kind="prob"), "kind: got 'prob'"),
     (lambda: compare("a.npz", b, y), "logits_a: got a str that is no table of numbers"),
     (lambda: compare([a, a], [b], y), "logits_b: got 1 seeds, expected 2, as logits_a has"),
@@ -187,8 +221,10 @@ a, b, y = two(60)
     (lambda: compare(a, b, y, a, b), "valid_labels: got not all of"),
     (lambda: compare(a, b, y, a, b, y[:9]), "valid_labels: got 9 of them"),
     (lambda: compare(a, b, y, a, y, y), "valid_logits_b: got shape"),
-    (lambda: compare(a, b, y, a[:, :3], b[:, :3], y.clamp(max=2)), "valid_logits_a: got 1 seeds, 3 classes, expected 1 seeds, 5 classes"),
-    (lambda: compare([a, a], [b, b], y, a, b, y), "valid_logits_a: got 1 seeds, 5 classes, expected 2 seeds, 5 classes"),
+    (lambda: compare(a, b, y, a[:, :3], b[:, :3], y.clamp(max=2)),
+     "valid_logits_a: got 1 seeds, 3 classes, expected 1 seeds, 5 classes"),
+    (lambda: compare([a, a], [b, b], y, a, b, y),
+     "valid_logits_a: got 1 seeds, 5 classes, expected 2 seeds, 5 classes"),
     (lambda: compare(a, b, y, names=("x", "x")), "names: got"),
     (lambda: compare(a, b, y, names=(1, 2)), r"names: got \(1, 2\), expected two texts"),
     (lambda: compare(a, b, y, names=None), "names: got None"),
@@ -199,18 +235,25 @@ def test_compare_names_what_is_wrong(call, message):
     with pytest.raises(ValueError, match=f"^{message}"): call()
 
 
-@pytest.mark.parametrize("call", [lambda: paired_difference(a, b, "ece"), lambda: paired_difference(a.numpy(), b.numpy()[:9], "ece"), lambda: paired_difference([a], [b], "nll"),
-                                  lambda: paired_difference(compute_outcomes(a, y), compute_outcomes(b, y), "nll"), lambda: rank_intervals({"a": [a], "b": [b]}, "nll")])
+@pytest.mark.parametrize("call",
+                         [lambda: paired_difference(a, b, "ece"),
+                          lambda: paired_difference(a.numpy(), b.numpy()[:9], "ece"),
+                          lambda: paired_difference([a], [b], "nll"),
+                          lambda: paired_difference(compute_outcomes(a, y), compute_outcomes(b, y), "nll"),
+                          lambda: rank_intervals({"a": [a], "b": [b]}, "nll")])
 def test_outcomes_are_asked_for_where_logits_came(call):
     with pytest.raises(ValueError, match="in place of Outcomes, expected .* call `compare`"): call()
 
 
 def test_two_models_as_good_as_each_other_are_seldom_told_apart():
-    "Both see the same logits with noise of their own; 100 comparisons of six metrics, of which 5 should be wrong"
+    """Both see the same logits with noise of their own; 100 comparisons of six metrics,
+    of which 5 should be wrong
+    """
     wrong = 0
     for seed in range(100):
         z, y, _ = made(500, 10, seed=seed)
-        noise = .5*torch.randn(2, *z.shape, generator=torch.Generator().manual_seed(seed + 1000), dtype=torch.float64)
+        noise = .5*torch.randn(2, *z.shape, generator=torch.Generator().manual_seed(seed + 1000),
+                               dtype=torch.float64)
         wrong += any(m.better for m in compare(z + noise[0], z + noise[1], y).raw.values())
     assert wrong <= 12 # at 5% more than 12 have a chance of .2%
 
@@ -230,7 +273,8 @@ def test_ranks_hold_the_true_order_and_shrink_with_images():
     rows = lambda n: {str(s): [seen(3, n, sure=s)] for s in (1., 1.6, 2.5)}
     few, many = rank_intervals(rows(30), "nll"), rank_intervals(rows(3000), "nll")
     assert list(many.values()) == [(1, 1), (2, 2), (3, 3)]
-    assert all(lo <= k <= hi for k, (lo, hi) in enumerate(few.values(), 1)) and any(hi > lo for lo, hi in few.values())
+    assert (all(lo <= k <= hi for k, (lo, hi) in enumerate(few.values(), 1))
+            and any(hi > lo for lo, hi in few.values()))
 
 
 def test_the_most_accurate_has_the_first_rank():
@@ -243,24 +287,29 @@ def test_spreads_are_compared_in_pairs():
     a, b = np.random.default_rng(0).normal(size=(2, 6, 3))
     r, theirs = spread_log_ratio(a, 3*b), ttest_1samp(np.log(a.std(1, ddof=1)/(3*b.std(1, ddof=1))), 0)
     assert r.p == pytest.approx(theirs.pvalue) and spread_log_ratio(3*b, a).mean == pytest.approx(-r.mean)
-    with pytest.raises(ValueError, match="a, b: got a row of one seed"): spread_log_ratio([[1.], [2., 1.]], [[2., 3.], [3., 4.]])
+    with pytest.raises(ValueError, match="a, b: got a row of one seed"):
+        spread_log_ratio([[1.], [2., 1.]], [[2., 3.], [3., 4.]])
     with pytest.raises(ValueError, match="b: got 0 rows"): spread_log_ratio([], [])
 
 
 def test_spreads_of_rows_that_vary_very_differently_are_covered():
     "Pooled variances would be ruled by the row that varies most"
     rng, scales = np.random.default_rng(0), np.geomspace(.2, 3, 11)[:, None]
-    found = [spread_log_ratio(scales*rng.normal(size=(11, 3)), scales*rng.normal(size=(11, 3))) for _ in range(300)]
+    found = [spread_log_ratio(scales*rng.normal(size=(11, 3)), scales*rng.normal(size=(11, 3)))
+             for _ in range(300)]
     assert .92 < np.mean([d.low <= 0 <= d.high for d in found]) < .985
 
 
 def test_a_split_adds_up_and_a_temperature_changes_only_calibration():
     z = torch.randn(400, 4, dtype=torch.float64)
-    e = [evaluate(k*z, z.softmax(1).multinomial(1, generator=torch.Generator().manual_seed(0)).squeeze(1), n_boot=2) for k in (.2, 3.)]
+    e = [evaluate(k*z, z.softmax(1).multinomial(1, generator=torch.Generator().manual_seed(0)).squeeze(1),
+                  n_boot=2) for k in (.2, 3.)]
     for metric in ("nll", "brier"):
         a, b = (decompose_score(x, metric) for x in e)
-        assert sum(a) == pytest.approx(e[0].raw[metric].value) and a.refinement == pytest.approx(b.refinement, abs=1e-3)
-    with pytest.raises(ValueError, match="evaluation: got one without temperature scaling"): decompose_score(evaluate(z[:3], [0, 1, 2], n_boot=2))
+        assert (sum(a) == pytest.approx(e[0].raw[metric].value)
+                and a.refinement == pytest.approx(b.refinement, abs=1e-3))
+    with pytest.raises(ValueError, match="evaluation: got one without temperature scaling"):
+        decompose_score(evaluate(z[:3], [0, 1, 2], n_boot=2))
 
 
 @given(st.lists(st.tuples(st.sampled_from((-1., 1.)), st.sampled_from((1e-9, .5))), min_size=1, max_size=8))
@@ -270,6 +319,8 @@ def test_a_verdict_counts_and_turns_with_its_sign(pairs):
     v, turned = judge_claim(ds, -1), judge_claim(ds, 1)
     assert (v.agree, v.contradict) == (turned.contradict, turned.agree) and v.total == len(ds)
     assert v.agree == sum(m < 0 and p < .01 for m, p in pairs)
-    assert (v.word == "not resolvable") == (v.agree + v.contradict == 0) and (v.word == "not reproduced") == (v.agree == 0 and 2*v.contradict >= len(ds))
-    assert {v.word, turned.word} in ({"reproduced", "not reproduced"}, {"mixed"}, {"not resolvable"}) and v.seeds == 2
+    assert ((v.word == "not resolvable") == (v.agree + v.contradict == 0)
+            and (v.word == "not reproduced") == (v.agree == 0 and 2*v.contradict >= len(ds)))
+    assert ({v.word, turned.word} in ({"reproduced", "not reproduced"}, {"mixed"}, {"not resolvable"})
+            and v.seeds == 2)
     with pytest.raises(ValueError, match="sign: got 0"): judge_claim(ds, 0)

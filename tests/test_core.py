@@ -22,13 +22,17 @@ methods = st.one_of(
     st.builds(lambda e: Method("ls", eps=e), st.floats(0, 1)),
     st.builds(lambda b, g: Method("mdca", beta=b, gamma=g), st.floats(0, 20), st.floats(0, 5)),
 )
-plain = st.builds(RunSpec, st.builds(lambda n: DataSpec("known", n_train=n), st.integers(1, 50)), st.sampled_from(["resnet8", "wrn_40_1"]),
+plain = st.builds(RunSpec, st.builds(lambda n: DataSpec("known", n_train=n), st.integers(1, 50)),
+                  st.sampled_from(["resnet8", "wrn_40_1"]),
                   methods, st.builds(Recipe, st.integers(1, 300), lr=st.floats(1e-3, 1)), st.integers(0, 9))
 temperature, weight = st.floats(.1, 20), st.floats(0, 1)
-others = [st.builds(kind, plain, st.integers(2, 5)) for kind in (Ensemble, OutOfFold)] + [st.builds(StoredLogits, st.text(max_size=5), st.just("0"*16))]
+others = [st.builds(kind, plain, st.integers(2, 5))
+          for kind in (Ensemble, OutOfFold)] + [st.builds(StoredLogits, st.text(max_size=5), st.just("0"*16))]
 students = st.recursive(plain, lambda inner: st.builds(
-    lambda s, t, T, a: RunSpec(full_data(getattr(t.first_run(), "data", s.data)), s.model, Distil(t, T, a), s.recipe, s.seed),
-    plain, st.one_of(inner, st.builds(TemperatureScaled, inner), st.builds(TemperedPosterior, temperature), *others), temperature, weight), max_leaves=4)
+    lambda s, t, T, a: RunSpec(full_data(getattr(t.first_run(), "data", s.data)),
+                               s.model, Distil(t, T, a), s.recipe, s.seed),
+    plain, st.one_of(inner, st.builds(TemperatureScaled, inner), st.builds(TemperedPosterior, temperature),
+                     *others), temperature, weight), max_leaves=4)
 
 
 @given(students)
@@ -50,12 +54,15 @@ def test_an_id_does_not_depend_on_how_a_value_was_written():
 
 def test_ids_stay_as_they_are():
     "Stored results are found by their id, so it must not change from one version to the next."
-    assert spec_hash(RunSpec(DataSpec("known"), "resnet8", Distil(RunSpec("known", "resnet14", "nll", "smoke"), 2, .5), "smoke")) == "ffe3fdbc7d2dfadf"
+    assert spec_hash(RunSpec(
+        DataSpec("known"), "resnet8", Distil(RunSpec("known", "resnet14", "nll", "smoke"), 2, .5), "smoke"
+    )) == "ffe3fdbc7d2dfadf"
 
 
 def test_a_switch_that_is_on_by_default_is_refused():
     "It would be left out when off, and come back on."
-    with pytest.raises(ValueError, match=r"Method\('loud'\): got \['on'\] on by default"): Method.register("loud")(lambda on=True: None)
+    with pytest.raises(ValueError, match=r"Method\('loud'\): got \['on'\] on by default"):
+        Method.register("loud")(lambda on=True: None)
     assert "loud" not in Method.registry
 
 

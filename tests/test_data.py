@@ -34,14 +34,17 @@ def test_real_photographs(photos):
     assert d.std == pytest.approx((0.2673342858792406, 0.2564384629170881, 0.27615047132568393), abs=1e-9)
     assert d.test.inputs[:10, 0, 0, 0].tolist() == [199, 113, 61, 93, 80, 168, 37, 175, 233, 182]
     assert [d.classes[c] for c in (10, 61, 96)] == ["bowl", "plate", "willow_tree"]
-    small, other = load_data(DataSpec("cifar100", n_train=5000)), load_data(DataSpec("cifar100", n_train=5000, seed=1))
-    assert torch.equal(small.train.inputs, d.train.inputs[:5000]) and torch.equal(small.valid.inputs, d.valid.inputs)
+    small, other = (load_data(DataSpec("cifar100", n_train=5000)),
+                    load_data(DataSpec("cifar100", n_train=5000, seed=1)))
+    assert (torch.equal(small.train.inputs, d.train.inputs[:5000])
+            and torch.equal(small.valid.inputs, d.valid.inputs))
     assert len({d.fingerprint, small.fingerprint, other.fingerprint}) == 3
 
 
 def test_superclasses_are_the_coarse_labels(photos):
     "Two fine classes share a super-class just where CIFAR-100's own coarse labels say so."
-    with np.load(Path(os.environ["KDC_TEST_DATA"])/"cifar100-test.npz", allow_pickle=False) as z: coarse = dict(zip(z["fine"].tolist(), z["coarse"].tolist()))
+    with np.load(Path(os.environ["KDC_TEST_DATA"])/"cifar100-test.npz", allow_pickle=False) as z:
+        coarse = dict(zip(z["fine"].tolist(), z["coarse"].tolist()))
     own = load_data(DataSpec("cifar100")).superclass
     assert all((own[a] == own[b]) == (coarse[a] == coarse[b]) for a in range(100) for b in range(100))
 
@@ -57,14 +60,19 @@ def tiny_archive(folder, monkeypatch):
     import torchvision.datasets as sets
     rng, parts, sums = np.random.default_rng(0), {}, []
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
-        parts[name] = pickle.dumps({"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [0, 1, 0, 1]})
+        parts[name] = pickle.dumps({"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8),
+                                    "labels": [0, 1, 0, 1]})
     parts["batches.meta"] = pickle.dumps({"label_names": ["cat", "dog"]})
     (root := folder/"cifar-10-batches-py").mkdir(parents=True)
-    for name, data in parts.items(): (root/name).write_bytes(data); sums.append([name, hashlib.md5(data).hexdigest()])
+    for name, data in parts.items():
+        (root/name).write_bytes(data)
+        sums.append([name, hashlib.md5(data).hexdigest()])
     with tarfile.open(path := folder/"cifar-10-python.tar.gz", "w:gz") as tar: tar.add(root, root.name)
     md5 = hashlib.md5(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(sets.CIFAR10, "train_list", sums[:5]); monkeypatch.setattr(sets.CIFAR10, "test_list", sums[5:6])
-    monkeypatch.setattr(sets.CIFAR10, "meta", {"filename": "batches.meta", "key": "label_names", "md5": sums[6][1]})
+    monkeypatch.setattr(sets.CIFAR10, "train_list", sums[:5])
+    monkeypatch.setattr(sets.CIFAR10, "test_list", sums[5:6])
+    monkeypatch.setattr(sets.CIFAR10, "meta",
+                        {"filename": "batches.meta", "key": "label_names", "md5": sums[6][1]})
     monkeypatch.setattr(sets.CIFAR10, "tgz_md5", md5)
     monkeypatch.setitem(cifar_room._CIFAR_ARCHIVES, "cifar10", ("CIFAR10", path.name, md5))
     return path
@@ -87,7 +95,8 @@ def test_an_archive_is_not_read_before_its_md5_is_right(tmp_path, monkeypatch):
     archive = tiny_archive(tmp_path/"made", monkeypatch)
     archive.write_bytes(archive.read_bytes()[:-1])
     monkeypatch.setattr(pickle, "load", lambda *a, **k: pytest.fail("a pickle was read"))
-    with pytest.raises(ValueError, match="cifar-10-python.tar.gz with MD5 .* has another MD5"): _load_cifar("cifar10", archive.parent)
+    with pytest.raises(ValueError, match="cifar-10-python.tar.gz with MD5 .* has another MD5"):
+        _load_cifar("cifar10", archive.parent)
 
 
 def test_a_download_cut_short_leaves_nothing_that_looks_like_an_archive(tmp_path, monkeypatch):
@@ -100,12 +109,17 @@ def test_a_download_cut_short_leaves_nothing_that_looks_like_an_archive(tmp_path
 def test_no_network_says_what_to_do(tmp_path, monkeypatch):
     def refuse(*args): raise OSError("no route to host")
     monkeypatch.setattr("torchvision.datasets.utils.download_url", refuse)
-    with pytest.raises(ValueError, match="put cifar-100-python.tar.gz with MD5 eb9058c3a382ffc7106e4002c42a8d85 into .*no route to host"):
+    with pytest.raises(
+        ValueError,
+        match="put cifar-100-python.tar.gz with MD5 eb9058c3a382ffc7106e4002c42a8d85 into .*no route to host"
+    ):
         _fetch_cifar_archive("cifar100", tmp_path)
 
 
 def test_the_known_posterior_is_calibrated():
-    "Of 50,000 samples, those given a class with probability near p have it with frequency p, within sampling error."
+    """Of 50,000 samples, those given a class with probability near p have it with frequency
+    p, within sampling error.
+    """
     s = _draw_synthetic_split(50_000, 0, 7)
     hit = torch.nn.functional.one_hot(s.labels, 20).flatten().double()
     p = s.posterior.flatten().double()
@@ -158,9 +172,12 @@ def test_statistics_of_a_constant_image_do_not_divide_by_zero():
 def test_a_cut_keeps_every_image_once_and_every_classs_share(n, c, seed):
     labels = torch.arange(n*c) % c
     parts = data_room.stratified_split(torch.arange(n*c), labels, (.6, .2, .2), seed)
-    assert sorted(torch.cat([x for x, _ in parts]).tolist()) == list(range(n*c)) and all(torch.equal(labels[x], y) for x, y in parts)
-    for (x, y), share in zip(parts, (.6, .2, .2)): assert all(abs(int((y == k).sum()) - share*n) <= 1 for k in range(c))
-    with pytest.raises(ValueError, match="parts: got"): data_room.stratified_split(torch.arange(n*c), labels, (.6, .3))
+    assert (sorted(torch.cat([x for x, _ in parts]).tolist()) == list(range(n*c))
+            and all(torch.equal(labels[x], y) for x, y in parts))
+    for (x, y), share in zip(parts, (.6, .2, .2)):
+        assert all(abs(int((y == k).sum()) - share*n) <= 1 for k in range(c))
+    with pytest.raises(ValueError, match="parts: got"):
+        data_room.stratified_split(torch.arange(n*c), labels, (.6, .3))
 
 
 def test_data_are_the_same_on_every_machine():

@@ -22,14 +22,18 @@ from tests.conftest import made
 @pytest.fixture
 def small(monkeypatch):
     "The same blocks, a few epochs each."
-    few = [b._replace(recipe=Recipe(2, 32), setting=b.setting._replace(data=d)) for b, d in zip(_demo_parts(), (DataSpec("known", n_train=80, n_valid=60, n_test=90), DataSpec("digits")))]
+    few = [b._replace(recipe=Recipe(2, 32), setting=b.setting._replace(data=d))
+           for b, d in zip(_demo_parts(),
+                           (DataSpec("known", n_train=80, n_valid=60, n_test=90), DataSpec("digits")))]
     patch_name(monkeypatch, "_demo_parts", lambda *args: few)
 
 
 def test_tables_figures_and_a_page(small, tmp_path, monkeypatch):
     text = run_demo(seeds=2, folder=tmp_path, device="cpu", progress=False)
-    assert text.count("KD(C), from NLL after TS") >= 2 and "Images whose truth is known" in text and "2 seeds" in text
-    assert sorted(p.name for p in tmp_path.glob("*.png")) == [f"{d}_{k}.png" for d in ("digits", "known") for k in ("ece", "reliability")]
+    assert (text.count("KD(C), from NLL after TS") >= 2
+            and "Images whose truth is known" in text and "2 seeds" in text)
+    assert (sorted(p.name for p in tmp_path.glob("*.png"))
+            == [f"{d}_{k}.png" for d in ("digits", "known") for k in ("ece", "reliability")])
     page = (tmp_path/"index.html").read_text()
     assert page.count("<img") == 4 and page.count("<table>") == 2 and "http" not in page
     monkeypatch.setattr(Trainer, "train_epoch", lambda trainer: pytest.fail("trained again"))
@@ -47,16 +51,22 @@ def test_bad_input_is_told_in_a_sentence(capsys, tmp_path):
     assert "seeds: got 0, expected at least 1" in capsys.readouterr().err
     assert main(["--device", "tpu", "--folder", str(tmp_path)]) == 2
     (tmp_path/"file").write_text("")
-    assert main(["--folder", str(tmp_path/"file"/"below")]) == 1 and "file" in capsys.readouterr().err, "before anything is trained"
+    assert main(["--folder", str(tmp_path/"file"/"below")]) == 1 and "file" in capsys.readouterr().err, (
+        "before anything is trained"
+    )
 
 
 def test_ctrl_c_keeps_what_is_done(tmp_path):
     "Interrupted after its first run, the command says what to do, and the store holds that run."
-    child = subprocess.Popen([sys.executable, "-c", "from kdc_nb import kdc_demo; raise SystemExit(kdc_demo())", "--seeds", "1", "--folder", str(tmp_path), "--device", "cpu"],
+    child = subprocess.Popen([sys.executable, "-c",
+                              "from kdc_nb import kdc_demo; raise SystemExit(kdc_demo())",
+                              "--seeds", "1", "--folder", str(tmp_path), "--device", "cpu"],
                              stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) # a job in the background would ignore it
+                             # a job in the background would ignore it
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     began = time.monotonic()
-    while not list(tmp_path.glob("runs/*.run")) and child.poll() is None and time.monotonic() - began < 240: time.sleep(.1)
+    while not list(tmp_path.glob("runs/*.run")) and child.poll() is None and time.monotonic() - began < 240:
+        time.sleep(.1)
     child.send_signal(signal.SIGINT)
     assert child.wait(timeout=60) == 130 and "the same command goes on" in child.stderr.read()
     assert list(tmp_path.glob("runs/*.run"))
@@ -66,6 +76,7 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
 def test_the_verdict_is_beyond_chance(monkeypatch, better, said):
     "The student of a calibrated teacher may be better calibrated, or made of the same outputs as the other"
     z, y, _ = made(2000, 10, 2.)
-    of = lambda logits: [SimpleNamespace(spec=SimpleNamespace(seed=0, data="made"), images={"raw": compute_outcomes(logits, y)})]
+    of = lambda logits: [SimpleNamespace(spec=SimpleNamespace(seed=0, data="made"),
+                                         images={"raw": compute_outcomes(logits, y)})]
     results = {"KD(UC), from NLL": of(z), "KD(C), from NLL after TS": of(z/2 if better else z)}
     assert _format_verdict(results).startswith(said)

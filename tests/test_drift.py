@@ -1,4 +1,6 @@
-"Corruptions against one-image implementations and the published numbers, published files and their faults, and runs under drift."
+"""Corruptions against one-image implementations and the published numbers, published files and their
+faults, and runs under drift.
+"""
 import io
 import json
 import pickle
@@ -30,7 +32,9 @@ from kdc_nb.analysis.drift import (
 from kdc_nb.analysis.filters import defocus_kernel, motion_filter, plasma_fractal
 from tests.conftest import patch_name
 
-STRENGTHS = { # ImageNet-C/create_c/make_cifar_c.py; the elastic ones there are times 32, the zooms the ends of steps of 0.01
+# ImageNet-C/create_c/make_cifar_c.py; the elastic ones there are times 32, the zooms
+# the ends of steps of 0.01
+STRENGTHS = {
     "gaussian_noise": [0.04, 0.06, 0.08, 0.09, 0.10],
     "shot_noise": [500, 250, 100, 75, 50],
     "impulse_noise": [0.01, 0.02, 0.03, 0.05, 0.07],
@@ -38,19 +42,23 @@ STRENGTHS = { # ImageNet-C/create_c/make_cifar_c.py; the elastic ones there are 
     "glass_blur": [(0.05, 1, 1), (0.25, 1, 1), (0.4, 1, 1), (0.25, 1, 2), (0.4, 1, 2)],
     "motion_blur": [(6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5)],
     "zoom_blur": [1.06, 1.11, 1.16, 1.21, 1.26],
-    "snow": [(0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9), (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9), (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
+    "snow": [(0.1, 0.2, 1, 0.6, 8, 3, 0.95), (0.1, 0.2, 1, 0.5, 10, 4, 0.9),
+             (0.15, 0.3, 1.75, 0.55, 10, 4, 0.9), (0.25, 0.3, 2.25, 0.6, 12, 6, 0.85),
              (0.3, 0.3, 1.25, 0.65, 14, 12, 0.8)],
     "fog": [(0.2, 3), (0.5, 3), (0.75, 2.5), (1, 2), (1.5, 1.75)],
     "brightness": [0.05, 0.1, 0.15, 0.2, 0.3],
     "contrast": [0.75, 0.5, 0.4, 0.3, 0.15],
-    "elastic_transform": [(0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06), (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)],
+    "elastic_transform": [(0, 0, 0.08), (0.05, 0.2, 0.07), (0.08, 0.06, 0.06),
+                          (0.1, 0.04, 0.05), (0.1, 0.03, 0.03)],
     "pixelate": [0.95, 0.9, 0.85, 0.75, 0.65],
     "jpeg_compression": [80, 65, 58, 50, 40],
     "speckle_noise": [0.06, 0.1, 0.12, 0.16, 0.2],
     "gaussian_blur": [0.4, 0.6, 0.7, 0.8, 1],
     "saturate": [(0.3, 0), (0.1, 0), (1.5, 0), (2, 0.1), (2.5, 0.2)],
 }
-ALONE = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression", "gaussian_blur", "saturate") # without noise
+# without noise
+ALONE = ("defocus_blur", "zoom_blur", "brightness", "contrast",
+         "pixelate", "jpeg_compression", "gaussian_blur", "saturate")
 TINY = DataSpec("known", n_train=100, n_valid=60, n_test=80)
 NET = RunSpec(TINY, "resnet8", Method("nll"), Recipe(2, 50))
 each_severity = pytest.mark.parametrize("severity", range(1, 6))
@@ -71,7 +79,9 @@ def as_bytes(p): return torch.from_numpy(np.array(p)).view(*p.size[::-1], -1).pe
 
 
 def assert_cut(got, wanted):
-    "Bytes are these numbers from 0 to 1, times 255 and cut off; rounding may decide where a number is nearly whole"
+    """Bytes are these numbers from 0 to 1, times 255 and cut off; rounding may decide
+    where a number is nearly whole
+    """
     wanted = 255*np.clip(wanted, 0, 1)
     assert (got.numpy() <= wanted + .02).all() and (got.numpy() > wanted - 1.02).all()
 
@@ -87,10 +97,14 @@ def test_strengths_are_the_published_ones():
 @settings(max_examples=10)
 def test_noise_has_the_moments_of_its_formula(level, channels, severity):
     x, v = torch.full((300, channels, 16, 16), level, dtype=torch.uint8), level/255
-    moved = {k: corrupt_images(x, k, severity).double()/255 + .5/255 - v for k in ("gaussian_noise", "shot_noise", "speckle_noise")} # half a step was cut off
+    # half a step was cut off
+    moved = {k: corrupt_images(x, k, severity).double()/255 + .5/255 - v
+             for k in ("gaussian_noise", "shot_noise", "speckle_noise")}
     c = {k: STRENGTHS[k][severity - 1] for k in moved}
-    wanted = {"gaussian_noise": c["gaussian_noise"], "shot_noise": (v/c["shot_noise"])**.5, "speckle_noise": v*c["speckle_noise"]}
-    for k, s in wanted.items(): assert float(moved[k].std()) == pytest.approx(s, rel=.03) and abs(float(moved[k].mean())) < .003
+    wanted = {"gaussian_noise": c["gaussian_noise"],
+              "shot_noise": (v/c["shot_noise"])**.5, "speckle_noise": v*c["speckle_noise"]}
+    for k, s in wanted.items():
+        assert float(moved[k].std()) == pytest.approx(s, rel=.03) and abs(float(moved[k].mean())) < .003
 
 
 @each_severity
@@ -117,8 +131,10 @@ def test_defocus_blur(severity):
     sharp = np.array([[float(a*a + b*b <= radius*radius) for a in range(-8, 9)] for b in range(-8, 9)])
     line = np.array([np.exp(-1/(2*rim**2)), 1, np.exp(-1/(2*rim**2))])
     line /= line.sum()
-    kernel = sum(line[a + 1]*line[b + 1]*np.roll(sharp/sharp.sum(), (a, b), (0, 1)) for a in (-1, 0, 1) for b in (-1, 0, 1))
-    assert defocus_kernel(radius, rim) == pytest.approx(kernel[5:12, 5:12], abs=1e-12) and kernel[5:12, 5:12].sum() == pytest.approx(1)
+    kernel = sum(line[a + 1]*line[b + 1]*np.roll(sharp/sharp.sum(), (a, b), (0, 1))
+                 for a in (-1, 0, 1) for b in (-1, 0, 1))
+    assert (defocus_kernel(radius, rim) == pytest.approx(kernel[5:12, 5:12], abs=1e-12)
+            and kernel[5:12, 5:12].sum() == pytest.approx(1))
     x = images(1)
     padded = np.pad(x[0].numpy()/255, ((0, 0), (8, 8), (8, 8)), mode="reflect")
     wanted = sum(kernel[a, b]*padded[:, a:a + 32, b:b + 32] for a in range(17) for b in range(17))
@@ -129,7 +145,9 @@ def test_defocus_blur(severity):
 def test_glass_blur_is_the_published_loop(size, strength):
     "Pixel by pixel, from the last to the first, with both sides of the assignment views of one array."
     x, (sigma, reach, times), draws = floats(images(1, h=size)), strength, rng()
-    blur = lambda z: np.stack([ndimage.gaussian_filter(c, sigma, mode="nearest") for c in np.moveaxis(z, -1, 0)], -1)
+    blur = lambda z: np.stack(
+        [ndimage.gaussian_filter(c, sigma, mode="nearest") for c in np.moveaxis(z, -1, 0)], -1
+    )
     z = np.uint8(blur(x[0].transpose(1, 2, 0))*255 + 1e-3)
     for _ in range(times):
         down, right = draws.integers(-reach, reach, (2, 1, size - 2, size - 2))
@@ -137,7 +155,8 @@ def test_glass_blur_is_the_published_loop(size, strength):
             for w in range(size - reach, reach, -1):
                 a, b = h + down[0, h - 2, w - 2], w + right[0, h - 2, w - 2]
                 z[h, w], z[a, b] = z[a, b], z[h, w]
-    assert glass_blur(x, strength, rng())[0] == pytest.approx(blur(z/np.float32(255)).transpose(2, 0, 1), abs=1e-6)
+    assert (glass_blur(x, strength, rng())[0]
+            == pytest.approx(blur(z/np.float32(255)).transpose(2, 0, 1), abs=1e-6))
 
 
 def smeared(x, radius, sigma, angle):
@@ -146,7 +165,8 @@ def smeared(x, radius, sigma, angle):
     weights = [np.exp(-i*i/(2*sigma*sigma)) for i in range(2*radius + 1)]
     cos, sin = np.cos(np.radians(angle)), np.sin(np.radians(angle))
     steps = [(int(np.ceil(i*sin - .5)), int(np.ceil(i*cos - .5))) for i in range(2*radius + 1)]
-    value = lambda r, c: sum(k*x[min(max(r + a, 0), h - 1), min(max(c + b, 0), w - 1)] for k, (a, b) in zip(weights, steps))/sum(weights)
+    value = lambda r, c: sum(k*x[min(max(r + a, 0), h - 1), min(max(c + b, 0), w - 1)]
+                             for k, (a, b) in zip(weights, steps))/sum(weights)
     return np.rint(255*np.array([[value(r, c) for c in range(w)] for r in range(h)]))/255
 
 
@@ -154,7 +174,8 @@ def smeared(x, radius, sigma, angle):
 def test_motion(angle):
     x = floats(images(2, 1, 8, 12))
     got = motion_filter(x, 6, 2., np.array([20., angle]))
-    assert got[1, 0] == pytest.approx(smeared(x[1, 0], 6, 2., angle), abs=1.01/255) and abs(got[1, 0] - smeared(x[1, 0], 6, 2., angle)).mean() < 1e-4
+    assert (got[1, 0] == pytest.approx(smeared(x[1, 0], 6, 2., angle), abs=1.01/255)
+            and abs(got[1, 0] - smeared(x[1, 0], 6, 2., angle)).mean() < 1e-4)
     assert got[0, 0] == pytest.approx(motion_filter(x[:1], 6, 2., np.array([20.]))[0, 0])
 
 
@@ -173,7 +194,9 @@ def zoomed_alone(x, factor):
 def test_zoom_blur(severity, size):
     x, end = floats(images(1, h=size)), STRENGTHS["zoom_blur"][severity - 1]
     factors = np.arange(1, end, .01)
-    assert len(factors) == [7, 12, 16, 21, 26][severity - 1], "the published number of pictures, rounding errors included"
+    assert len(factors) == [7, 12, 16, 21, 26][severity - 1], (
+        "the published number of pictures, rounding errors included"
+    )
     wanted = (x[0] + sum(zoomed_alone(x[0].astype(float), f) for f in factors))/(len(factors) + 1)
     assert zoom_blur(x, end, None)[0] == pytest.approx(wanted, abs=1e-5)
 
@@ -188,7 +211,8 @@ def test_snow(severity, channels, side):
     layer = smeared(np.uint8(np.clip(layer, 0, 1)*255)/255, radius, sigma, draws.uniform(-135, -45))
     light = x[0, 0] if channels == 1 else .299*x[0, 0] + .587*x[0, 1] + .114*x[0, 2]
     wanted = keep*x[0] + (1 - keep)*np.maximum(x[0], light*1.5 + .5) + layer + np.rot90(layer, 2)
-    assert snow(x, strength, rng())[0] == pytest.approx(wanted, abs=2.02/255) # a byte of either flake may round the other way
+    # a byte of either flake may round the other way
+    assert snow(x, strength, rng())[0] == pytest.approx(wanted, abs=2.02/255)
     assert abs(snow(x, strength, rng())[0] - wanted).mean() < 1e-3
 
 
@@ -198,20 +222,25 @@ def test_clouds_square_by_square(size, decay, seed):
     z, draws, step, noise = np.zeros((size, size)), rng(seed), size, 100.
     while step >= 2:
         half, k = step//2, size//step
-        for down, right, corners in [(half, half, [(-half, -half), (-half, half), (half, -half), (half, half)]),
-                                     (0, half, [(0, -half), (0, half), (-half, 0), (half, 0)]), (half, 0, [(0, -half), (0, half), (-half, 0), (half, 0)])]:
+        for down, right, corners in [(half, half,
+                                      [(-half, -half), (-half, half), (half, -half), (half, half)]),
+                                     (0, half, [(0, -half), (0, half), (-half, 0), (half, 0)]),
+                                     (half, 0, [(0, -half), (0, half), (-half, 0), (half, 0)])]:
             wobble = draws.uniform(-noise, noise, (1, k, k))[0]
             for i in range(k):
                 for j in range(k):
                     r, c = i*step + down, j*step + right
-                    z[r, c] = sum(z[(r + a) % size, (c + b) % size] for a, b in corners)/4 + noise*wobble[i, j]
+                    z[r, c] = (sum(z[(r + a) % size, (c + b) % size] for a, b in corners)/4
+                               + noise*wobble[i, j])
         step, noise = half, noise/decay
-    assert plasma_fractal(1, size, decay, rng(seed))[0] == pytest.approx((z - z.min())/(z.max() - z.min()), abs=1e-5)
+    assert (plasma_fractal(1, size, decay, rng(seed))[0]
+            == pytest.approx((z - z.min())/(z.max() - z.min()), abs=1e-5))
 
 
 @each_severity
 def test_fog(severity):
-    x, (thick, decay) = floats(images(2, h=12))*np.array([.5, .9, .7], np.float32)[:, None, None], STRENGTHS["fog"][severity - 1]
+    x, (thick, decay) = (floats(images(2, h=12))*np.array([.5, .9, .7], np.float32)[:, None, None],
+                         STRENGTHS["fog"][severity - 1])
     cloud = plasma_fractal(2, 16, decay, rng())[:, :12, :12]
     wanted = np.stack([(i + thick*c)*i.max()/(i.max() + thick) for i, c in zip(x, cloud)])
     assert fog(x, (thick, decay), rng()) == pytest.approx(wanted, abs=1e-6)
@@ -232,8 +261,11 @@ def test_steps_in_hsv(name, severity):
 def test_contrast_and_grey_brightness(severity, channels):
     x = images(channels=channels)
     mean = np.array([[c.mean() for c in i] for i in x.numpy()/255])[:, :, None, None]
-    assert_cut(corrupt_images(x, "contrast", severity), (x.numpy()/255 - mean)*STRENGTHS["contrast"][severity - 1] + mean)
-    if channels == 1: assert_cut(corrupt_images(x, "brightness", severity), x.numpy()/255 + STRENGTHS["brightness"][severity - 1])
+    assert_cut(corrupt_images(x, "contrast", severity),
+               (x.numpy()/255 - mean)*STRENGTHS["contrast"][severity - 1] + mean)
+    if channels == 1:
+        assert_cut(corrupt_images(x, "brightness", severity),
+                   x.numpy()/255 + STRENGTHS["brightness"][severity - 1])
 
 
 @each_severity
@@ -245,13 +277,17 @@ def test_elastic(severity, size):
     moved, field = three + draws.uniform(-lean, lean, (2, 3, 2)), draws.uniform(-1, 1, (2, 2, size, size))
     got = elastic_transform(x, STRENGTHS["elastic_transform"][severity - 1], rng())
     for i in range(2):
-        M = np.linalg.lstsq(np.c_[moved[i], np.ones(3)], three, rcond=None)[0].T # (right, down, 1) of the result to (right, down) of the image
+        # (right, down, 1) of the result to (right, down) of the image
+        M = np.linalg.lstsq(np.c_[moved[i], np.ones(3)], three, rcond=None)[0].T
         matrix, offset = M[::-1, 1::-1], M[::-1, 2]
-        right, down = (far*(ndimage.gaussian_filter(f, sigma, mode="reflect", truncate=3) if sigma else f) for f in field[i])
+        right, down = (far*(ndimage.gaussian_filter(f, sigma, mode="reflect", truncate=3) if sigma else f)
+                       for f in field[i])
         r, c = np.mgrid[:size, :size]
         for channel, y in zip(x[i], got[i]):
             leaned = ndimage.affine_transform(channel.astype(float), matrix, offset, order=1, mode="mirror")
-            assert y == pytest.approx(ndimage.map_coordinates(leaned, [r + down, c + right], order=1, mode="reflect"), abs=1e-4)
+            assert y == pytest.approx(
+                ndimage.map_coordinates(leaned, [r + down, c + right], order=1, mode="reflect"), abs=1e-4
+            )
 
 
 def test_elastic_without_displacement_is_the_image():
@@ -262,10 +298,13 @@ def test_elastic_without_displacement_is_the_image():
 @each_severity
 @pytest.mark.parametrize("channels, size", [(1, 8), (3, 32)])
 def test_pixels_and_jpeg(severity, channels, size):
-    x, share, quality = images(channels=channels, h=size), STRENGTHS["pixelate"][severity - 1], STRENGTHS["jpeg_compression"][severity - 1]
+    x, share, quality = (images(channels=channels, h=size), STRENGTHS["pixelate"][severity - 1],
+                         STRENGTHS["jpeg_compression"][severity - 1])
     small = int(size*share)
-    for i, pixels, jpeg in zip(x, corrupt_images(x, "pixelate", severity), corrupt_images(x, "jpeg_compression", severity)):
-        assert torch.equal(pixels, as_bytes(picture(i).resize((small, small), Image.BOX).resize((size, size), Image.BOX)))
+    for i, pixels, jpeg in zip(x, corrupt_images(x, "pixelate", severity),
+                               corrupt_images(x, "jpeg_compression", severity)):
+        assert torch.equal(pixels, as_bytes(picture(i).resize((small, small), Image.BOX)
+                                            .resize((size, size), Image.BOX)))
         picture(i).save(file := io.BytesIO(), "JPEG", quality=quality)
         assert torch.equal(jpeg, as_bytes(Image.open(file)))
 
@@ -277,7 +316,8 @@ def test_pixels_and_jpeg(severity, channels, size):
 def test_bytes_of_the_same_shape(name, channels, h, w):
     x = images(4, channels, h, w)
     if name == "saturate" and channels == 1:
-        with pytest.raises(ValueError, match="inputs: got images of one channel, expected three"): corrupt_images(x, name, 1)
+        with pytest.raises(ValueError, match="inputs: got images of one channel, expected three"):
+            corrupt_images(x, name, 1)
         return
     before, ys = x.clone(), [corrupt_images(x, name, s) for s in range(1, 6)]
     assert all(y.dtype == torch.uint8 and y.shape == x.shape for y in ys)
@@ -300,20 +340,25 @@ def test_batches_have_noise_of_their_own():
 
 def test_severities_and_corruptions_have_noise_of_their_own():
     x = torch.full((50, 1, 8, 8), 128, dtype=torch.uint8)
-    noise = np.corrcoef([corrupt_images(x, k, s).double().flatten() for k, s in [("gaussian_noise", 4), ("gaussian_noise", 5), ("speckle_noise", 5)]])
+    noise = np.corrcoef([corrupt_images(x, k, s).double().flatten()
+                         for k, s in [("gaussian_noise", 4), ("gaussian_noise", 5), ("speckle_noise", 5)]])
     assert abs(noise - np.eye(3)).max() < .1
 
 
 @pytest.mark.parametrize("change, message", [
     (dict(name="rain"), "name: got 'rain', expected one of brightness"),
-    (dict(severity=0), "severity: got 0, expected 1, 2"), (dict(severity=6), "severity: got 6"), (dict(severity=2.), "severity: got 2.0"),
+    (dict(severity=0), "severity: got 0, expected 1, 2"),
+    (dict(severity=6), "severity: got 6"), (dict(severity=2.), "severity: got 2.0"),
     (dict(seed=-1), "seed: got -1"), (dict(seed=.5), "seed: got 0.5"),
-    (dict(inputs=images().float()), "inputs: got torch.float32 of shape"), (dict(inputs=images()[0]), r"inputs: got torch.uint8 of shape \(3, 32, 32\)"),
-    (dict(inputs=images(channels=2)), r"of shape \(3, 2, 32, 32\)"), (dict(inputs=images(h=8)[:, :, 1:]), r"of shape \(3, 3, 7, 8\)"),
+    (dict(inputs=images().float()), "inputs: got torch.float32 of shape"),
+    (dict(inputs=images()[0]), r"inputs: got torch.uint8 of shape \(3, 32, 32\)"),
+    (dict(inputs=images(channels=2)), r"of shape \(3, 2, 32, 32\)"),
+    (dict(inputs=images(h=8)[:, :, 1:]), r"of shape \(3, 3, 7, 8\)"),
     (dict(inputs=images().numpy()), "inputs: got a ndarray, expected a tensor"),
 ])
 def test_bad_input(change, message):
-    with pytest.raises(ValueError, match=message): corrupt_images(**dict(inputs=images(), name="fog", severity=1) | change)
+    with pytest.raises(ValueError, match=message):
+        corrupt_images(**dict(inputs=images(), name="fog", severity=1) | change)
 
 
 # Published files
@@ -336,7 +381,8 @@ def test_the_block_of_a_severity(tmp_path, n, severity):
 
 
 def test_files_of_the_published_size(tmp_path):
-    big = np.lib.format.open_memmap(tmp_path/"spatter.npy", "w+", np.uint8, (50_000, 32, 32, 3)) # a file with holes
+    # a file with holes
+    big = np.lib.format.open_memmap(tmp_path/"spatter.npy", "w+", np.uint8, (50_000, 32, 32, 3))
     big[30_000, 1, 2], big[39_999, 31, 30] = (1, 2, 3), (4, 5, 6)
     big.flush()
     np.save(tmp_path/"labels.npy", np.tile(np.arange(10_000, dtype=np.uint8) % 100, 5))
@@ -372,17 +418,23 @@ def spoil(folder, fault):
 
 
 @pytest.mark.parametrize("fault, message", {
-    "no images": "no .*frost.npy, expected the .npy files of CIFAR-10-C", "a folder": "no .*frost.npy", "no labels": "no .*labels.npy",
-    "empty": "frost.npy, which cannot be read", "cut": "frost.npy, which cannot be read", "cut header": "frost.npy, which cannot be read",
-    "pickle": "frost.npy, which cannot be read", "objects": "frost.npy, which cannot be read", "zip": "frost.npy with several arrays",
-    "floats": r"float32 of shape \(20, 8, 8, 3\), expected uint8 of shape \(5 N, H, W, 3\)", "channels first": r"uint8 of shape \(20, 3, 8, 8\)",
+    "no images": "no .*frost.npy, expected the .npy files of CIFAR-10-C",
+    "a folder": "no .*frost.npy", "no labels": "no .*labels.npy",
+    "empty": "frost.npy, which cannot be read", "cut": "frost.npy, which cannot be read",
+    "cut header": "frost.npy, which cannot be read",
+    "pickle": "frost.npy, which cannot be read",
+    "objects": "frost.npy, which cannot be read", "zip": "frost.npy with several arrays",
+    "floats": r"float32 of shape \(20, 8, 8, 3\), expected uint8 of shape \(5 N, H, W, 3\)",
+    "channels first": r"uint8 of shape \(20, 3, 8, 8\)",
     "one severity": r"shape \(4, 8, 8, 3\)", "none": r"shape \(0, 8, 8, 3\)",
-    "fewer labels": r"labels.npy with uint8 of shape \(4,\), expected integers of shape \(20,\)", "labels with fractions": "float64 of shape",
+    "fewer labels": r"labels.npy with uint8 of shape \(4,\), expected integers of shape \(20,\)",
+    "labels with fractions": "float64 of shape",
     "label 100": "labels 100 to 100, expected labels from 0 to 99", "label -1": "labels -1 to -1",
 }.items())
 def test_faults_of_files(tmp_path, fault, message):
     spoil(write_folder(tmp_path/"c"), fault)
-    with pytest.raises(ValueError, match=f"folder: got .*{message}"): read_corrupted_images(tmp_path/"c", "frost", 1)
+    with pytest.raises(ValueError, match=f"folder: got .*{message}"):
+        read_corrupted_images(tmp_path/"c", "frost", 1)
 
 
 @given(st.integers(0, 127), st.integers(0, 255))
@@ -399,7 +451,8 @@ def test_a_damaged_header_is_a_value_error_or_harmless(tmp_path, place, byte):
 
 @pytest.mark.parametrize("severity", [0, 6, "1"])
 def test_severity_of_a_file(tmp_path, severity):
-    with pytest.raises(ValueError, match="severity: got"): read_corrupted_images(write_folder(tmp_path), "frost", severity)
+    with pytest.raises(ValueError, match="severity: got"):
+        read_corrupted_images(write_folder(tmp_path), "frost", severity)
 
 
 # Runs
@@ -411,7 +464,8 @@ def store(tmp_path_factory):
     return store
 
 
-def go(store, names=("contrast",), severities=(1, 5), **kw): return evaluate_drift(NET, store, names, severities, device="cpu", **kw)
+def go(store, names=("contrast",), severities=(1, 5), **kw):
+    return evaluate_drift(NET, store, names, severities, device="cpu", **kw)
 
 
 def by_hand(z, y, n_bins=15):
@@ -426,15 +480,18 @@ def by_hand(z, y, n_bins=15):
 
 def test_rows_are_those_of_the_network_and_the_temperature_that_of_clean_images(store):
     found, data, net = go(store, ("contrast", "gaussian_noise"), n=50), load_data(TINY), store.net(NET)
-    assert list(found.rows) == ["clean", "contrast/1", "contrast/5", "gaussian_noise/1", "gaussian_noise/5"] and not found.published
+    assert (list(found.rows) == ["clean", "contrast/1", "contrast/5", "gaussian_noise/1", "gaussian_noise/5"]
+            and not found.published)
     assert found.T == store.get(NET).evaluation.T != 1 and found.n == 50
     for key, row in found.rows.items():
         x = data.test.inputs[:50]
         if key != "clean": x = corrupt_images(x, key.split("/")[0], int(key[-1]))
         with torch.no_grad(): z = net(data.normalise(x)).double().numpy()
         for which, T in (("raw", 1), ("scaled", found.T)):
-            assert [row[which][k] for k in ("top1", "nll", "ece")] == pytest.approx(by_hand(z/T, data.test.labels[:50].numpy()), abs=1e-5)
-            assert row[which]["low"] <= row[which]["high"] and row[which]["null_low"] < row[which]["null_high"]
+            assert ([row[which][k] for k in ("top1", "nll", "ece")]
+                    == pytest.approx(by_hand(z/T, data.test.labels[:50].numpy()), abs=1e-5))
+            assert (row[which]["low"] <= row[which]["high"]
+                    and row[which]["null_low"] < row[which]["null_high"])
 
 
 def test_all_corruptions_and_all_test_images_are_the_default(store, monkeypatch):
@@ -445,14 +502,16 @@ def test_all_corruptions_and_all_test_images_are_the_default(store, monkeypatch)
 
 
 def test_a_run_that_is_not_there(store, tmp_path):
-    with pytest.raises(ValueError, match="spec: got known resnet8 nll, seed 7, which is not in .*, expected a finished run: `run` it first"):
+    with pytest.raises(ValueError, match="spec: got known resnet8 nll, seed 7, which is not in .*, "
+                                         "expected a finished run: `run` it first"):
         evaluate_drift(replace(NET, seed=7), store)
     with pytest.raises(ValueError, match="`run` it first"): evaluate_drift(NET, Store(tmp_path))
     with pytest.raises(ValueError, match="`run` it first"): evaluate_drift(NET)
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(names=("contrast", "rain")), "name: got 'rain'"), (dict(names=("frost",)), "name: got 'frost'"), (dict(severities=(1, 9)), "severity: got 9"),
+    (dict(names=("contrast", "rain")), "name: got 'rain'"),
+    (dict(names=("frost",)), "name: got 'frost'"), (dict(severities=(1, 9)), "severity: got 9"),
     (dict(n=0), "n: got 0, expected 1 to 80"), (dict(n=81), "n: got 81"), (dict(n=2.5), "n: got 2.5"),
     (dict(folder="nowhere"), "folder: got no .*contrast.npy"),
 ])
@@ -477,7 +536,10 @@ def test_published_files_are_asked_about(store, tmp_path):
 def test_files_of_other_images_are_refused(store, tmp_path, n, size, shift):
     labels = load_data(TINY).test.labels[:n].roll(shift).repeat(5).numpy()
     folder = write_folder(tmp_path/"c", n, size, labels=labels)
-    with pytest.raises(ValueError, match="folder: got .*, whose images or labels are others, expected the 80 test images"): go(store, ("frost",), folder=folder)
+    with pytest.raises(
+        ValueError, match="folder: got .*, whose images or labels are others, expected the 80 test images"
+    ):
+        go(store, ("frost",), folder=folder)
 
 
 def test_json(store, tmp_path):
@@ -486,23 +548,30 @@ def test_json(store, tmp_path):
     other = replace(ours, spec=replace(NET, seed=3), published=True)
     write_drifts([ours, other], tmp_path/"sub"/"d.npz")
     read = read_drifts(tmp_path/"sub"/"d.npz")
-    assert list(read) == [ours.spec, other.spec] and read[other.spec].published and not read[ours.spec].published
+    assert (list(read) == [ours.spec, other.spec]
+            and read[other.spec].published and not read[ours.spec].published)
     for key, row in ours.rows.items():
         for which in row: assert read[NET].rows[key][which] == pytest.approx(row[which], rel=1e-5)
     nll = [d.rows["clean"]["raw"]["nll"] for d in (read[NET], ours)]
     assert nll[0] == float(f"{nll[1]:.6g}") != nll[1]
-    with pytest.raises(ValueError, match="drifts: got two of one run"): write_drifts([ours, replace(ours, published=True)], tmp_path/"e.npz")
+    with pytest.raises(ValueError, match="drifts: got two of one run"):
+        write_drifts([ours, replace(ours, published=True)], tmp_path/"e.npz")
     assert not (tmp_path/"e.npz").exists()
 
 
 def test_means_by_severity():
     row = lambda v: {"raw": {"top1": v, "ece": 1 - v}, "scaled": {"top1": v, "ece": v/2}}
-    found = DriftResult(NET, 80, 1.5, {"clean": row(.9), "fog/2": row(.6), "snow/2": row(.4), "snow/5": row(.1)})
-    assert average_by_severity(found, "raw")["ece"] == pytest.approx([.1, np.nan, .5, np.nan, np.nan, .9], nan_ok=True)
-    assert average_by_severity(found, "scaled")["ece"] == pytest.approx([.45, np.nan, .25, np.nan, np.nan, .05], nan_ok=True)
-    with pytest.raises(ValueError, match="which: got 'both', expected 'raw' or 'scaled'"): average_by_severity(found, "both")
+    found = DriftResult(NET, 80, 1.5,
+                        {"clean": row(.9), "fog/2": row(.6), "snow/2": row(.4), "snow/5": row(.1)})
+    assert (average_by_severity(found, "raw")["ece"]
+            == pytest.approx([.1, np.nan, .5, np.nan, np.nan, .9], nan_ok=True))
+    assert (average_by_severity(found, "scaled")["ece"]
+            == pytest.approx([.45, np.nan, .25, np.nan, np.nan, .05], nan_ok=True))
+    with pytest.raises(ValueError, match="which: got 'both', expected 'raw' or 'scaled'"):
+        average_by_severity(found, "both")
 
 
 def test_a_network_that_is_always_right_and_sure_has_no_error():
     row = _evaluate_with_noise(torch.eye(3).repeat(5, 1)*50, torch.arange(3).repeat(5))
-    assert row["top1"] == 1 and row["ece"] == pytest.approx(0, abs=1e-9) and row["nll"] == pytest.approx(0, abs=1e-9)
+    assert (row["top1"] == 1 and row["ece"] == pytest.approx(0, abs=1e-9)
+            and row["nll"] == pytest.approx(0, abs=1e-9))

@@ -24,7 +24,9 @@ MEANS = [k for k, m in METRICS.items() if m.per_sample]
 # -- noise --------------------------------------------------------------------
 
 def test_null_draws_are_what_the_metrics_score():
-    "Labels drawn one set at a time and scored by the public functions have the law that the fast path simulates"
+    """Labels drawn one set at a time and scored by the public functions have the law
+    that the fast path simulates
+    """
     z, _, p = made(150, 4, sharpness=1.)
     g = torch.Generator().manual_seed(1)
     fast = null_draws(z, n_boot=2000, seed=2)
@@ -39,15 +41,17 @@ def test_null_band_has_its_level():
     inside = dict.fromkeys(BINNED, 0)
     for seed in range(60):
         z, y, _ = made(300, 4, seed=seed)
-        for k, b in null_band(z, n_boot=200, seed=seed).items(): inside[k] += b.low <= getattr(metrics, k)(z, y) <= b.high
+        for k, b in null_band(z, n_boot=200, seed=seed).items():
+            inside[k] += b.low <= getattr(metrics, k)(z, y) <= b.high
     assert min(inside.values()) >= 50, inside
 
 
 def test_noise_floor_of_a_usual_network():
     """C = 100, accuracy about 77%, N = 10,000: a perfect model's ECE is nearly one percent.
 
-    Two families of outputs, both calibrated: Gaussian logits give a mean of .95%, and logits with one class raised by a varying amount
-    (nearer to a trained network, with most confidences close to 1) less. The floor follows the confidences, not the accuracy alone.
+    Two families of outputs, both calibrated: Gaussian logits give a mean of .95%, and logits with one class
+    raised by a varying amount (nearer to a trained network, with most confidences close to 1) less. The floor
+    follows the confidences, not the accuracy alone.
     """
     z = made(10_000, 100, sharpness=7.8)[0]
     b = null_band(z, "ece", n_boot=300)["ece"]
@@ -58,7 +62,8 @@ def test_noise_floor_of_a_usual_network():
     trained[:, 0] += 2 + 14*torch.rand(10_000, generator=g, dtype=torch.float64)
     raised = null_band(trained, "ece", n_boot=300)["ece"]
     assert float(trained.softmax(1).amax(1).mean()) == pytest.approx(.776, abs=.01)
-    assert raised.low == pytest.approx(.0052, abs=.0005) and raised.mean == pytest.approx(.0080, abs=.0006) and raised.high == pytest.approx(.0112, abs=.001)
+    assert (raised.low == pytest.approx(.0052, abs=.0005) and raised.mean == pytest.approx(.0080, abs=.0006)
+            and raised.high == pytest.approx(.0112, abs=.001))
 
 
 def test_null_band_shrinks_with_the_images_and_widens_with_the_level():
@@ -72,8 +77,10 @@ def test_null_band_shrinks_with_the_images_and_widens_with_the_level():
 def test_draws_depend_on_the_seed_only():
     z, y, _ = made(200)
     assert calibration_estimates(z, y, n_boot=50) == calibration_estimates(z, y, n_boot=50)
-    assert calibration_estimates(z, y, "ece", n_boot=50)["ece"] == calibration_estimates(z, y, ("ace", "ece"), n_boot=50)["ece"]
-    assert calibration_estimates(z, y, "ece", n_boot=50) != calibration_estimates(z, y, "ece", n_boot=50, seed=1)
+    assert (calibration_estimates(z, y, "ece", n_boot=50)["ece"]
+            == calibration_estimates(z, y, ("ace", "ece"), n_boot=50)["ece"])
+    assert (calibration_estimates(z, y, "ece", n_boot=50)
+            != calibration_estimates(z, y, "ece", n_boot=50, seed=1))
 
 
 @pytest.mark.parametrize("factor, target", [(1., 0), (1.032, .01), (1.137, .04), (1.716, .15)])
@@ -94,7 +101,8 @@ def exact(z, posterior, names):
     "The estimands: the metrics with the chance of being correct in place of correct or wrong"
     p = z.softmax(1)
     top = p.argmax(1, keepdim=True)
-    tables = {True: BinaryPredictions(p.gather(1, top), posterior.gather(1, top)), False: BinaryPredictions(p, posterior)}
+    tables = {True: BinaryPredictions(p.gather(1, top), posterior.gather(1, top)),
+              False: BinaryPredictions(p, posterior)}
     return {k: binned_error(METRICS[k], tables[METRICS[k].predictions is top_label], 15) for k in names}
 
 
@@ -109,7 +117,8 @@ def test_a_large_error_is_told_from_noise_and_a_perfect_model_is_not():
 
 def test_wilson_and_chernoff():
     low, high = wilson_interval(np.array([0., 5, 10]), 10)
-    assert low[0] == pytest.approx(0, abs=1e-12) and high[2] == pytest.approx(1) and low[1] == pytest.approx(1 - high[1])
+    assert (low[0] == pytest.approx(0, abs=1e-12) and high[2] == pytest.approx(1)
+            and low[1] == pytest.approx(1 - high[1]))
     fractions, counts = torch.tensor([0., .3, 1.]).double(), torch.tensor([20., 20, 20]).double()
     low, high = _chernoff_interval(fractions, counts, .025)
     assert low[0] == 0 and high[2] == 1
@@ -166,19 +175,23 @@ def test_a_table_shows_percent_raw_and_scaled_together():
     assert head == ("metric", "value", "95% interval", "debiased", "null band")
     assert [r[0] for r in rows] == ["ECE, %", "  after TS", "NLL, nats", "  after TS"]
     raw = e.raw["ece"]
-    assert rows[0][1:4] == [f"{100*raw.value:.2f}", f"{100*raw.low:.2f} to {100*raw.high:.2f}", f"{100*raw.debiased:.2f}"]
+    assert rows[0][1:4] == [f"{100*raw.value:.2f}", f"{100*raw.low:.2f} to {100*raw.high:.2f}",
+                            f"{100*raw.debiased:.2f}"]
     assert rows[3][1] == f"{e.scaled['nll'].value:.3f}" and rows[3][3] == ""
     with pytest.raises(ValueError, match="metrics: got 'ecee', expected one of ace"): e.table(["ecee"])
 
 
 def test_a_value_outside_its_interval_has_a_footnote_and_no_other_has():
-    "A perfect model of 200 images: the classwise errors are noise, and lie above the interval of the error without it"
+    """A perfect model of 200 images: the classwise errors are noise, and lie above the
+    interval of the error without it
+    """
     z, y, _ = made(200, 10, 1., 3.)
     e = evaluate(z, y, n_boot=50)
     table = e.table()
     marked = [r[1].endswith("†") for r in table.rows]
     assert marked == [not v.low <= v.value <= v.high for _, _, v in e.estimates()] and any(marked)
-    assert len(table.notes) == 1 and table.notes[0].startswith("†") and table.notes[0] in repr(e) and table.notes[0] in e._repr_html_()
+    assert (len(table.notes) == 1 and table.notes[0].startswith("†")
+            and table.notes[0] in repr(e) and table.notes[0] in e._repr_html_())
     assert not e.table(["top1", "nll"]).notes
 
 
@@ -186,7 +199,8 @@ def test_a_frame_holds_every_estimate_in_its_unit(tmp_path):
     z, y, _ = made(300, 4, 2.)
     e = evaluate(z, y, n_boot=50)
     frame = e.to_frame()
-    assert list(frame) == ["output", "metric", "unit", "value", "low", "high", "debiased", "null_low", "null_high", "n"]
+    assert list(frame) == ["output", "metric", "unit", "value", "low",
+                           "high", "debiased", "null_low", "null_high", "n"]
     assert len(frame) == 2*len(METRICS) and set(frame.n) == {300}
     assert all(frame[c].dtype == float for c in ("value", "low", "high", "debiased", "null_low", "null_high"))
     for which in ("raw", "scaled"):
@@ -194,10 +208,12 @@ def test_a_frame_holds_every_estimate_in_its_unit(tmp_path):
             (row,) = frame[(frame.output == which) & (frame.metric == k)].to_dict("records")
             scale = 1 if k in ("nll", "brier") else 100
             for field in ("value", "low", "high", "debiased", "null_low", "null_high"):
-                assert row[field] == pytest.approx(np.nan if getattr(v, field) is None else scale*getattr(v, field), nan_ok=True)
+                assert row[field] == pytest.approx(np.nan if getattr(v, field) is None
+                                                       else scale*getattr(v, field), nan_ok=True)
             assert row["unit"] == {"nll": "nats", "brier": ""}.get(k, "%")
     frame.to_csv(tmp_path/"e.csv", index=False)
-    assert (tmp_path/"e.csv").read_text().splitlines()[0] == "output,metric,unit,value,low,high,debiased,null_low,null_high,n"
+    assert ((tmp_path/"e.csv").read_text().splitlines()[0]
+            == "output,metric,unit,value,low,high,debiased,null_low,null_high,n")
     assert r"null\_low" in frame.to_latex(escape=True) and r"\%" in frame.to_latex(escape=True)
     alone = evaluate(z[:4], y[:4], n_boot=30).to_frame()
     assert set(alone.output) == {"raw"} and len(alone) == len(METRICS)
@@ -205,7 +221,8 @@ def test_a_frame_holds_every_estimate_in_its_unit(tmp_path):
 
 def test_an_infinite_nll_is_shown_as_that():
     e = evaluate([[1., 0.]]*6, [0, 1]*3, n_boot=5, kind="probs")
-    assert e.table(["nll"]).rows[0][1:3] == ["infinite", ""] and e.to_frame().query("metric == 'nll' and output == 'raw'").value.item() == np.inf
+    assert (e.table(["nll"]).rows[0][1:3] == ["infinite", ""]
+            and e.to_frame().query("metric == 'nll' and output == 'raw'").value.item() == np.inf)
 
 
 def test_means_have_the_promised_null_band():

@@ -1,4 +1,6 @@
-"Explorers without a browser: every control moves the picture, nothing is made or computed twice, bad input is told."
+"""Explorers without a browser: every control moves the picture, nothing is made or computed
+twice, bad input is told.
+"""
 from base64 import b64decode
 from dataclasses import replace
 from io import BytesIO
@@ -28,7 +30,9 @@ from tests.conftest import patch_name
 
 DATA, RECIPE = DataSpec("known", n_train=100, n_valid=60, n_test=300), Recipe(1, 32)
 TEACHER = RunSpec(DATA, "resnet8", "nll", RECIPE)
-STUDENTS = [RunSpec(DATA, "resnet8", Distil(t, T, a), RECIPE) for t in (TEACHER, TemperedPosterior(.5), TemperedPosterior(2.)) for T, a in ((1, .5), (4, .5), (1, 1), (4, 1)) if (T, a) != (4, 1)]
+STUDENTS = [RunSpec(DATA, "resnet8", Distil(t, T, a), RECIPE)
+            for t in (TEACHER, TemperedPosterior(.5), TemperedPosterior(2.))
+            for T, a in ((1, .5), (4, .5), (1, 1), (4, 1)) if (T, a) != (4, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +44,8 @@ def results(store): return {s: run(s, store, "cpu", progress=False) for s in (TE
 
 
 @pytest.fixture(scope="module")
-def looks(store, results): return {s: extract_features(s, store, "cpu", per_class=4) for s in (TEACHER, *STUDENTS[:3])}
+def looks(store, results):
+    return {s: extract_features(s, store, "cpu", per_class=4) for s in (TEACHER, *STUDENTS[:3])}
 
 
 @pytest.fixture
@@ -86,7 +91,8 @@ def test_reliability_of_probabilities_is_that_of_their_logits(outputs):
 def test_reliability_of_a_run(results, monkeypatch):
     result = results[TEACHER]
     every_control(explore_reliability(result), monkeypatch, T=.5)
-    with pytest.raises(ValueError, match="outputs: got a result from a light file, without logits"): explore_reliability(result_from_json(result_to_json(result)))
+    with pytest.raises(ValueError, match="outputs: got a result from a light file, without logits"):
+        explore_reliability(result_from_json(result_to_json(result)))
 
 
 @pytest.mark.parametrize("spoil, message", [
@@ -104,9 +110,11 @@ def test_bad_outputs_are_told(outputs, spoil, message):
 
 @pytest.mark.parametrize("family, values", [
     ("targets", dict(eps=.6, alpha=1., teacher=.2)), ("weights", dict(gamma=-1.)),
-    ("logits", dict(penalty="BDC of CPC", beta=2., margin=1.)), ("batches", dict(penalty="MMCE", beta=9., overconfidence=.3)),
+    ("logits", dict(penalty="BDC of CPC", beta=2., margin=1.)),
+    ("batches", dict(penalty="MMCE", beta=9., overconfidence=.3)),
 ])
-def test_methods_follow_every_control(family, values, monkeypatch): every_control(explore_method(family), monkeypatch, **values)
+def test_methods_follow_every_control(family, values, monkeypatch):
+    every_control(explore_method(family), monkeypatch, **values)
 
 
 def test_the_crowd_is_as_wrong_about_itself_as_it_is_said_to_be():
@@ -124,21 +132,26 @@ def test_what_is_not_stored_is_said(results):
     explorer.controls["T"].value = 4.
     before = bytes(explorer.image.value)
     explorer.controls["alpha"].value = 1.
-    assert "expected those of a stored student: this teacher&#x27;s have T = 1 with alpha = 0.5, 1; T = 4 with alpha = 0.5" in explorer.refusal.value
+    assert ("expected those of a stored student: this teacher&#x27;s have T = 1 with alpha = 0.5, "
+            "1; T = 4 with alpha = 0.5" in explorer.refusal.value)
     assert bytes(explorer.image.value) == before and "kdc-stale" in explorer.image._dom_classes
     explorer.controls["T"].value = 1.
-    assert not explorer.refusal.value and bytes(explorer.image.value) != before and "kdc-stale" not in explorer.image._dom_classes
+    assert (not explorer.refusal.value and bytes(explorer.image.value) != before
+            and "kdc-stale" not in explorer.image._dom_classes)
 
 
 def test_a_grid_with_holes_begins_with_a_student_there_is(results):
-    few = {s: r for s, r in results.items() if s == TEACHER or (s.method.T, s.method.alpha) in ((4, .5), (1, 1))}
+    few = {s: r for s, r in results.items()
+           if s == TEACHER or (s.method.T, s.method.alpha) in ((4, .5), (1, 1))}
     explorer = explore_transfer(few)
     assert explorer.image.value and not explorer.refusal.value
 
 
 def of_seed(spec, seed):
     "The same run with another seed, and its teacher's too"
-    method = replace(spec.method, teacher=of_seed(spec.method.teacher, seed)) if isinstance(spec.method, Distil) and isinstance(spec.method.teacher, RunSpec) else spec.method
+    method = replace(
+        spec.method, teacher=of_seed(spec.method.teacher, seed)
+    ) if isinstance(spec.method, Distil) and isinstance(spec.method.teacher, RunSpec) else spec.method
     return replace(spec, method=method, seed=seed)
 
 
@@ -151,13 +164,16 @@ def test_a_seed_is_chosen_where_there_are_several(results, looks, monkeypatch):
     every_control(two, monkeypatch, seed=3, alpha=1.)
     students = {s: l for s, l in looks.items() if s != TEACHER}
     monkeypatch.undo()
-    classes = explore_classes(looks | {of_seed(s, 3): l for s, l in zip((TEACHER, *students), (looks[TEACHER], *reversed(students.values())))})
+    classes = explore_classes(looks | {
+        of_seed(s, 3): l for s, l in zip((TEACHER, *students), (looks[TEACHER], *reversed(students.values())))
+    })
     every_control(classes, monkeypatch, seed=3)
 
 
 def test_looks_at_several_networks_are_refused(looks):
     other = {replace(s, model="resnet14"): l for s, l in looks.items() if s != TEACHER}
-    with pytest.raises(ValueError, match="looks: got 2 kinds of students, expected one"): explore_classes({**looks, **other})
+    with pytest.raises(ValueError, match="looks: got 2 kinds of students, expected one"):
+        explore_classes({**looks, **other})
 
 
 def test_the_chosen_student_has_a_ring(results):
@@ -177,20 +193,24 @@ def test_buttons_set_several_controls_and_draw_once(outputs, monkeypatch):
     buttons = {b.description: b for b in explorer.children[2].children if hasattr(b, "click")}
     monkeypatch.setattr(explorer, "show", lambda **values: drawn.append(values) or show(**values))
     buttons["go to the fitted T"].click()
-    assert drawn == [{"T": pytest.approx(fit_temperature(*check_outputs_and_labels(*outputs)), rel=1e-3), "n_bins": 15}]
+    assert drawn == [{"T": pytest.approx(fit_temperature(*check_outputs_and_labels(*outputs)), rel=1e-3),
+                      "n_bins": 15}]
     explorer.controls["n_bins"].value = 7
     buttons["reset"].click()
     assert drawn[2:] == [{"T": 1., "n_bins": 15}] and bytes(explorer.image.value) == first
-    with pytest.raises(ValueError, match="values: got 'bins', expected one of T, n_bins"): explorer.move(bins=7)
+    with pytest.raises(ValueError, match="values: got 'bins', expected one of T, n_bins"):
+        explorer.move(bins=7)
 
 
-@pytest.mark.parametrize("name, typed, message", [("T", 9., "T: got 9, expected a number from 0.125 to 8"),
-                                                  ("n_bins", 2.5, "n_bins: got 2.5, expected an integer from 2 to 50")])
+@pytest.mark.parametrize("name, typed, message",
+                         [("T", 9., "T: got 9, expected a number from 0.125 to 8"),
+                          ("n_bins", 2.5, "n_bins: got 2.5, expected an integer from 2 to 50")])
 def test_typed_values_are_taken_or_refused(outputs, name, typed, message):
     explorer = explore_reliability(*outputs)
     box, slider = explorer.controls[name].box, explorer.controls[name].slider
     explorer.controls["T"].box.value = 1.03
-    assert explorer.values()["T"] == 1.03 and explorer.controls["T"].steps[explorer.controls["T"].slider.value] == 1.04
+    assert (explorer.values()["T"] == 1.03
+            and explorer.controls["T"].steps[explorer.controls["T"].slider.value] == 1.04)
     box.value = typed
     assert message in explorer.refusal.value and box.value == typed
     slider.value = 5
@@ -201,7 +221,8 @@ def test_pictures_are_saved_as_they_are_and_over_nothing(outputs, tmp_path, monk
     "Not after a refusal, whose picture is of the values before"
     monkeypatch.chdir(tmp_path)
     explorer = explore_reliability(*outputs)
-    assert [explorer.save().name for _ in range(3)] == ["reliability.svg", "reliability_2.svg", "reliability_3.svg"]
+    assert ([explorer.save().name for _ in range(3)]
+            == ["reliability.svg", "reliability_2.svg", "reliability_3.svg"])
     assert "reliability_3.svg" in explorer.saved.value
     before = bytes(explorer.image.value)
     explorer.controls["T"].value = 99.
@@ -212,20 +233,23 @@ def test_pictures_are_saved_as_they_are_and_over_nothing(outputs, tmp_path, monk
     explorer.save("now.png")
     seen, saved = (np.asarray(Image.open(f).convert("RGB")).astype(int) for f in (BytesIO(before), "now.png"))
     assert seen.shape == saved.shape and (seen != saved).mean() < .01
-    with pytest.raises(ValueError, match="path: got now.png, expected a file that does not exist"): explorer.save("now.png")
+    with pytest.raises(ValueError, match="path: got now.png, expected a file that does not exist"):
+        explorer.save("now.png")
 
 
 def test_the_fallback_is_the_picture(outputs):
     explorer = explore_reliability(*outputs)
     data, metadata = explorer._repr_mimebundle_()
-    fallback, shown = (np.asarray(Image.open(BytesIO(b)).convert("RGB")) for b in (b64decode(data["image/png"]), bytes(explorer.image.value)))
+    fallback, shown = (np.asarray(Image.open(BytesIO(b)).convert("RGB"))
+                       for b in (b64decode(data["image/png"]), bytes(explorer.image.value)))
     assert np.array_equal(fallback, shown) and metadata["image/png"]["width"] == 840 == fallback.shape[1]/2
 
 
 def test_classes_follow_every_control(looks, monkeypatch):
     explorer = explore_classes(looks)
     other = next(k for k in range(20) if k not in [explorer.controls[c].value for c in "abc"])
-    every_control(explorer, monkeypatch, T=4., alpha=1., a=other, b=other, c=other, split="train", images=True)
+    every_control(explorer, monkeypatch, T=4., alpha=1., a=other,
+                  b=other, c=other, split="train", images=True)
 
 
 def test_images_that_are_not_there_are_told(looks, monkeypatch):
@@ -239,8 +263,11 @@ def test_images_that_are_not_there_are_told(looks, monkeypatch):
 
 def test_figures_are_shown_after_an_explorer():
     "An explorer that is the first to draw in a kernel leaves pyplot as Jupyter has it"
-    code = ["from kdc_nb import explore_reliability\nfrom kdc_nb.explorers import explore_theory, explore_method\nimport numpy as np, matplotlib.pyplot as plt",
-            "explore_reliability(np.eye(4)[[0, 1, 2, 3]*5], [0, 1, 2, 0]*5); explore_theory(); explore_method('targets');", "plt.plot([0, 1]);"]
+    code = [("from kdc_nb import explore_reliability\nfrom kdc_nb.explorers import explore_theory, "
+             "explore_method\nimport numpy as np, matplotlib.pyplot as plt"),
+            ("explore_reliability(np.eye(4)[[0, 1, 2, 3]*5], [0, 1, 2, 0]*5); explore_theory(); "
+             "explore_method('targets');"),
+            "plt.plot([0, 1]);"]
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in code])
     NotebookClient(nb, kernel_name="python3").execute()
     assert any("image/png" in o.get("data", {}) for o in nb.cells[-1].outputs)

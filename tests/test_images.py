@@ -52,17 +52,22 @@ def pictures(folder, sizes=((40, 30), (9, 9), (8, 20)), classes=("cat", "dog")):
 def test_a_folder_is_read_in_torchvisions_order_and_cut_to_squares(tmp_path):
     pictures(tmp_path/"a")
     inputs, labels, classes = ki.read_images(tmp_path/"a", 9)
-    assert (inputs.shape, inputs.dtype, labels.tolist(), classes) == ((6, 3, 9, 9), torch.uint8, [0, 0, 0, 1, 1, 1], ("cat", "dog"))
-    assert torch.equal(inputs[1], torch.from_numpy(np.array(Image.open(tmp_path/"a"/"cat"/"1.png"))).permute(2, 0, 1)), "an image of the right size is left as it is"
+    assert ((inputs.shape, inputs.dtype, labels.tolist(), classes)
+            == ((6, 3, 9, 9), torch.uint8, [0, 0, 0, 1, 1, 1], ("cat", "dog")))
+    assert torch.equal(
+        inputs[1], torch.from_numpy(np.array(Image.open(tmp_path/"a"/"cat"/"1.png"))).permute(2, 0, 1)
+    ), "an image of the right size is left as it is"
     grey = Image.new("L", (50, 20), 77)
     grey.save(tmp_path/"a"/"cat"/"3.png")
     assert torch.equal(ki.read_images(tmp_path/"a", 9)[0][3], torch.full((3, 9, 9), 77, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("fault, message", [
-    (lambda f: None, r"folder: got .*none with 0 subfolders, expected two or more"), (lambda f: (f/"none").mkdir(), "with 0 subfolders"),
+    (lambda f: None, r"folder: got .*none with 0 subfolders, expected two or more"),
+    (lambda f: (f/"none").mkdir(), "with 0 subfolders"),
     (lambda f: pictures(f/"none", classes=("cat",)), "with 1 subfolder, expected two or more"),
-    (lambda f: (pictures(f/"none"), (f/"none"/"dog"/"x.png").write_bytes(b"no picture")), r"dog/x.png, which cannot be read"),
+    (lambda f: (pictures(f/"none"), (f/"none"/"dog"/"x.png").write_bytes(b"no picture")),
+     r"dog/x.png, which cannot be read"),
     (lambda f: (pictures(f/"none"), (f/"none"/"bird").mkdir()), "bird")])
 def test_a_bad_folder_is_told_in_a_sentence(tmp_path, fault, message):
     fault(tmp_path)
@@ -77,32 +82,48 @@ def own():
 
 def test_given_images_come_back_and_are_found_by_another_process(own):
     x, y = own
-    data = ki.register_images("mine", (x, y), (x[:6].numpy(), y[:6].numpy()), (x.permute(0, 2, 3, 1), y), ["a", "b", "c"], ["flip"])
+    data = ki.register_images("mine", (x, y), (x[:6].numpy(), y[:6].numpy()),
+                              (x.permute(0, 2, 3, 1), y), ["a", "b", "c"], ["flip"])
     d = load_data(data)
-    assert torch.equal(d.train.inputs, x) and torch.equal(d.test.inputs, x) and torch.equal(d.valid.labels, y[:6])
-    assert (d.classes, d.augment, d.in_channels, data.title) == (("a", "b", "c"), ("flip",), 3, "mine") and d.mean == pytest.approx((x/255.).mean((0, 2, 3)).tolist(), abs=1e-6)
-    code = f"from kdc_nb.training.data import *; print(load_data(DataSpec('given', title='mine', fingerprint={data.fingerprint!r})).fingerprint)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == d.fingerprint
-    assert ki.register_images("mine", (x, y), (x[:6], y[:6]), (x, y), ["a", "b", "c"], ["flip"]) == data, "the same content is the same data set"
-    assert ki.register_images("mine", (x, y.flip(0)), (x[:6], y[:6]), (x, y), ["a", "b", "c"], ["flip"]) != data
+    assert (torch.equal(d.train.inputs, x) and torch.equal(d.test.inputs, x)
+            and torch.equal(d.valid.labels, y[:6]))
+    assert ((d.classes, d.augment, d.in_channels, data.title) == (("a", "b", "c"), ("flip",), 3, "mine")
+            and d.mean == pytest.approx((x/255.).mean((0, 2, 3)).tolist(), abs=1e-6))
+    code = ("from kdc_nb.training.data import *; print(load_data(DataSpec('given', title='mine', "
+            f"fingerprint={data.fingerprint!r})).fingerprint)")
+    assert (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+            .stdout.strip() == d.fingerprint)
+    assert ki.register_images("mine", (x, y), (x[:6], y[:6]), (x, y), ["a", "b", "c"],
+                              ["flip"]) == data, "the same content is the same data set"
+    assert (ki.register_images("mine", (x, y.flip(0)), (x[:6], y[:6]), (x, y), ["a", "b", "c"], ["flip"])
+            != data)
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda x, y: dict(train=(x.float(), y)), "train: got inputs of torch.float32"), (lambda x, y: dict(test=(x[:, :2], y)), "test: got inputs of shape .*, expected 1 or 3 channels"),
-    (lambda x, y: dict(valid=(x, y[:5])), r"valid: got labels of int64 and shape \(5,\), expected 12 integers"),
-    (lambda x, y: dict(valid=(x, y.float())), "valid: got labels of float32"), (lambda x, y: dict(train=(x, y - 1)), "train: got labels"),
-    (lambda x, y: dict(test=(x[:, :, :, :8], y)), "train, valid, test: got images of shapes"), (lambda x, y: dict(classes=["a", "b"]), "classes: got 2 of them"),
-    (lambda x, y: dict(train=(x[y != 1], y[y != 1])), "train: got nothing of 1, expected samples of every class"), (lambda x, y: dict(augment=["spin"]), "augment: got"),
+    (lambda x, y: dict(train=(x.float(), y)), "train: got inputs of torch.float32"),
+    (lambda x, y: dict(test=(x[:, :2], y)), "test: got inputs of shape .*, expected 1 or 3 channels"),
+    (lambda x, y: dict(valid=(x, y[:5])),
+     r"valid: got labels of int64 and shape \(5,\), expected 12 integers"),
+    (lambda x, y: dict(valid=(x, y.float())), "valid: got labels of float32"),
+    (lambda x, y: dict(train=(x, y - 1)), "train: got labels"),
+    (lambda x, y: dict(test=(x[:, :, :, :8], y)), "train, valid, test: got images of shapes"),
+    (lambda x, y: dict(classes=["a", "b"]), "classes: got 2 of them"),
+    (lambda x, y: dict(train=(x[y != 1], y[y != 1])),
+     "train: got nothing of 1, expected samples of every class"),
+    (lambda x, y: dict(augment=["spin"]), "augment: got"),
     (lambda x, y: dict(train=(x[:0], y[:0])), "train: got inputs")])
 def test_images_that_are_none_are_refused(own, change, message):
     x, y = own
-    with pytest.raises(ValueError, match=message): ki.register_images("mine", **{k: (x, y) for k in ("train", "valid", "test")} | change(x, y))
+    with pytest.raises(ValueError, match=message):
+        ki.register_images("mine", **{k: (x, y) for k in ("train", "valid", "test")} | change(x, y))
     assert not cache_dir().exists(), "nothing is half-written"
 
 
 def test_given_images_that_are_elsewhere_are_named(own):
-    for fingerprint, message in (("0"*16, "data: got mine, of which"), ("../../etc/passwd", "fingerprint: got")):
-        with pytest.raises(ValueError, match=message): load_data(DataSpec("given", title="mine", fingerprint=fingerprint))
+    for fingerprint, message in (("0"*16, "data: got mine, of which"),
+                                 ("../../etc/passwd", "fingerprint: got")):
+        with pytest.raises(ValueError, match=message):
+            load_data(DataSpec("given", title="mine", fingerprint=fingerprint))
 
 
 @pytest.fixture
@@ -115,21 +136,29 @@ def tiny(tmp_path):
         (root/"train"/c/f"{c}_boxes.txt").write_text("")
     for k in range(4): write(root/"val"/"images"/f"val_{k}.JPEG")
     (root/"wnids.txt").write_text("\n".join(ids) + "\n")
-    (root/"val"/"val_annotations.txt").write_text("".join(f"val_{k}.JPEG\t{c}\t0\t0\t62\t57\n" for k, c in enumerate(["n03", "n01", "n01", "n02"])))
+    (root/"val"/"val_annotations.txt").write_text("".join(
+        f"val_{k}.JPEG\t{c}\t0\t0\t62\t57\n" for k, c in enumerate(["n03", "n01", "n01", "n02"])
+    ))
     return root
 
 
 def test_tiny_imagenet_is_read_in_its_official_layout(tiny):
     d = load_data(ki.register_tiny_imagenet(tiny))
-    assert (d.classes, len(d.train), len(d.valid), d.test.labels.tolist(), d.test.inputs.shape) == (("n01", "n02", "n03"), 27, 3, [2, 0, 0, 1], (4, 3, 64, 64))
-    assert torch.equal(d.test.inputs[2], torch.from_numpy(np.array(Image.open(tiny/"val"/"images"/"val_2.JPEG"))).permute(2, 0, 1))
+    assert ((d.classes, len(d.train), len(d.valid), d.test.labels.tolist(), d.test.inputs.shape)
+            == (("n01", "n02", "n03"), 27, 3, [2, 0, 0, 1], (4, 3, 64, 64)))
+    assert torch.equal(d.test.inputs[2], torch.from_numpy(
+        np.array(Image.open(tiny/"val"/"images"/"val_2.JPEG"))
+    ).permute(2, 0, 1))
     assert torch.bincount(d.train.labels).tolist() == [9, 9, 9] and d.augment == ("crop", "flip")
 
 
 @pytest.mark.parametrize("fault, message", [
-    (lambda r: (r/"wnids.txt").unlink(), "without wnids.txt, expected the official archive"), (lambda r: (r/"val/images/val_1.JPEG").unlink(), "val_annotations.txt with .*val_1.JPEG"),
-    (lambda r: (r/"wnids.txt").write_text("n01\nn02\n"), "val_annotations.txt with .*n03"), (lambda r: (r/"val/val_annotations.txt").write_text(""), "val_annotations.txt with nothing"),
-    (lambda r: (r/"wnids.txt").write_text("n01\nn02\nn03\nn04\n"), "classes: got n04, expected subfolders of"),
+    (lambda r: (r/"wnids.txt").unlink(), "without wnids.txt, expected the official archive"),
+    (lambda r: (r/"val/images/val_1.JPEG").unlink(), "val_annotations.txt with .*val_1.JPEG"),
+    (lambda r: (r/"wnids.txt").write_text("n01\nn02\n"), "val_annotations.txt with .*n03"),
+    (lambda r: (r/"val/val_annotations.txt").write_text(""), "val_annotations.txt with nothing"),
+    (lambda r: (r/"wnids.txt").write_text("n01\nn02\nn03\nn04\n"),
+     "classes: got n04, expected subfolders of"),
     (lambda r: (r/"train/n01/images/n01_3.JPEG").write_bytes(b"x"), "n01_3.JPEG, which cannot be read")])
 def test_a_damaged_tiny_imagenet_is_named(tiny, fault, message):
     fault(tiny)
@@ -150,16 +179,26 @@ def imagenet(tmp_path):
 def test_imagenet_100_is_a_folder_and_a_list_of_classes(imagenet):
     data = ki.register_imagenet100(imagenet, imagenet.parent/"list.txt", size=32)
     d = load_data(data)
-    assert (data.title, d.classes, len(d.train), len(d.valid), len(d.test), d.in_channels) == ("imagenet-2", ("n01", "n03"), 18, 2, 6, 3)
-    assert d.train.inputs.shape == (18, 3, 32, 32) and set(d.train.inputs.names.tolist()).isdisjoint(d.valid.inputs.names.tolist())
-    assert all(d.classes[y] in n for s in (d.train, d.valid, d.test) for n, y in zip(s.inputs.names, s.labels))
-    assert ki.register_imagenet100(imagenet, ["n01", "n03"], 32) == data and ki.register_imagenet100(imagenet, ["n01", "n02"], 32) != data
+    assert ((data.title, d.classes, len(d.train), len(d.valid), len(d.test), d.in_channels)
+            == ("imagenet-2", ("n01", "n03"), 18, 2, 6, 3))
+    assert (d.train.inputs.shape == (18, 3, 32, 32)
+            and set(d.train.inputs.names.tolist()).isdisjoint(d.valid.inputs.names.tolist()))
+    assert all(d.classes[y] in n for s in (d.train, d.valid, d.test)
+               for n, y in zip(s.inputs.names, s.labels))
+    assert (ki.register_imagenet100(imagenet, ["n01", "n03"], 32) == data
+            and ki.register_imagenet100(imagenet, ["n01", "n02"], 32) != data)
     kept = load_data(ki.register_imagenet100(imagenet, ["n03", "n01"], 32, in_memory=True))
-    assert torch.equal(kept.valid.inputs, d.valid.inputs.to("cpu")) and torch.equal(kept.train.labels, d.train.labels) and (kept.classes, kept.augment) == (d.classes, d.augment)
+    assert (torch.equal(kept.valid.inputs, d.valid.inputs.to("cpu"))
+            and torch.equal(kept.train.labels, d.train.labels)
+            and (kept.classes, kept.augment) == (d.classes, d.augment))
     moved = shutil.move(imagenet, imagenet.parent/"elsewhere")
     load_data.cache_clear()
-    with pytest.raises(ValueError, match="data: got imagenet-2, whose .*JPEG is gone, expected the files that"): load_data(data)
-    assert ki.register_imagenet100(moved, ["n01", "n03"], 32) == data, "the same files elsewhere are the same data set"
+    with pytest.raises(ValueError,
+                       match="data: got imagenet-2, whose .*JPEG is gone, expected the files that"):
+        load_data(data)
+    assert ki.register_imagenet100(moved, ["n01", "n03"], 32) == data, (
+        "the same files elsewhere are the same data set"
+    )
 
 
 def test_what_is_only_looked_at_is_scaled_and_cut_to_the_middle(imagenet):
@@ -170,10 +209,13 @@ def test_what_is_only_looked_at_is_scaled_and_cut_to_the_middle(imagenet):
         scale = 32/min(image.size)
         w, h = (int(scale*s) if s != min(image.size) else 32 for s in image.size)
         box = round((w - 28)/2), round((h - 28)/2)
-        expected = np.asarray(image.resize((w, h), Image.Resampling.BILINEAR).crop((*box, box[0] + 28, box[1] + 28)))
+        expected = np.asarray(image.resize((w, h), Image.Resampling.BILINEAR)
+                              .crop((*box, box[0] + 28, box[1] + 28)))
         assert torch.equal(x, torch.from_numpy(expected.copy()).permute(2, 0, 1)), name
-    assert [len(b) for b in files.split(4)] == [4, 4, 1] and torch.equal(torch.cat(list(files.split(4))), seen)
-    assert torch.equal(files[torch.tensor([5, 0])].to("cpu"), seen[[5, 0]]) and torch.equal(files[1::3].to("cpu"), seen[1::3])
+    assert ([len(b) for b in files.split(4)] == [4, 4, 1]
+            and torch.equal(torch.cat(list(files.split(4))), seen))
+    assert (torch.equal(files[torch.tensor([5, 0])].to("cpu"), seen[[5, 0]])
+            and torch.equal(files[1::3].to("cpu"), seen[1::3]))
 
 
 def test_what_is_done_to_an_image_does_not_depend_on_who_reads_it(imagenet, monkeypatch):
@@ -183,9 +225,12 @@ def test_what_is_done_to_an_image_does_not_depend_on_who_reads_it(imagenet, monk
         monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(workers))
         seen[workers] = torch.cat(list(files.views(index, ("crop", "flip"), (7, 1))))
     assert torch.equal(seen[1], seen[2]) and torch.equal(before, torch.random.get_rng_state())
-    backwards = torch.cat(list(files.views(index.flip(0), ("crop", "flip"), (7, 1)))).unflatten(0, (3, 6)).flip(0).flatten(0, 1)
+    backwards = (torch.cat(list(files.views(index.flip(0), ("crop", "flip"), (7, 1))))
+                 .unflatten(0, (3, 6)).flip(0).flatten(0, 1))
     assert torch.equal(backwards, seen[1])
-    assert not torch.equal(seen[1], torch.cat(list(files.views(index, ("crop", "flip"), (7, 2))))), "another epoch is another view"
+    assert not torch.equal(seen[1], torch.cat(list(files.views(index, ("crop", "flip"), (7, 2))))), (
+        "another epoch is another view"
+    )
     assert torch.equal(torch.cat(list(files.views(index, (), (7, 1)))), files.to("cpu"))
 
 
@@ -199,15 +244,19 @@ def test_a_streamed_run_can_be_killed_and_its_teacher_may_see_what_it_sees(image
     d, part = load_data(data), tmp_path/"part"
     for left in (2, 1, 0): # killed in the sixth step of each call, twelve to do
         net = _build_net(teacher)
-        with pytest.raises(KeyboardInterrupt) if left else nullcontext(): fit(net, d, Killed(), recipe, 0, device="cpu", checkpoint=part, checkpoint_every=0., progress=False)
-    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), store.net(teacher).state_dict().values()))
+        with pytest.raises(KeyboardInterrupt) if left else nullcontext():
+            fit(net, d, Killed(), recipe, 0, device="cpu",
+                checkpoint=part, checkpoint_every=0., progress=False)
+    assert all(torch.equal(a, b)
+               for a, b in zip(net.state_dict().values(), store.net(teacher).state_dict().values()))
 
 
 def test_a_streamed_run_killed_after_the_last_step_of_an_epoch_goes_on(imagenet, tmp_path, monkeypatch):
     "The checkpoint of that step leaves no image of the epoch to read"
     d, part = load_data(ki.register_imagenet100(imagenet, ["n01", "n02", "n03"], 32)), tmp_path/"part"
     spec = RunSpec(DataSpec("known"), "resnet8", "nll", Recipe(2, 8)) # for its network
-    go = lambda net, **kw: fit(net, d, TrainingMethod(), spec.recipe, device="cpu", progress=False, **kw).history
+    go = (lambda net, **kw:
+              fit(net, d, TrainingMethod(), spec.recipe, device="cpu", progress=False, **kw).history)
     def stop(*args): raise KeyboardInterrupt
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(Trainer, "end_epoch", stop)
@@ -215,7 +264,8 @@ def test_a_streamed_run_killed_after_the_last_step_of_an_epoch_goes_on(imagenet,
     assert load_tensors(part)[1]["epochs_done"] == 1 and not load_tensors(part)[1]["history"]
     through, stopped = _build_net(spec), _build_net(spec)
     assert go(through) == go(stopped, checkpoint=part)
-    assert all(torch.equal(a, b) for a, b in zip(through.state_dict().values(), stopped.state_dict().values()))
+    assert all(torch.equal(a, b)
+               for a, b in zip(through.state_dict().values(), stopped.state_dict().values()))
 
 
 class Killed(TrainingMethod):
@@ -227,12 +277,16 @@ class Killed(TrainingMethod):
 
 
 @pytest.mark.parametrize("fault, message", [
-    (lambda r: (r/"train/n01/n01_4.JPEG").write_bytes(b"no image"), "folder: got .*n01_4.JPEG, which cannot be read"), (lambda r: shutil.rmtree(r/"val/n03"), "classes: got n03, expected subfolders of .*val"),
-    (lambda r: shutil.rmtree(r/"val"), "classes: got n01, n03, expected subfolders"), (lambda r: (r.parent/"list.txt").unlink(), "classes: got .*list.txt, expected a file"),
+    (lambda r: (r/"train/n01/n01_4.JPEG").write_bytes(b"no image"),
+     "folder: got .*n01_4.JPEG, which cannot be read"),
+    (lambda r: shutil.rmtree(r/"val/n03"), "classes: got n03, expected subfolders of .*val"),
+    (lambda r: shutil.rmtree(r/"val"), "classes: got n01, n03, expected subfolders"),
+    (lambda r: (r.parent/"list.txt").unlink(), "classes: got .*list.txt, expected a file"),
     (lambda r: (r.parent/"list.txt").write_text("n01"), "with 1 subfolder")])
 def test_a_damaged_imagenet_is_named(imagenet, fault, message):
     fault(imagenet)
-    with pytest.raises(ValueError, match=message): ki.register_imagenet100(imagenet, imagenet.parent/"list.txt", 32)
+    with pytest.raises(ValueError, match=message):
+        ki.register_imagenet100(imagenet, imagenet.parent/"list.txt", 32)
     assert not cache_dir().exists()
 
 
@@ -241,9 +295,11 @@ def test_an_image_that_breaks_later_is_named_too(imagenet):
     path = imagenet/"train/n01/n01_4.JPEG"
     files = load_data(data).train.inputs
     path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(ValueError, match="^folder: got [^\n]*n01_4.JPEG, which cannot be read[^\n]*$"): files.to("cpu")
+    with pytest.raises(ValueError, match="^folder: got [^\n]*n01_4.JPEG, which cannot be read[^\n]*$"):
+        files.to("cpu")
     load_data.cache_clear()
-    with pytest.raises(ValueError, match="data: got imagenet-2, whose .*n01_4.JPEG has changed"): load_data(data)
+    with pytest.raises(ValueError, match="data: got imagenet-2, whose .*n01_4.JPEG has changed"):
+        load_data(data)
 
 
 def test_ctrl_c_is_left_to_the_process_that_reads(imagenet):
@@ -261,31 +317,43 @@ def test_images_of_one_size_in_bytes_are_told_apart(tmp_path):
         for c in "xy":
             for k in range(3):
                 (tmp_path/folder/c).mkdir(parents=True, exist_ok=True)
-                Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(tmp_path/folder/c/f"{k}.bmp")
+                Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)).save(
+                    tmp_path/folder/c/f"{k}.bmp"
+                )
         names, labels, classes = ki.find_images(tmp_path/folder)
         given.append(ki.register_image_folder("mine", tmp_path/folder, *[(names, labels)]*3, classes, 8))
     assert given[0] != given[1]
     for bad, message in (("../b/x/0.bmp", "names: got"), (str(tmp_path/"b/x/0.bmp"), "names: got")):
-        with pytest.raises(ValueError, match=message): ki.register_image_folder("mine", tmp_path/"a", ([bad, *names[1:]], labels), (names, labels), (names, labels), classes, 8)
+        with pytest.raises(ValueError, match=message):
+            ki.register_image_folder("mine", tmp_path/"a", ([bad, *names[1:]], labels),
+                                     (names, labels), (names, labels), classes, 8)
     for size in (0, -3, "32", 7.5, None):
-        with pytest.raises(ValueError, match="size: got"): ki.register_image_folder("mine", tmp_path/"a", *[(names, labels)]*3, classes, size)
+        with pytest.raises(ValueError, match="size: got"):
+            ki.register_image_folder("mine", tmp_path/"a", *[(names, labels)]*3, classes, size)
 
 
-@pytest.mark.parametrize("mode, ok", [("L", True), ("P", True), ("1", True), ("RGBA", True), ("I;16", False), ("I", False), ("F", False)])
+@pytest.mark.parametrize("mode, ok", [("L", True), ("P", True), ("1", True), ("RGBA", True),
+                                      ("I;16", False), ("I", False), ("F", False)])
 def test_only_eight_bits_a_channel_are_read(tmp_path, mode, ok):
-    image = Image.fromarray((np.arange(256).reshape(16, 16)*257).astype(np.uint16)) if mode == "I;16" else Image.new("L", (16, 16), 77).convert(mode)
+    image = (Image.fromarray((np.arange(256).reshape(16, 16)*257).astype(np.uint16)) if mode == "I;16"
+             else Image.new("L", (16, 16), 77).convert(mode))
     image.save(tmp_path/"x.tiff")
     if ok: assert ki._load_images([tmp_path/"x.tiff"], 16).shape == (1, 3, 16, 16)
     else:
-        with pytest.raises(ValueError, match="x.tiff of mode [IF].*, expected 8 bits a channel"): ki._load_images([tmp_path/"x.tiff"], 16)
+        with pytest.raises(ValueError, match="x.tiff of mode [IF].*, expected 8 bits a channel"):
+            ki._load_images([tmp_path/"x.tiff"], 16)
 
 
 def test_streamed_runs_go_in_parallel_and_by_folds(imagenet, tmp_path):
     data = ki.register_imagenet100(imagenet, ["n01", "n02", "n03"], 16)
     runs = [RunSpec(data, "resnet8", "nll", Recipe(1, 8, augment=("flip",)), s) for s in (0, 1)]
-    pooled, alone = sweep(runs, Store(tmp_path/"a"), "cpu", jobs=2, progress=False), sweep(runs, Store(tmp_path/"b"), "cpu", progress=False)
-    assert all(torch.allclose(p.logits["test"], a.logits["test"], atol=1e-4) for p, a in zip(pooled, alone)) # a worker has fewer threads, which sum in another order
+    pooled, alone = (sweep(runs, Store(tmp_path/"a"), "cpu", jobs=2, progress=False),
+                     sweep(runs, Store(tmp_path/"b"), "cpu", progress=False))
+    # a worker has fewer threads, which sum in another order
+    assert all(torch.allclose(p.logits["test"], a.logits["test"], atol=1e-4) for p, a in zip(pooled, alone))
     fold, whole_set = load_data(LeaveFoldOut(data, 0, 3)), load_data(data)
     assert len(fold.train) == 18 and fold.fingerprint != whole_set.fingerprint
     said = teacher_from_logits("mine", torch.randn(27, 3), data, Store(tmp_path/"a"))
-    with pytest.raises(ValueError, match="with logits of other images"): run(replace(runs[0], data=LeaveFoldOut(data, 0, 3), method=Distil(said)), Store(tmp_path/"a"), "cpu", progress=False)
+    with pytest.raises(ValueError, match="with logits of other images"):
+        run(replace(runs[0], data=LeaveFoldOut(data, 0, 3), method=Distil(said)),
+            Store(tmp_path/"a"), "cpu", progress=False)

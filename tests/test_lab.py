@@ -24,7 +24,8 @@ SETTINGS = {"@jupyterlab/apputils-extension/notification": '{"fetchNews": "false
             "@jupyterlab/notebook-extension/tracker": '{"windowingMode": "none"}'}
 READY = """async () => {
   const w = jupyterapp.shell.currentWidget
-  await w.revealed; await w.context.ready; await w.sessionContext.ready; await w.sessionContext.session.kernel.info
+  await w.revealed; await w.context.ready; await w.sessionContext.ready
+  await w.sessionContext.session.kernel.info
 }"""
 RUN = "() => jupyterapp.commands.execute('notebook:run-all-cells')"
 SAVE = "() => jupyterapp.shell.currentWidget.context.save()"
@@ -37,7 +38,8 @@ def git(root: Path, *args: str) -> str:
 
 def write_copy(root: Path) -> None:
     "A checkout of the pages as they are now"
-    shutil.copytree(ROOT/"nbs", root/"nbs", ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    shutil.copytree(ROOT/"nbs", root/"nbs",
+                    ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     for name in ("settings.ini", ".gitignore"): shutil.copy(ROOT/name, root)
     git(root, "init", "-q")
     git(root, "add", ".")
@@ -47,13 +49,15 @@ def write_copy(root: Path) -> None:
 def shape(path: Path) -> tuple:
     "All of a page but what its outputs say: their values may differ between versions of what draws them"
     nb = nbformat.read(path, as_version=4)
-    kinds = lambda c: [(o.output_type, o.get("name"), *sorted(o.get("data", {}))) for o in c.get("outputs", [])]
+    kinds = lambda c: [(o.output_type, o.get("name"), *sorted(o.get("data", {})))
+                       for o in c.get("outputs", [])]
     return nb.metadata, [(c.id, c.source, c.metadata, c.get("execution_count"), kinds(c)) for c in nb.cells]
 
 
 def lab_env(folder: Path) -> dict[str, str]:
     "An environment in which JupyterLab reads and writes nothing of its user's"
-    names = {f"{n}_DIR": folder/n.lower() for n in ("JUPYTER_CONFIG", "JUPYTER_RUNTIME", "JUPYTERLAB_SETTINGS", "JUPYTERLAB_WORKSPACES")}
+    names = {f"{n}_DIR": folder/n.lower()
+             for n in ("JUPYTER_CONFIG", "JUPYTER_RUNTIME", "JUPYTERLAB_SETTINGS", "JUPYTERLAB_WORKSPACES")}
     for plugin, text in SETTINGS.items():
         file = names["JUPYTERLAB_SETTINGS_DIR"]/f"{plugin}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -80,9 +84,12 @@ def wait_until_up(url: str, server: subprocess.Popen, log: Path) -> None:
 def serving(folder: Path, root: Path):
     "The address of a JupyterLab on `root`, stopped at the end"
     port, log = free_port(), folder/"server.log"
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
-               "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={root}"]
-    with log.open("w") as out, subprocess.Popen(command, cwd=root, env=lab_env(folder), stdout=out, stderr=out) as server:
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root",
+               "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
+               "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True",
+               f"--ServerApp.root_dir={root}"]
+    with (log.open("w") as out,
+          subprocess.Popen(command, cwd=root, env=lab_env(folder), stdout=out, stderr=out) as server):
         try:
             wait_until_up(url := f"http://127.0.0.1:{port}", server, log)
             yield url
@@ -109,13 +116,18 @@ def lab(root):
 
 def act(page, script: str, seconds: float = 60) -> None:
     "Run an async function in the page (an awaited evaluate would wait for ever)"
-    page.evaluate(f"() => {{ window.done = false; void ({script})().finally(() => {{ window.done = true }}) }}")
+    page.evaluate(
+        f"() => {{ window.done = false; void ({script})().finally(() => {{ window.done = true }}) }}"
+    )
     page.wait_for_function("() => window.done", timeout=1000*seconds)
 
 
 @pytest.fixture
 def page(lab, browser, root, record_property):
-    "A tab of its own; its kernels stop and the checkout is as before at the end. The report holds how long its pictures took, from control to screen"
+    """A tab of its own; its kernels stop and the checkout is as before at the end.
+
+    The report holds how long its pictures took, from control to screen
+    """
     tab = browser.new_page()
     tab.lab, tab.root, tab.waits = lab, root, []
     yield tab
@@ -134,7 +146,8 @@ def screenshot(page, shots: Path, name: str) -> None:
 def errors(page) -> list[str]:
     "Everything on the page that says something went wrong"
     kinds = ("stderr", "error")
-    return page.locator(", ".join(f'.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.{k}"]' for k in kinds)).all_inner_texts()
+    return page.locator(", ".join(f'.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.{k}"]'
+                                  for k in kinds)).all_inner_texts()
 
 
 def open_page(page, notebook: str) -> None:
@@ -217,9 +230,11 @@ def test_your_own_logits_follow_the_hand(page, shots):
 def test_the_methods_follow_the_hand(page, shots):
     run_all(page, "nbs/studies/calibrators.ipynb", shots)
     page.locator(".noUi-handle").first.scroll_into_view_if_needed()
-    for nth, by, picture in ((0, 40, 0), (2, -40, 0), (3, 50, 1), (4, 60, 2), (6, 30, 3)): drag_slider(page, nth, by, picture)
+    for nth, by, picture in ((0, 40, 0), (2, -40, 0), (3, 50, 1), (4, 60, 2), (6, 30, 3)):
+        drag_slider(page, nth, by, picture)
     for nth in range(2):
-        with another_picture(page, 2 + nth): page.locator(".widget-dropdown select").nth(nth).select_option(index=2)
+        with another_picture(page, 2 + nth):
+            page.locator(".widget-dropdown select").nth(nth).select_option(index=2)
     screenshot(page, shots, "methods_explorer")
 
 
@@ -227,7 +242,8 @@ def test_the_classes_follow_the_hand(page, shots):
     run_all(page, "nbs/studies/systematic_diffusion.ipynb", shots)
     for nth in range(2): push_slider(page, nth)
     for nth, index in ((0, 1), (1, 0), (3, 2), (4, 1)): # teacher, class a, class c, training images
-        with another_picture(page): page.locator(".widget-dropdown select").nth(nth).select_option(index=index)
+        with another_picture(page):
+            page.locator(".widget-dropdown select").nth(nth).select_option(index=index)
     screenshot(page, shots, "classes_explorer")
 
 
@@ -241,7 +257,9 @@ def test_the_generations_follow_the_hand(page, shots):
 @pytest.mark.long
 @pytest.mark.parametrize("notebook", PAGES)
 def test_every_page_runs_and_leaves_the_checkout_clean(page, notebook, shots):
-    "Run All, every cell, and a save: no file but the page is written, and of the page nothing but what its outputs say"
+    """Run All, every cell, and a save: no file but the page is written, and of the page
+    nothing but what its outputs say
+    """
     run_all(page, notebook, shots)
     act(page, SAVE)
     assert git(page.root, "status", "--porcelain").strip() in ("", f"M {notebook}")

@@ -1,4 +1,6 @@
-"Explorers in a real JupyterLab: sharp, legible, on dark themes; typed values; what is saved, and what closing asks"
+"""Explorers in a real JupyterLab: sharp, legible, on dark themes; typed values; what is
+saved, and what closing asks
+"""
 import statistics
 import subprocess
 import sys
@@ -7,7 +9,9 @@ import time
 import nbformat
 import pytest
 
-from tests.test_lab import RUN, SAVE, act, another_picture, errors, lab, open_page, page, root # noqa: F401, three of them fixtures
+from tests.test_lab import ( # noqa: F401, three of them fixtures
+    RUN, SAVE, act, another_picture, errors, lab, open_page, page, root
+)
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.browser
@@ -18,19 +22,23 @@ from kdc_nb.analysis.views import read_features
 from kdc_nb.explorers import explore_classes, explore_method, explore_reliability, explore_theory
 logits, labels = 3*torch.randn(2000, 10, generator=torch.Generator().manual_seed(0)), torch.arange(2000) % 10
 logits[torch.arange(2000), labels] += 4""",
-         "explore_reliability(logits, labels)", "explore_classes(read_looks(results_file('self_distillation_0.npz')))", "explore_theory()", "explore_method('batches')"]
+         "explore_reliability(logits, labels)",
+         "explore_classes(read_looks(results_file('self_distillation_0.npz')))",
+         "explore_theory()", "explore_method('batches')"]
 RELIABILITY, CLASSES, THEORY, METHOD = range(4) # explorers of the page
 DIRTY = "() => jupyterapp.shell.currentWidget.context.model.dirty"
 SIZES = """k => {
   const image = document.querySelectorAll('.kdc-picture')[k], box = image.getBoundingClientRect()
-  return [image.naturalWidth, box.width, box.height, image.closest('.jp-OutputArea').getBoundingClientRect().width]
+  const area = image.closest('.jp-OutputArea').getBoundingClientRect()
+  return [image.naturalWidth, box.width, box.height, area.width]
 }"""
 EYE = """k => { // milliseconds from a key to the frame after the picture was decoded
   const image = document.querySelectorAll('.kdc-picture')[k]
   let pressed = 0
   window.waits = []
   document.addEventListener('keydown', () => { pressed = performance.now() }, true)
-  image.addEventListener('load', () => image.decode().then(() => requestAnimationFrame(() => setTimeout(() => {
+  image.addEventListener('load', () =>
+    image.decode().then(() => requestAnimationFrame(() => setTimeout(() => {
     if (pressed) window.waits.push(performance.now() - pressed)
     pressed = 0
   }))))
@@ -41,7 +49,8 @@ EYE = """k => { // milliseconds from a key to the frame after the picture was de
 def small_screen(page, root):
     "That of a small laptop, and a page with nothing but explorers"
     page.set_viewport_size({"width": 1280, "height": 800})
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c, id=f"cell{k}") for k, c in enumerate(CELLS)]), root/PAGE)
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c, id=f"cell{k}")
+                                                   for k, c in enumerate(CELLS)]), root/PAGE)
 
 
 def open_and_run(page, name: str = PAGE) -> None:
@@ -64,7 +73,9 @@ def type_value(found, nth: int, value: str) -> None:
 
 
 def test_a_page_run_and_saved_twice_is_the_same(page, root):
-    "Live widgets and their random ids among its outputs; tests/test_lab.py holds saved pages against the committed ones"
+    """Live widgets and their random ids among its outputs; tests/test_lab.py holds saved pages
+    against the committed ones
+    """
     saved = []
     for _ in range(2):
         open_and_run(page)
@@ -93,7 +104,8 @@ def test_pictures_are_sharp_and_never_stretched(page, shots):
         for nth in (RELIABILITY, CLASSES, THEORY, METHOD):
             explorer(page, nth)
             natural, shown, tall, room = page.evaluate(SIZES, nth)
-            assert natural >= 1.9*shown and shown == pytest.approx(840, abs=40) and shown <= room, (width, nth)
+            assert (natural >= 1.9*shown and shown == pytest.approx(840, abs=40)
+                    and shown <= room), (width, nth)
             page.screenshot(path=shots/f"explorer_{nth}_{width}.png")
 
 
@@ -117,7 +129,8 @@ def test_what_is_typed_is_taken_or_refused(page, shots, root):
     with another_picture(page, RELIABILITY): type_value(found, 0, "1.03")
     assert found.locator("input[type=number]").first.input_value() == "1.03"
     type_value(found, 0, "20")
-    refusal, picture = found.get_by_text("T: got 20, expected a number from 0.125 to 8"), found.locator(".kdc-picture")
+    refusal, picture = (found.get_by_text("T: got 20, expected a number from 0.125 to 8"),
+                        found.locator(".kdc-picture"))
     playwright.expect(refusal).to_be_visible()
     playwright.expect(picture).to_have_css("opacity", "0.3")
     assert refusal.bounding_box()["y"] < picture.bounding_box()["y"]

@@ -28,7 +28,8 @@ def slow_smoothing(z, y, eps, others=False):
     def target(c, label):
         if others: return 1 - eps if c == label else eps/(C - 1)
         return eps/C + (1 - eps)*(c == label)
-    return np.mean([-sum(target(c, label)*np.log(softmax(row)[c]) for c in range(C)) for row, label in zip(z, y)])
+    return np.mean([-sum(target(c, label)*np.log(softmax(row)[c]) for c in range(C))
+                    for row, label in zip(z, y)])
 
 
 def slow_focal(z, y, gamma):
@@ -36,7 +37,8 @@ def slow_focal(z, y, gamma):
     return np.mean([-(1 - np.sign(g)*q)**abs(g)*np.log(q) for q, g in zip(p, np.broadcast_to(gamma, len(p)))])
 
 
-def slow_flsd(z, y): return slow_focal(z, y, [5 if softmax(row)[label] < .2 else 3 for row, label in zip(z, y)])
+def slow_flsd(z, y):
+    return slow_focal(z, y, [5 if softmax(row)[label] < .2 else 3 for row, label in zip(z, y)])
 
 
 def slow_mdca(z, y):
@@ -44,7 +46,9 @@ def slow_mdca(z, y):
     return sum(abs(np.mean([q[c] for q in p]) - np.mean([label == c for label in y])) for c in range(C))/C
 
 
-def slow_dca(z, y): return abs(np.mean([softmax(row).max() for row in z]) - np.mean([row.argmax() == label for row, label in zip(z, y)]))
+def slow_dca(z, y):
+    return abs(np.mean([softmax(row).max() for row in z])
+               - np.mean([row.argmax() == label for row, label in zip(z, y)]))
 
 
 def slow_mmce(z, y, ported=False):
@@ -61,7 +65,8 @@ def slow_mmce(z, y, ported=False):
     return np.sqrt(rr + ww - 2*rw + 1e-10)
 
 
-def slow_mbls(z, margin): return np.mean([max(0, max(row) - row[c] - margin) for row in z for c in range(len(row))])
+def slow_mbls(z, margin):
+    return np.mean([max(0, max(row) - row[c] - margin) for row in z for c in range(len(row))])
 
 
 def slow_acls(z, margin, published, still):
@@ -81,7 +86,8 @@ def slow_bdc(z, y):
 def slow_bec(z, y, self_pairs=False):
     B, C = z.shape
     if C == 2: return 0.
-    pairs = [(i, j, k) for i in range(B) for j in range(C) for k in range(C) if j != y[i] and k != y[i] and (self_pairs or j != k)]
+    pairs = [(i, j, k) for i in range(B) for j in range(C)
+             for k in range(C) if j != y[i] and k != y[i] and (self_pairs or j != k)]
     return sum(.5*softplus(-(z[i][j] - z[i][k])) for i, j, k in pairs)/(B*(C - 1)*(C - 2))
 
 
@@ -96,19 +102,23 @@ def slow_crl(z, q):
 
 def slow_distillation(z, y, t, T, alpha):
     kl = [sum(a*np.log(a/b) for a, b in zip(softmax(u/T), softmax(row/T))) for u, row in zip(t, z)]
-    return alpha*T**2*np.mean(kl) + (1 - alpha)*np.mean([-np.log(softmax(row)[label]) for row, label in zip(z, y)])
+    return (alpha*T**2*np.mean(kl)
+            + (1 - alpha)*np.mean([-np.log(softmax(row)[label]) for row, label in zip(z, y)]))
 
 
-def most(z, share): return share*(z.shape[1] - 1)/z.shape[1]  # of `eps` to the others: more would make the label the least likely class
+def most(z, share):  # of `eps` to the others: more would make the label the least likely class
+    return share*(z.shape[1] - 1)/z.shape[1]
 
 
 # each loss and its transcription, of the logits and what else a problem holds
 CASES = {
     "cross_entropy": (lambda z, o: cross_entropy(z, o.y), lambda z, o: slow_smoothing(z, o.y, 0)),
-    "label_smoothing": (lambda z, o: label_smoothing(z, o.y, o.share), lambda z, o: slow_smoothing(z, o.y, o.share)),
+    "label_smoothing": (lambda z, o: label_smoothing(z, o.y, o.share),
+                        lambda z, o: slow_smoothing(z, o.y, o.share)),
     "label_smoothing others": (lambda z, o: label_smoothing(z, o.y, most(z, o.share), others=True),
                                lambda z, o: slow_smoothing(z, o.y, most(z, o.share), others=True)),
-    "distillation": (lambda z, o: distillation(z, o.y, o.t, o.T, o.share), lambda z, o: slow_distillation(z, o.y, o.t, o.T, o.share)),
+    "distillation": (lambda z, o: distillation(z, o.y, o.t, o.T, o.share),
+                     lambda z, o: slow_distillation(z, o.y, o.t, o.T, o.share)),
     "focal": (lambda z, o: focal(z, o.y, 3*o.share), lambda z, o: slow_focal(z, o.y, 3*o.share)),
     "focal inverse": (lambda z, o: focal(z, o.y, -2*o.share), lambda z, o: slow_focal(z, o.y, -2*o.share)),
     "focal each": (lambda z, o: focal(z, o.y, o.g), lambda z, o: slow_focal(z, o.y, o.g)),
@@ -119,10 +129,12 @@ CASES = {
     "mmce ported": (lambda z, o: mmce(z, o.y, ported=True), lambda z, o: slow_mmce(z, o.y, ported=True)),
     "mbls": (lambda z, o: mbls(z, o.margin), lambda z, o: slow_mbls(z, o.margin)),
     "acls": (lambda z, o: acls(z, o.margin), lambda z, o: slow_acls(z, o.margin, False, o.still)),
-    "acls published": (lambda z, o: acls(z, o.margin, published=True), lambda z, o: slow_acls(z, o.margin, True, o.still)),
+    "acls published": (lambda z, o: acls(z, o.margin, published=True),
+                       lambda z, o: slow_acls(z, o.margin, True, o.still)),
     "bdc": (lambda z, o: bdc(z, o.y), lambda z, o: slow_bdc(z, o.y)),
     "bec": (lambda z, o: bec(z, o.y), lambda z, o: slow_bec(z, o.y)),
-    "bec self pairs": (lambda z, o: bec(z, o.y, self_pairs=True), lambda z, o: slow_bec(z, o.y, self_pairs=True)),
+    "bec self pairs": (lambda z, o: bec(z, o.y, self_pairs=True),
+                       lambda z, o: slow_bec(z, o.y, self_pairs=True)),
     "crl": (lambda z, o: crl(z, o.q), lambda z, o: slow_crl(z, o.q)),
 }
 each_loss = pytest.mark.parametrize("name", CASES)
@@ -132,13 +144,15 @@ def problem(seed, B, C, scale=2., **given):
     "Logits, and the rest; `still` is where the quantities without a gradient are taken"
     rng = np.random.default_rng(seed)
     z = scale*rng.normal(size=(B, C))
-    made = dict(y=rng.integers(C, size=B), t=scale*rng.normal(size=(B, C)), q=rng.integers(4, size=B)/3, g=rng.uniform(-2, 5, B))
+    made = dict(y=rng.integers(C, size=B), t=scale*rng.normal(size=(B, C)),
+                q=rng.integers(4, size=B)/3, g=rng.uniform(-2, 5, B))
     return z, SimpleNamespace(**dict(made, share=.3, T=2., margin=1.5, still=z) | given)
 
 
 def tensors(z, o, dtype=torch.float64):
     "The same in torch"
-    cast = lambda v: torch.from_numpy(v).to(dtype if v.dtype.kind == "f" else torch.long) if isinstance(v, np.ndarray) else v
+    cast = (lambda v: torch.from_numpy(v).to(dtype if v.dtype.kind == "f" else torch.long)
+                      if isinstance(v, np.ndarray) else v)
     return cast(z), SimpleNamespace(**{k: cast(v) for k, v in vars(o).items()})
 
 
@@ -152,7 +166,8 @@ def rows(*p):
 
 @each_loss
 @settings(max_examples=40)
-@given(st.integers(0, 2**31), st.integers(1, 6), st.integers(2, 5), st.floats(.1, 8), st.floats(0, 1), st.floats(1, 10), st.floats(0, 12))
+@given(st.integers(0, 2**31), st.integers(1, 6), st.integers(2, 5),
+       st.floats(.1, 8), st.floats(0, 1), st.floats(1, 10), st.floats(0, 12))
 def test_values(name, seed, B, C, scale, share, T, margin):
     z, o = problem(seed, B, C, scale, share=share, T=T, margin=margin)
     ours, slow = CASES[name]
@@ -160,23 +175,31 @@ def test_values(name, seed, B, C, scale, share, T, margin):
 
 
 def test_mmce_divides_by_the_number_of_pairs_once_and_the_ports_twice():
-    "All at confidence 3/4, one right, two wrong: 1/16 + 9/16 - 2*3/16 = 1/4; divided again, 1/16 + 9/64 - 2*3/32 = 1/64"
+    """All at confidence 3/4, one right, two wrong: 1/16 + 9/16 - 2*3/16 = 1/4; divided again,
+    1/16 + 9/64 - 2*3/32 = 1/64
+    """
     z, y = rows(.75, .25, .75), torch.tensor([0, 0, 1])
-    assert mmce(z, y).item() == pytest.approx(1/2, abs=1e-8) and mmce(z, y, ported=True).item() == pytest.approx(1/8, abs=1e-8)
-    for right in (z.argmax(1), 1 - z.argmax(1)): assert mmce(z, right).item() == mmce(z, right, ported=True).item() == 0
+    assert (mmce(z, y).item() == pytest.approx(1/2, abs=1e-8)
+            and mmce(z, y, ported=True).item() == pytest.approx(1/8, abs=1e-8))
+    for right in (z.argmax(1), 1 - z.argmax(1)):
+        assert mmce(z, right).item() == mmce(z, right, ported=True).item() == 0
 
 
 def test_the_kernel_of_mmce_halves_over_a_distance_of_two_fifths_of_ln_2():
     low, y = .9 - .4*np.log(2), torch.tensor([0, 1])
-    assert mmce(rows(.9, low), y).item() == close(np.sqrt(.1**2 + low**2 - .1*low + 1e-10)) and mmce(rows(.5, .5), y).item() == close(1e-5)
+    assert (mmce(rows(.9, low), y).item() == close(np.sqrt(.1**2 + low**2 - .1*low + 1e-10))
+            and mmce(rows(.5, .5), y).item() == close(1e-5))
 
 
 def test_flsd_changes_its_gamma_at_a_fifth():
-    for p, gamma in ((.2 - 1e-7, 5), (.2 + 1e-7, 3)): assert flsd(rows(p), torch.tensor([0])).item() == close(-(1 - p)**gamma*np.log(p))
+    for p, gamma in ((.2 - 1e-7, 5), (.2 + 1e-7, 3)):
+        assert flsd(rows(p), torch.tensor([0])).item() == close(-(1 - p)**gamma*np.log(p))
 
 
 def test_crl_wants_the_confidences_apart_by_the_difference_of_correctness():
-    "Confidences .9 and .6: in the wrong order, .3 too far and .5 missing; in the right one, .2 missing; far enough; no order"
+    """Confidences .9 and .6: in the wrong order, .3 too far and .5 missing; in the right one, .2
+    missing; far enough; no order
+    """
     for q, loss in (((.5, 1.), .8), ((1., .5), .2), ((.6, .5), 0.), ((.5, .5), 0.)):
         assert crl(rows(.9, .4), torch.tensor(q, dtype=torch.float64)).item() == close(loss)
 
@@ -194,32 +217,42 @@ def test_bec_of_two_classes_is_zero():
 
 def test_dca_is_the_gap_of_the_batch():
     "Confidences .9 and .6: one of them right, both, none"
-    for y, gap in (([0, 0], .25), ([0, 1], .25), ([1, 0], .75)): assert dca(rows(.9, .4), torch.tensor(y)).item() == close(gap)
+    for y, gap in (([0, 0], .25), ([0, 1], .25), ([1, 0], .75)):
+        assert dca(rows(.9, .4), torch.tensor(y)).item() == close(gap)
 
 
 def test_mbls_and_acls_beyond_the_margin():
-    "Logits 3, 0, -1 and a margin of 2: the others are 1 and 2 beyond it, the largest by its level 1, by its distance from the smallest 2"
+    """Logits 3, 0, -1 and a margin of 2: the others are 1 and 2 beyond it, the largest by its level 1, by its
+    distance from the smallest 2
+    """
     z = torch.tensor([[3., 0., -1.]], dtype=torch.float64)
     assert mbls(z, 2.).item() == close((1 + 2)/3)
-    assert acls(z, 2.).item() == close(1 + .1*(1 + 4)/2) and acls(z, 2., published=True).item() == close(4 + .1*(1 + 4)/2)
+    assert (acls(z, 2.).item() == close(1 + .1*(1 + 4)/2)
+            and acls(z, 2., published=True).item() == close(4 + .1*(1 + 4)/2))
 
 
 @each_loss
 def test_gradients(name):
-    "Against differences of the slow formula, the stopped quantities held still; autograd's own check where nothing is stopped"
-    # no kink is near: logits of a row are multiples of .7 apart, the margin lies halfway, the other differences are asserted
+    """Against differences of the slow formula, the stopped quantities held still; autograd's own
+    check where nothing is stopped
+    """
+    # no kink is near: logits of a row are multiples of .7 apart, the margin lies halfway, the
+    # other differences are asserted
     z = .7*np.array([[5, 0, 2, 3], [1, 4, 0, 2], [0, 2, 6, 1], [1, 4, -1, 0], [1, 0, -1, -2]])
-    o = problem(0, 5, 4, y=np.array([0, 0, 2, 3, 1]), q=np.array([1, .6, .6, .55, .1]), margin=1.05, still=z)[1]
+    o = problem(0, 5, 4, y=np.array([0, 0, 2, 3, 1]),
+                q=np.array([1, .6, .6, .55, .1]), margin=1.05, still=z)[1]
     p, hit = np.array([softmax(row) for row in z]), z.argmax(1) == o.y
     conf, order = p.max(1), np.sign(o.q - np.roll(o.q, -1))
-    kinks = [p.mean(0) - np.eye(4)[o.y].mean(0), conf.mean() - hit.mean(), np.diff(np.sort(conf)), p[range(5), o.y] - .2,
+    kinks = [p.mean(0) - np.eye(4)[o.y].mean(0), conf.mean() - hit.mean(),
+             np.diff(np.sort(conf)), p[range(5), o.y] - .2,
              (order*(conf - np.roll(conf, -1)) - abs(o.q - np.roll(o.q, -1)))[order != 0]]
     assert all(np.abs(k).min() > 1e-2 for k in kinks)
     ours, slow = CASES[name]
     Z, O = tensors(z, o)
     grad, = torch.autograd.grad(ours(Z.requires_grad_(), O), Z)
     steps = 1e-6*np.eye(z.size).reshape(-1, *z.shape)
-    assert grad.numpy().ravel() == pytest.approx([(slow(z + h, o) - slow(z - h, o))/2e-6 for h in steps], abs=1e-7)
+    assert (grad.numpy().ravel()
+            == pytest.approx([(slow(z + h, o) - slow(z - h, o))/2e-6 for h in steps], abs=1e-7))
     assert grad.abs().max() > 1e-3
     if not name.startswith("acls"): assert torch.autograd.gradcheck(lambda x: ours(x, O), Z)
 
@@ -239,7 +272,8 @@ def extremes():
 def test_value_and_gradient_stay_finite(name, dtype):
     for z, y in extremes():
         B = len(z)
-        o = problem(0, *z.shape, y=y, t=-z, q=np.arange(B) % 3/2, g=np.resize([-2, .5, 0, 5, -.5], B), margin=10.)[1]
+        o = problem(0, *z.shape, y=y, t=-z, q=np.arange(B) % 3/2,
+                    g=np.resize([-2, .5, 0, 5, -.5], B), margin=10.)[1]
         Z, O = tensors(z, o, torch.float32)
         Z, O.t = Z.to(dtype).requires_grad_(), O.t.to(dtype)
         loss = CASES[name][0](Z, O)
@@ -250,7 +284,8 @@ def test_value_and_gradient_stay_finite(name, dtype):
 def test_mmce_survives_the_rounding_of_its_own_difference():
     "At confidence 1/2 its three terms cancel, and float32 may leave less than -1e-10 for the root"
     for B, one, ported in product(range(2, 60), (False, True), (False, True)):
-        z, y = torch.zeros(B, 2, requires_grad=True), torch.arange(B).clamp_max(1) if one else torch.arange(B) % 2
+        z, y = (torch.zeros(B, 2, requires_grad=True),
+                torch.arange(B).clamp_max(1) if one else torch.arange(B) % 2)
         loss = mmce(z, y, ported)
         loss.backward()
         assert loss.isfinite() and z.grad.isfinite().all()
@@ -258,7 +293,9 @@ def test_mmce_survives_the_rounding_of_its_own_difference():
 
 @each_loss
 def test_a_level_added_to_the_logits_of_a_sample_changes_nothing(name):
-    "Except ACLS by default: its first term looks at the level of the largest logit, where that is beyond the margin"
+    """Except ACLS by default: its first term looks at the level of the largest logit, where
+    that is beyond the margin
+    """
     z, o = problem(1, 6, 4)
     Z, O = tensors(z, o)
     level = torch.arange(1, 7, dtype=torch.float64)[:, None]
@@ -285,16 +322,19 @@ def test_a_calibrated_batch_costs_nothing(p, y):
 
 def test_focal_at_zero_is_the_cross_entropy():
     Z, O = tensors(*problem(3, 6, 4))
-    for gamma in (0., torch.zeros(6, dtype=torch.float64)): assert focal(Z, O.y, gamma).item() == close(cross_entropy(Z, O.y).item())
+    for gamma in (0., torch.zeros(6, dtype=torch.float64)):
+        assert focal(Z, O.y, gamma).item() == close(cross_entropy(Z, O.y).item())
 
 
 def test_the_two_conventions_of_label_smoothing_differ_by_a_factor_of_eps():
     for C, eps in product((2, 3, 10), (0., .05, .3)):
         Z, O = tensors(*problem(4, 6, C))
-        assert label_smoothing(Z, O.y, eps, others=True).item() == close(label_smoothing(Z, O.y, eps*C/(C - 1)).item())
+        assert (label_smoothing(Z, O.y, eps, others=True).item()
+                == close(label_smoothing(Z, O.y, eps*C/(C - 1)).item()))
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "label_smoothing", "label_smoothing others", "distillation", "mdca"])
+@pytest.mark.parametrize("name", ["cross_entropy", "label_smoothing",
+                                  "label_smoothing others", "distillation", "mdca"])
 def test_targets_may_be_probabilities(name):
     z, o = problem(5, 6, 4)
     onehot = SimpleNamespace(**vars(o) | dict(y=np.eye(4)[o.y]))
@@ -356,7 +396,8 @@ def test_the_student_of_a_teacher_at_alpha_one_has_its_probabilities():
     t = torch.tensor([[2., 0., -1.]])
     for T in (1., 4.):
         z = torch.zeros(1, 3, requires_grad=True)
-        opt = torch.optim.LBFGS([z], max_iter=200, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+        opt = torch.optim.LBFGS([z], max_iter=200, tolerance_grad=1e-10,
+                                tolerance_change=1e-14, line_search_fn="strong_wolfe")
         def closure():
             opt.zero_grad()
             loss = distillation(z, torch.tensor([0]), t, T, 1.)

@@ -24,7 +24,9 @@ ALL = BINNED | dict(ks=ks, brier=brier, nll=nll, top1=top1)
 
 
 def binary(conf, right):
-    "Two-class probabilities with these confidences of the top label, and labels that make it correct or wrong"
+    """Two-class probabilities with these confidences of the top label, and labels
+    that make it correct or wrong
+    """
     return [[c, 1 - c] for c in conf], [0 if r else 1 for r in right]
 
 
@@ -72,7 +74,9 @@ def test_the_smallest_confidence_counts():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([.5, .6, .75, .75000001, 1.]), st.booleans()), min_size=1, max_size=40), st.randoms())
+@given(st.lists(st.tuples(st.sampled_from([.5, .6, .75, .75000001, 1.]), st.booleans()),
+                min_size=1, max_size=40),
+       st.randoms())
 def test_order_of_images_does_not_matter_with_ties(images, rng):
     shuffled = images[:]
     rng.shuffle(shuffled)
@@ -84,7 +88,9 @@ def test_order_of_images_does_not_matter_with_ties(images, rng):
 
 # -- properties ---------------------------------------------------------------
 
-outputs = st.tuples(st.integers(1, 60), st.integers(2, 6), st.integers(0, 10**6)).map(lambda a: made(a[0], a[1], 1.5, seed=a[2])[:2])
+outputs = st.tuples(st.integers(1, 60), st.integers(2, 6), st.integers(0, 10**6)).map(
+    lambda a: made(a[0], a[1], 1.5, seed=a[2])[:2]
+)
 
 
 @settings(max_examples=30, deadline=None)
@@ -119,7 +125,9 @@ def test_certain_outputs_and_tiny_sets_are_defined(n):
     for wrong in (False, True):
         y = (p.argmax(1) + wrong) % 3
         for name in BINNED | {"ks": ks}:
-            assert ALL[name](p, y, kind="probs") == pytest.approx(0 if not wrong else {"sce": 2/3, "classwise_ace": 2/3}.get(name, 1)), name
+            assert ALL[name](p, y, kind="probs") == pytest.approx(
+                0 if not wrong else {"sce": 2/3, "classwise_ace": 2/3}.get(name, 1)
+            ), name
         assert nll(p, y, kind="probs") == (math.inf if wrong else 0)
 
 
@@ -163,7 +171,8 @@ def test_probabilities_read_as_logits_are_warned_of():
     with pytest.warns(UserWarning, match="kind='probs'"): ece([[.9, .1]], [0])
 
 
-@pytest.mark.parametrize("as_type", [np.asarray, lambda t: t.tolist(), lambda t: t.float(), lambda t: t.clone().requires_grad_()])
+@pytest.mark.parametrize("as_type", [np.asarray, lambda t: t.tolist(), lambda t: t.float(),
+                                     lambda t: t.clone().requires_grad_()])
 def test_what_numpy_can_read(as_type):
     z, y, _ = made(40)
     z = z.round(decimals=3)
@@ -172,7 +181,8 @@ def test_what_numpy_can_read(as_type):
 
 # -- reference libraries ------------------------------------------------------
 
-SIZES = [(990, 10), (60, 3), (300, 2)] # multiples of 15: on others the libraries cut unequal bins in ways of their own
+# multiples of 15: on others the libraries cut unequal bins in ways of their own
+SIZES = [(990, 10), (60, 3), (300, 2)]
 
 
 @pytest.mark.parametrize("n, c", SIZES)
@@ -185,7 +195,9 @@ def test_torchmetrics(n, c):
 
 
 def test_torchmetrics_cuts_at_the_other_side():
-    "Its bins are [lo, hi): a confidence of exactly .75 goes up, and 1.0 into a bin of its own, where ours keep (lo, hi]"
+    """Its bins are [lo, hi): a confidence of exactly .75 goes up, and 1.0 into a bin of its
+    own, where ours keep (lo, hi]
+    """
     ref = pytest.importorskip("torchmetrics.classification").MulticlassCalibrationError
     conf, right = [.7, .75, .8, 1.], [1, 0, 1, 0]
     p, y = binary(conf, right)
@@ -196,15 +208,20 @@ def test_torchmetrics_cuts_at_the_other_side():
 
 @pytest.mark.parametrize("n, c", SIZES)
 def test_netcal(n, c):
-    "ECE, MCE and ECE with equal-mass bins agree for C > 2; its class `ACE` is a third thing, the UNWEIGHTED mean of the bins' gaps"
+    """ECE, MCE and ECE with equal-mass bins agree for C > 2; its class `ACE` is a third thing, the
+    UNWEIGHTED mean of the bins' gaps
+    """
     ref = pytest.importorskip("netcal.metrics")
     z, y, _ = made(n, c, 1.3)
     p, labels = z.softmax(1).numpy(), y.numpy()
-    if c == 2: p, labels = p.max(1), (p.argmax(1) == labels).astype(int) # else it would score the positive class: see below
+    if c == 2:
+        # else it would score the positive class: see below
+        p, labels = p.max(1), (p.argmax(1) == labels).astype(int)
     assert ref.ECE(15).measure(p, labels) == pytest.approx(ece(z, y), abs=1e-6)
     assert ref.MCE(15).measure(p, labels) == pytest.approx(mce(z, y), abs=1e-6)
     b = reliability_bins(z, y, n_boot=2)
-    assert ref.ACE(15).measure(p, labels) == pytest.approx(np.nanmean(abs(b.confidence - b.accuracy)), abs=1e-6)
+    assert (ref.ACE(15).measure(p, labels)
+            == pytest.approx(np.nanmean(abs(b.confidence - b.accuracy)), abs=1e-6))
 
 
 def test_netcal_scores_the_positive_class_of_two():
@@ -221,7 +238,9 @@ def test_uncertainty_calibration(n, c):
     ref = pytest.importorskip("calibration")
     z, y, _ = made(n, c, 1.3)
     p, labels = z.softmax(1).numpy(), y.numpy()
-    def theirs(mode, bins): return ref.lower_bound_scaling_ce(p, labels, p=1, debias=False, num_bins=15, mode=mode, binning_scheme=bins)
+    def theirs(mode, bins):
+        return ref.lower_bound_scaling_ce(p, labels, p=1, debias=False, num_bins=15,
+                                          mode=mode, binning_scheme=bins)
     assert ref.get_ece(p, labels) == pytest.approx(ece(z, y), abs=1e-9)
     assert theirs("marginal", ref.get_equal_prob_bins) == pytest.approx(sce(z, y), abs=1e-9)
     assert theirs("top-label", ref.get_equal_bins) == pytest.approx(ace(z, y), abs=1e-9)
@@ -235,7 +254,8 @@ def test_temperature_is_the_minimum(factor):
     z, y, _ = made(800, 6, factor)
     T = fit_temperature(z, y)
     found = minimize_scalar(lambda u: nll(u*z, y), bracket=(.5/factor, 1/factor), options=dict(xtol=1e-12))
-    assert 1/T == pytest.approx(found.x, rel=1e-6) # a search by values finds the place to half the digits only
+    # a search by values finds the place to half the digits only
+    assert 1/T == pytest.approx(found.x, rel=1e-6)
     assert nll(z/T, y) <= found.fun + 1e-15
     assert fit_temperature(z/T, y) == pytest.approx(1, rel=1e-12)
     assert top1(z/T, y) == top1(z, y)
@@ -258,7 +278,8 @@ def test_against_the_truth():
     assert true_calibration_error(p, p) == pytest.approx(0, abs=1e-12) == kl_to_truth(p, p)
     labels = p.multinomial(1, generator=torch.Generator().manual_seed(7)).squeeze(1)
     assert true_calibration_error(softmax64(z), p) == pytest.approx(ece(z, labels), abs=.01)
-    assert kl_to_truth(softmax64(z), p) == pytest.approx(nll(z, labels) - float(-(p*p.log()).sum(1).mean()), abs=.03)
+    assert (kl_to_truth(softmax64(z), p)
+            == pytest.approx(nll(z, labels) - float(-(p*p.log()).sum(1).mean()), abs=.03))
     assert kl_to_truth([[1., 0.]], [[.5, .5]]) == math.inf
 
 
@@ -269,18 +290,26 @@ def test_files_come_back(tmp_path):
     np.savez(tmp_path/"a.npz", logits=z.numpy(), labels=y.numpy())
     rows = [",".join([*(repr(v) for v in row), str(int(t))]) for row, t in zip(z.tolist(), y)]
     (tmp_path/"a.csv").write_text("\n".join(["a,b,c,label", *rows]))
-    (tmp_path/"excel.csv").write_text("\n".join(["label,a,b,c", *(",".join((r.rsplit(",", 1)[1], r.rsplit(",", 1)[0])) for r in rows)]), encoding="utf-8-sig")
+    (tmp_path/"excel.csv").write_text(
+        "\n".join(["label,a,b,c", *(",".join((r.rsplit(",", 1)[1], r.rsplit(",", 1)[0])) for r in rows)]),
+        encoding="utf-8-sig"
+    )
     for name in ("a.npz", "a.csv", "excel.csv"):
         logits, labels = load_outputs(tmp_path/name)
         assert torch.equal(logits, z) and torch.equal(labels, y), name
 
 
 @pytest.mark.parametrize("name, content", [
-    ("none.npz", None), ("none.csv", None), ("odd.txt", b"1"), ("empty.npz", b""), ("empty.csv", b""), ("cut.npz", "cut"), ("damaged.npz", "damaged"),
-    ("text.npz", b"not a zip file"), ("other.npz", dict(x=np.zeros(3))), ("one.npz", dict(logits=np.zeros((2, 2)))),
-    ("object.npz", dict(logits=np.array([{}, {}]), labels=np.zeros(2))), ("shape.npz", dict(logits=np.zeros(2), labels=np.zeros(2))),
-    ("head.csv", b"a,b\n1,2\n"), ("only.csv", b"label,a,b\n"), ("ragged.csv", b"label,a,b\n0,1,2\n1,1\n"), ("words.csv", b"label,a,b\n0,one,2\n"),
-    ("label.csv", b"label,a,b\n7,1,2\n"), ("binary.csv", b"\xff\xfe\x00label"), ("wide.csv", b"label,a,b\n0,1,2,3\n"),
+    ("none.npz", None), ("none.csv", None), ("odd.txt", b"1"), ("empty.npz", b""),
+    ("empty.csv", b""), ("cut.npz", "cut"), ("damaged.npz", "damaged"),
+    ("text.npz", b"not a zip file"), ("other.npz", dict(x=np.zeros(3))),
+    ("one.npz", dict(logits=np.zeros((2, 2)))),
+    ("object.npz", dict(logits=np.array([{}, {}]), labels=np.zeros(2))),
+    ("shape.npz", dict(logits=np.zeros(2), labels=np.zeros(2))),
+    ("head.csv", b"a,b\n1,2\n"), ("only.csv", b"label,a,b\n"),
+    ("ragged.csv", b"label,a,b\n0,1,2\n1,1\n"), ("words.csv", b"label,a,b\n0,one,2\n"),
+    ("label.csv", b"label,a,b\n7,1,2\n"), ("binary.csv", b"\xff\xfe\x00label"),
+    ("wide.csv", b"label,a,b\n0,1,2,3\n"),
 ])
 def test_odd_files_are_refused_by_name(tmp_path, name, content):
     path = tmp_path/name

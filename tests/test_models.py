@@ -4,7 +4,8 @@ import torch
 
 from kdc_nb.training.models import MODELS, build_model, count_parameters
 
-PUBLISHED = { # for 10 and 100 classes; where only one is published (resnet56, mobilenet_v2_plain), the head gives the other
+# for 10 and 100 classes; where only one is published (resnet56, mobilenet_v2_plain), the head gives the other
+PUBLISHED = {
     "resnet8": (78_042, 83_892), "resnet56": (855_770, 861_620), "resnet56_bottleneck": (591_322, 614_452),
     "wrn_40_1": (563_930, 569_780), "wrn_40_2": (2_243_546, 2_255_156),
     "mobilenet_v2": (2_254_090, 2_369_380), "mobilenet_v2_plain": (2_237_770, 2_353_060),
@@ -15,7 +16,9 @@ every = pytest.mark.parametrize("name", PUBLISHED)
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    "Deep nets on tiny images are thousands of small steps, at each of which a second thread would be waited for"
+    """Deep nets on tiny images are thousands of small steps, at each of which a second
+    thread would be waited for
+    """
     n = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -85,20 +88,27 @@ def test_channels_last_and_bfloat16(name):
     assert (half.float() - z).norm() < .05*z.norm()
 
 
-@pytest.mark.parametrize("name", ["", "resnet", "resnet08", "wrn_40", "wrn-40-2", "wrn_40_0", "WRN_40_2", "vgg16", "resnet8\n"])
+@pytest.mark.parametrize("name", ["", "resnet", "resnet08", "wrn_40", "wrn-40-2",
+                                  "wrn_40_0", "WRN_40_2", "vgg16", "resnet8\n"])
 def test_unknown_names_list_the_known(name):
-    with pytest.raises(ValueError, match=r"model: got .* expected one of .*densenet121, .*, wrn_\{depth\}_\{width\}"): build_model(name, 10)
+    with pytest.raises(ValueError,
+                       match=r"model: got .* expected one of .*densenet121, .*, wrn_\{depth\}_\{width\}"):
+        build_model(name, 10)
 
 
-@pytest.mark.parametrize("name, rule", [("resnet9", "6n.2"), ("resnet2", "6n.2"), ("resnet8_bottleneck", "9n.2"), ("wrn_41_2", "6n.4")])
+@pytest.mark.parametrize("name, rule", [("resnet9", "6n.2"), ("resnet2", "6n.2"),
+                                        ("resnet8_bottleneck", "9n.2"), ("wrn_41_2", "6n.4")])
 def test_depths_that_cannot_be(name, rule):
     with pytest.raises(ValueError, match=rf"depth: got \d+, expected {rule}"): build_model(name, 10)
 
 
 def test_a_name_of_ones_own(monkeypatch):
     made = []
-    monkeypatch.setitem(MODELS, "Mine.{a}x{b}", lambda n_classes, in_channels, a, b: made.append((n_classes, in_channels, a, b)) or torch.nn.Identity())
-    monkeypatch.setitem(MODELS, "resnet8", lambda n_classes, in_channels: made.append("exact") or torch.nn.Identity())
+    monkeypatch.setitem(MODELS, "Mine.{a}x{b}",
+                        lambda n_classes, in_channels, a, b:
+                            made.append((n_classes, in_channels, a, b)) or torch.nn.Identity())
+    monkeypatch.setitem(MODELS, "resnet8",
+                        lambda n_classes, in_channels: made.append("exact") or torch.nn.Identity())
     build_model("Mine.3x14", 5, 1)
     build_model("resnet8", 5)
     assert made == [(5, 1, 3, 14), "exact"]
@@ -106,8 +116,10 @@ def test_a_name_of_ones_own(monkeypatch):
 
 @pytest.mark.parametrize("depth, published", [(18, 11_689_512), (34, 21_797_672), (50, 25_557_032)])
 def test_torchvisions_resnets_have_their_published_size(depth, published):
-    with torch.device("meta"): assert count_parameters(build_model(f"torchvision_resnet{depth}", 1000)) == published
-    with pytest.raises(ValueError, match="in_channels: got 1, expected 3"): build_model(f"torchvision_resnet{depth}", 10, 1)
+    with torch.device("meta"):
+        assert count_parameters(build_model(f"torchvision_resnet{depth}", 1000)) == published
+    with pytest.raises(ValueError, match="in_channels: got 1, expected 3"):
+        build_model(f"torchvision_resnet{depth}", 10, 1)
 
 
 def test_torchvisions_resnets_train_on_larger_images_and_show_their_penultimate_layer(tmp_path, monkeypatch):
@@ -120,5 +132,6 @@ def test_torchvisions_resnets_train_on_larger_images_and_show_their_penultimate_
     monkeypatch.setenv("KDC_CACHE", str(tmp_path))
     pair = torch.randint(0, 256, (12, 3, 64, 64), dtype=torch.uint8), torch.arange(12) % 3
     spec = RunSpec(register_images("large", pair, pair, pair), "torchvision_resnet18", "nll", Recipe(1, 6))
-    assert run(spec, Store(), "cpu", progress=False).evaluation.n == 12 and extract_features(spec, Store(), "cpu").features["test"].shape == (12, 512)
+    assert (run(spec, Store(), "cpu", progress=False).evaluation.n == 12
+            and extract_features(spec, Store(), "cpu").features["test"].shape == (12, 512))
     load_data.cache_clear()

@@ -1,4 +1,6 @@
-"The paper's tables: who teaches whom, what is done of them, what they claim, and the command that trains them."
+"""The paper's tables: who teaches whom, what is done of them, what they claim, and the
+command that trains them.
+"""
 from dataclasses import replace
 
 import numpy as np
@@ -49,8 +51,11 @@ def test_who_teaches_whom(name):
     assert len(set(rows.values())) == len(rows)
     for row, spec in rows.items():
         assert spec.model == (setting.teacher if row.startswith("Teacher") else setting.student), row
-        if row.startswith("KD"): assert {r.model for r in lineage(spec)[:-1]} == {setting.teacher} and (spec.method.T, spec.method.alpha) == (2, .5)
-    assert rows["KD(UC), from NLL"].method.teacher.method == Method("nll") and isinstance(rows["KD(C), from NLL after TS"].method.teacher, TemperatureScaled)
+        if row.startswith("KD"):
+            assert ({r.model for r in lineage(spec)[:-1]} == {setting.teacher}
+                    and (spec.method.T, spec.method.alpha) == (2, .5))
+    assert (rows["KD(UC), from NLL"].method.teacher.method == Method("nll")
+            and isinstance(rows["KD(C), from NLL after TS"].method.teacher, TemperatureScaled))
 
 
 def test_the_rows_train(tmp_path):
@@ -61,14 +66,16 @@ def test_the_rows_train(tmp_path):
 @given(st.integers(0, 8), st.integers(0, 3))
 def test_each_generation_is_taught_by_the_one_before(n, seed):
     chain = self_distillation_chain(replace(NET, seed=seed), n, T=2, alpha=.5)
-    assert [trace_generation(s) for s in chain] == [(chain[0], k) for k in range(n + 1)] and lineage(chain[-1]) == chain
+    assert ([trace_generation(s) for s in chain] == [(chain[0], k) for k in range(n + 1)]
+            and lineage(chain[-1]) == chain)
     assert _runs_teachers_first(chain[::-1]) == chain
 
 
 def test_a_chain_begins_where_a_network_was_not_taught_by_a_network():
     scaled = replace(NET, method=Distil(TemperatureScaled(NET)))
     assert trace_generation(scaled) == (scaled, 0) and _trace_first_teacher(scaled) == ("nll after TS", 1)
-    assert _trace_first_teacher(self_distillation_chain(NET, 3)[-1]) == ("nll", 3) and _trace_first_teacher(self_distillation_chain(scaled, 1)[-1])[1] == 1
+    assert (_trace_first_teacher(self_distillation_chain(NET, 3)[-1]) == ("nll", 3)
+            and _trace_first_teacher(self_distillation_chain(scaled, 1)[-1])[1] == 1)
 
 
 @settings(max_examples=15, deadline=None)
@@ -79,7 +86,8 @@ def test_generations_at_alpha_are_one_at_its_power(seed, alpha, t):
     first = z = p.X.T@p.W_t
     for _ in range(t): z = p.X.T@fit_linear_student(p.X, p.y, z, 1., alpha).W
     assert z == pytest.approx(p.X.T@fit_linear_student(p.X, p.y, first, 1., alpha**t).W, abs=1e-5)
-    assert calibration_gap(p.X, z, p.y)[-1] == pytest.approx(alpha**t*calibration_gap(p.X, first, p.y)[-1], abs=1e-6)
+    assert (calibration_gap(p.X, z, p.y)[-1]
+            == pytest.approx(alpha**t*calibration_gap(p.X, first, p.y)[-1], abs=1e-6))
 
 
 @pytest.fixture(scope="module")
@@ -96,16 +104,19 @@ def test_generations_are_measured_from_what_they_say(looks):
     assert [(r.first, r.number) for r in rows] == [(m, k) for m in ("nll", "focal gamma=3") for k in range(3)]
     chain = list(found)[:3]
     z = [run(s, store, "cpu", progress=False).logits["test"].double() for s in chain]
-    assert rows[2].values["agreement"].value == pytest.approx(float((z[2].argmax(1) == z[0].argmax(1)).double().mean()))
+    assert (rows[2].values["agreement"].value
+            == pytest.approx(float((z[2].argmax(1) == z[0].argmax(1)).double().mean())))
     e = rows[2].values["gap"]
     expected = z[2].softmax(1).amax(1).mean() - rows[2].values["top1"].value
     assert e.value == pytest.approx(float(expected), abs=1e-4) and e.low < e.value < e.high
-    assert rows[2].values["kl"].value == pytest.approx(run(chain[2], store, "cpu", progress=False).truth["kl"], rel=1e-4)
+    assert (rows[2].values["kl"].value
+            == pytest.approx(run(chain[2], store, "cpu", progress=False).truth["kl"], rel=1e-4))
 
 
 def test_a_chain_without_its_first_is_refused(looks):
     found = dict(list(looks[0].items())[1:3])
-    with pytest.raises(ValueError, match="looks: got no known resnet8 nll, seed 0, expected generation zero"): prepare_generations(found)
+    with pytest.raises(ValueError, match="looks: got no known resnet8 nll, seed 0, expected generation zero"):
+        prepare_generations(found)
     with pytest.raises(ValueError, match="looks: got no student"): prepare_generations({})
 
 
@@ -114,11 +125,13 @@ def test_only_chains_of_one_kind_are_measured(looks):
     first, second, _ = list(looks[0])[:3]
     l = looks[0][second]
     hot = replace(second, method=Distil(second, 4., .9))
-    with pytest.raises(ValueError, match="looks: got .*expected chains as"): prepare_generations({first: l, second: l, hot: l})
+    with pytest.raises(ValueError, match="looks: got .*expected chains as"):
+        prepare_generations({first: l, second: l, hot: l})
     larger = replace(second, model="resnet14")
     with pytest.raises(ValueError, match="expected chains as"): prepare_generations({first: l, larger: l})
     other = self_distillation_chain(replace(first, model="resnet14"), 1)
-    with pytest.raises(ValueError, match="expected chains of one network"): prepare_generations(dict.fromkeys([first, second, *other], l))
+    with pytest.raises(ValueError, match="expected chains of one network"):
+        prepare_generations(dict.fromkeys([first, second, *other], l))
 
 
 def test_the_explorer_goes_through_the_generations(looks):
@@ -136,14 +149,19 @@ def test_the_explorer_goes_through_the_generations(looks):
 def test_every_piece_of_the_paper_is_a_table_of_runs(name, small):
     texts = name == "table3"
     if small and texts != (small == "topics"):
-        with pytest.raises(ValueError, match=f"^small: got '{small}', expected"): paper_specs(name, small=small)
+        with pytest.raises(ValueError, match=f"^small: got '{small}', expected"):
+            paper_specs(name, small=small)
         return
     rows = [paper_specs(name, seed=s, small=small) for s in (0, 1)]
     assert list(rows[0]) == list(rows[1]) and len(set(rows[0].values())) == len(rows[0])
     for spec in rows[1].values():
-        assert {r.seed for r in lineage(spec)} == {1} and spec.data == (MINIATURE_DATA[small] if small else SETTINGS[PAPER_EXPERIMENTS[name].setting].data)
-        assert {r.model for r in lineage(spec)} <= ({"resnet8", "resnet14", "bert_2_64", "distilbert_1_64"} if small else set(SETTINGS[PAPER_EXPERIMENTS[name].setting][1:]))
-        assert spec.recipe == RECIPES[("text_small" if small else "text") if texts else ("cpu" if small else "paper")]
+        assert ({r.seed for r in lineage(spec)} == {1} and spec.data
+                == (MINIATURE_DATA[small] if small else SETTINGS[PAPER_EXPERIMENTS[name].setting].data))
+        assert ({r.model for r in lineage(spec)}
+                <= ({"resnet8", "resnet14", "bert_2_64", "distilbert_1_64"} if small
+                    else set(SETTINGS[PAPER_EXPERIMENTS[name].setting][1:])))
+        assert (spec.recipe
+                == RECIPES[("text_small" if small else "text") if texts else ("cpu" if small else "paper")])
 
 
 def test_the_most_telling_rows_come_first():
@@ -151,10 +169,15 @@ def test_the_most_telling_rows_come_first():
     def first(name, n):
         rows = paper_specs(name)
         return [next(k for k, v in rows.items() if v == s) for s in order_by_priority(rows)[:n]]
-    assert first("table1", 7) == ["KD(UC), from NLL", "Teacher, NLL", "Direct, NLL", "KD(C), from NLL after TS", "KD(C), from MDCA", "Teacher, MDCA", "Direct, MDCA"]
-    assert first("table2b", 4) == ["KD(UC), from NLL", "Direct, NLL", "KD(C), from NLL after TS", "KD(C), from MDCA"], "a student of itself"
-    assert first("fig4", 6) == ["UC, generation 1", "UC, generation 0", "C, generation 1", "C, generation 0", "UC, generation 2", "C, generation 2"]
-    assert first("ablation", 7) == [f"KD(UC), from NLL, T={T}, alpha=0.9" for T in (1, 2, 4, 8, 20)] + ["Teacher, NLL", "KD(C), from MDCA, T=1, alpha=0.9"]
+    assert first("table1", 7) == ["KD(UC), from NLL", "Teacher, NLL",
+                                  "Direct, NLL", "KD(C), from NLL after TS",
+                                  "KD(C), from MDCA", "Teacher, MDCA", "Direct, MDCA"]
+    assert first("table2b", 4) == ["KD(UC), from NLL", "Direct, NLL", "KD(C), from NLL after TS",
+                                   "KD(C), from MDCA"], "a student of itself"
+    assert first("fig4", 6) == ["UC, generation 1", "UC, generation 0", "C, generation 1",
+                                "C, generation 0", "UC, generation 2", "C, generation 2"]
+    assert (first("ablation", 7) == [f"KD(UC), from NLL, T={T}, alpha=0.9" for T in (1, 2, 4, 8, 20)]
+            + ["Teacher, NLL", "KD(C), from MDCA, T=1, alpha=0.9"])
 
 
 @pytest.mark.parametrize("name", PAPER_EXPERIMENTS)
@@ -164,18 +187,22 @@ def test_worth_is_an_order_of_all_rows(name):
 
 
 def test_a_miniature_keeps_who_is_larger():
-    for name, teacher, student in (("table1", "resnet14", "resnet8"), ("table2a", "resnet8", "resnet14"), ("table2b", "resnet8", "resnet8"), ("ablation", "resnet14", "resnet8")):
+    for name, teacher, student in (("table1", "resnet14", "resnet8"), ("table2a", "resnet8", "resnet14"),
+                                   ("table2b", "resnet8", "resnet8"), ("ablation", "resnet14", "resnet8")):
         rows = paper_specs(name, small="known")
-        assert {r.model for k, s in rows.items() if k.startswith("KD") for r in lineage(s)} == {teacher, student}
+        assert ({r.model for k, s in rows.items() if k.startswith("KD") for r in lineage(s)}
+                == {teacher, student})
         assert {s.model for k, s in rows.items() if k.startswith("KD")} == {student}
 
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     "Three seeds of a small table; the last seed has no student of the teacher after TS"
-    store, setting = Store(tmp_path_factory.mktemp("table")), Setting(replace_size(TINY), "resnet8", "resnet8")
+    store, setting = (Store(tmp_path_factory.mktemp("table")),
+                      Setting(replace_size(TINY), "resnet8", "resnet8"))
     seeds = [table_specs(setting, METHODS, Recipe(2, 50), s) for s in range(3)]
-    results = {s: run(s, store, "cpu", progress=False) for rows in seeds for k, s in rows.items() if rows is not seeds[2] or k != "KD(C), from NLL after TS"}
+    results = {s: run(s, store, "cpu", progress=False) for rows in seeds
+               for k, s in rows.items() if rows is not seeds[2] or k != "KD(C), from NLL after TS"}
     return seeds, results
 
 
@@ -188,23 +215,33 @@ def test_an_unfinished_table_says_what_is_missing(table):
     head, cells = paper_progress_table(named, published_values("self"))
     by = {r[0]: dict(zip(head, r)) for r in cells}
     assert by["KD(C), from NLL after TS"]["seeds"] == "2 of 3" and by["Direct, NLL"]["seeds"] == "3 of 3"
-    assert (by["Direct, NLL"]["paper: ECE, %"], by["Direct, focal + MDCA"]["paper: ECE, %"]) == ("3.30", "not in our source")
-    assert by["Direct, NLL after TS"]["NLL, nats"] == by["Direct, NLL"]["after TS: NLL, nats"] != by["Direct, NLL"]["NLL, nats"]
+    assert ((by["Direct, NLL"]["paper: ECE, %"], by["Direct, focal + MDCA"]["paper: ECE, %"])
+            == ("3.30", "not in our source"))
+    assert (by["Direct, NLL after TS"]["NLL, nats"]
+            == by["Direct, NLL"]["after TS: NLL, nats"] != by["Direct, NLL"]["NLL, nats"])
     head, cells = paper_progress_table(collect_by_row(seeds, {}), {})
-    assert "true error, %" not in head and {r[1] for r in cells} == {"to do"} and not any(any(r[2:]) for r in cells) and not any(h.startswith("paper") for h in head)
+    assert ("true error, %" not in head and {r[1] for r in cells} == {"to do"}
+            and not any(any(r[2:]) for r in cells) and not any(h.startswith("paper") for h in head))
 
 
 def test_an_ece_outside_its_interval_is_marked_and_said_below(table):
     "The mean interval is moved below the mean ECE"
     seeds, results = table
     done = [results[rows["Direct, NLL"]] for rows in seeds]
-    low = [replace(r, evaluation=replace(r.evaluation, raw=r.evaluation.raw | {"ece": replace(r.evaluation.raw["ece"], value=.5, low=.1, high=.4)})) for r in done]
-    inside = [replace(r, evaluation=replace(r.evaluation, raw=r.evaluation.raw | {"ece": replace(r.evaluation.raw["ece"], value=.5, low=.1, high=.6)})) for r in done]
+    low = [replace(r, evaluation=replace(r.evaluation, raw=r.evaluation.raw | {
+        "ece": replace(r.evaluation.raw["ece"], value=.5, low=.1, high=.4)
+    })) for r in done]
+    inside = [replace(r, evaluation=replace(r.evaluation, raw=r.evaluation.raw | {
+        "ece": replace(r.evaluation.raw["ece"], value=.5, low=.1, high=.6)
+    })) for r in done]
     shown = results_table({"a": low, "b": inside}, "two rows")
-    assert [r[shown.head.index("ECE, %")] for r in shown.rows] == ["50.00 ±0.00†", "50.00 ±0.00"] and len(shown.notes) == 1
+    assert ([r[shown.head.index("ECE, %")] for r in shown.rows] == ["50.00 ±0.00†", "50.00 ±0.00"]
+            and len(shown.notes) == 1)
     text = repr(shown).splitlines()
-    assert text[0] == "two rows" and text[-1] == shown.notes[0] and text[-1].startswith("†") and shown.notes[0] in shown._repr_html_()
-    assert results_table({"b": inside}).notes == paper_progress_table({"b": inside}, {}).notes == [] and len(paper_progress_table({"a": low}, {}).notes) == 1
+    assert (text[0] == "two rows" and text[-1] == shown.notes[0]
+            and text[-1].startswith("†") and shown.notes[0] in shown._repr_html_())
+    assert (results_table({"b": inside}).notes == paper_progress_table({"b": inside}, {}).notes == []
+            and len(paper_progress_table({"a": low}, {}).notes) == 1)
 
 
 def test_tables_go_to_pandas(table, tmp_path):
@@ -214,7 +251,9 @@ def test_tables_go_to_pandas(table, tmp_path):
     frame = shown.to_frame()
     assert list(frame) == head and frame.values.tolist() == rows
     frame.to_csv(tmp_path/"t.csv", index=False)
-    assert (tmp_path/"t.csv").read_text().splitlines()[0].startswith(',seeds,"Top-1, %","ECE, %",95% interval')
+    assert (tmp_path/"t.csv").read_text().splitlines()[0].startswith(
+        ',seeds,"Top-1, %","ECE, %",95% interval'
+    )
     assert r"ECE, \%" in frame.to_latex(index=False, escape=True)
 
 
@@ -223,14 +262,18 @@ def test_rows_are_compared_seed_by_seed_over_the_seeds_that_both_have(table, tmp
     named = collect_by_row(seeds, results)
     a, b = ("KD(C), from NLL after TS", "raw"), ("Direct, NLL", "scaled")
     for metric in ("nll", "ece"):
-        theirs = paired_difference(*([result_outcomes(results[rows[name]])[which] for rows in seeds[:2]] for name, which in (a, b)), metric)
+        theirs = paired_difference(*([result_outcomes(results[rows[name]])[which] for rows in seeds[:2]]
+                                     for name, which in (a, b)), metric)
         ours = row_differences(named, [(a, b)], metric)
-        assert ours.each == {"KD(C), from NLL after TS less Direct, NLL + TS": theirs} and ours.mean == theirs and len(theirs.each) == 2
+        assert (ours.each == {"KD(C), from NLL after TS less Direct, NLL + TS": theirs}
+                and ours.mean == theirs and len(theirs.each) == 2)
     (truth,) = row_differences(named, [(a, b)], "kl").each.values()
-    assert truth.each == pytest.approx([results[r[a[0]]].truth["kl"] - results[r[b[0]]].truth["scaled_kl"] for r in seeds[:2]]) and truth.n == 1
+    assert truth.each == pytest.approx([results[r[a[0]]].truth["kl"] - results[r[b[0]]].truth["scaled_kl"]
+                                        for r in seeds[:2]]) and truth.n == 1
     write_results(results.values(), tmp_path/"x.npz")
     kept = row_differences(collect_by_row(seeds, read_results(tmp_path/"x.npz")), [(a, b)], "ece").mean
-    assert kept.mean == pytest.approx(row_differences(named, [(a, b)], "ece").mean.mean, abs=2e-3), "from a light file"
+    assert kept.mean == pytest.approx(row_differences(named, [(a, b)], "ece").mean.mean,
+                                      abs=2e-3), "from a light file"
 
 
 def test_the_mean_of_a_claim_is_that_of_its_pairs_over_shared_seeds(table):
@@ -238,31 +281,44 @@ def test_the_mean_of_a_claim_is_that_of_its_pairs_over_shared_seeds(table):
     named = collect_by_row(seeds, results)
     pairs = table_claims(seeds[0])["KD(C) beats direct calibration"]
     found = row_differences(named, pairs, "nll")
-    assert found.mean.each == pytest.approx(np.mean([d.each[:2] for d in found.each.values()], 0)) and [len(d.each) for d in found.each.values()] == [3, 2]
-    assert row_differences({k: own[:1] for k, own in named.items()}, pairs, "nll").mean.n == 300, "one seed: over images"
+    assert (found.mean.each == pytest.approx(np.mean([d.each[:2] for d in found.each.values()], 0))
+            and [len(d.each) for d in found.each.values()] == [3, 2])
+    assert (row_differences({k: own[:1] for k, own in named.items()}, pairs, "nll").mean.n
+            == 300), "one seed: over images"
 
 
 def test_claims_pair_each_student_with_its_own_calibrator(table):
     seeds, results = table
     claims, named = table_claims(seeds[0]), collect_by_row(seeds, results)
-    assert dict(claims["KD(C) beats direct calibration"]) == {("KD(C), from focal + MDCA", "raw"): ("Direct, focal + MDCA", "raw"), ("KD(C), from NLL after TS", "raw"): ("Direct, NLL", "scaled")}
-    assert [a[0] for a, _ in claims["calibrating while training beats a temperature afterwards"]] == ["Direct, PS-KD", "Direct, focal + MDCA"]
+    assert dict(claims["KD(C) beats direct calibration"]) == {("KD(C), from focal + MDCA", "raw"): (
+        "Direct, focal + MDCA", "raw"
+    ), ("KD(C), from NLL after TS", "raw"): ("Direct, NLL", "scaled")}
+    assert ([a[0] for a, _ in claims["calibrating while training beats a temperature afterwards"]]
+            == ["Direct, PS-KD", "Direct, focal + MDCA"])
     for claim, pairs in claims.items():
         assert len(row_differences(named, pairs, "ece").each) == len(pairs) > 0, claim
-        assert row_differences({}, pairs, "ece") == row_differences(named, pairs, "ece", least=4) == ({}, None)
-    assert direct_counterpart("KD(C), from NLL after TS") == ("Direct, NLL", "scaled") and direct_counterpart("KD(UC), from NLL") == ("Direct, NLL", "raw")
+        assert (row_differences({}, pairs, "ece")
+                == row_differences(named, pairs, "ece", least=4) == ({}, None))
+    assert (direct_counterpart("KD(C), from NLL after TS") == ("Direct, NLL", "scaled")
+            and direct_counterpart("KD(UC), from NLL") == ("Direct, NLL", "raw"))
 
 
 def test_a_comparison_refuses_in_a_sentence(table):
     seeds, results = table
     named = collect_by_row(seeds, results)
     a, b = ("Direct, NLL", "raw"), ("KD(UC), from NLL", "raw")
-    other = {k: [replace(r, spec=replace(r.spec, data=TINY)) if k == "Direct, NLL" else r for r in own] for k, own in named.items()}
-    for call, message in ((lambda: _contributions_of_row(named, ("Direct, LS", "raw"), "nll"), "row: got .*Direct, LS"), (lambda: _contributions_of_row(named, ("Direct, NLL", "row"), "nll"), "row: got .*row"),
-                          (lambda: _contributions_of_row({"a": [replace(results[seeds[0]["Direct, NLL"]], truth=None)]}, ("a", "raw"), "kl"), "metric: got 'kl' of a"),
-                          (lambda: row_differences({k: own[:1] for k, own in named.items()}, [(a, b)], "kl"), "d: got shape"),
-                          (lambda: row_differences(other, [(a, b)], "nll"), "named: got rows on 2 data sets"),
-                          (lambda: collect_by_row([], {}), "seeds: got none"), (lambda: paper_progress_table({}, {}), "named: got no rows")):
+    other = {k: [replace(r, spec=replace(r.spec, data=TINY)) if k == "Direct, NLL" else r for r in own]
+             for k, own in named.items()}
+    for call, message in (
+        (lambda: _contributions_of_row(named, ("Direct, LS", "raw"), "nll"), "row: got .*Direct, LS"),
+        (lambda: _contributions_of_row(named, ("Direct, NLL", "row"), "nll"), "row: got .*row"),
+        (lambda: _contributions_of_row({"a": [replace(results[seeds[0]["Direct, NLL"]], truth=None)]},
+                                       ("a", "raw"), "kl"), "metric: got 'kl' of a"),
+        (lambda: row_differences({k: own[:1] for k, own in named.items()}, [(a, b)], "kl"), "d: got shape"),
+        (lambda: row_differences(other, [(a, b)], "nll"), "named: got rows on 2 data sets"),
+        (lambda: collect_by_row([], {}), "seeds: got none"),
+        (lambda: paper_progress_table({}, {}), "named: got no rows")
+    ):
         with pytest.raises(ValueError, match=message): call()
 
 
@@ -270,11 +326,15 @@ def test_a_comparison_refuses_in_a_sentence(table):
 def test_candidates_are_students_of_one_seed_with_the_published_among_them(name):
     offered, setting = candidate_specs(name), SETTINGS[PAPER_EXPERIMENTS[name].setting]
     specs = [s for several in offered.values() for s in several]
-    assert len(set(specs)) == len(specs) and {(s.data, s.model, s.seed) for s in specs} == {(setting.data, setting.student, 0)}
-    for method in set(offered) - {"KD"}: assert PUBLISHED_HYPERPARAMETERS.methods[method] in {s.method for s in offered[method]}, method
+    assert (len(set(specs)) == len(specs)
+            and {(s.data, s.model, s.seed) for s in specs} == {(setting.data, setting.student, 0)})
+    for method in set(offered) - {"KD"}:
+        assert PUBLISHED_HYPERPARAMETERS.methods[method] in {s.method for s in offered[method]}, method
     plain = replace(specs[0], model=setting.teacher, method=Method("nll"))
-    assert Distil(TemperatureScaled(plain), PUBLISHED_HYPERPARAMETERS.T, PUBLISHED_HYPERPARAMETERS.alpha) in {s.method for s in offered["KD"]}
-    assert ("MMCE" in offered) == (name in ("table1", "table1_mobilenet", "table2a", "table2b", "fig2", "fig3")), "only methods that the piece uses"
+    assert (Distil(TemperatureScaled(plain), PUBLISHED_HYPERPARAMETERS.T, PUBLISHED_HYPERPARAMETERS.alpha)
+            in {s.method for s in offered["KD"]})
+    assert ("MMCE" in offered) == (name in ("table1", "table1_mobilenet", "table2a", "table2b",
+                                            "fig2", "fig3")), "only methods that the piece uses"
 
 
 @given(st.data())
@@ -287,10 +347,14 @@ def test_the_lowest_validation_nll_chooses_whatever_the_test_images_say(table, d
     results = {s: replace(any_result, spec=s, valid={"nll": v, "top1": .5, "ece": .1}) for s, v in by.items()}
     best = select_on_validation(offered, results)
     assert best == {m: min(several, key=by.get) for m, several in offered.items()}
-    assert [f"{by[s]:.3f}" for s in best.values()] == [nll.removesuffix(" *") for *_, nll, _, _ in candidates_table(offered, results).rows if nll.endswith("*")]
+    assert ([f"{by[s]:.3f}" for s in best.values()]
+            == [nll.removesuffix(" *")
+                for *_, nll, _, _ in candidates_table(offered, results).rows if nll.endswith("*")])
     choice = as_hyperparameters(best)
-    assert (choice.T, choice.alpha) == (best["KD"].method.T, best["KD"].method.alpha) and choice.methods["CRL"] == best["CRL"].method
-    assert {m: choice.methods[m] for m in ("NLL", "AdaFocal", "PS-KD")} == {m: PUBLISHED_HYPERPARAMETERS.methods[m] for m in ("NLL", "AdaFocal", "PS-KD")}
+    assert ((choice.T, choice.alpha) == (best["KD"].method.T, best["KD"].method.alpha)
+            and choice.methods["CRL"] == best["CRL"].method)
+    assert ({m: choice.methods[m] for m in ("NLL", "AdaFocal", "PS-KD")}
+            == {m: PUBLISHED_HYPERPARAMETERS.methods[m] for m in ("NLL", "AdaFocal", "PS-KD")})
     for name in ("table1", "fig4", "drift"):
         for s in paper_specs(name, small="known", choice=choice).values():
             if isinstance(s.method, Distil): assert (s.method.T, s.method.alpha) == (choice.T, choice.alpha)
@@ -302,7 +366,9 @@ def test_an_unfinished_or_older_choice_is_none(table):
     first = offered["MDCA"][0]
     short = {s: r for s, r in results.items() if s != first}
     for got in ({}, short, short | {first: replace(results[first], valid={})}):
-        with pytest.raises(ValueError, match="results: got none with a validation NLL of .*mdca beta=1 gamma=0"): select_on_validation(offered, got)
+        with pytest.raises(ValueError,
+                           match="results: got none with a validation NLL of .*mdca beta=1 gamma=0"):
+            select_on_validation(offered, got)
     body = candidates_table(offered, short).rows
     assert body[0][2] == "to do" and {row[0] for row in body if row[2].endswith("*")} == {"KD"}
 
@@ -319,17 +385,23 @@ def test_the_command_tries_and_then_takes_what_was_chosen(tmp_path, capsys, monk
     patch_name(monkeypatch, "METHOD_GRID", {"LS": [Method("ls", eps=.05), Method("ls", eps=.5)]})
     patch_name(monkeypatch, "_KD_GRID", [(1, .9), (2, .9)])
     args = ("table1", "--small", "digits", "--recipe", "smoke")
-    assert kdc_sweep(*args, "--chosen", tmp_path/"c.npz", store=tmp_path/"s") == 2 and "chosen: got" in capsys.readouterr().err
-    assert kdc_sweep(*args, "--candidates", "--budget", "0s", "--results", tmp_path/"c.npz", store=tmp_path/"s") == 75 and capsys.readouterr().out.count("to do") == 4
+    assert (kdc_sweep(*args, "--chosen", tmp_path/"c.npz", store=tmp_path/"s") == 2
+            and "chosen: got" in capsys.readouterr().err)
+    assert kdc_sweep(*args, "--candidates", "--budget", "0s", "--results", tmp_path/"c.npz",
+                     store=tmp_path/"s") == 75 and capsys.readouterr().out.count("to do") == 4
     assert kdc_sweep(*args, "--candidates", "--results", tmp_path/"c.npz", store=tmp_path/"s") == 0
     out, tried = capsys.readouterr().out, read_results(tmp_path/"c.npz")
     assert "4 of 4 runs done" in out and out.count("*") == 2 and len(tried) == 4
-    kd, best = (min((r for r in tried.values() if isinstance(r.spec.method, kind)), key=lambda r: r.valid["nll"]) for kind in (Distil, Method))
+    kd, best = (min((r for r in tried.values() if isinstance(r.spec.method, kind)),
+                    key=lambda r: r.valid["nll"]) for kind in (Distil, Method))
     assert kdc_sweep(*args, "--chosen", tmp_path/"c.npz", "--seeds", 1, "--plan", store=tmp_path/"s") == 0
     plan = capsys.readouterr().out
-    assert f"eps={best.spec.method.params['eps']:g}" in plan and f"T={kd.spec.method.T:g}" in plan and f"T={3 - kd.spec.method.T:g}" not in plan
-    assert kdc_sweep(*args, "--candidates", "--seeds", 2, store=tmp_path/"s") == 2 and "seeds: got 2, expected none with --candidates" in capsys.readouterr().err
-    assert kdc_sweep(*args, "--candidates", "--chosen", tmp_path/"c.npz", store=tmp_path/"s") == 2 and "chosen: got" in capsys.readouterr().err
+    assert (f"eps={best.spec.method.params['eps']:g}" in plan
+            and f"T={kd.spec.method.T:g}" in plan and f"T={3 - kd.spec.method.T:g}" not in plan)
+    assert (kdc_sweep(*args, "--candidates", "--seeds", 2, store=tmp_path/"s") == 2
+            and "seeds: got 2, expected none with --candidates" in capsys.readouterr().err)
+    assert (kdc_sweep(*args, "--candidates", "--chosen", tmp_path/"c.npz", store=tmp_path/"s") == 2
+            and "chosen: got" in capsys.readouterr().err)
 
 
 def kdc_sweep(*args, store): return main([*map(str, args), "--store", str(store), "--device", "cpu"])
@@ -339,7 +411,8 @@ def test_the_command_takes_a_tables_name(tmp_path, capsys):
     args = ("fig4", "--small", "digits", "--recipe", "smoke", "--seeds", 1)
     assert kdc_sweep(*args, "--plan", store=tmp_path/"s") == 0
     assert "14 runs to do" in capsys.readouterr().out and not (tmp_path/"s").exists()
-    assert kdc_sweep(*args, "--budget", "0s", store=tmp_path/"s") == 75 and capsys.readouterr().out.count("to do") == 14
+    assert (kdc_sweep(*args, "--budget", "0s", store=tmp_path/"s") == 75
+            and capsys.readouterr().out.count("to do") == 14)
     assert kdc_sweep(*args, "--results", tmp_path/"x.npz", store=tmp_path/"s") == 0
     out = capsys.readouterr().out
     assert "in miniature on digits" in out and out.count("1 of 1") == 14 and "14 of 14 runs done" in out
@@ -347,8 +420,10 @@ def test_the_command_takes_a_tables_name(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("args, message", [
-    (["table7"], "what: got table7, expected a file that is there, or one of table1"), (["table1", "--seeds", "0"], "seeds: got 0, expected one or more"),
-    (["table1", "--small", "mnist"], "small: got 'mnist', expected one of cifar10, digits, known"), (["table1", "--recipe", "slow"], "recipe: got 'slow'"),
+    (["table7"], "what: got table7, expected a file that is there, or one of table1"),
+    (["table1", "--seeds", "0"], "seeds: got 0, expected one or more"),
+    (["table1", "--small", "mnist"], "small: got 'mnist', expected one of cifar10, digits, known"),
+    (["table1", "--recipe", "slow"], "recipe: got 'slow'"),
     (["table1", "--budget", "soon"], "budget: got 'soon'")])
 def test_the_command_refuses_in_a_sentence(tmp_path, capsys, args, message):
     assert kdc_sweep(*args, store=tmp_path/"s") == 2

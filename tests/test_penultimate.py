@@ -54,14 +54,16 @@ def test_geometry_is_what_loops_give(seed, sizes):
     rng = np.random.default_rng(seed)
     y = np.repeat(np.arange(len(sizes)), sizes)
     x = rng.normal(size=(len(y), 4)) + y[:, None]
-    for ours, slow in zip(class_geometry(torch.tensor(x), torch.tensor(y)), slow_geometry(x, y, len(sizes))): np.testing.assert_allclose(ours.numpy(), slow, atol=1e-9)
+    for ours, slow in zip(class_geometry(torch.tensor(x), torch.tensor(y)), slow_geometry(x, y, len(sizes))):
+        np.testing.assert_allclose(ours.numpy(), slow, atol=1e-9)
 
 
 @given(seed=st.integers(0, 10_000), scale=st.floats(.01, 100), shift=st.floats(-10, 10))
 def test_stretching_turning_and_shifting_changes_no_ratio(seed, scale, shift):
     x, y = clouds(15, seed)
     x = x.double()
-    turn, _ = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+    turn, _ = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(seed),
+                                          dtype=torch.float64))
     before, after = (_summarise_merging(*class_geometry(f, y), SIMILAR) for f in (x, scale*(x + shift)@turn))
     assert torch.allclose(before, after, rtol=1e-6)
 
@@ -74,7 +76,8 @@ def test_distances_of_a_drawn_sample_are_corrected_twice():
     i = torch.arange(120).repeat_interleave(drawn)
     centroid = torch.stack([x[i][y[i] == c].mean(0) for c in range(4)])
     noise = torch.stack([x[i][y[i] == c].var(0).sum()/(y[i] == c).sum() for c in range(4)])
-    expected = (torch.cdist(centroid, centroid).square() - 2*(noise + noise[:, None])).clamp(min=0).sqrt().fill_diagonal_(0)
+    expected = ((torch.cdist(centroid, centroid).square() - 2*(noise + noise[:, None])).clamp(min=0)
+                .sqrt().fill_diagonal_(0))
     assert torch.allclose(_centroid_distances(x, _one_hot_float(y, x)*drawn[:, None], samples=2), expected)
 
 
@@ -88,7 +91,8 @@ def test_classes_that_are_one_overlap_by_half():
 def test_intervals_hold_the_truth():
     "The ratio of clouds whose centres are known lies in 95% of the intervals."
     true = float(_distance_ratio(torch.cdist(CENTRES, CENTRES), similar_triples(SIMILAR)))
-    found = [measure_merging(*clouds(40, seed), SIMILAR, n_boot=100, seed=seed)["ratio"] for seed in range(100)]
+    found = [measure_merging(*clouds(40, seed), SIMILAR, n_boot=100, seed=seed)["ratio"]
+             for seed in range(100)]
     assert sum(e.low <= true <= e.high for e in found) >= 88
     assert np.mean([e.value for e in found]) == pytest.approx(true, rel=.02)
 
@@ -121,13 +125,15 @@ def test_what_cannot_be_measured_is_told(spoil, message):
 
 def test_half_precision_and_small_labels_will_do():
     x, y = clouds(20)
-    assert torch.allclose(class_geometry(x.half(), y.int())[0], class_geometry(x.half().double(), y)[0].float(), atol=1e-4)
+    assert torch.allclose(class_geometry(x.half(), y.int())[0],
+                          class_geometry(x.half().double(), y)[0].float(), atol=1e-4)
 
 
 def test_a_plane_of_dependent_rows_is_refused():
     head = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     head[2] = head[0] + head[1]
-    with pytest.raises(ValueError, match="head: got rows that lie in one plane"): _class_space_basis(head, (0, 1, 2))
+    with pytest.raises(ValueError, match="head: got rows that lie in one plane"):
+        _class_space_basis(head, (0, 1, 2))
     with pytest.raises(ValueError, match="classes: got .* from 0 to 3"): _class_space_basis(head, (0, 1, 4))
 
 
@@ -135,16 +141,21 @@ def test_a_plane_of_dependent_rows_is_refused():
 def seen(tmp_path_factory):
     "A store with one small run, and looks at it and at one of digits"
     store = Store(tmp_path_factory.mktemp("looks"))
-    specs = [RunSpec(d, "resnet8", "nll", Recipe(1, 32)) for d in (DataSpec("known", n_train=100, n_valid=60, n_test=400), DataSpec("digits", n_train=100))]
+    specs = [RunSpec(d, "resnet8", "nll", Recipe(1, 32))
+             for d in (DataSpec("known", n_train=100, n_valid=60, n_test=400),
+                       DataSpec("digits", n_train=100))]
     return store, [extract_features(s, store, "cpu", per_class=3) for s in specs]
 
 
 def test_a_look_keeps_what_its_pictures_need(seen):
     store, (known, digits) = seen
     data = load_data(known.result.spec.data)
-    assert known.classes == data.classes and known.superclass == data.superclass and digits.superclass is digits.merging is None
-    assert torch.equal(data.test.labels[known.index["test"]], known.kept["test"]) and known.kept["test"].bincount().tolist() == [3]*20
-    assert float((known.top == known.labels).float().mean()) == pytest.approx(known.result.evaluation.raw["top1"].value)
+    assert (known.classes == data.classes and known.superclass == data.superclass
+            and digits.superclass is digits.merging is None)
+    assert (torch.equal(data.test.labels[known.index["test"]], known.kept["test"])
+            and known.kept["test"].bincount().tolist() == [3]*20)
+    assert (float((known.top == known.labels).float().mean())
+            == pytest.approx(known.result.evaluation.raw["top1"].value))
     assert float(known.confidence.mean()) == pytest.approx(known.result.confidence["raw"], abs=1e-6)
     with pytest.raises(ValueError, match="data: got one without super-classes"): similar_classes(digits)
 
@@ -162,10 +173,15 @@ def test_looks_survive_the_disk(seen, tmp_path):
         write_features([one], tmp_path/"looks.npz")
         back = read_features(tmp_path/"looks.npz")[one.result.spec]
         for k in ("labels", "top"): assert torch.equal(getattr(back, k), getattr(one, k))
-        for k in ("confidence", "head", "distance", "overlap"): assert torch.allclose(getattr(back, k), getattr(one, k), atol=1e-3, rtol=1e-3)
-        for k in ("train", "test"): assert torch.equal(back.index[k], one.index[k]) and torch.allclose(back.features[k], one.features[k], atol=1e-3, rtol=1e-3)
-        assert back.classes == one.classes and back.superclass == one.superclass and (back.merging is None) == (one.merging is None)
-    with pytest.raises(ValueError, match="looks: got 2 data sets"): write_features([known, digits], tmp_path/"both.npz")
+        for k in ("confidence", "head", "distance", "overlap"):
+            assert torch.allclose(getattr(back, k), getattr(one, k), atol=1e-3, rtol=1e-3)
+        for k in ("train", "test"):
+            assert (torch.equal(back.index[k], one.index[k])
+                    and torch.allclose(back.features[k], one.features[k], atol=1e-3, rtol=1e-3))
+        assert (back.classes == one.classes and back.superclass == one.superclass
+                and (back.merging is None) == (one.merging is None))
+    with pytest.raises(ValueError, match="looks: got 2 data sets"):
+        write_features([known, digits], tmp_path/"both.npz")
     assert not (tmp_path/"both.npz").exists()
 
 
@@ -179,7 +195,8 @@ def test_a_damaged_file_of_looks_is_named(seen, tmp_path):
 def test_looks_at_different_images_are_not_mixed(seen, tmp_path):
     store, (known, _) = seen
     with pytest.raises(ValueError, match="looks: got features of different images"):
-        write_features([known, extract_features(known.result.spec, store, "cpu", per_class=2)], tmp_path/"two.npz")
+        write_features([known, extract_features(known.result.spec, store, "cpu", per_class=2)],
+                       tmp_path/"two.npz")
 
 
 def test_where_an_explorer_begins(seen):
@@ -189,7 +206,8 @@ def test_where_an_explorer_begins(seen):
     assert known.overlap[a, b] == known.overlap[similar_classes(known)].max()
     assert most_confused_triple(digits) == (0, 1, 2)
     data = load_data(known.result.spec.data)
-    assert torch.equal(feature_images(known, (c, a), "train")[:3], data.train.inputs[known.index["train"][known.kept["train"] == c]])
+    assert torch.equal(feature_images(known, (c, a), "train")[:3],
+                       data.train.inputs[known.index["train"][known.kept["train"] == c]])
 
 
 def test_first_of_each_takes_what_there_is():
@@ -201,4 +219,6 @@ def test_a_class_without_test_images_is_named(tmp_path):
     from kdc_nb.training.images import register_images
     x, y = torch.zeros(12, 1, 8, 8, dtype=torch.uint8), torch.arange(12) % 3
     data = register_images("few", (x, y), (x, y), (x[:8], y[:8] % 2))
-    with pytest.raises(ValueError, match="test: got a class with fewer than two samples, expected two or more of each"): extract_features(RunSpec(data, "resnet8"), Store(tmp_path), "cpu")
+    with pytest.raises(ValueError,
+                       match="test: got a class with fewer than two samples, expected two or more of each"):
+        extract_features(RunSpec(data, "resnet8"), Store(tmp_path), "cpu")

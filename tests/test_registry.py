@@ -1,4 +1,6 @@
-"One registry: a name is given once, what is registered is part of a run's id, and is there in other processes"
+"""One registry: a name is given once, what is registered is part of a run's id, and
+is there in other processes
+"""
 
 import subprocess
 import sys
@@ -42,9 +44,10 @@ def own_data(n=60):
     g = torch.Generator().manual_seed(0)
     def split():
         y = torch.arange(n) % 4
-        x = torch.randint(0, 60, (n, 1, 8, 8), generator=g, dtype=torch.uint8) + (50*y.to(torch.uint8))[:, None, None, None]
+        x = torch.randint(0, 60, (n, 1, 8, 8), generator=g, dtype=torch.uint8)
+        x += (50*y.to(torch.uint8))[:, None, None, None]
         return Split(x, y, torch.nn.functional.one_hot(y, 4).float())
-    return Dataset(split(), split(), split(), ("a", "b", "c", "d"), superclass=(0, 0, 1, 1), mean=(.5,), std=(.2,))
+    return Dataset(split(), split(), split(), ("a", "b", "c", "d"), superclass=(0, 0, 1, 1))
 '''
 SPECS = '''
 from kdc_nb.training.recipes import Recipe
@@ -52,7 +55,8 @@ from kdc_nb.experiments.agenda import write_specs
 from kdc_nb.experiments.specs import Distil, RunSpec
 data, recipe = DataSpec("own_data"), Recipe(2, 20)
 teacher = RunSpec(data, "own_net_9", Method("own_penalty", beta=.1), recipe)
-specs = [teacher, RunSpec(data, "own_net_5", Distil(teacher), recipe), RunSpec(data, "own_net_5", Method("own_penalty"), recipe)]
+student = RunSpec(data, "own_net_5", Distil(teacher), recipe)
+specs = [teacher, student, RunSpec(data, "own_net_5", Method("own_penalty"), recipe)]
 '''
 
 
@@ -73,13 +77,15 @@ SPEC = RunSpec(TINY, "resnet8", "nll", Recipe(1, 50))
 
 
 @pytest.mark.parametrize("registry, name", [
-    (Method.registry, "nll"), (MODELS, "densenet121"), (MODELS, "resnet{depth}"), (MODELS, "bert-base-uncased"),
+    (Method.registry, "nll"), (MODELS, "densenet121"),
+    (MODELS, "resnet{depth}"), (MODELS, "bert-base-uncased"),
     (DataSpec.registry, "known"), (DataSpec.registry, "cifar10"), (Calibrator.registry, "ts"),
 ])
 def test_a_taken_name_is_refused(registry, name, clean):
     def another(): pass
     before = registry[name]
-    with pytest.raises(ValueError, match=f"{registry.kind}: got '.*', expected a name that is not taken"): registry.register(name)(another)
+    with pytest.raises(ValueError, match=f"{registry.kind}: got '.*', expected a name that is not taken"):
+        registry.register(name)(another)
     with pytest.raises(ValueError, match="not taken"): registry[name] = lambda: None
     assert registry[name] is before
 
@@ -103,11 +109,14 @@ def test_a_parameter_without_default_is_refused_where_it_is_registered(clean):
 
 def test_the_kits_own_runs_have_no_code_in_their_id():
     spec = RunSpec(TINY, "resnet8", Method("crl"))
-    assert own_entries() == [] and run_id(spec) == spec_hash(spec, schema=1, data=[load_data(TINY).fingerprint])
+    assert (own_entries() == []
+            and run_id(spec) == spec_hash(spec, schema=1, data=[load_data(TINY).fingerprint]))
 
 
 def test_changed_code_is_another_run(clean):
-    "The constant of a method's helper, a layer of a network: each is another id, also of a student, and the same again the same"
+    """The constant of a method's helper, a layer of a network: each is another id, also of a student,
+    and the same again the same
+    """
     register()
     net = replace(SPEC, model="own_net_3")
     specs = [replace(SPEC, method=Method("own_penalty")), net, replace(SPEC, method=Distil(net))]
@@ -125,7 +134,8 @@ def test_a_result_of_other_code_is_not_taken(clean, tmp_path):
     results = []
     for factor in (1., -9.):
         register(factor)
-        results.append(run(replace(SPEC, method=Method("own_penalty")), Store(tmp_path), "cpu", progress=False))
+        results.append(run(replace(SPEC, method=Method("own_penalty")),
+                           Store(tmp_path), "cpu", progress=False))
     assert len([*tmp_path.glob("*.run")]) == 2
     assert not torch.equal(*(r.logits["test"] for r in results))
 
@@ -150,7 +160,8 @@ if __name__ == "__main__":
     store = Store("store")
     swept = sweep(specs, store, "cpu", jobs=2, progress=False)
     found = [run(s, store, "cpu", progress=False) for s in specs]
-    print(all((a.logits["test"] == b.logits["test"]).all() for a, b in zip(swept, found)), len(all_results(store)))
+    same = [(a.logits["test"] == b.logits["test"]).all() for a, b in zip(swept, found)]
+    print(all(same), len(all_results(store)))
 ''')
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.split() == ["True", "3"], done.stderr
@@ -161,16 +172,22 @@ def test_the_command_imports_a_file(tmp_path, jobs):
     (tmp_path/"my_methods.py").write_text(OWN.format(factor=1.))
     (tmp_path/"specs.py").write_text("from my_methods import *" + SPECS + "write_specs(specs, 'runs.json')")
     subprocess.run([sys.executable, "specs.py"], cwd=tmp_path, check=True)
-    command = [sys.executable, "-m", "kdc_nb", "runs.json", "--store", "store", "--device", "cpu", "--jobs", jobs]
-    told = subprocess.run([*command, "--import", "my_methods.py", "--results", "out.npz"], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-m", "kdc_nb", "runs.json",
+               "--store", "store", "--device", "cpu", "--jobs", jobs]
+    told = subprocess.run([*command, "--import", "my_methods.py", "--results", "out.npz"],
+                          cwd=tmp_path, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr
     assert len([*(tmp_path/"store").glob("*.run")]) == 3
     without = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert without.returncode == 2 and "own_" in without.stderr
 
 
-@pytest.mark.parametrize("text, message", [("x = ", "SyntaxError"), ("import nothing_of_this_name", "ModuleNotFoundError"), (None, "a .py file that is there")])
+@pytest.mark.parametrize("text, message",
+                         [("x = ", "SyntaxError"), ("import nothing_of_this_name", "ModuleNotFoundError"),
+                          (None, "a .py file that is there")])
 def test_a_file_that_cannot_be_imported(tmp_path, text, message):
     if text is not None: (tmp_path/"mine.py").write_text(text)
-    done = subprocess.run([sys.executable, "-m", "kdc_nb", "fig4", "--import", str(tmp_path/"mine.py"), "--plan"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "kdc_nb", "fig4",
+                           "--import", str(tmp_path/"mine.py"), "--plan"],
+                          capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

@@ -44,21 +44,28 @@ def test_a_second_call_trains_nothing(store, monkeypatch):
     first = go(STUDENT, store)
     monkeypatch.setattr(Trainer, "train_epoch", lambda trainer: pytest.fail("trained again"))
     again = go(STUDENT, store)
-    assert torch.equal(first.logits["test"], again.logits["test"]) and encode(first.evaluation) == encode(again.evaluation)
+    assert (torch.equal(first.logits["test"], again.logits["test"])
+            and encode(first.evaluation) == encode(again.evaluation))
 
 
 def test_a_result_is_shown_in_short(store):
     "One line in a list, a table of a page's width in a cell or printed, and every field is still there"
     result = go(STUDENT, store)
-    assert "\n" not in repr(result) and len(repr(result)) < 200 and f"ECE {100*result.evaluation.raw['ece'].value:.2f}%" in repr(result)
+    assert ("\n" not in repr(result) and len(repr(result)) < 200
+            and f"ECE {100*result.evaluation.raw['ece'].value:.2f}%" in repr(result))
     head, rows = result.table()
-    assert [r[0] for r in rows] == ["Top-1, %", "  after TS", "NLL, nats", "  after TS", "ECE, %", "  after TS", "true error, %", "  after TS", "KL to truth, nats", "  after TS"]
+    assert [r[0] for r in rows] == ["Top-1, %", "  after TS", "NLL, nats", "  after TS",
+                                    "ECE, %", "  after TS", "true error, %",
+                                    "  after TS", "KL to truth, nats", "  after TS"]
     by = {(rows[i - i % 2][0], ("raw", "after TS")[i % 2]): value for i, (_, value, *_) in enumerate(rows)}
-    assert by["true error, %", "after TS"] == f"{100*result.truth['scaled_error']:.2f}" and by["KL to truth, nats", "raw"] == f"{result.truth['kl']:.3f}"
+    assert (by["true error, %", "after TS"] == f"{100*result.truth['scaled_error']:.2f}"
+            and by["KL to truth, nats", "raw"] == f"{result.truth['kl']:.3f}")
     assert by["NLL, nats", "after TS"] == f"{result.evaluation.scaled['nll'].value:.3f}"
     title, facts = str(result).splitlines()[:2]
-    assert title == run_label(STUDENT) and facts.startswith("80 images") and f"T = {result.evaluation.T:.4g}; 2 epochs, " in facts and facts.endswith("s on cpu")
-    assert "<br>" in result._repr_html_() and result._repr_html_().count("<tr>") == 1 + 10 + len(result.table().notes)
+    assert (title == run_label(STUDENT) and facts.startswith("80 images")
+            and f"T = {result.evaluation.T:.4g}; 2 epochs, " in facts and facts.endswith("s on cpu"))
+    assert ("<br>" in result._repr_html_()
+            and result._repr_html_().count("<tr>") == 1 + 10 + len(result.table().notes))
     photos = replace(result, truth=None)
     assert len(photos.table().rows) == 6 and len(str(photos).splitlines()) == 9 + len(photos.table().notes)
     assert "after ts" in str(recalibrate(result, "ts")).splitlines()[0]
@@ -73,11 +80,13 @@ def test_chains_train_the_first_teacher_first(store):
 
 def test_a_seed_is_a_run_of_its_own(store):
     a, b, again = (go(replace(TEACHER, seed=s), Store(store.folder/str(i))) for i, s in enumerate((0, 1, 0)))
-    assert torch.equal(a.logits["test"], again.logits["test"]) and not torch.equal(a.logits["test"], b.logits["test"])
+    assert (torch.equal(a.logits["test"], again.logits["test"])
+            and not torch.equal(a.logits["test"], b.logits["test"]))
 
 
 @pytest.mark.parametrize("kind", ["run", "net"])
-@pytest.mark.parametrize("hurt", [lambda b: b[:len(b)//2], lambda b: b[:-3] + bytes([b[-3] ^ 1]) + b[-2:], lambda b: b""])
+@pytest.mark.parametrize("hurt", [lambda b: b[:len(b)//2],
+                                  lambda b: b[:-3] + bytes([b[-3] ^ 1]) + b[-2:], lambda b: b""])
 def test_a_damaged_file_is_named_and_made_again(store, kind, hurt):
     "Cut short, one bit flipped, empty: the file is named, and what comes back is what was there."
     before = go(TEACHER, store)
@@ -103,7 +112,8 @@ def test_a_teacher_without_weights_is_trained_and_that_is_said(store):
 
 def test_a_full_disk_leaves_no_result(store, monkeypatch):
     "The error comes through, and the next call, with room again, finishes the job."
-    monkeypatch.setattr("os.replace", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr("os.replace",
+                        lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"): go(TEACHER, store)
     monkeypatch.undo()
     assert store.get(TEACHER) is None and not list(store.folder.iterdir())
@@ -122,14 +132,16 @@ def test_what_temperature_scaling_teaches(store):
     teacher = go(TEACHER, store)
     from kdc_nb.training.data import load_data
     T = fit_temperature(teacher.logits["valid"], load_data(TINY).valid.labels)
-    raw, scaled = (teacher_train_logits(t, STUDENT.data, RunContext(store, "cpu")) for t in (TEACHER, TemperatureScaled(TEACHER)))
+    raw, scaled = (teacher_train_logits(t, STUDENT.data, RunContext(store, "cpu"))
+                   for t in (TEACHER, TemperatureScaled(TEACHER)))
     assert torch.allclose(scaled*T, raw, rtol=1e-5, atol=1e-5)
 
 
 def test_what_the_tempered_truth_teaches():
     from kdc_nb.training.data import load_data
     p = load_data(TINY).train.posterior.double()
-    said = teacher_train_logits(TemperedPosterior(.5), STUDENT.data, RunContext(None, "cpu")).double().softmax(1)
+    said = (teacher_train_logits(TemperedPosterior(.5), STUDENT.data, RunContext(None, "cpu"))
+            .double().softmax(1))
     assert torch.allclose(said, p**2/(p**2).sum(1, keepdim=True), atol=1e-5)
 
 
@@ -145,10 +157,12 @@ def test_light_files_come_back_equal(store, tmp_path):
     back = read_results(tmp_path/"x.npz")[STUDENT]
     assert back.spec == STUDENT and back.truth["error"] == pytest.approx(r.truth["error"], rel=1e-5)
     assert [h["loss"] for h in back.history] == pytest.approx([h["loss"] for h in r.history], rel=1e-5)
-    assert torch.equal(back.images["scaled"].hit, result_outcomes(r)["scaled"].hit) and result_outcomes(back) is back.images
+    assert (torch.equal(back.images["scaled"].hit, result_outcomes(r)["scaled"].hit)
+            and result_outcomes(back) is back.images)
 
 
-@given(n=st.integers(1, 300), c=st.sampled_from((2, 10, 300)), scale=st.sampled_from((.1, 3., 40.)), seed=st.integers(0, 99))
+@given(n=st.integers(1, 300), c=st.sampled_from((2, 10, 300)),
+       scale=st.sampled_from((.1, 3., 40.)), seed=st.integers(0, 99))
 def test_what_light_files_keep_of_images_is_near_and_in_its_bin(n, c, scale, seed):
     rng = np.random.default_rng(seed)
     z, y = scale*rng.normal(size=(n, c)), rng.integers(0, c, n)
@@ -157,22 +171,28 @@ def test_what_light_files_keep_of_images_is_near_and_in_its_bin(n, c, scale, see
         b = before[which]
         assert torch.equal(o.top, b.top) and torch.equal(o.hit, b.hit)
         assert torch.equal(equal_width_bins(o.claims.p, 15), equal_width_bins(b.claims.p, 15))
-        assert (o.log_odds - b.log_odds.clamp(-256, 256)).abs().max() <= 1.5/128 + 1e-9 and (o.nll - b.nll.clamp(max=256)).abs().max() <= 1.5/128 + 1e-9
+        assert ((o.log_odds - b.log_odds.clamp(-256, 256)).abs().max() <= 1.5/128 + 1e-9
+                and (o.nll - b.nll.clamp(max=256)).abs().max() <= 1.5/128 + 1e-9)
         old, new = metrics_from_outcomes(b), metrics_from_outcomes(o)
-        assert all(new[k] == pytest.approx(old[k], abs=2e-3) for k in ("top1", "ece", "sce")) and old["nll"] == pytest.approx(nll(z/(1 if which == "raw" else 2.5), y))
+        assert (all(new[k] == pytest.approx(old[k], abs=2e-3) for k in ("top1", "ece", "sce"))
+                and old["nll"] == pytest.approx(nll(z/(1 if which == "raw" else 2.5), y)))
 
 
 def test_log_odds_are_those_of_the_confidence():
-    "By hand: logits 2, 0, 0 give e^2/2 to 1; at 40 no confidence in floats differs from 1, but its log-odds do"
+    """By hand: logits 2, 0, 0 give e^2/2 to 1; at 40 no confidence in floats differs
+    from 1, but its log-odds do
+    """
     assert compute_outcomes([[2., 0., 0.]], [0]).log_odds.item() == pytest.approx(2 - np.log(2))
-    assert compute_outcomes([[0., 40.]], [0]).log_odds.item() == 40 and compute_outcomes([[0., 40.]], [0]).nll.item() == pytest.approx(40)
+    assert (compute_outcomes([[0., 40.]], [0]).log_odds.item() == 40
+            and compute_outcomes([[0., 40.]], [0]).nll.item() == pytest.approx(40))
 
 
 def test_a_light_file_is_fifty_kilobytes_at_most(tmp_path):
     "10,000 images of ten classes, Gaussian logits that are correct half of the time"
     z = 2*torch.randn(10_000, 10)
     y = z.double().softmax(1).multinomial(1).squeeze(1)
-    save_npz(tmp_path/"x.npz", _compress_outcomes({"raw": compute_outcomes(1.4*z, y), "scaled": compute_outcomes(z, y)}))
+    save_npz(tmp_path/"x.npz",
+             _compress_outcomes({"raw": compute_outcomes(1.4*z, y), "scaled": compute_outcomes(z, y)}))
     assert (tmp_path/"x.npz").stat().st_size < 50_000
 
 
@@ -189,15 +209,20 @@ def test_a_teacher_of_other_data_is_refused():
     "It could have been trained on the student's test images."
     other = replace(TEACHER, data=DataSpec("known", n_train=100, n_valid=60, n_test=81))
     for teacher in (other, TemperatureScaled(other)):
-        with pytest.raises(ValueError, match="teacher: got one trained on Data.*n_test=81.*expected the student's data"): replace(STUDENT, method=Distil(teacher))
+        with pytest.raises(ValueError,
+                           match="teacher: got one trained on Data.*n_test=81.*expected the student's data"):
+            replace(STUDENT, method=Distil(teacher))
 
 
 @pytest.mark.parametrize("bad, words", [
-    (dict(data=3), "data: got 3, expected a description of a data"), (dict(method={"name": "nll"}), "method: got {'name': 'nll'}"),
-    (dict(recipe={"epochs": 2}), "recipe: got {'epochs': 2}"), (dict(model=8), "model: got 8"), (dict(seed=-1), "seed: got -1"), (dict(model="resnet7"), "depth: got 7"),
+    (dict(data=3), "data: got 3, expected a description of a data"),
+    (dict(method={"name": "nll"}), "method: got {'name': 'nll'}"),
+    (dict(recipe={"epochs": 2}), "recipe: got {'epochs': 2}"), (dict(model=8), "model: got 8"),
+    (dict(seed=-1), "seed: got -1"), (dict(model="resnet7"), "depth: got 7"),
 ])
 def test_a_description_of_the_wrong_kind_is_refused(bad, words):
-    with pytest.raises(ValueError, match=words): RunSpec(**dict(data="known", model="resnet8", method="nll", recipe="smoke") | bad)
+    with pytest.raises(ValueError, match=words):
+        RunSpec(**dict(data="known", model="resnet8", method="nll", recipe="smoke") | bad)
 
 
 @pytest.mark.parametrize("bad", [dict(epochs=2.5), dict(epochs=2.), dict(batch_size=64.5)])
@@ -211,7 +236,8 @@ def test_a_file_of_a_method_unknown_here_is_named(store):
     go(replace(TEACHER, method=Method("own")), store)
     go(TEACHER, store)
     del Method.registry["own"]
-    with pytest.warns(UserWarning, match="Method: got 'own'"): assert [r.spec for r in all_results(store)] == [TEACHER]
+    with pytest.warns(UserWarning, match="Method: got 'own'"):
+        assert [r.spec for r in all_results(store)] == [TEACHER]
 
 
 def test_a_warning_free_run(store):
@@ -222,7 +248,8 @@ def test_a_warning_free_run(store):
 
 def test_real_photographs_train_and_are_judged(photos, store):
     "Sixty images and one epoch teach little, and every part turns: the cache, flips, 10,000 test images."
-    r = go(RunSpec(DataSpec("cifar10", n_train=60, n_valid=60), "resnet8", "nll", Recipe(1, 30, augment=("flip",))), store)
+    r = go(RunSpec(DataSpec("cifar10", n_train=60, n_valid=60), "resnet8",
+                   "nll", Recipe(1, 30, augment=("flip",))), store)
     assert r.evaluation.n == 10_000 and r.truth is None and 0 < r.evaluation.raw["top1"].value < .5
 
 
@@ -234,7 +261,10 @@ def test_a_copy_is_told_its_commit(monkeypatch):
 
 
 def test_a_result_names_the_commit_of_its_checkout(store, tmp_path, monkeypatch):
-    git = lambda *args: subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *args], capture_output=True, text=True, check=True).stdout.strip()
+    git = lambda *args: subprocess.run(
+        ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *args],
+        capture_output=True, text=True, check=True
+    ).stdout.strip()
     monkeypatch.setattr("kdc_nb.__file__", str(tmp_path/"kdc_nb"/"__init__.py"))
     assert kr._git_commit.__wrapped__() is None, "installed, not a checkout"
     git("init", "-q")

@@ -34,13 +34,16 @@ from tests.conftest import patch_name
 DIGITS = DataSpec("digits", n_train=100, n_valid=60)
 RECIPE = Recipe(2, 50, augment=("crop",), live_teacher=True)
 TEACHER = RunSpec(DIGITS, "resnet8", Method("nll"), RECIPE)
-STUDENTS = [replace(TEACHER, method=Distil(t, T, .5)) for t, T in ((TEACHER, 1), (TemperatureScaled(TEACHER), 1), (TEACHER, 4))]
+STUDENTS = [replace(TEACHER, method=Distil(t, T, .5))
+            for t, T in ((TEACHER, 1), (TemperatureScaled(TEACHER), 1), (TEACHER, 4))]
 OTHERS = [replace(TEACHER, method=Method(m), seed=1) for m in ("crl", "pskd", "adafocal", "mixup")]
 ALL = [*STUDENTS, *OTHERS]
 
 
 def go(specs, store, **kw): return sweep(specs, store, "cpu", progress=False, **kw)
-def same(a, b): assert all(torch.equal(x.logits["test"], y.logits["test"]) and x.history == y.history for x, y in zip(a, b, strict=True))
+def same(a, b):
+    assert all(torch.equal(x.logits["test"], y.logits["test"]) and x.history == y.history
+               for x, y in zip(a, b, strict=True))
 
 
 @pytest.fixture
@@ -67,8 +70,11 @@ def test_each_comes_out_as_if_alone(store, alone, slots):
 
 
 class Device:
-    "A device that does what it is asked, but is behind: a mark is reached when it was asked about three times"
-    def __init__(self): self.stream, self.order, self.marks, self.steps = None, [], defaultdict(list), defaultdict(list) # by stream
+    """A device that does what it is asked, but is behind: a mark is reached when it
+    was asked about three times
+    """
+    def __init__(self): # by stream
+        self.stream, self.order, self.marks, self.steps = None, [], defaultdict(list), defaultdict(list)
 
     @contextmanager
     def on(self, stream):
@@ -118,14 +124,17 @@ def test_each_run_is_on_a_stream_of_its_own(store, alone, device):
     assert set(device.steps) == {"stream 0", "stream 1", "stream 2"}
     on = [set(map(id, several)) for several in device.steps.values()]
     assert sum(map(len, on)) == len(set.union(*on)) == len(ALL) + 1, "none changes its stream"
-    turns = {name: [i for i, t in enumerate(several) if i and t is not several[i - 1]] for name, several in device.steps.items()}
-    assert all(len(set(map(id, several))) == len(turns[name]) + 1 for name, several in device.steps.items()), "and each has it to itself"
+    turns = {name: [i for i, t in enumerate(several) if i and t is not several[i - 1]]
+             for name, several in device.steps.items()}
+    assert all(len(set(map(id, several))) == len(turns[name]) + 1
+               for name, several in device.steps.items()), "and each has it to itself"
 
 
 class Dropping(torch.nn.Module):
     def __init__(self, n_classes, in_channels):
         super().__init__()
-        self.layers = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(.5), torch.nn.Linear(in_channels*8*8, n_classes))
+        self.layers = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(.5),
+                                          torch.nn.Linear(in_channels*8*8, n_classes))
 
     def forward(self, x): return self.layers(x)
 
@@ -152,9 +161,11 @@ def refusing(monkeypatch, error, which=lambda run: True):
 
 
 def test_after_a_recording_that_failed_the_rest_goes_on_in_a_fresh_process(store, alone, monkeypatch):
-    refusing(monkeypatch, GraphCaptureError("the step cannot be recorded: why"), lambda run: type(run.method).__name__ == "_CorrectnessRanking")
+    refusing(monkeypatch, GraphCaptureError("the step cannot be recorded: why"),
+             lambda run: type(run.method).__name__ == "_CorrectnessRanking")
     seen = []
-    with pytest.warns(UserWarning, match="crl beta=1, seed 1: the step cannot be recorded: why; it is trained without"):
+    with pytest.warns(UserWarning,
+                      match="crl beta=1, seed 1: the step cannot be recorded: why; it is trained without"):
         same(go(ALL, store, slots=2, on_result=seen.append), alone)
     assert len(seen) == len({r.spec for r in seen}) == len(ALL) + 1, "each is told once, the teacher too"
     assert cuda_is_broken()
@@ -164,7 +175,10 @@ def test_after_a_recording_that_failed_the_rest_goes_on_in_a_fresh_process(store
 
 def test_a_single_run_that_cannot_be_recorded_is_trained_in_a_fresh_process(store, alone, monkeypatch):
     refusing(monkeypatch, GraphCaptureError("the step cannot be recorded: why"))
-    with pytest.warns(UserWarning, match="cannot be recorded: why; it is trained without, which costs speed, in a fresh process"):
+    with pytest.warns(
+        UserWarning,
+        match="cannot be recorded: why; it is trained without, which costs speed, in a fresh process"
+    ):
         same([run(OTHERS[0], store, "cpu", progress=False)], [alone[3]])
 
 
@@ -198,7 +212,8 @@ def test_what_nobody_else_looks_at_is_looked_at_here(store, alone, monkeypatch):
 
 def test_a_failure_beside_others_stops_none_of_them(store, alone):
     wild = replace(TEACHER, recipe=replace(RECIPE, lr=1e20))
-    with pytest.raises(FloatingPointError, match="try a smaller lr"): go([replace(wild, method=Distil(wild)), *OTHERS], store, slots=3)
+    with pytest.raises(FloatingPointError, match="try a smaller lr"):
+        go([replace(wild, method=Distil(wild)), *OTHERS], store, slots=3)
     same(go(OTHERS, store, slots=3), alone[3:])
     assert len(all_results(store)) == len(OTHERS)
 
@@ -207,7 +222,8 @@ def test_a_failure_beside_others_stops_none_of_them(store, alone):
 def test_a_network_that_ends_without_numbers_is_told_by_name_and_stops_no_other(store, alone, slots):
     "Its losses are finite, its last step is not"
     wild = replace(TEACHER, recipe=replace(RECIPE, epochs=1, batch_size=100, lr=1e30))
-    with pytest.raises(FloatingPointError, match="logits: not all are numbers after training") as error: go([wild, *OTHERS], store, slots=slots)
+    with pytest.raises(FloatingPointError, match="logits: not all are numbers after training") as error:
+        go([wild, *OTHERS], store, slots=slots)
     assert error.value.__notes__ == ["This was digits resnet8 nll, seed 0."]
     same(go(OTHERS, store), alone[3:])
 
@@ -216,7 +232,8 @@ def test_a_student_that_cannot_begin_blocks_no_other_of_its_teacher(store, alone
     class Broken(Dropping):
         def pretrain(self, data): raise OSError("no such weights")
     monkeypatch.setitem(MODELS, "broken", Broken)
-    with pytest.raises(OSError, match="no such weights"): go([replace(STUDENTS[0], model="broken"), *STUDENTS], store)
+    with pytest.raises(OSError, match="no such weights"):
+        go([replace(STUDENTS[0], model="broken"), *STUDENTS], store)
     assert len(all_results(store)) == 4
     same(go(STUDENTS, store), alone[:3])
 
@@ -241,7 +258,8 @@ def test_failed_runs_free_their_memory(store, monkeypatch):
         alive.append(sum(m() is not None for m in made))
         return there(*args)
     patch_name(monkeypatch, "store_result", counting)
-    with pytest.raises(FloatingPointError): go([*(replace(TEACHER, seed=s, recipe=replace(RECIPE, lr=1e20)) for s in range(3)), OTHERS[0]], store)
+    with pytest.raises(FloatingPointError):
+        go([*(replace(TEACHER, seed=s, recipe=replace(RECIPE, lr=1e20)) for s in range(3)), OTHERS[0]], store)
     assert len(made) == 4 and alive == [0]
 
 
@@ -259,8 +277,11 @@ def test_evaluation_that_is_slow_holds_back_what_could_not_be_evaluated_in_time(
     assert len(all_results(store)) == 8 and max(waiting) <= 2, "what was running when there was no more room"
 
 
-def test_a_device_that_was_full_while_it_recorded_one_of_one_leaves_the_rest_to_a_fresh_process(store, alone, monkeypatch):
-    refusing(monkeypatch, torch.OutOfMemoryError("full"), lambda run: type(run.method).__name__ == "_CorrectnessRanking")
+def test_a_device_that_was_full_while_it_recorded_one_of_one_leaves_the_rest_to_a_fresh_process(
+    store, alone, monkeypatch
+):
+    refusing(monkeypatch, torch.OutOfMemoryError("full"),
+             lambda run: type(run.method).__name__ == "_CorrectnessRanking")
     with pytest.raises(torch.OutOfMemoryError): go(OTHERS, store)
     same([store.get(s) for s in OTHERS[1:]], alone[4:])
 
@@ -282,7 +303,8 @@ from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.runs import Store
 from kdc_nb.experiments.sweeps import sweep
 from tests.test_side_by_side import TEACHER
-sweep([replace(TEACHER, recipe=Recipe(5000, 50), seed=s) for s in range(2)], Store(sys.argv[1]), "cpu", progress=False, **eval(sys.argv[2]))
+specs = [replace(TEACHER, recipe=Recipe(5000, 50), seed=s) for s in range(2)]
+sweep(specs, Store(sys.argv[1]), "cpu", progress=False, **eval(sys.argv[2]))
 """
 
 
@@ -290,11 +312,13 @@ sweep([replace(TEACHER, recipe=Recipe(5000, 50), seed=s) for s in range(2)], Sto
 def test_no_process_outlives_the_one_that_was_killed(tmp_path, how):
     child = subprocess.Popen([sys.executable, "-c", ORPHANS, tmp_path/"s", how], start_new_session=True)
     began = time.monotonic()
-    while not list(tmp_path.glob("s/*.part")) and child.poll() is None and time.monotonic() - began < 240: time.sleep(.1)
+    while not list(tmp_path.glob("s/*.part")) and child.poll() is None and time.monotonic() - began < 240:
+        time.sleep(.1)
     child.kill()
     child.wait()
     began = time.monotonic()
-    group = lambda: subprocess.run(["pgrep", "-g", str(child.pid)], capture_output=True, text=True).stdout.split()
+    group = (lambda: subprocess.run(["pgrep", "-g", str(child.pid)], capture_output=True, text=True)
+                     .stdout.split())
     while group() and time.monotonic() - began < 60: time.sleep(.2)
     assert not group()
 
@@ -324,7 +348,8 @@ def test_an_answer_is_kept_only_while_somebody_may_ask_and_no_more_than_fits(mon
     assert caches.take(specs[1]) is first[0], "and is now the one last used"
     assert len(caches.caches) == 3
     caches.sizes = dict.fromkeys(caches.sizes, 1.5e9)
-    assert caches.take(specs[7]) is first[2] and len(caches.caches) == 2 and caches.key(specs[3]) not in caches.caches
+    assert (caches.take(specs[7]) is first[2] and len(caches.caches) == 2
+            and caches.key(specs[3]) not in caches.caches)
     caches.take(specs[2])
     for s in (specs[1], specs[2], specs[2]): caches.give_back(s)
     assert caches.key(specs[0]) not in caches.caches, "nobody is left to ask"

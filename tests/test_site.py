@@ -1,4 +1,6 @@
-"The web pages made from the notebooks: they hold all that is shown there, load nothing, and lead nowhere in vain"
+"""The web pages made from the notebooks: they hold all that is shown there, load
+nothing, and lead nowhere in vain
+"""
 import base64
 import importlib
 import posixpath
@@ -15,7 +17,8 @@ from bs4 import BeautifulSoup
 
 ROOT = Path(__file__).parents[1]
 build = runpy.run_path(str(ROOT/"nbs/_build.py"))
-NOTEBOOKS = {p.relative_to(ROOT/"nbs").with_suffix(".html").as_posix(): nbformat.read(p, as_version=4) for p in build["notebooks"]()}
+NOTEBOOKS = {p.relative_to(ROOT/"nbs").with_suffix(".html").as_posix(): nbformat.read(p, as_version=4)
+             for p in build["notebooks"]()}
 every_page = pytest.mark.parametrize("name", NOTEBOOKS)
 
 
@@ -24,7 +27,8 @@ def make(folder: Path, root: Path = ROOT) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, root/"nbs/_site.py", folder], capture_output=True, text=True)
 
 
-def files(folder: Path) -> dict[str, bytes]: return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.fixture(scope="session")
@@ -39,16 +43,19 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pages(folder):
     "Its pages, parsed"
-    return {p.relative_to(folder).as_posix(): BeautifulSoup(p.read_text(), "html.parser") for p in folder.rglob("*.html")}
+    return {p.relative_to(folder).as_posix(): BeautifulSoup(p.read_text(), "html.parser")
+            for p in folder.rglob("*.html")}
 
 
-def shown(nb) -> list: return [c for c in nb.cells if c.cell_type == "code" and "hide" not in build["directives"](c)]
+def shown(nb) -> list:
+    return [c for c in nb.cells if c.cell_type == "code" and "hide" not in build["directives"](c)]
 def without_directives(cell) -> str: return re.sub(r"(?m)^#\|.*\n?", "", cell.source).strip()
 
 
 def prose(nb) -> str:
     "The text of a notebook without code"
-    return "\n\n".join(re.sub(r"(?ms)^```.*?^```|^(    .*\n?)+|`[^`\n]+`", "", c.source) for c in nb.cells if c.cell_type == "markdown")
+    return "\n\n".join(re.sub(r"(?ms)^```.*?^```|^(    .*\n?)+|`[^`\n]+`", "", c.source)
+                       for c in nb.cells if c.cell_type == "markdown")
 
 
 def test_every_notebook_has_a_page(pages): assert pages.keys() == NOTEBOOKS.keys()
@@ -72,11 +79,13 @@ def test_it_loads_nothing(pages, name):
     page = pages[name]
     assert not page.find_all(["script", "iframe", "object", "embed", "base", "form"])
     assert not [t for t in page.find_all("link") if t["rel"] != ["icon"] or t["href"] != "data:,"]
-    loaded = [t[a] for t in page.find_all(True) for a in ("src", "srcset", "poster", "data", "background") if t.has_attr(a)]
+    loaded = [t[a] for t in page.find_all(True)
+              for a in ("src", "srcset", "poster", "data", "background") if t.has_attr(a)]
     assert not [url for url in loaded if not url.startswith("data:")]
     styles = [t.text for t in page.find_all("style")]
     assert len(styles) == 1, "tables bring styles that reach beyond them"
-    assert not [s for s in styles + [t["style"] for t in page.find_all(style=True)] if "@import" in s or "url(" in s]
+    assert not [s for s in styles + [t["style"] for t in page.find_all(style=True)]
+                if "@import" in s or "url(" in s]
     assert not [a for t in page.find_all(True) for a in t.attrs if a.startswith("on")]
 
 
@@ -94,7 +103,8 @@ def test_links_lead_somewhere(pages, anchors, name):
 def test_links_to_files_name_files(name):
     "What is no page has no link, so a wrong name would not be seen there"
     urls = re.findall(r"\]\(([^)#\s]+)", prose(NOTEBOOKS[name]))
-    assert not [u for u in urls if not re.match("[a-z]+:", u) and not (ROOT/"nbs"/name).parent.joinpath(u).exists()]
+    assert not [u for u in urls
+                if not re.match("[a-z]+:", u) and not (ROOT/"nbs"/name).parent.joinpath(u).exists()]
 
 
 @every_page
@@ -105,18 +115,21 @@ def test_pages_know_each_other(pages, name):
     targets = [leads_to(a) for a in links]
     assert targets == order and order[0] == "index.html" and sorted(order) == sorted(NOTEBOOKS)
     i = order.index(name)
-    assert [leads_to(a) for a in pages[name].footer.find_all("a")] == order[max(0, i - 1):i] + order[i + 1:i + 2]
+    assert ([leads_to(a) for a in pages[name].footer.find_all("a")]
+            == order[max(0, i - 1):i] + order[i + 1:i + 2])
     assert [t for t, a in zip(targets, links) if a.get("aria-current")] == [name]
     assert [a.text for a in links] == [pages[t].h1.text for t in targets]
     modules = [n for n, nb in NOTEBOOKS.items() if "default_exp" in nb.cells[0].source]
     assert sorted(t for t, a in zip(targets, links) if a.parent.find("small")) == sorted(modules)
-    assert [a["href"][1:] for a in here.select("a[href^='#']")] == [h["id"] for h in pages[name].main.find_all("h2")]
+    assert ([a["href"][1:] for a in here.select("a[href^='#']")]
+            == [h["id"] for h in pages[name].main.find_all("h2")])
 
 
 @every_page
 def test_formulas(pages, name):
     main = BeautifulSoup(str(pages[name].main), "html.parser")
-    assert len(main.find_all("math")) == len(re.findall(r"(?s)\$\$.+?\$\$|\$[^$]+\$|\\begin\{", prose(NOTEBOOKS[name])))
+    assert (len(main.find_all("math"))
+            == len(re.findall(r"(?s)\$\$.+?\$\$|\$[^$]+\$|\\begin\{", prose(NOTEBOOKS[name]))))
     assert not [m for m in main.find_all("math") if "\\" in m.text or not m.text.strip()]
     for tag in main.find_all(["pre", "code"]): tag.decompose()
     assert not re.findall(r"\$|\\begin|\\[()\[\]]", main.text)
@@ -128,7 +141,8 @@ def test_code(pages, name):
     hidden = [c for c in nb.cells if build["directives"](c) & {"hide", "echo: false"}]
     assert not [b for b in blocks if not b or b.startswith("#|")]
     assert not {without_directives(c) for c in hidden} & set(blocks)
-    assert {without_directives(c) for c in nb.cells if c.cell_type == "code" and c not in hidden} - {""} <= set(blocks)
+    assert ({without_directives(c) for c in nb.cells if c.cell_type == "code" and c not in hidden} - {""}
+            <= set(blocks))
 
 
 @every_page
@@ -139,7 +153,8 @@ def test_outputs(pages, name):
     assert [base64.b64decode(i["src"].partition(",")[2]) for i in main.select(".output img")] == pictures
     tables = [o for o in outputs if "text/html" in o.get("data", {})]
     assert len(main.select(".output table")) == len(tables)
-    plain = [o.get("text") or o.data["text/plain"] for o in outputs if o.get("data", {}).keys() <= {"text/plain"}]
+    plain = [o.get("text") or o.data["text/plain"]
+             for o in outputs if o.get("data", {}).keys() <= {"text/plain"}]
     assert [p.text for p in main.select(".output > pre")] == plain
 
 
@@ -162,7 +177,8 @@ def test_a_foreign_folder_is_left_alone(module, tmp_path, name):
 
 
 def test_a_build_that_fails_leaves_the_older_site(folder, tmp_path):
-    shutil.copytree(ROOT/"nbs", tmp_path/"nbs", ignore=shutil.ignore_patterns("results", "images", "__pycache__", ".*"))
+    shutil.copytree(ROOT/"nbs", tmp_path/"nbs",
+                    ignore=shutil.ignore_patterns("results", "images", "__pycache__", ".*"))
     shutil.copytree(folder, tmp_path/"site")
     (tmp_path/"nbs/index.ipynb").write_text("{")
     assert make(tmp_path/"site", tmp_path).returncode
@@ -173,8 +189,10 @@ def test_a_build_that_fails_leaves_the_older_site(folder, tmp_path):
 @pytest.fixture
 def text(module):
     "Markdown of a page in a folder, as the site has it"
-    markdown = module.MarkdownWithMath(module.Renderer("folder/here.ipynb", {"index.ipynb", "folder/there.ipynb"}))
-    return lambda source: BeautifulSoup(module.cell_html(nbformat.v4.new_markdown_cell(source), markdown), "html.parser")
+    markdown = module.MarkdownWithMath(module.Renderer("folder/here.ipynb",
+                                                       {"index.ipynb", "folder/there.ipynb"}))
+    return lambda source: BeautifulSoup(module.cell_html(nbformat.v4.new_markdown_cell(source), markdown),
+                                        "html.parser")
 
 
 @pytest.mark.parametrize("source, html", [
@@ -202,7 +220,8 @@ def test_formulas_of_every_kind(text, source, letters):
 
 
 def test_text_is_no_markup(module):
-    assert module.output_html(nbformat.v4.new_output("stream", text="<b> & c")) == "<pre>&lt;b&gt; &amp; c</pre>"
+    assert (module.output_html(nbformat.v4.new_output("stream", text="<b> & c"))
+            == "<pre>&lt;b&gt; &amp; c</pre>")
 
 
 @pytest.mark.browser
@@ -216,9 +235,13 @@ def test_in_a_browser(folder, browser, shots):
         page.screenshot(path=shots/f"site_index_{width}.png")
         page.locator(f"nav a[href='{most}']").click()
         page.wait_for_url((folder/most).as_uri())
-        boxes = page.locator("math").evaluate_all("all => all.map(m => m.getBoundingClientRect()).map(b => Math.min(b.width, b.height))")
+        boxes = page.locator("math").evaluate_all(
+            "all => all.map(m => m.getBoundingClientRect()).map(b => Math.min(b.width, b.height))"
+        )
         assert boxes and min(boxes) > 4
-        assert page.locator("img").evaluate_all("all => all.every(i => i.naturalWidth && i.width <= i.parentElement.clientWidth)")
+        assert page.locator("img").evaluate_all(
+            "all => all.every(i => i.naturalWidth && i.width <= i.parentElement.clientWidth)"
+        )
         assert page.evaluate("document.documentElement.scrollWidth") == width
         page.screenshot(path=shots/f"site_formulas_{width}.png")
     page.close()

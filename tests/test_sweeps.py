@@ -51,7 +51,8 @@ def store(tmp_path): return Store(tmp_path/"runs")
 
 
 def go(specs, store, **kw): return sweep(specs, store, "cpu", progress=False, **kw)
-def same(a, b, within=0.): assert all((x.logits["test"] - y.logits["test"]).abs().max() <= within for x, y in zip(a, b, strict=True))
+def same(a, b, within=0.):
+    assert all((x.logits["test"] - y.logits["test"]).abs().max() <= within for x, y in zip(a, b, strict=True))
 
 
 def test_each_run_once_and_teachers_first(store):
@@ -77,7 +78,8 @@ def test_the_users_own_pool_is_asked(store, alone):
 @pytest.mark.long
 def test_a_dask_cluster(store, alone):
     distributed = pytest.importorskip("distributed")
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster, distributed.Client(cluster) as client:
+    with (distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+          distributed.Client(cluster) as client):
         same(go(STUDENTS, store, jobs=2, pool=client.get_executor()), alone, 1e-3)
 
 
@@ -94,7 +96,8 @@ attempt = sweeps_room._run_in_worker
 
 def test_a_killed_worker_costs_only_its_run(store, alone, monkeypatch):
     patch_name(monkeypatch, "_run_in_worker", killed_once)
-    with pytest.warns(UserWarning, match="a worker died; the . runs that are not finished start again"): same(go(STUDENTS, store, jobs=2), alone, 1e-3)
+    with pytest.warns(UserWarning, match="a worker died; the . runs that are not finished start again"):
+        same(go(STUDENTS, store, jobs=2), alone, 1e-3)
     assert (store.folder/"killed").exists()
 
 
@@ -111,7 +114,8 @@ def test_a_run_that_always_kills_its_worker_is_given_up(store, monkeypatch):
 def test_one_failure_stops_no_other_run(store):
     wild = replace(TEACHER, recipe=Recipe(2, 50, lr=1e20))
     for kw in ({}, {"slots": 2}):
-        with pytest.raises(FloatingPointError, match="try a smaller lr"): go([replace(TEACHER, method=Distil(wild)), TEACHER, replace(TEACHER, seed=1)], store, **kw)
+        with pytest.raises(FloatingPointError, match="try a smaller lr"):
+            go([replace(TEACHER, method=Distil(wild)), TEACHER, replace(TEACHER, seed=1)], store, **kw)
         assert {r.spec.seed for r in all_results(store)} == {0, 1} and len(all_results(store)) == 2
         for f in store.folder.iterdir(): f.unlink()
     with ThreadPoolExecutor(2) as pool, pytest.raises(FloatingPointError, match="try a smaller lr"):
@@ -128,30 +132,37 @@ def test_a_full_gpu_is_given_fewer_runs(store, monkeypatch):
         at_once.remove(spec)
         return torch.OutOfMemoryError("CUDA out of memory") if crowd else attempt(spec, *rest)
     patch_name(monkeypatch, "_run_in_worker", full_above_one)
-    with ThreadPoolExecutor(4) as pool, pytest.warns(UserWarning, match="out of memory; . runs start again, 2 at a time"):
+    with ThreadPoolExecutor(4) as pool, pytest.warns(UserWarning,
+                                                     match="out of memory; . runs start again, 2 at a time"):
         results = go([TEACHER, *(replace(TEACHER, seed=s) for s in (1, 2, 3))], store, jobs=4, pool=pool)
     assert all(results)
 
 
 def test_a_grid_asks_its_live_teacher_once(store, monkeypatch):
-    "The second student of a teacher who sees augmented images hears what was said to the first, to the bit; one that was stopped asks again"
+    """The second student of a teacher who sees augmented images hears what was said to the first, to the bit;
+    one that was stopped asks again
+    """
     recipe = Recipe(2, 50, augment=("crop",), live_teacher=True)
     master = RunSpec(DataSpec("digits", n_train=100, n_valid=60), "resnet8", Method("nll"), recipe)
-    pupils = [replace(master, method=Distil(t, T, .5)) for t, T in ((master, 1), (master, 2), (TemperatureScaled(master), 1))]
+    pupils = [replace(master, method=Distil(t, T, .5))
+              for t, T in ((master, 1), (master, 2), (TemperatureScaled(master), 1))]
     asked, make = [], kr._build_teacher
     def counting(*args):
         teacher, T = make(*args)
         return teacher and (lambda x, index: asked.append(len(x)) or teacher(x, index)), T
     patch_name(monkeypatch, "_build_teacher", counting)
     shared = go(pupils, store)
-    assert asked == [1, 50, 50, 50, 50, 1, 1], "each at the door, and only the first in each of four steps, scaled or not"
+    assert asked == [1, 50, 50, 50, 50, 1, 1], (
+        "each at the door, and only the first in each of four steps, scaled or not"
+    )
     same(shared, [run(p, Store(store.folder.parent/"alone"), "cpu", progress=False) for p in pupils])
     heard, where = steps_room.TeacherCache(), kr.RunContext(Store(store.folder.parent/"alone"), "cpu")
     first, second = (kr.build_trainer(p, where, heard) for p in pupils[:2])
     for _ in first.chunks():
         if first.epoch == 1: break
     assert heard.cached_epochs == {0}
-    assert torch.equal(kr.collect_trained_run(pupils[1], where, second.run(progress=False)).logits["test"], shared[1].logits["test"])
+    assert torch.equal(kr.collect_trained_run(pupils[1], where, second.run(progress=False)).logits["test"],
+                       shared[1].logits["test"])
 
 
 def test_a_budget_is_kept_and_nothing_of_it_lost(store):
@@ -177,13 +188,15 @@ def test_the_plan(store):
 def test_the_plan_where_a_checkpoint_is_of_an_older_version(store):
     "As `fit` takes it: the run starts again"
     save_tensors(store.path(TEACHER, "part"), {}, epoch=1, history=[], seconds=1.)
-    assert [(p.epochs, p.seconds) for p in plan_sweep([TEACHER], store, "cpu")] == [(TEACHER.recipe.epochs, None)]
+    assert ([(p.epochs, p.seconds) for p in plan_sweep([TEACHER], store, "cpu")]
+            == [(TEACHER.recipe.epochs, None)])
 
 
 COMMAND = [sys.executable, "-m", "kdc_nb"]
 
 
-def command(*args): return subprocess.run([*COMMAND, *map(str, args), "--device", "cpu"], capture_output=True, text=True)
+def command(*args):
+    return subprocess.run([*COMMAND, *map(str, args), "--device", "cpu"], capture_output=True, text=True)
 
 
 def test_the_command(tmp_path):
@@ -193,13 +206,16 @@ def test_the_command(tmp_path):
     assert "3 runs to do" in out and run_label(STUDENTS[1]) in out and not (tmp_path/"s").exists()
     assert command(file, "--store", tmp_path/"s", "--budget", "0s").returncode == 75
     done = command(file, "--store", tmp_path/"s", "--results", tmp_path/"light.npz")
-    assert done.returncode == 0 and "2 of 2 runs done" in done.stdout and set(read_results(tmp_path/"light.npz")) == set(STUDENTS[:2])
+    assert (done.returncode == 0 and "2 of 2 runs done" in done.stdout
+            and set(read_results(tmp_path/"light.npz")) == set(STUDENTS[:2]))
     assert "0 runs to do" in command(file, "--store", tmp_path/"s", "--plan").stdout
 
 
 @pytest.mark.parametrize("text, message", [
-    (None, "a file that is there"), ("{", "a JSON list of descriptions"), ("[3]", "descriptions of runs only"), ("3", "a JSON list"),
-    ('[{"kind": "RunSpec", "data": {"kind": "Data", "name": "mnist"}, "model": "resnet8"}]', "'mnist'"), ('[{"kind": "Run"}]', "'Run'"),
+    (None, "a file that is there"), ("{", "a JSON list of descriptions"),
+    ("[3]", "descriptions of runs only"), ("3", "a JSON list"),
+    ('[{"kind": "RunSpec", "data": {"kind": "Data", "name": "mnist"}, "model": "resnet8"}]', "'mnist'"),
+    ('[{"kind": "Run"}]', "'Run'"),
     ('[{"kind": "RunSpec"}]', "a JSON list of descriptions")])
 def test_a_bad_file_is_told_in_a_sentence(tmp_path, capsys, text, message):
     if text is not None: (tmp_path/"runs.json").write_text(text)
@@ -214,19 +230,24 @@ def test_a_bad_budget(store, budget):
 
 @pytest.mark.long
 def test_killed_thirty_times_at_random(tmp_path):
-    "SIGKILL at any moment: what is finished stays, what is not goes on, and the end is what it would have been"
+    """SIGKILL at any moment: what is finished stays, what is not goes on, and the end
+    is what it would have been
+    """
     runs = [replace(s, recipe=Recipe(8, 50)) for s in (TEACHER, replace(TEACHER, seed=1))]
     write_specs(runs, file := tmp_path/"runs.json")
     store, kills, rng = Store(tmp_path/"s"), 0, random.Random(0)
     kept = {}
     while kills < 30:
-        p = subprocess.Popen([*COMMAND, str(file), "--store", str(store.folder), "--device", "cpu"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        p = subprocess.Popen([*COMMAND, str(file), "--store", str(store.folder), "--device", "cpu"],
+                             stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         try: p.wait(rng.uniform(4, 9))
         except subprocess.TimeoutExpired: p.kill(); p.wait(); kills += 1
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            now = {f.name: f.read_bytes() for f in store.folder.glob("*.run")} if store.folder.exists() else {}
-            assert all(now.get(k) == v for k, v in kept.items()) and all(store.read(store.folder/k) for k in now)
+            now = ({f.name: f.read_bytes() for f in store.folder.glob("*.run")}
+                   if store.folder.exists() else {})
+            assert (all(now.get(k) == v for k, v in kept.items())
+                    and all(store.read(store.folder/k) for k in now))
         kept = now
         if p.returncode == 0: kept = {}; [f.unlink() for f in store.folder.iterdir()]
     results = go(runs, store)
@@ -249,11 +270,15 @@ else: sweep(specs, Store(sys.argv[1]), "cpu", jobs=int(sys.argv[2]))
 @pytest.mark.parametrize("kill", [os.killpg, os.kill], ids=["a terminal, to all", "a notebook, to one"])
 @pytest.mark.parametrize("how", ["run", "1", "2"])
 def test_ctrl_c_is_told_in_a_sentence(tmp_path, how, kill):
-    "A script's traceback is its own line and ours, not torch's; no worker goes on (it would hold the pipe open)"
+    """A script's traceback is its own line and ours, not torch's; no worker goes on (it
+    would hold the pipe open)
+    """
     (tmp_path/"script.py").write_text(SCRIPT)
-    child = subprocess.Popen([sys.executable, tmp_path/"script.py", tmp_path/"s", how], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    child = subprocess.Popen([sys.executable, tmp_path/"script.py", tmp_path/"s", how],
+                             stderr=subprocess.PIPE, text=True, start_new_session=True)
     began = time.monotonic()
-    while not list(tmp_path.glob("s/*.run")) and child.poll() is None and time.monotonic() - began < 240: time.sleep(.1)
+    while not list(tmp_path.glob("s/*.run")) and child.poll() is None and time.monotonic() - began < 240:
+        time.sleep(.1)
     kill(child.pid, signal.SIGINT)
     said = child.communicate(timeout=60)[1]
     assert f"Stopped. In {tmp_path/'s'} are all finished runs" in said and "the same call goes on" in said
@@ -269,9 +294,11 @@ def workers_of(pid: int) -> int:
 def test_ctrl_c_while_workers_start(tmp_path):
     "They import for seconds, and must not answer with a traceback of whatever they import"
     (tmp_path/"script.py").write_text(SCRIPT.replace("Distil(teacher)", "'nll'"))
-    child = subprocess.Popen([sys.executable, tmp_path/"script.py", tmp_path/"s", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    child = subprocess.Popen([sys.executable, tmp_path/"script.py", tmp_path/"s", "2"],
+                             stderr=subprocess.PIPE, text=True, start_new_session=True)
     began = time.monotonic()
-    while workers_of(child.pid) < 2 and child.poll() is None and time.monotonic() - began < 240: time.sleep(.02)
+    while workers_of(child.pid) < 2 and child.poll() is None and time.monotonic() - began < 240:
+        time.sleep(.02)
     time.sleep(.5)
     os.killpg(child.pid, signal.SIGINT)
     said = child.communicate(timeout=60)[1]
@@ -279,10 +306,12 @@ def test_ctrl_c_while_workers_start(tmp_path):
 
 
 def test_ctrl_c_before_anything_began():
-    child = subprocess.Popen([sys.executable, "-m", "kdc_nb", "table1"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    child = subprocess.Popen([sys.executable, "-m", "kdc_nb", "table1"],
+                             stderr=subprocess.PIPE, text=True, start_new_session=True)
     time.sleep(.5) # torch takes seconds to import
     os.killpg(child.pid, signal.SIGINT)
-    assert child.communicate(timeout=60)[1] == "\nStopped before it began; the same command starts again.\n" and child.returncode == 130
+    assert (child.communicate(timeout=60)[1] == "\nStopped before it began; the same command starts again.\n"
+            and child.returncode == 130)
 
 
 def test_jupyter_shows_the_sentence_alone(capsys):
@@ -293,12 +322,15 @@ def test_jupyter_shows_the_sentence_alone(capsys):
     shell.user_ns["interrupted"] = interrupted
     shell.run_cell("interrupted()")
     InteractiveShell.clear_instance()
-    assert capsys.readouterr().out == "Stopped. In store are all finished runs, and the others as they were at most ten seconds ago; the same call goes on.\n"
+    assert (capsys.readouterr().out
+            == "Stopped. In store are all finished runs, and the others as they were at most ten seconds "
+               "ago; the same call goes on.\n")
 
 
 def test_two_processes_on_one_store(tmp_path, alone):
     write_specs(STUDENTS, file := tmp_path/"runs.json")
-    both = [subprocess.Popen([*COMMAND, str(file), "--store", str(tmp_path/"s"), "--device", "cpu"], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [subprocess.Popen([*COMMAND, str(file), "--store", str(tmp_path/"s"), "--device", "cpu"],
+                             stderr=subprocess.PIPE, text=True) for _ in range(2)]
     assert [(p.communicate()[1].count("damaged"), p.returncode) for p in both] == [(0, 0)]*2
     same(go(STUDENTS, Store(tmp_path/"s")), alone, 1e-3)
 
@@ -306,8 +338,9 @@ def test_two_processes_on_one_store(tmp_path, alone):
 def test_a_full_disk_loses_nothing(tmp_path, alone):
     "No file may grow beyond 200 kB: the run fails in a sentence, and goes on when there is room"
     write_specs(STUDENTS[:1], file := tmp_path/"runs.json")
-    limited = "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));" \
-              "from kdc_nb.paper.commands import main; sys.exit(main(sys.argv[1:]))"
+    limited = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+               "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
+               "from kdc_nb.paper.commands import main; sys.exit(main(sys.argv[1:]))")
     args = [str(file), "--store", str(tmp_path/"s"), "--device", "cpu"]
     full = subprocess.run([sys.executable, "-c", limited, *args], capture_output=True, text=True)
     assert full.returncode == 1 and "File too large" in full.stderr and "Traceback" not in full.stderr
@@ -317,8 +350,12 @@ def test_a_full_disk_loses_nothing(tmp_path, alone):
 
 
 def test_real_photographs_with_a_live_teacher(photos, store):
-    "CIFAR-100, cropped and mirrored, the teacher by MDCA asked about every view, the epoch with the best validation kept"
+    """CIFAR-100, cropped and mirrored, the teacher by MDCA asked about every view, the epoch
+    with the best validation kept
+    """
     recipe = Recipe(2, 50, augment=("crop", "flip"), live_teacher=True, keep="best")
-    teacher = RunSpec(DataSpec("cifar100", n_train=100, n_valid=100), "resnet8", Method("mdca", beta=5), recipe)
+    teacher = RunSpec(DataSpec("cifar100", n_train=100, n_valid=100),
+                      "resnet8", Method("mdca", beta=5), recipe)
     for r in go([replace(teacher, method=Distil(teacher, T, .9)) for T in (1, 4)], store):
-        assert r.evaluation.n == 10_000 and len(r.history) == 2 and all(0 <= h["valid_ece"] <= 1 for h in r.history)
+        assert (r.evaluation.n == 10_000 and len(r.history) == 2
+                and all(0 <= h["valid_ece"] <= 1 for h in r.history))

@@ -1,4 +1,6 @@
-"Teachers beyond one network: what they say, whom they ask about what, and that they are values like all others."
+"""Teachers beyond one network: what they say, whom they ask about what, and that they
+are values like all others.
+"""
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +35,8 @@ def store(tmp_path): return Store(tmp_path/"runs")
 
 
 def go(spec, store): return run(spec, store, "cpu", progress=False)
-def softmax(z): return np.exp(z - z.max(-1, keepdims=True))/np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)
+def softmax(z):
+    return np.exp(z - z.max(-1, keepdims=True))/np.exp(z - z.max(-1, keepdims=True)).sum(-1, keepdims=True)
 
 
 @given(st.integers(1, 4), st.integers(2, 5), st.integers(0, 9999))
@@ -45,7 +48,8 @@ def test_the_mean_is_that_of_the_probabilities(n, c, seed):
 def test_an_ensemble_says_the_mean_of_what_its_networks_say(store):
     ensemble = Ensemble(NET, 3)
     for r in ensemble.required_runs(): go(r, store)
-    alone = [teacher_train_logits(r, TINY, RunContext(store, "cpu")).double().numpy() for r in ensemble.required_runs()]
+    alone = [teacher_train_logits(r, TINY, RunContext(store, "cpu")).double().numpy()
+             for r in ensemble.required_runs()]
     assert not np.allclose(alone[0], alone[1]), "other seeds, other networks"
     together = teacher_train_logits(ensemble, TINY, RunContext(store, "cpu")).double().numpy()
     assert softmax(together) == pytest.approx(np.mean([softmax(z) for z in alone], 0), abs=1e-5)
@@ -57,7 +61,8 @@ def test_an_ensemble_is_scaled_by_the_temperature_of_its_mean(store):
     y = load_data(TINY).valid.labels.numpy()
     nll = lambda u: -np.log(softmax(u*np.log(p))[range(len(y)), y]).mean()
     u = minimize_scalar(nll, bounds=(.01, 100), method="bounded", options={"xatol": 1e-8}).x
-    plain, scaled = (teacher_train_logits(t, TINY, RunContext(store, "cpu")) for t in (ensemble, TemperatureScaled(ensemble)))
+    plain, scaled = (teacher_train_logits(t, TINY, RunContext(store, "cpu"))
+                     for t in (ensemble, TemperatureScaled(ensemble)))
     assert (scaled/plain).numpy() == pytest.approx(u, rel=1e-3)
 
 
@@ -68,7 +73,8 @@ def test_networks_that_teach_alone_are_scaled_alone(store):
     y = np.tile(load_data(TINY).valid.labels.numpy(), 2)
     nll = lambda u: -np.log(softmax(u*z)[range(len(y)), y]).mean()
     u = minimize_scalar(nll, bounds=(.01, 100), method="bounded", options={"xatol": 1e-8}).x
-    plain, scaled = (teacher_train_logits(t, TINY, RunContext(store, "cpu")) for t in (folds, TemperatureScaled(folds)))
+    plain, scaled = (teacher_train_logits(t, TINY, RunContext(store, "cpu"))
+                     for t in (folds, TemperatureScaled(folds)))
     assert (scaled/plain).numpy() == pytest.approx(u, rel=1e-3)
 
 
@@ -88,7 +94,8 @@ def test_folds_are_cut_out_of_everything_that_is_known_of_an_image():
     whole, part = load_data(TINY), load_data(LeaveFoldOut(TINY, 1, 4))
     keep = [i for i in range(100) if i % 4 != 1]
     for name, t in vars(whole.train).items(): assert torch.equal(getattr(part.train, name), t[keep]), name
-    assert part.valid is whole.valid and part.test is whole.test and (part.mean, part.std) == (whole.mean, whole.std)
+    assert (part.valid is whole.valid and part.test is whole.test
+            and (part.mean, part.std) == (whole.mean, whole.std))
 
 
 def test_folds_and_members_are_trained_once_and_first(store):
@@ -96,7 +103,8 @@ def test_folds_and_members_are_trained_once_and_first(store):
     twice = replace(NET, method=Distil(TemperatureScaled(OutOfFold(NET, 2)), alpha=.5))
     assert [r.data for r in lineage(student)] == [LeaveFoldOut(TINY, 0, 2), LeaveFoldOut(TINY, 1, 2), TINY]
     results = sweep([student, twice, student], store, "cpu", progress=False)
-    assert [r.spec for r in results] == [student, twice, student] and len(list(store.folder.glob("*.run"))) == 4
+    assert ([r.spec for r in results] == [student, twice, student]
+            and len(list(store.folder.glob("*.run"))) == 4)
 
 
 @pytest.mark.parametrize("kind", [Ensemble, OutOfFold])
@@ -106,7 +114,8 @@ def test_they_teach_live_too(store, kind, monkeypatch):
     net = RunSpec(data, "resnet8", "nll", Recipe(1, 30, augment=("crop",), live_teacher=True))
     student = replace(net, method=Distil(kind(net, 2)))
     assert has_live_teacher(student)
-    patch_name(monkeypatch, "teacher_train_logits", lambda *a: pytest.fail("looked up what was said of the plain images"))
+    patch_name(monkeypatch, "teacher_train_logits",
+               lambda *a: pytest.fail("looked up what was said of the plain images"))
     assert go(student, store).evaluation.n == len(load_data(data).test)
 
 
@@ -122,7 +131,8 @@ def test_what_was_given_teaches_in_other_processes(store):
     teacher = teacher_from_logits("random", z.numpy(), TINY, store)
     students = [replace(NET, method=Distil(teacher, T, 1.)) for T in (1, 4)]
     assert all(r.evaluation.n == 80 for r in sweep(students, store, "cpu", jobs=2, progress=False))
-    assert torch.equal(teacher_train_logits(teacher, TINY, RunContext(store, "cpu")), z) and teacher_label(students[0].method) == "random"
+    assert (torch.equal(teacher_train_logits(teacher, TINY, RunContext(store, "cpu")), z)
+            and teacher_label(students[0].method) == "random")
 
 
 def test_a_function_is_asked_about_every_image_once(store):
@@ -132,16 +142,19 @@ def test_a_function_is_asked_about_every_image_once(store):
         assert x.dtype == torch.float32 and x.shape == (len(index), 3, 8, 8)
         return torch.zeros(len(index), 20) + index[:, None]
     given_ = teacher_from_logits("counts", teacher, TINY, store)
-    assert asked_about == list(range(100)) and teacher_train_logits(given_, TINY, RunContext(store, "cpu"))[:, 0].tolist() == asked_about
+    assert (asked_about == list(range(100))
+            and teacher_train_logits(given_, TINY, RunContext(store, "cpu"))[:, 0].tolist() == asked_about)
 
 
 def test_other_words_are_another_teacher(store):
     z = torch.zeros(100, 20)
-    assert teacher_from_logits("a", z, TINY, store).fingerprint == teacher_from_logits("b", z, TINY, store).fingerprint != teacher_from_logits("a", z + 1, TINY, store).fingerprint
+    assert (teacher_from_logits("a", z, TINY, store).fingerprint == teacher_from_logits("b", z, TINY, store)
+            .fingerprint != teacher_from_logits("a", z + 1, TINY, store).fingerprint)
 
 
 @pytest.mark.parametrize("said, message", [
-    (torch.zeros(99, 20), r"logits: got shape \(99, 20\), expected \(100, 20\)"), (torch.full((100, 20), torch.nan), "NaN or infinity"),
+    (torch.zeros(99, 20), r"logits: got shape \(99, 20\), expected \(100, 20\)"),
+    (torch.full((100, 20), torch.nan), "NaN or infinity"),
     ("words", "no table of numbers"), (lambda x, index: torch.zeros(len(x), 3), r"shape \(100, 3\)"),
 ])
 def test_what_is_no_teacher_is_refused(store, said, message):
@@ -151,8 +164,10 @@ def test_what_is_no_teacher_is_refused(store, said, message):
 
 def test_what_was_said_of_other_images_is_refused(store):
     teacher = teacher_from_logits("a", torch.zeros(100, 20), TINY, store)
-    for other in (replace(NET, data=DataSpec("known", n_train=100, n_valid=60, n_test=80, seed=1)), replace(NET, data=LeaveFoldOut(TINY, 0, 2))):
-        with pytest.raises(ValueError, match="teacher: got a, with logits of other images"): go(replace(other, method=Distil(teacher)), store)
+    for other in (replace(NET, data=DataSpec("known", n_train=100, n_valid=60, n_test=80, seed=1)),
+                  replace(NET, data=LeaveFoldOut(TINY, 0, 2))):
+        with pytest.raises(ValueError, match="teacher: got a, with logits of other images"):
+            go(replace(other, method=Distil(teacher)), store)
 
 
 def test_a_damaged_or_foreign_file_is_told(store):
@@ -160,20 +175,28 @@ def test_a_damaged_or_foreign_file_is_told(store):
     (path := next(store.folder.glob("*.said"))).write_bytes(path.read_bytes()[:-5])
     with pytest.raises(DamagedFile, match=path.name): teacher.predictor(TINY, RunContext(store, "cpu"))
     for bad in ("../../secret", "", "0"*15):
-        with pytest.raises(ValueError, match="16 hexadecimal digits"): StoredLogits("a", bad).predictor(TINY, RunContext(store, "cpu"))
+        with pytest.raises(ValueError, match="16 hexadecimal digits"):
+            StoredLogits("a", bad).predictor(TINY, RunContext(store, "cpu"))
 
 
-@pytest.mark.parametrize("make", [lambda: Ensemble(NET, 1), lambda: OutOfFold(NET, 1), lambda: OutOfFold(replace(NET, data=LeaveFoldOut(TINY, 0, 2))),
-                                  lambda: LeaveFoldOut(TINY, 2, 2), lambda: LeaveFoldOut(TINY, 0, 2.5), lambda: LeaveFoldOut(LeaveFoldOut(TINY, 0, 2), 0, 2),
-                                  lambda: Ensemble(NET, 2.5), lambda: Ensemble(TemperatureScaled(NET)), lambda: OutOfFold(NET, 3.), lambda: OutOfFold(replace(NET, method=Distil(NET))),
-                                  lambda: TemperatureScaled(TemperedPosterior()), lambda: TemperatureScaled(StoredLogits("a", "0"*16)), lambda: TemperatureScaled(TemperatureScaled(NET)), lambda: TemperatureScaled("net"),
-                                  lambda: replace(NET, method=Distil(Ensemble(replace(NET, data=DataSpec("known")))))])
+@pytest.mark.parametrize("make", [
+    lambda: Ensemble(NET, 1), lambda: OutOfFold(NET, 1),
+    lambda: OutOfFold(replace(NET, data=LeaveFoldOut(TINY, 0, 2))),
+    lambda: LeaveFoldOut(TINY, 2, 2), lambda: LeaveFoldOut(TINY, 0, 2.5),
+    lambda: LeaveFoldOut(LeaveFoldOut(TINY, 0, 2), 0, 2),
+    lambda: Ensemble(NET, 2.5), lambda: Ensemble(TemperatureScaled(NET)),
+    lambda: OutOfFold(NET, 3.), lambda: OutOfFold(replace(NET, method=Distil(NET))),
+    lambda: TemperatureScaled(TemperedPosterior()), lambda: TemperatureScaled(StoredLogits("a", "0"*16)),
+    lambda: TemperatureScaled(TemperatureScaled(NET)), lambda: TemperatureScaled("net"),
+    lambda: replace(NET, method=Distil(Ensemble(replace(NET, data=DataSpec("known")))))
+])
 def test_what_cannot_be_is_refused_where_it_is_written(make):
     with pytest.raises(ValueError, match="^(n|K|k|run|data|teacher): got .* expected "): make()
 
 
 def test_descriptions_survive_a_file(tmp_path):
-    teachers = [Ensemble(NET, 2), TemperatureScaled(OutOfFold(NET, 3)), StoredLogits("a", "0"*16), TemperedPosterior(.5)]
+    teachers = [Ensemble(NET, 2), TemperatureScaled(OutOfFold(NET, 3)),
+                StoredLogits("a", "0"*16), TemperedPosterior(.5)]
     specs = [replace(NET, method=Distil(t)) for t in teachers]
     write_specs(specs, tmp_path/"x.json")
     assert read_specs(tmp_path/"x.json") == specs
@@ -193,10 +216,12 @@ def test_votes_of_people_teach(photos, store, tmp_path, monkeypatch):
     monkeypatch.setenv("KDC_CACHE", str(cache))
     load_data.cache_clear()
     with pytest.raises(ValueError, match="put there by hand"): load_data(data)
-    with np.load(Path(os.environ["KDC_TEST_DATA"])/"cifar-human-labels.npz", allow_pickle=False) as z: votes = z["cifar10h_counts"]
+    with np.load(Path(os.environ["KDC_TEST_DATA"])/"cifar-human-labels.npz", allow_pickle=False) as z:
+        votes = z["cifar10h_counts"]
     np.save(cache/"data/cifar10h-counts.npy", votes)
     test = load_data(data).test
     agree = (test.posterior.argmax(1) == test.labels).float().mean()
-    assert len(test) == 9880 and .98 < agree < 1 and torch.allclose(test.posterior.sum(1), torch.ones(len(test)), atol=1e-6)
+    assert (len(test) == 9880 and .98 < agree < 1
+            and torch.allclose(test.posterior.sum(1), torch.ones(len(test)), atol=1e-6))
     result = go(RunSpec(data, "resnet8", Distil(TemperedPosterior(), alpha=1), Recipe(1, 30)), store)
     assert 0 < result.truth["kl"] < 10

@@ -47,8 +47,11 @@ def start_child(folder):
 
 
 def killed_until_done(folder, kills, rng):
-    "Kill the process `kills` times, each time at any moment after it has written a checkpoint of its own, then let it finish."
-    stamp = lambda: max((p.stat().st_mtime_ns for p in folder.glob("*.part") if not p.name.startswith(".")), default=0)
+    """Kill the process `kills` times, each time at any moment after it has written a checkpoint of
+    its own, then let it finish.
+    """
+    stamp = lambda: max((p.stat().st_mtime_ns for p in folder.glob("*.part") if not p.name.startswith(".")),
+                        default=0)
     for _ in range(kills):
         before, child, began = stamp(), start_child(folder), time.monotonic()
         while stamp() == before and child.poll() is None and time.monotonic() - began < 120: time.sleep(.001)
@@ -62,13 +65,18 @@ def check_killed(tmp_path, kills, seed):
     "The killed run's logits and weights are those of one that ran through, and nothing else is left."
     whole, broken = Store(tmp_path/"whole"), Store(tmp_path/"broken")
     broken.folder.mkdir()
-    assert start_child(whole.folder).wait(timeout=300) == 0, "in a process like the others, as threads change the last digits"
+    assert start_child(whole.folder).wait(timeout=300) == 0, (
+        "in a process like the others, as threads change the last digits"
+    )
     expected = whole.get(SPEC)
     killed_until_done(broken.folder, kills, random.Random(seed))
     got = broken.get(SPEC)
     assert torch.equal(got.logits["test"], expected.logits["test"]) and got.history == expected.history
-    assert all(torch.equal(a, b) for a, b in zip(broken.net(SPEC).state_dict().values(), whole.net(SPEC).state_dict().values()))
-    assert {p.suffix for p in broken.folder.iterdir() if not p.name.startswith(".tmp")} <= {".run", ".net", ".part"}, "but for what safetensors was writing"
+    assert all(torch.equal(a, b)
+               for a, b in zip(broken.net(SPEC).state_dict().values(), whole.net(SPEC).state_dict().values()))
+    assert {
+        p.suffix for p in broken.folder.iterdir() if not p.name.startswith(".tmp")
+    } <= {".run", ".net", ".part"}, "but for what safetensors was writing"
     clean_store(broken)
     assert {p.name for p in broken.folder.iterdir()} == {f"{run_id(SPEC)}.{k}" for k in ("run", "net")}
 
@@ -108,11 +116,14 @@ def test_state_and_best_weights_survive_a_stop(tmp_path, keep):
         def after_epoch(self, epoch, *valid):
             super().after_epoch(epoch, *valid)
             if epoch == 3: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): fit(_build_net(SPEC), data, Stops(), recipe, device="cpu", checkpoint=path, checkpoint_every=0, progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        fit(_build_net(SPEC), data, Stops(), recipe, device="cpu",
+            checkpoint=path, checkpoint_every=0, progress=False)
     rest = Counts()
     b = fit(stopped, data, rest, recipe, device="cpu", checkpoint=path, progress=False).history
     assert rest.seen == [3, 4, 5], "only what was missing"
-    assert a == b and all(torch.equal(x, y) for x, y in zip(through.state_dict().values(), stopped.state_dict().values()))
+    assert a == b and all(torch.equal(x, y)
+                          for x, y in zip(through.state_dict().values(), stopped.state_dict().values()))
 
 
 def dropping(seed=0):
@@ -130,13 +141,16 @@ def interrupt_at(monkeypatch, n):
     monkeypatch.setattr(Trainer, "step", interrupted)
 
 
-@pytest.mark.parametrize("net, method", [*((lambda: _build_net(SPEC), m) for m in ("nll", "crl", "pskd", "adafocal", "mixup")), (dropping, "nll")],
+@pytest.mark.parametrize("net, method",
+                         [*((lambda: _build_net(SPEC), m)
+                            for m in ("nll", "crl", "pskd", "adafocal", "mixup")), (dropping, "nll")],
                          ids=["nll", "crl", "pskd", "adafocal", "mixup", "drop-out"])
 @pytest.mark.parametrize("n", [1, 7, 12]) # in the first epoch, at its end, in the second
 def test_stopped_in_the_middle_of_an_epoch(tmp_path, monkeypatch, net, method, n):
     "The steps that a checkpoint holds are not done again, and the end is the same bit for bit"
     data, recipe, path = load_data(TINY), Recipe(3, 32), tmp_path/"x"
-    go = lambda net, **kw: fit(net, data, Method(method).build(), recipe, device="cpu", progress=False, **kw).history
+    go = (lambda net, **kw:
+              fit(net, data, Method(method).build(), recipe, device="cpu", progress=False, **kw).history)
     through, stopped = net(), net()
     a = go(through)
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
@@ -149,7 +163,8 @@ def test_stopped_in_the_middle_of_an_epoch(tmp_path, monkeypatch, net, method, n
         m.setattr(Trainer, "step", lambda trainer: steps.append(1) or step(trainer))
         b = go(stopped, checkpoint=path)
     assert len(steps) == 21 - n
-    assert a == b and all(torch.equal(x, y) for x, y in zip(through.state_dict().values(), stopped.state_dict().values()))
+    assert a == b and all(torch.equal(x, y)
+                          for x, y in zip(through.state_dict().values(), stopped.state_dict().values()))
 
 
 def test_recording_a_step_draws_nothing_from_its_drop_out(monkeypatch):
@@ -159,7 +174,8 @@ def test_recording_a_step_draws_nothing_from_its_drop_out(monkeypatch):
         fit(net, load_data(TINY), TrainingMethod(), Recipe(1, 32), device="cpu", progress=False)
         return net[2].weight
     plain, capture = go(), Trainer.capture
-    monkeypatch.setattr(Trainer, "capture", lambda trainer: torch.rand(5) is not None and capture(trainer)) # as the steps before a recording draw
+    # as the steps before a recording draw
+    monkeypatch.setattr(Trainer, "capture", lambda trainer: torch.rand(5) is not None and capture(trainer))
     assert torch.equal(plain, go())
 
 
@@ -170,15 +186,18 @@ def test_an_epoch_longer_than_ten_seconds_is_saved_within(tmp_path, monkeypatch)
     patch_name(monkeypatch, "time", clock)
     monkeypatch.setattr(Trainer, "step", slow)
     saved = []
-    patch_name(monkeypatch, "save_tensors", lambda path, tensors, **meta: saved.append((meta["epochs_done"], meta["seconds"])))
-    fit(_build_net(SPEC), load_data(TINY), TrainingMethod(), Recipe(1, 32), device="cpu", checkpoint=tmp_path/"x", progress=False)
+    patch_name(monkeypatch, "save_tensors",
+               lambda path, tensors, **meta: saved.append((meta["epochs_done"], meta["seconds"])))
+    fit(_build_net(SPEC), load_data(TINY), TrainingMethod(), Recipe(1, 32),
+        device="cpu", checkpoint=tmp_path/"x", progress=False)
     assert saved == [(pytest.approx(k/7), 6*k) for k in (2, 4, 6)]
 
 
 def test_an_epoch_of_which_a_resumed_student_cached_a_part_does_not_count_as_cached(tmp_path, monkeypatch):
     "Another student of the same teacher queries it again in the epoch that the first began elsewhere"
     data, path, cache, net = load_data(TINY), tmp_path/"x", TeacherCache(), _build_net(SPEC).eval()
-    student = lambda cache: Trainer(_build_net(SPEC), data, Distillation(), Recipe(3, 32), 0, torch.device("cpu"), lambda x, index: net(x), teacher_cache=cache)
+    student = lambda cache: Trainer(_build_net(SPEC), data, Distillation(), Recipe(3, 32), 0,
+                                    torch.device("cpu"), lambda x, index: net(x), teacher_cache=cache)
     go = lambda cache=None, **kw: student(cache).run(progress=False, **kw)
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         interrupt_at(m, 10)
@@ -189,8 +208,10 @@ def test_an_epoch_of_which_a_resumed_student_cached_a_part_does_not_count_as_cac
 
 def test_best_keeps_the_epoch_with_the_best_validation_accuracy():
     data, net = load_data(TINY), _build_net(SPEC)
-    history = fit(net, data, Method("nll").build(), Recipe(6, 32, keep="best"), device="cpu", progress=False).history
-    accuracy = float((predict_logits(net, data, data.valid.inputs).argmax(1) == data.valid.labels).float().mean())
+    history = fit(net, data, Method("nll").build(), Recipe(6, 32, keep="best"),
+                  device="cpu", progress=False).history
+    accuracy = float((predict_logits(net, data, data.valid.inputs).argmax(1) == data.valid.labels).float()
+                     .mean())
     assert accuracy == pytest.approx(max(h["valid_accuracy"] for h in history))
 
 
@@ -212,7 +233,8 @@ def test_epochs_and_seeds_differ_and_repeat():
 def test_the_teacher_is_asked_for_the_right_samples():
     "A teacher that knows the labels by index is correct about every batch."
     data, seen = load_data(TINY), []
-    teacher = lambda x, index: seen.append(index) or 9*torch.nn.functional.one_hot(data.train.labels[index], 20).float()
+    teacher = (lambda x, index: seen.append(index)
+                                or 9*torch.nn.functional.one_hot(data.train.labels[index], 20).float())
 
     class Looks(Distillation):
         def forward(self, step):
@@ -240,37 +262,51 @@ class Watch(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-@pytest.mark.parametrize("method, recording", [*((Method(m).build(), None) for m in sorted(Method.registry)), (Method("mdca", gamma=1).build(), None),
-                                               *((Distillation(2., .5), recording) for recording in (None, True, False))],
-                         ids=[*sorted(Method.registry), "focal + MDCA", "KD", "KD, the first student", "KD, a later one"])
+@pytest.mark.parametrize(
+    "method, recording",
+    [*((Method(m).build(), None) for m in sorted(Method.registry)), (Method("mdca", gamma=1).build(), None),
+     *((Distillation(2., .5), recording) for recording in (None, True, False))],
+    ids=[*sorted(Method.registry), "focal + MDCA", "KD", "KD, the first student", "KD, a later one"]
+)
 def test_a_step_reads_nothing_back_from_the_device(method, recording):
-    "What a CUDA graph cannot record: reading a value back, making a tensor from one of Python's, sizes that depend on values"
+    """What a CUDA graph cannot record: reading a value back, making a tensor from one of Python's,
+    sizes that depend on values
+    """
     net = _build_net(SPEC).eval()
     teacher = (lambda x, index: net(x)) if isinstance(method, Distillation) else None
     cache = None if recording is None else TeacherCache()
-    trainer = Trainer(_build_net(SPEC), load_data(TINY), method, Recipe(2, 32), 0, torch.device("cpu"), teacher, 1.5, cache)
+    trainer = Trainer(_build_net(SPEC), load_data(TINY), method, Recipe(2, 32),
+                      0, torch.device("cpu"), teacher, 1.5, cache)
     trainer.recording = bool(recording)
     trainer.begin_epoch()
     trainer.step()
     before = {k: t.data_ptr() for k, t in trainer.state_dict().items()}
     with Watch() as watch: trainer.step()
-    assert "convolution_backward" in watch.seen and not watch.seen & {"_local_scalar_dense", "lift_fresh", "nonzero", "bincount", "_unique2"}
+    assert ("convolution_backward" in watch.seen
+            and not watch.seen & {"_local_scalar_dense", "lift_fresh", "nonzero", "bincount", "_unique2"})
     trainer.begin_epoch()
     trainer.load_state_dict({k: t.clone() for k, t in trainer.state_dict().items()}, 0, [])
-    assert before == {k: t.data_ptr() for k, t in trainer.state_dict().items()}, "a captured step writes to the same memory for ever"
+    assert before == {k: t.data_ptr() for k, t in trainer.state_dict().items()}, (
+        "a captured step writes to the same memory for ever"
+    )
 
 
 @pytest.mark.parametrize("spoil", [
-    lambda tensors, meta: ({k.replace("net/", "nets/"): t for k, t in tensors.items()}, meta), lambda tensors, meta: (tensors, meta | {"mood": 1}),
-    lambda tensors, meta: ({k: t[:1] for k, t in tensors.items() if t.ndim} | {k: t for k, t in tensors.items() if not t.ndim}, meta),
+    lambda tensors, meta: ({k.replace("net/", "nets/"): t for k, t in tensors.items()}, meta),
+    lambda tensors, meta: (tensors, meta | {"mood": 1}),
+    lambda tensors, meta: ({k: t[:1] for k, t in tensors.items() if t.ndim}
+                               | {k: t for k, t in tensors.items() if not t.ndim}, meta),
 ])
 def test_a_checkpoint_of_another_version_is_named_and_left(tmp_path, spoil):
     data, path = load_data(TINY), tmp_path/"x"
-    with pytest.raises(OutOfTime): fit(_build_net(SPEC), data, Late(), Recipe(9, 32), device="cpu", checkpoint=path, checkpoint_every=0, deadline=time.time() + 1, progress=False)
+    with pytest.raises(OutOfTime):
+        fit(_build_net(SPEC), data, Late(), Recipe(9, 32), device="cpu", checkpoint=path,
+            checkpoint_every=0, deadline=time.time() + 1, progress=False)
     tensors, meta = spoil(*load_tensors(path))
     save_tensors(path, tensors, **meta)
     with pytest.warns(UserWarning, match="got a checkpoint of another version.*starting again"):
-        done = fit(_build_net(SPEC), data, TrainingMethod(), Recipe(2, 32), device="cpu", checkpoint=path, progress=False)
+        done = fit(_build_net(SPEC), data, TrainingMethod(), Recipe(2, 32),
+                   device="cpu", checkpoint=path, progress=False)
     assert len(done.history) == 2
 
 
@@ -282,7 +318,9 @@ class Late(TrainingMethod):
 def test_a_full_device_is_not_taken_for_a_step_that_cannot_be_recorded(pretended_cuda, monkeypatch):
     def full(g, stream): raise torch.OutOfMemoryError("full")
     monkeypatch.setattr(torch.cuda, "graph", full)
-    with pytest.raises(torch.OutOfMemoryError): pretended_cuda(Trainer(_build_net(SPEC), load_data(TINY), TrainingMethod(), Recipe(2, 32), 0, torch.device("cpu")))
+    with pytest.raises(torch.OutOfMemoryError):
+        pretended_cuda(Trainer(_build_net(SPEC), load_data(TINY), TrainingMethod(),
+                               Recipe(2, 32), 0, torch.device("cpu")))
 
 
 def test_pieces_of_time_shorter_than_an_epoch_add_up(tmp_path):
@@ -290,8 +328,10 @@ def test_pieces_of_time_shorter_than_an_epoch_add_up(tmp_path):
     data, path = load_data(TINY), tmp_path/"x"
     class Slow(TrainingMethod):
         def forward(self, step): time.sleep(.1); return super().forward(step)
-    go = lambda **kw: fit(_build_net(SPEC), data, Slow(), Recipe(2, 32), device="cpu", checkpoint=path, progress=False, **kw).history
-    through = fit(_build_net(SPEC), data, TrainingMethod(), Recipe(2, 32), device="cpu", progress=False).history
+    go = lambda **kw: fit(_build_net(SPEC), data, Slow(), Recipe(2, 32),
+                          device="cpu", checkpoint=path, progress=False, **kw).history
+    through = fit(_build_net(SPEC), data, TrainingMethod(),
+                  Recipe(2, 32), device="cpu", progress=False).history
     done = [0.]
     while True:
         try: history = go(deadline=time.time() + .35); break
@@ -300,13 +340,18 @@ def test_pieces_of_time_shorter_than_an_epoch_add_up(tmp_path):
 
 
 def test_time_that_is_over_stops_a_run(tmp_path):
-    with pytest.raises(OutOfTime, match="0 of 3"): fit(_build_net(SPEC), load_data(TINY), TrainingMethod(), Recipe(3, 32), device="cpu", deadline=time.time() - 1, progress=False)
+    with pytest.raises(OutOfTime, match="0 of 3"):
+        fit(_build_net(SPEC), load_data(TINY), TrainingMethod(), Recipe(3, 32),
+            device="cpu", deadline=time.time() - 1, progress=False)
     path = tmp_path/"x"
     class Slow(TrainingMethod):
         def after_epoch(self, epoch, *valid): time.sleep(.3)
-    with pytest.raises(OutOfTime): fit(_build_net(SPEC), load_data(TINY), Slow(), Recipe(40, 32), device="cpu", checkpoint=path, deadline=time.time() + 2, progress=False)
+    with pytest.raises(OutOfTime):
+        fit(_build_net(SPEC), load_data(TINY), Slow(), Recipe(40, 32),
+            device="cpu", checkpoint=path, deadline=time.time() + 2, progress=False)
     _, meta = load_tensors(path)
-    assert 0 < meta["epochs_done"] <= len(meta["history"]) + 1 <= 40 and .3*meta["epochs_done"] < meta["seconds"] < 3
+    assert (0 < meta["epochs_done"] <= len(meta["history"]) + 1 <= 40
+            and .3*meta["epochs_done"] < meta["seconds"] < 3)
 
 
 @pytest.fixture
@@ -317,7 +362,8 @@ def pretended_cuda(monkeypatch):
     def graph(g, stream): yield
     stream = SimpleNamespace(wait_stream=lambda other: None)
     same = lambda device: stream
-    for name, fake in dict(Stream=same, stream=lambda s: nullcontext(), current_stream=same, default_stream=same, CUDAGraph=Graph, graph=graph).items():
+    for name, fake in dict(Stream=same, stream=lambda s: nullcontext(), current_stream=same,
+                           default_stream=same, CUDAGraph=Graph, graph=graph).items():
         monkeypatch.setattr(torch.cuda, name, fake)
     patch_name(monkeypatch, "bf16_autocast", lambda device: nullcontext())
     def record(trainer):
@@ -332,20 +378,28 @@ def pretended_cuda(monkeypatch):
 
 
 def test_recording_leaves_no_trace(pretended_cuda):
-    "Warm-up steps and the recording itself change weights, momentum and BatchNorm: all of it is put back, to the same places"
-    plain, recording = (Trainer(_build_net(SPEC), load_data(TINY), Method("mdca").build(), Recipe(2, 32), 0, torch.device("cpu")) for _ in range(2))
+    """Warm-up steps and the recording itself change weights, momentum and BatchNorm: all of it is
+    put back, to the same places
+    """
+    plain, recording = (Trainer(_build_net(SPEC), load_data(TINY), Method("mdca").build(),
+                                Recipe(2, 32), 0, torch.device("cpu")) for _ in range(2))
     before = {k: (t.data_ptr(), t.clone()) for k, t in recording.state_dict().items()}
     recording.run_step = pretended_cuda(recording)
-    assert all(t.data_ptr() == before[k][0] and torch.equal(t, before[k][1]) for k, t in recording.state_dict().items())
+    assert all(t.data_ptr() == before[k][0] and torch.equal(t, before[k][1])
+               for k, t in recording.state_dict().items())
     for run in (plain, recording, plain, recording): list(run.train_epoch())
     assert plain.history == recording.history and len(plain.history) == 2
 
 
-def test_what_cannot_be_recorded_ends_in_a_sentence_unless_nobody_wants_it_recorded(pretended_cuda, monkeypatch):
+def test_what_cannot_be_recorded_ends_in_a_sentence_unless_nobody_wants_it_recorded(
+    pretended_cuda, monkeypatch
+):
     def refuse(g, stream): raise RuntimeError("operation not permitted when stream is capturing")
     monkeypatch.setattr(torch.cuda, "graph", refuse)
-    make = lambda **kw: Trainer(_build_net(SPEC), load_data(TINY), TrainingMethod(), Recipe(2, 32), 0, torch.device("cpu"), **kw)
-    with pytest.raises(GraphCaptureError, match="cannot be recorded as a CUDA graph.*not permitted"): pretended_cuda(make())
+    make = lambda **kw: Trainer(_build_net(SPEC), load_data(TINY), TrainingMethod(),
+                                Recipe(2, 32), 0, torch.device("cpu"), **kw)
+    with pytest.raises(GraphCaptureError, match="cannot be recorded as a CUDA graph.*not permitted"):
+        pretended_cuda(make())
     plain, eager = make(), make(use_cuda_graph=False)
     eager.run_step = pretended_cuda(eager)
     for run in (plain, eager): list(run.train_epoch())
@@ -356,13 +410,15 @@ def test_what_is_wrong_with_a_step_is_no_matter_of_recording(pretended_cuda):
     class Breaks(TrainingMethod):
         def forward(self, step): raise RuntimeError("shapes do not fit")
     with pytest.raises(RuntimeError, match="shapes do not fit") as error:
-        pretended_cuda(Trainer(_build_net(SPEC), load_data(TINY), Breaks(), Recipe(2, 32), 0, torch.device("cpu")))
+        pretended_cuda(Trainer(_build_net(SPEC), load_data(TINY), Breaks(),
+                               Recipe(2, 32), 0, torch.device("cpu")))
     assert not isinstance(error.value, GraphCaptureError)
 
 
 def test_logits_keep_their_precision_where_the_body_is_in_16_bits():
     "bf16 knows steps of 1/16 between 8 and 16: that would round confidences"
-    for name, x in (("resnet8", torch.randn(64, 3, 8, 8)), ("torchvision_resnet18", torch.randn(2, 3, 64, 64))):
+    for name, x in (("resnet8", torch.randn(64, 3, 8, 8)),
+                    ("torchvision_resnet18", torch.randn(2, 3, 64, 64))):
         net = build_model(name, 10).eval()
         head = next(m for m in reversed([*net.modules()]) if isinstance(m, torch.nn.Linear))
         with torch.no_grad(): head.weight *= 20
@@ -379,7 +435,9 @@ def test_logits_of_a_scaled_teacher_are_divided_by_its_temperature_whichever_stu
         def forward(self, step):
             self.seen.append(step.teacher.clone())
             return super().forward(step)
-    for T in (1., 4.): Trainer(_build_net(SPEC), data, Looks(), Recipe(1, 100), 0, torch.device("cpu"), lambda x, i: net(x), T, cache).run(progress=False)
+    for T in (1., 4.):
+        Trainer(_build_net(SPEC), data, Looks(), Recipe(1, 100), 0,
+                torch.device("cpu"), lambda x, i: net(x), T, cache).run(progress=False)
     first, second, again_first, again_second = Looks.seen # two steps of each
     assert torch.equal(again_first, first/4) and torch.equal(again_second, second/4)
 
@@ -389,7 +447,8 @@ def test_a_finished_run_keeps_no_memory():
     gc.collect()
     gc.disable()
     try:
-        run = Trainer(_build_net(SPEC), load_data(TINY), TrainingMethod(), Recipe(1, 100), 0, torch.device("cpu"))
+        run = Trainer(_build_net(SPEC), load_data(TINY), TrainingMethod(),
+                      Recipe(1, 100), 0, torch.device("cpu"))
         run.run(progress=False)
         alive = weakref.ref(run)
         del run
@@ -398,12 +457,15 @@ def test_a_finished_run_keeps_no_memory():
 
 
 class OddStrides(torch.nn.Module):
-    "A layer whose gradient is laid out in memory in another way than its weight (pytorch issue 106951), and one whose is not"
+    """A layer whose gradient is laid out in memory in another way than its weight (pytorch issue
+    106951), and one whose is not
+    """
     def __init__(self, d):
         super().__init__()
         self.w, self.v = (torch.nn.Parameter(torch.ones(2, d, 100)) for _ in range(2))
 
-    def forward(self, x): return torch.bmm(x.transpose(0, 1), self.w.transpose(1, 2)).sum() + (self.v**2).sum()
+    def forward(self, x):
+        return torch.bmm(x.transpose(0, 1), self.w.transpose(1, 2)).sum() + (self.v**2).sum()
 
 
 @pytest.mark.parametrize("d", [1, 3])
@@ -414,11 +476,13 @@ def test_gradients_are_laid_out_as_their_parameters(d):
     odd = [p.grad.stride() != p.stride() for p in net.parameters()]
     match_grad_strides(net)
     assert odd[0] == (d == 1) and not odd[1]
-    assert all(p.grad.stride() == p.stride() and torch.equal(p.grad, g) for p, g in zip(net.parameters(), before))
+    assert all(p.grad.stride() == p.stride() and torch.equal(p.grad, g)
+               for p, g in zip(net.parameters(), before))
 
 
 def test_gradients_that_are_transposed_in_memory_are_copied():
     net = torch.nn.Linear(3, 2)
     net.weight.grad = torch.arange(6.).view(3, 2).T
     match_grad_strides(net)
-    assert net.weight.grad.stride() == net.weight.stride() and net.weight.grad.tolist() == [[0, 2, 4], [1, 3, 5]]
+    assert (net.weight.grad.stride() == net.weight.stride()
+            and net.weight.grad.tolist() == [[0, 2, 4], [1, 3, 5]])

@@ -38,7 +38,8 @@ def prepare_agreement(
     n_classes: int,
 ) -> np.ndarray: # (C, C); a row of a label that the teacher never gives is 0
     "What the student says (columns) where the teacher says something (rows), as shares of each row"
-    counts = torch.bincount(n_classes*teacher + student, minlength=n_classes**2).view(n_classes, n_classes).double()
+    counts = (torch.bincount(n_classes*teacher + student, minlength=n_classes**2)
+              .view(n_classes, n_classes).double())
     return (counts/counts.sum(1, keepdim=True).clamp(min=1)).numpy()
 
 
@@ -52,7 +53,8 @@ def plot_class_matrix(
     import seaborn as sns
     few, labels = len(classes) <= 12, list(classes) if len(classes) <= 30 else 10
     ax = ax or plt.subplots(figsize=(5.5, 4.6), layout="constrained")[1]
-    sns.heatmap(100*matrix, mask=np.eye(len(matrix), dtype=bool), cmap="viridis", annot=few, fmt=".0f", annot_kws={"size": 7},
+    sns.heatmap(100*matrix, mask=np.eye(len(matrix), dtype=bool),
+                cmap="viridis", annot=few, fmt=".0f", annot_kws={"size": 7},
                 xticklabels=labels, yticklabels=labels, cbar_kws={"label": "%"}, ax=ax)
     ax.set_title(title)
     return ax
@@ -64,7 +66,9 @@ class _ConfidenceShift(NamedTuple):
     student: np.ndarray # (N,)
     right: np.ndarray # (N,) whether the student's label is correct
 
-    def mean(self, right: bool) -> tuple[float, float]: # mean change from teacher to student, half of its 95% interval
+    def mean(
+        self, right: bool
+    ) -> tuple[float, float]: # mean change from teacher to student, half of its 95% interval
         "How much more confident the student is, on images that it gets correct or wrong"
         d = (self.student - self.teacher)[self.right == right]
         return float(d.mean()), 1.96*float(d.std(ddof=1))/len(d)**.5
@@ -73,7 +77,8 @@ class _ConfidenceShift(NamedTuple):
 def prepare_confidence_shift(teacher: FeatureView, student: FeatureView) -> _ConfidenceShift:
     "How confidence changes from a teacher to its student"
     check(torch.equal(teacher.labels, student.labels), "student", "other test images", "those of the teacher")
-    return _ConfidenceShift(teacher.confidence.numpy(), student.confidence.numpy(), (student.top == student.labels).numpy())
+    return _ConfidenceShift(teacher.confidence.numpy(), student.confidence.numpy(),
+                            (student.top == student.labels).numpy())
 
 
 def plot_confidence_shift(
@@ -83,14 +88,18 @@ def plot_confidence_shift(
     "The student's confidence against the teacher's, where it is correct and where it is wrong"
     import seaborn as sns
     few = min(shift.right.sum(), (~shift.right).sum())
-    check(few >= 2, "shift", f"{few} images on one side", "two or more that the student gets right, and that it gets wrong")
+    check(few >= 2, "shift", f"{few} images on one side",
+          "two or more that the student gets right, and that it gets wrong")
     axs = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)[1]
     for ax, right in zip(axs, (True, False)):
         used = shift.right == right
-        sns.histplot(x=shift.teacher[used], y=shift.student[used], bins=30, binrange=(0, 1), norm=LogNorm(), vmin=None, vmax=None, cmap="viridis",
+        sns.histplot(x=shift.teacher[used], y=shift.student[used], bins=30,
+                     binrange=(0, 1), norm=LogNorm(), vmin=None, vmax=None, cmap="viridis",
                      cbar=True, cbar_kws={"label": "samples"}, ax=ax)
         ax.plot([0, 1], [0, 1], c=ORANGE, lw=1)
         mean, half = shift.mean(right)
-        ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence of the teacher", ylabel="confidence of the student",
-               title=f"{title}: student {'right' if right else 'wrong'}\nchange {100*mean:+.1f} ± {100*half:.1f} points (N = {used.sum():,})")
+        ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence of the teacher",
+               ylabel="confidence of the student",
+               title=f"{title}: student {'right' if right else 'wrong'}\n"
+                     f"change {100*mean:+.1f} ± {100*half:.1f} points (N = {used.sum():,})")
     return axs

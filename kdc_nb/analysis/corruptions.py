@@ -27,7 +27,9 @@ from kdc_nb.analysis.filters import (
 # %% ../../nbs/analysis/07_corruptions.ipynb #0347bf1d
 class _Corruption(NamedTuple):
     "A way to spoil images, and how strongly"
-    spoil: Callable # (images (N, C, H, W) float32 from 0 to 1, strength, generator) to images; what leaves 0 to 1 is cut off later
+    # (images (N, C, H, W) float32 from 0 to 1, strength, generator) to images; what
+    # leaves 0 to 1 is cut off later
+    spoil: Callable
     strengths: tuple # a number, or several, for each severity from 1 to 5
 
 
@@ -50,8 +52,10 @@ def check_severity(severity: int) -> None:
 def _check_image_batch(inputs: Tensor) -> None:
     "Refuse what is no batch of images"
     check(isinstance(inputs, Tensor), "inputs", f"a {type(inputs).__name__}", "a tensor")
-    fits = inputs.dtype == torch.uint8 and inputs.ndim == 4 and inputs.shape[1] in (1, 3) and min(inputs.shape[2:]) >= 8
-    check(fits, "inputs", f"{inputs.dtype} of shape {tuple(inputs.shape)}", "torch.uint8 of shape (N, C, H, W) with 1 or 3 channels and 8 pixels or more a side")
+    fits = (inputs.dtype == torch.uint8 and inputs.ndim == 4
+            and inputs.shape[1] in (1, 3) and min(inputs.shape[2:]) >= 8)
+    check(fits, "inputs", f"{inputs.dtype} of shape {tuple(inputs.shape)}",
+          "torch.uint8 of shape (N, C, H, W) with 1 or 3 channels and 8 pixels or more a side")
 
 
 def corrupt_images(
@@ -60,13 +64,16 @@ def corrupt_images(
     severity: int, # 1 to 5
     seed: int = 0, # of the noise, from 0; each corruption and severity has noise of its own
 ) -> Tensor: # (N, C, H, W) uint8
-    "Images under a corruption in the style of CIFAR-C (Hendrycks and Dietterich 2019); a `ValueError` says what is wrong"
+    """Images under a corruption in the style of CIFAR-C (Hendrycks and Dietterich 2019); a
+    `ValueError` says what is wrong
+    """
     how = lookup(CORRUPTIONS, name, "name")
     check_severity(severity)
     _check_image_batch(inputs)
     check(isinstance(seed, int) and seed >= 0, "seed", repr(seed), "an integer from 0")
     rng = np.random.default_rng([seed, zlib.crc32(name.encode()), severity])
-    parts = (how.spoil(x.numpy()/np.float32(255), how.strengths[severity - 1], rng) for x in inputs.cpu().split(500))
+    parts = (how.spoil(x.numpy()/np.float32(255), how.strengths[severity - 1], rng)
+             for x in inputs.cpu().split(500))
     return torch.cat([torch.from_numpy((np.clip(x, 0, 1)*255 + 1e-3).astype(np.uint8)) for x in parts])
 
 # %% ../../nbs/analysis/07_corruptions.ipynb #07e78d4f
@@ -122,8 +129,9 @@ def zoom_blur(x, end, rng):
     return (x + sum(zoom_centre(x, f) for f in factors))/(len(factors) + 1)
 
 # %% ../../nbs/analysis/07_corruptions.ipynb #9bfbd5f1
-@register_corruption((.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9), (.15, .3, 1.75, .55, 10, 4, .9), (.25, .3, 2.25, .6, 12, 6, .85),
-            (.3, .3, 1.25, .65, 14, 12, .8))
+@register_corruption((.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9),
+                     (.15, .3, 1.75, .55, 10, 4, .9), (.25, .3, 2.25, .6, 12, 6, .85),
+                     (.3, .3, 1.25, .65, 14, 12, .8))
 def snow(x, strength, rng):
     "Flakes over a paler image"
     mean, spread, size, least, radius, sigma, keep = strength
@@ -140,7 +148,8 @@ def fog(x, strength, rng):
     "A cloud over the image, the brightest value of which stays where it was"
     thick, decay = strength
     n, _, h, w = x.shape
-    cloud, top = plasma_fractal(n, 1 << (max(h, w) - 1).bit_length(), decay, rng)[:, None, :h, :w], x.max((1, 2, 3), keepdims=True)
+    cloud, top = (plasma_fractal(n, 1 << (max(h, w) - 1).bit_length(), decay, rng)[:, None, :h, :w],
+                  x.max((1, 2, 3), keepdims=True))
     return (x + thick*cloud)*top/(top + thick)
 
 # %% ../../nbs/analysis/07_corruptions.ipynb #5cb31d8c
@@ -172,7 +181,8 @@ def elastic_transform(x, strength, rng):
 def pixelate(x, share, rng):
     "Shrunk to this share of its side and enlarged again, each pixel the mean of a box"
     from PIL.Image import BOX
-    return map_pil_images(x, lambda p: p.resize((int(p.width*share), int(p.height*share)), BOX).resize(p.size, BOX))
+    return map_pil_images(x, lambda p:
+                                 p.resize((int(p.width*share), int(p.height*share)), BOX).resize(p.size, BOX))
 
 
 @register_corruption(80, 65, 58, 50, 40)
@@ -199,7 +209,9 @@ def gaussian_blur(x, sigma, rng):
 
 @register_corruption((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2))
 def saturate(x, strength, rng):
-    "The saturation in HSV multiplied and increased: paler at severity 1 and 2, gaudier from 3; grey turns red from 4"
+    """The saturation in HSV multiplied and increased: paler at severity 1 and 2, gaudier
+    from 3; grey turns red from 4
+    """
     check(x.shape[1] == 3, "inputs", "images of one channel", "three channels: grey has no saturation")
     h, s, v = decompose_hsv(x)
     times, more = strength

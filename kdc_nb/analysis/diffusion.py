@@ -30,22 +30,28 @@ class _MeasuredStudent(NamedTuple):
     method: Distil # of the student
     seed: int
     n: int # test images
-    values: dict[str, Estimate] # "ratio", "similar", "dissimilar" of its features, and the metrics of its test images
+    # "ratio", "similar", "dissimilar" of its features, and the metrics of its test images
+    values: dict[str, Estimate]
 
 # %% ../../nbs/analysis/04_diffusion.ipynb #01d25d30
 def prepare_merging(
     looks: Mapping[RunSpec, FeatureView], # among them students of trained teachers
 ) -> list[_MeasuredStudent]:
     "What was measured of the students, in their order"
-    students = {s: l for s, l in looks.items() if isinstance(s.method, Distil) and s.method.teacher.first_run()}
+    students = {s: l for s, l in looks.items()
+                if isinstance(s.method, Distil) and s.method.teacher.first_run()}
     kinds = {(s.data, s.model) for s in students}
-    check(len(kinds) == 1, "looks", ", ".join(f"{m} on {d}" for d, m in kinds) or "no students", "one student network on one data set")
-    check(all(l.merging for l in students.values()), "looks", "a data set without super-classes", "one whose similar classes are known")
-    return [_MeasuredStudent(teacher_label(s.method), s.method, s.seed, l.result.evaluation.n, l.merging | l.result.evaluation.raw) for s, l in students.items()]
+    check(len(kinds) == 1, "looks", ", ".join(f"{m} on {d}" for d, m in kinds) or "no students",
+          "one student network on one data set")
+    check(all(l.merging for l in students.values()), "looks",
+          "a data set without super-classes", "one whose similar classes are known")
+    return [_MeasuredStudent(teacher_label(s.method), s.method, s.seed, l.result.evaluation.n,
+                             l.merging | l.result.evaluation.raw) for s, l in students.items()]
 
 
 MERGING_MEASURES = {"ratio": "distance of similar over others", "similar": "overlap of similar classes (%)",
-            "dissimilar": "overlap of other classes (%)", "top1": "top-1 accuracy (%)", "ece": "ECE (%)", "nll": "NLL"}
+                    "dissimilar": "overlap of other classes (%)",
+                    "top1": "top-1 accuracy (%)", "ece": "ECE (%)", "nll": "NLL"}
 
 
 def plot_merging(
@@ -53,24 +59,33 @@ def plot_merging(
     alpha: float, # weight of the teacher
     keys: Sequence[str] = ("ratio", "similar", "dissimilar"), # of MEASURES
 ) -> Figure:
-    "What was measured over the temperature, a line for each teacher and seed; the null band of the ECE in grey"
+    """What was measured over the temperature, a line for each teacher and seed; the
+    null band of the ECE in grey
+    """
     own = [r for r in rows if r.method.alpha == alpha]
-    check(bool(own), "alpha", alpha, "one of " + ", ".join(f"{a:g}" for a in sorted({r.method.alpha for r in rows})))
+    check(bool(own), "alpha", alpha,
+          "one of " + ", ".join(f"{a:g}" for a in sorted({r.method.alpha for r in rows})))
     titles = [lookup(MERGING_MEASURES, key, "keys") for key in keys]
     fig, axs = plt.subplots(1, len(keys), figsize=(3.7*len(keys), 3.6), layout="constrained", squeeze=False)
     names, Ts = sorted({r.teacher for r in own}), sorted({r.method.T for r in own})
     for ax, key, title in zip(axs[0], keys, titles):
         for k, name in enumerate(names):
             for seed in sorted({r.seed for r in own if r.teacher == name}):
-                line = sorted((r.method.T*1.06**(k - 1), r.values[key]) for r in own if (r.teacher, r.seed) == (name, seed))
-                ax.plot(*zip(*[(x, e.value) for x, e in line]), "o-", ms=3, lw=1, c=COLORS[k], label=name if seed == own[0].seed else None)
+                line = sorted((r.method.T*1.06**(k - 1), r.values[key])
+                              for r in own if (r.teacher, r.seed) == (name, seed))
+                ax.plot(*zip(*[(x, e.value) for x, e in line]), "o-", ms=3, lw=1,
+                        c=COLORS[k], label=name if seed == own[0].seed else None)
                 ax.vlines(*zip(*[(x, e.low, e.high) for x, e in line]), color=COLORS[k], lw=1)
-                if key == "ece": ax.vlines(*zip(*[(x, e.null_low, e.null_high) for x, e in line]), color=GREY, lw=6, alpha=.2)
-        ax.set(xscale="log", xticks=Ts, xticklabels=[f"{T:g}" for T in Ts], xlabel="T", title=f"{title}\nalpha = {alpha:g}, N = {own[0].n:,}")
+                if key == "ece":
+                    ax.vlines(*zip(*[(x, e.null_low, e.null_high) for x, e in line]),
+                              color=GREY, lw=6, alpha=.2)
+        ax.set(xscale="log", xticks=Ts, xticklabels=[f"{T:g}" for T in Ts],
+               xlabel="T", title=f"{title}\nalpha = {alpha:g}, N = {own[0].n:,}")
         ax.minorticks_off()
         if key == "ece": ax.set_ylim(bottom=0)
         if "%" in title: format_percent_axes(ax, "y")
-    fig.legend(*axs[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names), title="teacher")
+    fig.legend(*axs[0][0].get_legend_handles_labels(),
+               loc="outside lower center", ncols=len(names), title="teacher")
     return fig
 
 # %% ../../nbs/analysis/04_diffusion.ipynb #a873c7f5
@@ -82,7 +97,8 @@ class _MeasuredGeneration(NamedTuple):
     seed: int
     number: int # its generation
     n: int # test images
-    values: dict[str, Estimate] # metrics, and "gap", "agreement", and "error" and "kl" where the truth is known
+    # metrics, and "gap", "agreement", and "error" and "kl" where the truth is known
+    values: dict[str, Estimate]
 
 # %% ../../nbs/analysis/04_diffusion.ipynb #68127363
 def _estimate_mean(
@@ -102,17 +118,21 @@ def prepare_generations(
     for s in looks:
         first, number = trace_generation(s)
         if not number: continue
-        check(s == self_distillation_chain(first, number, s.method.T, s.method.alpha)[-1], "looks", run_label(s), "chains as `self_distillation_chain` makes them")
+        check(s == self_distillation_chain(first, number, s.method.T, s.method.alpha)[-1],
+              "looks", run_label(s), "chains as `self_distillation_chain` makes them")
         chains.setdefault((first, s.method.T, s.method.alpha), {})[number] = looks[s]
     kinds = {(first.data, first.model, first.recipe) for first, _, _ in chains}
-    check(len(kinds) == 1, "looks", ", ".join(f"{m} on {d}" for d, m, _ in kinds) or "no student of a network", "chains of one network on one data set")
+    check(len(kinds) == 1, "looks", ", ".join(f"{m} on {d}" for d, m, _ in kinds)
+                                    or "no student of a network", "chains of one network on one data set")
     rows = []
     for (first, T, alpha), later in chains.items():
         check(first in looks, "looks", f"no {run_label(first)}", "generation zero of each chain")
         for number, l in sorted(({0: looks[first]} | later).items()):
             truth = {k: Estimate(v) for k, v in (l.result.truth or {}).items()}
-            own = {"gap": _estimate_mean(l.confidence - (l.top == l.labels).float()), "agreement": _estimate_mean((l.top == looks[first].top).float())}
-            rows.append(_MeasuredGeneration(method_label(first.method), T, alpha, first.seed, number, len(l.labels), l.result.evaluation.raw | truth | own))
+            own = {"gap": _estimate_mean(l.confidence - (l.top == l.labels).float()),
+                   "agreement": _estimate_mean((l.top == looks[first].top).float())}
+            rows.append(_MeasuredGeneration(method_label(first.method), T, alpha, first.seed, number,
+                                            len(l.labels), l.result.evaluation.raw | truth | own))
     return rows
 
 # %% ../../nbs/analysis/04_diffusion.ipynb #94f6b804
@@ -126,28 +146,38 @@ def plot_generations(
     T: float, # of the chains to draw
     alpha: float, # likewise
     keys: Sequence[str] = ("top1", "ece", "nll", "agreement"), # of CHAIN_MEASURES
-    end: float | None = None, # the gap of a network that learns from labels alone, to which theory lets a chain go; None: that is not drawn
+    # the gap of a network that learns from labels alone, to which theory lets a chain
+    # go; None: that is not drawn
+    end: float | None = None,
 ) -> Figure:
-    "What was measured by generation: the mean over seeds, the seeds as dots, the ECE's null band in grey, and for the gap, dotted, what theory expects"
+    """What was measured by generation: the mean over seeds, the seeds as dots, the ECE's null band in grey,
+    and for the gap, dotted, what theory expects
+    """
     own = [r for r in rows if (r.T, r.alpha) == (T, alpha)]
-    check(bool(own), "T, alpha", f"{T:g}, {alpha:g}", "one of " + "; ".join(sorted({f"{r.T:g}, {r.alpha:g}" for r in rows})))
+    check(bool(own), "T, alpha", f"{T:g}, {alpha:g}",
+          "one of " + "; ".join(sorted({f"{r.T:g}, {r.alpha:g}" for r in rows})))
     titles = [lookup(GENERATION_MEASURES, key, "keys") for key in keys]
     fig, axs = plt.subplots(1, len(keys), figsize=(3.3*len(keys), 3.6), layout="constrained", squeeze=False)
     for ax, key, title in zip(axs[0], keys, titles):
         for name, c in zip(dict.fromkeys(r.first for r in own), COLORS):
-            by = {g: [r.values[key] for r in own if (r.first, r.number) == (name, g)] for g in sorted({r.number for r in own if r.first == name})}
+            by = {g: [r.values[key] for r in own if (r.first, r.number) == (name, g)]
+                  for g in sorted({r.number for r in own if r.first == name})}
             means = [np.mean([e.value for e in v]) for v in by.values()]
             ax.plot(list(by), means, c=c, label=name)
             ax.plot(*zip(*[(g, e.value) for g, v in by.items() for e in v]), ".", c=c, ms=5)
             if key == "ece":
-                null = ([np.mean([getattr(e, k) for e in v]) for v in by.values()] for k in ("null_low", "null_high"))
+                null = ([np.mean([getattr(e, k) for e in v]) for v in by.values()]
+                        for k in ("null_low", "null_high"))
                 ax.fill_between(list(by), *null, color=GREY, alpha=.2, lw=0)
-            if key == "gap" and end is not None: ax.plot(list(by), [end + (means[0] - end)*alpha**g for g in by], ":", c=c)
+            if key == "gap" and end is not None:
+                ax.plot(list(by), [end + (means[0] - end)*alpha**g for g in by], ":", c=c)
         if key == "gap" and end is not None: ax.axhline(end, c=GREY, lw=1)
         if key in ("ece", "error", "kl"): ax.set_ylim(bottom=0)
         ax.set(xlabel="generation t", title=title)
         if "%" in title: format_percent_axes(ax, "y")
-    fig.legend(*axs[0][-1].get_legend_handles_labels(), loc="outside lower center", ncols=4, title="generation zero")
+    fig.legend(*axs[0][-1].get_legend_handles_labels(),
+               loc="outside lower center", ncols=4, title="generation zero")
     seeds = len({r.seed for r in own})
-    fig.suptitle(f"T = {T:g}, alpha = {alpha:g}, N = {own[0].n:,}, {seeds} seed{'s'*(seeds > 1)}", fontsize=10)
+    fig.suptitle(f"T = {T:g}, alpha = {alpha:g}, N = {own[0].n:,}, {seeds} seed{'s'*(seeds > 1)}",
+                 fontsize=10)
     return fig

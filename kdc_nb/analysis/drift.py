@@ -39,7 +39,9 @@ def _open_npy(
     "An array of the published files; a `ValueError` names a file that is missing, damaged or something else"
     check(path.is_file(), "folder", f"no {path}", "the .npy files of CIFAR-10-C or CIFAR-100-C")
     try: array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as e: raise ValueError(f"folder: got {path}, which cannot be read ({e}), expected {expected}") from e # a damaged header can raise anything
+    except Exception as e:
+        # a damaged header can raise anything
+        raise ValueError(f"folder: got {path}, which cannot be read ({e}), expected {expected}") from e
     got = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else "several arrays"
     check(isinstance(array, np.ndarray) and fits(array), "folder", f"{path} with {got}", expected)
     return array
@@ -49,26 +51,37 @@ def read_corrupted_images(
     folder: Path | str, # where the .npy files are
     name: str, # of a corruption: a file's name without .npy
     severity: int, # 1 to 5
-) -> tuple[Tensor, Tensor]: # inputs (N, 3, H, W) uint8 and labels (N,) int64; 10,000 of 32 x 32 in the published files
-    "One severity of a published corruption (Hendrycks and Dietterich 2019); a `ValueError` names the file and what is wrong with it"
+    # inputs (N, 3, H, W) uint8 and labels (N,) int64; 10,000 of 32 x 32 in the published files
+) -> tuple[Tensor, Tensor]:
+    """One severity of a published corruption (Hendrycks and Dietterich 2019); a `ValueError` names the file
+    and what is wrong with it
+    """
     check_severity(severity)
-    images = _open_npy(Path(folder)/f"{name}.npy", lambda a: a.dtype == np.uint8 and a.ndim == 4 and a.shape[3] == 3 and a.size and len(a) % 5 == 0,
-                        "uint8 of shape (5 N, H, W, 3)")
-    labels = _open_npy(Path(folder)/"labels.npy", lambda a: a.dtype.kind in "iu" and a.shape == images.shape[:1], f"integers of shape ({len(images)},)")
+    images = _open_npy(Path(folder)/f"{name}.npy",
+                       lambda a: a.dtype == np.uint8 and a.ndim == 4
+                                 and a.shape[3] == 3 and a.size and len(a) % 5 == 0,
+                       "uint8 of shape (5 N, H, W, 3)")
+    labels = _open_npy(Path(folder)/"labels.npy",
+                       lambda a: a.dtype.kind in "iu" and a.shape == images.shape[:1],
+                       f"integers of shape ({len(images)},)")
     n = len(images)//5
-    x, y = (torch.from_numpy(np.array(a[n*(severity - 1):n*severity])) for a in (images, labels.astype(np.int64)))
-    check(0 <= int(y.min()) and int(y.max()) < 100, "folder", f"{Path(folder)/'labels.npy'} with labels {y.min()} to {y.max()}", "labels from 0 to 99")
+    x, y = (torch.from_numpy(np.array(a[n*(severity - 1):n*severity]))
+            for a in (images, labels.astype(np.int64)))
+    check(0 <= int(y.min()) and int(y.max()) < 100, "folder",
+          f"{Path(folder)/'labels.npy'} with labels {y.min()} to {y.max()}", "labels from 0 to 99")
     return x.permute(0, 3, 1, 2).contiguous(), y
 
 # %% ../../nbs/analysis/08_drift.ipynb #5c48de10
 def _evaluate_with_noise(
     logits: Tensor, # (N, C)
     labels: Tensor, # (N,)
-) -> dict[str, float]: # top1, nll, ece; low and high: the 95% interval of ece; null_low and null_high: its null band
+    # top1, nll, ece; low and high: the 95% interval of ece; null_low and null_high: its null band
+) -> dict[str, float]:
     "Accuracy, NLL and ECE with its interval and null band, from 200 draws"
     x, y = check_outputs_and_labels(logits, labels)
     e = top_label_estimates(["ece"], top_label(x, y, "logits"), n_boot=200)["ece"]
-    return {"top1": top1(x, y), "nll": nll(x, y), "ece": e.value, "low": e.low, "high": e.high, "null_low": e.null_low, "null_high": e.null_high}
+    return {"top1": top1(x, y), "nll": nll(x, y), "ece": e.value, "low": e.low,
+            "high": e.high, "null_low": e.null_low, "null_high": e.null_high}
 
 # %% ../../nbs/analysis/08_drift.ipynb #8424fc39
 def _load_corrupted_test(
@@ -81,7 +94,8 @@ def _load_corrupted_test(
     if folder is None: return corrupt_images(test.inputs, name, severity)
     inputs, labels = read_corrupted_images(folder, name, severity)
     fits = inputs.shape[1:] == test.inputs.shape[1:] and torch.equal(labels[:len(test)], test.labels)
-    check(fits, "folder", f"{folder}, whose images or labels are others", f"the {len(test)} test images of the run in their order")
+    check(fits, "folder", f"{folder}, whose images or labels are others",
+          f"the {len(test)} test images of the run in their order")
     return inputs[:len(test)]
 
 # %% ../../nbs/analysis/08_drift.ipynb #111b6419
@@ -104,10 +118,13 @@ def evaluate_drift(
     folder: Path | str | None = None, # of the published .npy files; None: the corruptions are made here
     device: str | None = None, # None: the fastest there is
 ) -> DriftResult:
-    "Ask the network of a finished run about corrupted test images; a `ValueError` says which run is missing, or what is wrong with a file"
+    """Ask the network of a finished run about corrupted test images; a `ValueError` says which run is
+    missing, or what is wrong with a file
+    """
     store, names = store or Store(), tuple(CORRUPTIONS) if names is None else names
     result, data = store.get(spec), load_data(spec.data)
-    check(result is not None, "spec", f"{run_label(spec)}, which is not in {store.folder}", "a finished run: `run` it first")
+    check(result is not None, "spec", f"{run_label(spec)}, which is not in {store.folder}",
+          "a finished run: `run` it first")
     n = len(data.test) if n is None else n
     check(isinstance(n, int) and 1 <= n <= len(data.test), "n", n, f"1 to {len(data.test)}")
     one, test = (Split(data.test.inputs[:m].to("cpu"), data.test.labels[:m]) for m in (1, n))
@@ -116,19 +133,27 @@ def evaluate_drift(
     net, T = RunContext(store, device).trained_net(spec).to(best_device(device)), result.evaluation.T
     def ask(inputs):
         logits = predict_logits(net, data, inputs).double()
-        return {"raw": _evaluate_with_noise(logits, test.labels), "scaled": _evaluate_with_noise(logits/T, test.labels)}
-    rows = {"clean": ask(test.inputs)} | {f"{k}/{s}": ask(_load_corrupted_test(test, k, s, folder)) for k in names for s in severities}
+        return {"raw": _evaluate_with_noise(logits, test.labels),
+                "scaled": _evaluate_with_noise(logits/T, test.labels)}
+    rows = {"clean": ask(test.inputs)} | {f"{k}/{s}": ask(_load_corrupted_test(test, k, s, folder))
+                                          for k in names for s in severities}
     return DriftResult(spec, n, T, rows, folder is not None)
 
 # %% ../../nbs/analysis/08_drift.ipynb #5843350e
 def average_by_severity(
     drift: DriftResult,
     which: str, # "raw" or "scaled"
-) -> dict[str, np.ndarray]: # (6,) for each number of a `_evaluate_with_noise`: clean images first, then severity 1 to 5; NaN where none were asked about
-    "Figures averaged over the corruptions at each severity; the ends of intervals and bands too, so they are those of one kind of images"
+    # (6,) for each number of a `_evaluate_with_noise`: clean images first, then severity 1 to 5; NaN
+    # where none were asked about
+) -> dict[str, np.ndarray]:
+    """Figures averaged over the corruptions at each severity; the ends of intervals and bands too, so they
+    are those of one kind of images
+    """
     check(which in ("raw", "scaled"), "which", repr(which), "'raw' or 'scaled'")
-    at = [[row[which] for key, row in drift.rows.items() if key.endswith(end)] for end in ("clean", "/1", "/2", "/3", "/4", "/5")]
-    return {k: np.array([np.mean([r[k] for r in rows]) if rows else np.nan for rows in at]) for k in drift.rows["clean"][which]}
+    at = [[row[which] for key, row in drift.rows.items() if key.endswith(end)]
+          for end in ("clean", "/1", "/2", "/3", "/4", "/5")]
+    return {k: np.array([np.mean([r[k] for r in rows]) if rows else np.nan for rows in at])
+            for k in drift.rows["clean"][which]}
 
 # %% ../../nbs/analysis/08_drift.ipynb #8e39fa8e
 def write_drifts(
@@ -138,7 +163,8 @@ def write_drifts(
     "Keep drifts, numbers to 6 digits but for the descriptions"
     drifts = list(drifts)
     check(len({d.spec for d in drifts}) == len(drifts), "drifts", "two of one run", "one of each")
-    save_npz(path, {}, drifts=[{k: v if k == "spec" else round_numbers(v) for k, v in encode(d).items()} for d in drifts])
+    save_npz(path, {}, drifts=[{k: v if k == "spec" else round_numbers(v) for k, v in encode(d).items()}
+                               for d in drifts])
 
 
 def read_drifts(
@@ -163,8 +189,12 @@ def plot_drift(
         each = scale*np.stack([average_by_severity(d, which)[metric] for d in own])
         ax.plot(each.mean(0), "o-", c=COLORS[k % len(COLORS)], ms=4, label=name)
         ax.plot(each.T, ".", c=COLORS[k % len(COLORS)], ms=3, alpha=.6)
-    if metric == "ece": ax.plot(100*np.mean([average_by_severity(d, which)["null_high"] for own in drifts.values() for d in own], 0), c=GREY, ls=":", label="upper end of the null band")
+    if metric == "ece":
+        ax.plot(100*np.mean(
+            [average_by_severity(d, which)["null_high"] for own in drifts.values() for d in own], 0
+        ), c=GREY, ls=":", label="upper end of the null band")
     one = next(iter(drifts.values()))
-    ax.set(xlabel="severity (0: clean)", ylabel=f"{axis_label(metric)}{' in %'*(scale > 1)} (N = {one[0].n:,} a corruption)",
+    ax.set(xlabel="severity (0: clean)",
+           ylabel=f"{axis_label(metric)}{' in %'*(scale > 1)} (N = {one[0].n:,} a corruption)",
            title=("as they are", "after TS on clean images")[which == "scaled"])
     return ax

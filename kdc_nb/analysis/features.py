@@ -15,7 +15,8 @@ from ..core import check
 def _find_last_linear(net: nn.Module) -> nn.Linear:
     "The head of a network; a `ValueError` where it has no linear layer"
     found = [m for m in net.modules() if isinstance(m, nn.Linear)]
-    check(bool(found), "net", f"a {type(net).__name__} without a linear layer", "a network whose last step is one")
+    check(bool(found), "net", f"a {type(net).__name__} without a linear layer",
+          "a network whose last step is one")
     return found[-1]
 
 
@@ -27,10 +28,14 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: # (N, C, H, W) to (N, F)
         seen = []
-        hook = _find_last_linear(self.net).register_forward_hook(lambda layer, inputs, output: seen.append((inputs[0], output)))
+        hook = _find_last_linear(self.net).register_forward_hook(
+            lambda layer, inputs, output: seen.append((inputs[0], output))
+        )
         try: logits = self.net(x)
         finally: hook.remove()
-        check(len(seen) == 1 and seen[0][1] is logits, "net", f"a {type(self.net).__name__} whose last linear layer does not give its logits", "a network whose last step is one")
+        check(len(seen) == 1 and seen[0][1] is logits, "net",
+              f"a {type(self.net).__name__} whose last linear layer does not give its logits",
+              "a network whose last step is one")
         return seen[0][0]
 
 

@@ -45,9 +45,11 @@ def motion_filter(
     "Each image blurred along its own line, to one side (ImageMagick's MotionBlurImage)"
     i, reach = np.arange(2*radius + 1), 2*radius
     weight = np.exp(-i**2/(2*sigma**2), dtype=np.float32)
-    down, right = (reach + np.ceil(i[:, None]*f(np.deg2rad(angle)) - .5).astype(int) for f in (np.sin, np.cos))
+    down, right = (reach + np.ceil(i[:, None]*f(np.deg2rad(angle)) - .5).astype(int)
+                   for f in (np.sin, np.cos))
     padded = np.pad(x, ((0, 0), (0, 0), (reach, reach), (reach, reach)), mode="edge")
-    windows = np.lib.stride_tricks.sliding_window_view(padded, x.shape[2:], (2, 3)) # (N, C, shifts down, shifts right, H, W)
+    # (N, C, shifts down, shifts right, H, W)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, x.shape[2:], (2, 3))
     line = sum(k*windows[np.arange(len(x)), :, d, r] for k, d, r in zip(weight/weight.sum(), down, right))
     return np.rint(line*255)/np.float32(255)
 
@@ -93,7 +95,9 @@ def plasma_fractal(
 def decompose_hsv(
     x: np.ndarray, # (N, C, H, W) from 0 to 1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # h (N, C, H, W), s and v (N, 1, H, W), all from 0 to 1
-    "Hue, saturation and value, with x = v*(1 - s*h); the hue as how far below the largest channel each channel is"
+    """Hue, saturation and value, with x = v*(1 - s*h); the hue as how far below the
+    largest channel each channel is
+    """
     v = x.max(1, keepdims=True)
     span = v - x.min(1, keepdims=True)
     red = np.array([0, 1, 1], x.dtype)[:x.shape[1], None, None]
@@ -109,7 +113,8 @@ def resample_bilinear(
     size = np.array(x.shape[:1:-1])
     grid = 2*at/(size - 1) - 1 if mirror == "pixels" else (2*at + 1)/size - 1
     x, grid = (torch.from_numpy(a.astype(np.float32)) for a in (x, grid))
-    return torch.nn.functional.grid_sample(x, grid, "bilinear", "reflection", align_corners=mirror == "pixels").numpy()
+    return torch.nn.functional.grid_sample(x, grid, "bilinear", "reflection",
+                                           align_corners=mirror == "pixels").numpy()
 
 # %% ../../nbs/analysis/06_filters.ipynb #62a90722
 def pixel_grid(h: int, w: int) -> np.ndarray: # (h, w, 2)
@@ -127,7 +132,8 @@ def random_affine(
     "Random affine maps near the identity"
     three = np.array([w//2, h//2]) + min(h, w)//3*np.array([[1, 1], [1, -1], [-1, -1]])
     moved = three + rng.uniform(-far, far, (n, 3, 2))
-    back = np.linalg.inv(np.concatenate([moved, np.ones((n, 3, 1))], 2)) @ three # (n, 3, 2): takes the moved points to the three
+    # (n, 3, 2): takes the moved points to the three
+    back = np.linalg.inv(np.concatenate([moved, np.ones((n, 3, 1))], 2)) @ three
     return (pixel_grid(h, w).reshape(-1, 2) @ back[:, :2] + back[:, 2:]).reshape(n, h, w, 2)
 
 # %% ../../nbs/analysis/06_filters.ipynb #6e79198e
@@ -138,5 +144,6 @@ def map_pil_images(
     "Images one by one as pictures of Pillow"
     from PIL import Image
     pictures = np.rint(255*x).astype(np.uint8).transpose(0, 2, 3, 1)
-    changed = np.stack([np.asarray(change(Image.fromarray(p if p.shape[2] == 3 else p[..., 0]))) for p in pictures])
+    changed = np.stack([np.asarray(change(Image.fromarray(p if p.shape[2] == 3 else p[..., 0])))
+                        for p in pictures])
     return changed.reshape(pictures.shape).transpose(0, 3, 1, 2)/np.float32(255)

@@ -38,7 +38,8 @@ def _centroid_distances(
     n = member.sum(0)
     centroid = member.T@x/n[:, None]
     noise = samples*(member*_squared_distances(x, centroid)).sum(0)/(n - 1)/n
-    return (torch.cdist(centroid, centroid).square() - noise - noise[:, None]).clamp(min=0).sqrt().fill_diagonal_(0)
+    return ((torch.cdist(centroid, centroid).square() - noise - noise[:, None]).clamp(min=0)
+            .sqrt().fill_diagonal_(0))
 
 # %% ../../nbs/analysis/01_geometry.ipynb #8b8570ea
 def _misassigned(
@@ -63,7 +64,8 @@ def _centre_features(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     x = features if features.dtype == torch.float64 else features.float()
     check(bool(x.isfinite().all()), "features", "NaN or infinity", "finite numbers")
     member = _one_hot_float(labels, x)
-    check(int(member.sum(0).min()) >= 2, "labels", "a class with fewer than two images", "two or more of each class")
+    check(int(member.sum(0).min()) >= 2, "labels",
+          "a class with fewer than two images", "two or more of each class")
     return x - x.mean(0), member
 
 
@@ -80,7 +82,8 @@ def similar_classes(
     data: Any, # a data set or a look, with super-classes
 ) -> Tensor: # (C, C) bool; no class is similar to itself
     "Which classes share a super-class; a `ValueError` where there are none"
-    check(data.superclass is not None, "data", "one without super-classes", "one whose similar classes are known, such as cifar100")
+    check(data.superclass is not None, "data", "one without super-classes",
+          "one whose similar classes are known, such as cifar100")
     group = torch.tensor(data.superclass)
     return (group == group[:, None]).fill_diagonal_(False)
 
@@ -97,15 +100,19 @@ def _distance_ratio(
     distance: Tensor, # (C, C)
     chosen: Tensor, # (C, C, C) bool, of a, b and c
 ) -> Tensor: # scalar
-    "The mean distance of a and b over the mean distance of a to c and b to c; 1 where no class can be told from another"
-    near, far = distance[:, :, None].expand_as(chosen)[chosen].sum(), (distance[:, None] + distance[None])[chosen].sum()/2
+    """The mean distance of a and b over the mean distance of a to c and b to c; 1 where no
+    class can be told from another
+    """
+    near, far = (distance[:, :, None].expand_as(chosen)[chosen].sum(),
+                 (distance[:, None] + distance[None])[chosen].sum()/2)
     return near/far if far > 0 else torch.ones_like(far)
 
 # %% ../../nbs/analysis/01_geometry.ipynb #b4fca627
 def _summarise_merging(distance: Tensor, overlap: Tensor, similar: Tensor) -> Tensor: # (3,)
     "The ratio over all triples, the mean overlap of similar pairs and of all others"
     other = ~similar & ~torch.eye(len(similar), dtype=torch.bool)
-    return torch.stack([_distance_ratio(distance, similar_triples(similar)), overlap[similar].mean(), overlap[other].mean()])
+    return torch.stack([_distance_ratio(distance, similar_triples(similar)),
+                        overlap[similar].mean(), overlap[other].mean()])
 
 
 def measure_merging(
@@ -117,14 +124,17 @@ def measure_merging(
 ) -> dict[str, Estimate]: # "ratio" of triples, "similar" and "dissimilar" overlap
     "How far similar classes have merged, with 95% bootstrap intervals"
     x, member = _centre_features(features, labels)
-    check(similar.shape == (member.shape[1],)*2 and bool(similar_triples(similar).any()), "similar", "a matrix without a triple of these classes", "(C, C) with two alike and one not")
+    check(similar.shape == (member.shape[1],)*2 and bool(similar_triples(similar).any()), "similar",
+          "a matrix without a triple of these classes", "(C, C) with two alike and one not")
     rng, nearer = np.random.default_rng(seed), _misassigned(x, member)
     order, n = labels.argsort().numpy(), member.sum(0).long()
-    first, size = ((t.repeat_interleave(n)).numpy() for t in (n.cumsum(0) - n, n)) # where each image's class begins in this order, and how many it has
+    # where each image's class begins in this order, and how many it has
+    first, size = ((t.repeat_interleave(n)).numpy() for t in (n.cumsum(0) - n, n))
     def drawn():
         times = np.bincount(order[first + (rng.random(len(order))*size).astype(int)], minlength=len(order))
         w = member*torch.from_numpy(times)[:, None]
         return _summarise_merging(_centroid_distances(x, w, samples=2), _class_overlaps(w, nearer), similar)
     seen = _summarise_merging(*class_geometry(features, labels), similar).tolist()
-    ends = torch.stack([drawn() for _ in range(n_boot)]).float().quantile(torch.tensor([.025, .975]), dim=0).T.tolist()
+    ends = (torch.stack([drawn() for _ in range(n_boot)]).float()
+            .quantile(torch.tensor([.025, .975]), dim=0).T.tolist())
     return {k: Estimate(v, *e) for k, v, e in zip(("ratio", "similar", "dissimilar"), seen, ends)}

@@ -87,13 +87,17 @@ class _Minimum(NamedTuple):
     steps: int # of Newton's method
 
 # %% ../../nbs/analysis/09_linear_model.ipynb #ab9e0a23
-def _check_problem(X: np.ndarray, y: np.ndarray, z_t: np.ndarray, T: float, alpha: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _check_problem(X: np.ndarray, y: np.ndarray, z_t: np.ndarray, T: float,
+                   alpha: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Features, targets and teacher's logits in float64; a `ValueError` for what is no distillation problem"
     X, y, z_t = (np.asarray(a, float) for a in (X, y, z_t))
-    check(X.ndim == 2 and X.size and np.isfinite(X).all() and X.any(), "X", f"shape {X.shape}", "features (d, N), all finite and not all zero")
-    check(y.shape == z_t.shape and 0 < y.ndim < 3 and len(y) == X.shape[1], "y, z_t", f"shapes {y.shape}, {z_t.shape}", f"({X.shape[1]},) or ({X.shape[1]}, C)")
+    check(X.ndim == 2 and X.size and np.isfinite(X).all() and X.any(), "X",
+          f"shape {X.shape}", "features (d, N), all finite and not all zero")
+    check(y.shape == z_t.shape and 0 < y.ndim < 3 and len(y) == X.shape[1], "y, z_t",
+          f"shapes {y.shape}, {z_t.shape}", f"({X.shape[1]},) or ({X.shape[1]}, C)")
     check(np.isfinite(z_t).all(), "z_t", "infinite or missing logits", "finite logits")
-    check(((0 <= y) & (y <= 1)).all(), "y", f"values from {y.min():g} to {y.max():g}", "targets from 0 to 1, one-hot for more than two classes")
+    check(((0 <= y) & (y <= 1)).all(), "y", f"values from {y.min():g} to {y.max():g}",
+          "targets from 0 to 1, one-hot for more than two classes")
     check(y.ndim == 1 or np.allclose(y.sum(1), 1), "y", "rows that do not sum to 1", "one-hot targets")
     check(0 < T < np.inf, "T", T, "a temperature above 0")
     check(0 <= alpha <= 1, "alpha", alpha, "a weight from 0 to 1")
@@ -102,7 +106,8 @@ def _check_problem(X: np.ndarray, y: np.ndarray, z_t: np.ndarray, T: float, alph
 # %% ../../nbs/analysis/09_linear_model.ipynb #c8f8bee6
 def _whitening(
     X: np.ndarray, # features (d, N) of rank r
-) -> tuple[np.ndarray, np.ndarray]: # A (d, r) in the span of the points, V (r, N) with orthonormal rows: X' A = V'
+    # A (d, r) in the span of the points, V (r, N) with orthonormal rows: X' A = V'
+) -> tuple[np.ndarray, np.ndarray]:
     "Coordinates in which all features are of one size and uncorrelated"
     size = np.linalg.norm(X, axis=1, keepdims=True)
     for unit in (np.where(size, size, 1), np.ones_like(size)): # scaled, if the points then span everything
@@ -118,7 +123,8 @@ def _is_separable(
 ) -> bool:
     "Whether every point has its label, of 0 and 1, and none lies on a border"
     if z.ndim == 1: z, y = np.stack([0*z, z], 1), np.stack([1 - y, y], 1)
-    return bool((y.max(1) == 1).all() and (np.where(y == 1, z, np.inf).min(1) > np.where(y == 1, -np.inf, z).max(1)).all())
+    return bool((y.max(1) == 1).all()
+                and (np.where(y == 1, z, np.inf).min(1) > np.where(y == 1, -np.inf, z).max(1)).all())
 
 # %% ../../nbs/analysis/09_linear_model.ipynb #3a396704
 def fit_linear_student(
@@ -128,7 +134,9 @@ def fit_linear_student(
     T: float, # temperature, > 0
     alpha: float, # weight of distillation, 0 to 1
 ) -> _Minimum: # in the span of the points
-    "The linear student of least `_total_loss`, where gradient descent from 0 ends; a `ValueError` if there is none in float64"
+    """The linear student of least `_total_loss`, where gradient descent from 0 ends; a `ValueError`
+    if there is none in float64
+    """
     X, y, z_t = _check_problem(X, y, z_t, T, alpha)
     (A, V), q_t = _whitening(X), tempered_probs(z_t, T)
     v, z = np.zeros((len(V), *y.shape[1:])), np.zeros(y.shape)
@@ -140,16 +148,20 @@ def fit_linear_student(
         try: step = -np.linalg.solve(H, g.T.ravel()).reshape(g.T.shape).T
         except np.linalg.LinAlgError: break
         along, drop, size = V.T@step, -(g*step).sum(), 1.
-        while (new := _total_loss(z + size*along, y, q_t, T, alpha)) > loss*(1 + 1e-12) - 1e-4*size*drop: size /= 2
+        while (new := _total_loss(z + size*along, y, q_t, T, alpha)) > loss*(1 + 1e-12) - 1e-4*size*drop:
+            size /= 2
         v, z, loss = v + size*step, z + size*along, new
         if abs(size*along).max() < 1e-9 or alpha == 0 and _is_separable(z, y): break
 
-    check(alpha > 0 or not _is_separable(z, y), "alpha", 0, "more than 0, as these features separate these labels: larger weights are always better")
+    check(alpha > 0 or not _is_separable(z, y), "alpha", 0,
+          "more than 0, as these features separate these labels: larger weights are always better")
     W = A@v
     r = _grad_logits(X.T@W, y, q_t, T, alpha)
     error = (np.linalg.norm(V@r) + np.finfo(float).eps*len(z)**.5)/max(np.linalg.eigvalsh(H)[0], 1e-300)
-    check(error < 1e-6, "X, y, z_t", f"a minimum that float64 cannot tell (logits reached {abs(z).max():.3g})",
-          "labels and a teacher that leave each direction of the features in doubt, and no two features that are nearly one")
+    check(error < 1e-6, "X, y, z_t",
+          f"a minimum that float64 cannot tell (logits reached {abs(z).max():.3g})",
+          "labels and a teacher that leave each direction of the features in doubt, "
+          "and no two features that are nearly one")
     return _Minimum(W, float(np.linalg.norm(X@r)), float(error), steps)
 
 # %% ../../nbs/analysis/09_linear_model.ipynb #2f470769

@@ -28,11 +28,15 @@ def _class_space_basis(
     head: Tensor, # (C, F + 1) rows [w_c, b_c]
     classes: Sequence[int], # three of them
 ) -> Tensor: # (F + 1, 3), orthonormal columns
-    "Where three classes are told apart: a basis of the span of their rows (Chandrasegaran et al. 2022, after Müller et al. 2019)"
+    """Where three classes are told apart: a basis of the span of their rows (Chandrasegaran et al. 2022,
+    after Müller et al. 2019)
+    """
     check(bool(head.isfinite().all()), "head", "NaN or infinity", "finite numbers")
-    check(len(set(classes)) == 3 and all(0 <= c < len(head) for c in classes), "classes", tuple(classes), f"three different ones from 0 to {len(head) - 1}")
+    check(len(set(classes)) == 3 and all(0 <= c < len(head) for c in classes),
+          "classes", tuple(classes), f"three different ones from 0 to {len(head) - 1}")
     q, r = torch.linalg.qr(head[list(classes)].T)
-    check(bool(r.diagonal().abs().min() > 1e-6*r.abs().max()), "head", "rows that lie in one plane", "three independent ones")
+    check(bool(r.diagonal().abs().min() > 1e-6*r.abs().max()), "head",
+          "rows that lie in one plane", "three independent ones")
     return q*r.diagonal().sign()
 
 
@@ -74,7 +78,8 @@ def _prepare_penultimate(
     first = looks[0]
     of_classes = torch.isin(first.kept["train"], torch.tensor(classes))
     flat = _principal_plane(_project_to_classes(first.features["train"][of_classes], first.head, classes))
-    return [[flat(_project_to_classes(l.features[split][l.kept[split] == c], l.head, classes)).numpy() for c in classes] for l in looks]
+    return [[flat(_project_to_classes(l.features[split][l.kept[split] == c], l.head, classes)).numpy()
+             for c in classes] for l in looks]
 
 
 class _PenultimatePlot:
@@ -88,14 +93,18 @@ class _PenultimatePlot:
     ):
         self.ax = ax = ax or plt.subplots(figsize=(4, 4), layout="constrained")[1]
         style = zip(names, (BLUE, SKY, ORANGE), ("o", "s", "^"))
-        self.dots = [ax.plot([], [], m, ms=4, c=c, alpha=.6, label=n, animated=animated)[0] for n, c, m in style]
-        self.stars = [ax.plot([], [], "*", ms=15, mec="black", mfc=c, zorder=4, animated=animated)[0] for c in (BLUE, SKY, ORANGE)]
+        self.dots = [ax.plot([], [], m, ms=4, c=c, alpha=.6, label=n, animated=animated)[0]
+                     for n, c, m in style]
+        self.stars = [ax.plot([], [], "*", ms=15, mec="black", mfc=c, zorder=4, animated=animated)[0]
+                      for c in (BLUE, SKY, ORANGE)]
         self.title = ax.set_title(" \n ", animated=animated) # room for two lines
         ax.set(xlim=limits[:2], ylim=limits[2:], xlabel="first direction", ylabel="second direction")
 
     def show(self, clusters: Sequence[np.ndarray], title: str) -> "_PenultimatePlot": # three times (n, 2)
         "Points and centroids of three classes"
-        for dots, star, xy in zip(self.dots, self.stars, clusters): dots.set_data(*xy.T); star.set_data(*xy.mean(0)[:, None])
+        for dots, star, xy in zip(self.dots, self.stars, clusters):
+            dots.set_data(*xy.T)
+            star.set_data(*xy.mean(0)[:, None])
         self.title.set_text(title)
         return self
 
@@ -119,10 +128,13 @@ def plot_penultimate(
     "The clusters of three classes in several networks, on the same axes (the paper's Fig. 5)"
     check(len(looks) > 0, "looks", "none", "at least one")
     clusters = _prepare_penultimate(list(looks.values()), classes, split)
-    limits, names = _axis_limits(xy for own in clusters for xy in own), [next(iter(looks.values())).classes[c] for c in classes]
+    limits, names = (_axis_limits(xy for own in clusters for xy in own),
+                     [next(iter(looks.values())).classes[c] for c in classes])
     rows = -(-len(looks)//columns)
-    fig, axs = plt.subplots(rows, columns, figsize=(3.4*columns, 3.1*rows), layout="constrained", sharex=True, sharey=True, squeeze=False)
-    pictures = [_PenultimatePlot(names, limits, ax).show(own, title) for ax, title, own in zip(axs.flat, looks, clusters)]
+    fig, axs = plt.subplots(rows, columns, figsize=(3.4*columns, 3.1*rows),
+                            layout="constrained", sharex=True, sharey=True, squeeze=False)
+    pictures = [_PenultimatePlot(names, limits, ax).show(own, title)
+                for ax, title, own in zip(axs.flat, looks, clusters)]
     fig.legend(handles=pictures[0].dots, loc="outside lower center", ncols=3)
     for ax in axs.flat[len(looks):]: ax.axis("off")
     return fig
@@ -133,10 +145,12 @@ def compute_umap(
 ) -> np.ndarray: # (N, 2)
     "A map of features that keeps neighbours together (McInnes et al. 2018)"
     import umap
-    check(len(features) > 15, "features", f"{len(features)} points", "more than the 15 neighbours that each stays close to")
+    check(len(features) > 15, "features", f"{len(features)} points",
+          "more than the 15 neighbours that each stays close to")
     threads = torch.get_num_threads() # which numba sets to its own
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "n_jobs value") # a seed makes it work in one thread, which is what we want
+        # a seed makes it work in one thread, which is what we want
+        warnings.filterwarnings("ignore", "n_jobs value")
         try: return umap.UMAP(n_neighbors=15, random_state=0).fit_transform(features.numpy())
         finally: torch.set_num_threads(threads)
 
@@ -147,13 +161,17 @@ def plot_umap(
     ax: Axes | None = None, # None: a new one
     title: str = "UMAP of the penultimate layer",
 ) -> Axes:
-    "A dot for each image and a name for each class; a colour for each super-class, or class where there are none"
+    """A dot for each image and a name for each class; a colour for each super-class, or
+    class where there are none
+    """
     ax = ax or plt.subplots(figsize=(6, 5), layout="constrained")[1]
     labels = look.kept["test"].numpy()
     group = np.array(look.superclass or range(len(look.classes)))
     ax.scatter(*xy.T, c=group[labels], cmap="tab10" if group.max() < 10 else "nipy_spectral", s=9)
     box = dict(fc="white", ec="none", alpha=.7, pad=1)
-    for c in np.unique(labels): ax.text(*np.median(xy[labels == c], 0), look.classes[c], ha="center", va="center", fontsize=8, bbox=box)
+    for c in np.unique(labels):
+        ax.text(*np.median(xy[labels == c], 0), look.classes[c],
+                ha="center", va="center", fontsize=8, bbox=box)
     ax.set(title=f"{title} (N = {len(xy):,})", xticks=[], yticks=[])
     return ax
 
@@ -166,7 +184,8 @@ def _paste_images(
 ) -> np.ndarray: # (size, size, 4) uint8, transparent where nothing is
     "Framed images pasted at their points, the first row at the bottom"
     out, (h, w) = np.zeros((size, size, 4), np.uint8), [n + 4 for n in images.shape[2:]]
-    for (x, y), image, color in zip(xy, images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).flip(1).numpy(), colors):
+    for (x, y), image, color in zip(xy,
+                                    images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).flip(1).numpy(), colors):
         i, j = (int(np.clip(v*size - n/2, 0, size - n)) for v, n in ((y, h), (x, w)))
         out[i:i + h, j:j + w] = np.array(to_rgba(color))*255
         out[i + 2:i + h - 2, j + 2:j + w - 2, :3] = image
@@ -178,13 +197,16 @@ class ClassClusters:
 
     def __init__(self, ax: Axes, legend: bool = True):
         self.picture = _PenultimatePlot("abc", (0, 1, 0, 1), ax, animated=True)
-        self.legend = ax.legend(loc="upper center", bbox_to_anchor=(.5, -.06), ncols=3, columnspacing=1, handletextpad=.2)
+        self.legend = ax.legend(loc="upper center", bbox_to_anchor=(.5, -.06),
+                                ncols=3, columnspacing=1, handletextpad=.2)
         self.legend.set(animated=True, visible=legend)
         self.picture.title.set(text=" \n \n ", fontsize="medium") # room for three lines
-        self.images = ax.imshow(np.zeros((1, 1, 4), np.uint8), extent=(0, 1, 0, 1), origin="lower", aspect="auto", zorder=3, animated=True)
+        self.images = ax.imshow(np.zeros((1, 1, 4), np.uint8), extent=(0, 1, 0, 1),
+                                origin="lower", aspect="auto", zorder=3, animated=True)
         ax.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(0, 1))
 
-    def show(self, clusters: Sequence[np.ndarray], names: Sequence[str], title: str, images: Tensor | None = None) -> None:
+    def show(self, clusters: Sequence[np.ndarray], names: Sequence[str],
+             title: str, images: Tensor | None = None) -> None:
         "Points in the unit square, or images in their places"
         self.picture.show(clusters, title)
         for text, name in zip(self.legend.get_texts(), names): text.set_text(name)
@@ -193,7 +215,8 @@ class ClassClusters:
         if images is not None: self.images.set_data(_paste_images(np.concatenate(clusters), images, colors))
 
 
-def unit_square_clusters(looks: Sequence[FeatureView], classes: Sequence[int], split: str) -> list[list[np.ndarray]]:
+def unit_square_clusters(looks: Sequence[FeatureView], classes: Sequence[int],
+                         split: str) -> list[list[np.ndarray]]:
     "What `_prepare_penultimate` gives, as shares of the way from the lower to the upper limit of all"
     clusters = _prepare_penultimate(looks, classes, split)
     limits = _axis_limits(xy for own in clusters for xy in own)
@@ -204,4 +227,5 @@ def unit_square_clusters(looks: Sequence[FeatureView], classes: Sequence[int], s
 def format_merging(look: FeatureView, classes: Sequence[int]) -> str:
     "How far the first two of three classes have merged"
     d, (a, b, c) = look.distance, classes
-    return f"distance ab over ac, bc {2*d[a, b]/(d[a, c] + d[b, c]):.2f}\noverlap of a and b {100*look.overlap[a, b]:.0f}% (N = {len(look.labels):,})"
+    return (f"distance ab over ac, bc {2*d[a, b]/(d[a, c] + d[b, c]):.2f}\n"
+            f"overlap of a and b {100*look.overlap[a, b]:.0f}% (N = {len(look.labels):,})")

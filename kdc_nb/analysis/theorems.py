@@ -72,7 +72,9 @@ def fit_intercept(
 def null_gap_bound(
     z: np.ndarray, # logits (N,)
 ) -> float: # of the mean of p - y
-    "The mean gap stays within this in 95 of 100 draws of labels from `z` itself (the null band of a model that never saw the labels)"
+    """The mean gap stays within this in 95 of 100 draws of labels from `z` itself (the null band of a model
+    that never saw the labels)
+    """
     p = tempered_probs(z)
     return 1.96*float(np.sqrt((p*(1 - p)).sum()))/len(p)
 
@@ -117,7 +119,8 @@ def draw_linear_problem(
     features: str = "gaussian", # or "correlated", or "sparse": binary, one in ten is 1
     angle: float = 0., # between teacher and truth, in degrees
     overconfidence: float = 1., # the teacher's logits are larger than the truth's by this factor
-    base: float | None = None, # the truth's intercept, appended to `W` with a row of ones in `X`; None: no intercept
+    # the truth's intercept, appended to `W` with a row of ones in `X`; None: no intercept
+    base: float | None = None,
     seed: int = 0,
 ) -> _LinearProblem:
     "A linear problem of distillation"
@@ -142,7 +145,9 @@ class _LinearView(NamedTuple):
     p_exact: np.ndarray # the student's probabilities (N,) on the training points
     p_formula: np.ndarray # Theorem 1's
     alphas: np.ndarray # weights of distillation (A,)
-    gaps: np.ndarray # mean of p - y at each (A, 2): plain, and weighted with the teacher's logit over its mean size; NaN where there is no student
+    # mean of p - y at each (A, 2): plain, and weighted with the teacher's logit over its mean size; NaN
+    # where there is no student
+    gaps: np.ndarray
     teacher: np.ndarray # the teacher's own (2,)
     noise: float # how far a model that never saw the labels may be off by chance: `null_gap_bound`
     alpha: float
@@ -165,8 +170,9 @@ def prepare_linear_view(
         try: return calibration_gap(weights, X.T@fit_linear_student(X, y, z_t, T, alpha).W, y)
         except ValueError: return np.full(2, np.nan)
     alphas = np.linspace(0, 1, 7)
-    return _LinearView(W_t[order], exact[order], formula[order], tempered_probs(z), tempered_probs(X.T@formula), alphas, np.stack([gaps(a) for a in alphas]),
-                      calibration_gap(weights, z_t, y), null_gap_bound(z), alpha)
+    return _LinearView(W_t[order], exact[order], formula[order], tempered_probs(z),
+                       tempered_probs(X.T@formula), alphas, np.stack([gaps(a) for a in alphas]),
+                       calibration_gap(weights, z_t, y), null_gap_bound(z), alpha)
 
 # %% ../../nbs/analysis/10_theorems.ipynb #c37c6838
 class LinearPlot:
@@ -176,11 +182,14 @@ class LinearPlot:
     def __init__(self):
         self.figure, (weights, points, gaps) = create_panels(3, 3.3)
         def moving(ax, style, **kw): return ax.plot([], [], style, animated=True, **kw)[0]
-        self.W_t, self.formula, self.exact = (moving(weights, style, c=c, mfc="none") for style, c in (("-", GREY), ("x", ORANGE), ("o", BLUE)))
+        self.W_t, self.formula, self.exact = (moving(weights, style, c=c, mfc="none")
+                                              for style, c in (("-", GREY), ("x", ORANGE), ("o", BLUE)))
         self.cosine = weights.text(.97, .04, "", transform=weights.transAxes, ha="right", animated=True)
-        weights.set(xlim=(-.05, 1.05), ylim=(-1.5, 1.5), xticks=[], xlabel="weights, sorted by the teacher's", ylabel="value over the teacher's largest")
+        weights.set(xlim=(-.05, 1.05), ylim=(-1.5, 1.5), xticks=[],
+                    xlabel="weights, sorted by the teacher's", ylabel="value over the teacher's largest")
         weights.set_title("Weights", fontsize="medium")
-        weights.legend(weights.lines, ["teacher", "Theorem 1", "exact student"], loc="upper left", fontsize="small")
+        weights.legend(weights.lines, ["teacher", "Theorem 1", "exact student"],
+                       loc="upper left", fontsize="small")
         points.plot([0, 1], [0, 1], c=GREY, lw=.8)
         self.points = moving(points, ".", c=BLUE, ms=3)
         self.miss = points.text(.97, .04, "", transform=points.transAxes, ha="right", animated=True)
@@ -193,17 +202,24 @@ class LinearPlot:
         self.here = moving(gaps, "v", c=GREY)
         gaps.set(xlim=(-.03, 1.03), ylim=(-.3, .3), xlabel="alpha", ylabel="p - y, mean over training points")
         gaps.set_title("Gap of the exact student", fontsize="medium")
-        labels = ["plain mean", "along the teacher's logit", "alpha x the teacher's", "chance, plain mean", "alpha now"]
-        gaps.legend([*self.gaps, self.laws[0], self.noise[0], self.here], labels, loc="lower left", fontsize="small")
+        labels = ["plain mean", "along the teacher's logit",
+                  "alpha x the teacher's", "chance, plain mean", "alpha now"]
+        gaps.legend([*self.gaps, self.laws[0], self.noise[0], self.here],
+                    labels, loc="lower left", fontsize="small")
 
     def show(self, view: _LinearView) -> "LinearPlot":
         "Move everything to where `view` has it; what would leave its panel stays at the edge"
         place, size = np.linspace(0, 1, len(view.W_t)), abs(view.W_t).max()
-        for line, W in ((self.W_t, view.W_t), (self.formula, view.formula), (self.exact, view.exact)): line.set_data(place, np.clip(W/size, -1.48, 1.48))
+        for line, W in ((self.W_t, view.W_t), (self.formula, view.formula), (self.exact, view.exact)):
+            line.set_data(place, np.clip(W/size, -1.48, 1.48))
         lengths = np.linalg.norm(view.exact), np.linalg.norm(view.formula)
-        self.cosine.set_text(f"cosine {view.exact@view.formula/np.prod(lengths):.3f}, length {lengths[1]/lengths[0]:.2f}")
+        self.cosine.set_text(
+            f"cosine {view.exact@view.formula/np.prod(lengths):.3f}, length {lengths[1]/lengths[0]:.2f}"
+        )
         self.points.set_data(view.p_exact[:400], view.p_formula[:400])
-        self.miss.set_text(f"N = {len(view.p_exact):,}, mean error {100*abs(view.p_exact - view.p_formula).mean():.1f}%")
+        self.miss.set_text(
+            f"N = {len(view.p_exact):,}, mean error {100*abs(view.p_exact - view.p_formula).mean():.1f}%"
+        )
         for k in range(2):
             self.gaps[k].set_data(view.alphas, np.clip(view.gaps[:, k], -.295, .295))
             self.laws[k].set_data([0, 1], [0, view.teacher[k]])

@@ -62,18 +62,23 @@ def extract_features(
     "Look at the penultimate layer of a run"
     store = store or Store()
     data = load_data(spec.data)
-    check(int(data.test.labels.bincount(minlength=data.n_classes).min()) > 1, "test", "a class with fewer than two samples", "two or more of each")
+    check(int(data.test.labels.bincount(minlength=data.n_classes).min()) > 1,
+          "test", "a class with fewer than two samples", "two or more of each")
     result = run(spec, store, device, progress=False)
     net = RunContext(store, device).trained_net(spec).to(best_device(device))
-    every = {k: predict_logits(FeatureExtractor(net), data, getattr(data, k).inputs) for k in ("train", "test")}
+    every = {k: predict_logits(FeatureExtractor(net), data, getattr(data, k).inputs)
+             for k in ("train", "test")}
     index = {k: _first_per_class(getattr(data, k).labels, per_class) for k in every}
     confidence, top = softmax64(result.logits["test"]).max(1)
     labels = data.test.labels
     merged = data.superclass and measure_merging(every["test"], labels, similar_classes(data))
     distance, overlap = class_geometry(every["test"], labels)
-    return FeatureView(result=result_from_json(result_to_json(result)), classes=data.classes, superclass=data.superclass, labels=labels, top=top,
-                confidence=confidence.float(), index=index, kept={k: getattr(data, k).labels[i] for k, i in index.items()},
-                features={k: every[k][i] for k, i in index.items()}, head=head_weights(net), distance=distance, overlap=overlap, merging=merged)
+    return FeatureView(result=result_from_json(result_to_json(result)), classes=data.classes,
+                       superclass=data.superclass, labels=labels, top=top,
+                       confidence=confidence.float(), index=index,
+                       kept={k: getattr(data, k).labels[i] for k, i in index.items()},
+                       features={k: every[k][i] for k, i in index.items()},
+                       head=head_weights(net), distance=distance, overlap=overlap, merging=merged)
 
 # %% ../../nbs/analysis/02_views.ipynb #bf5e7f53
 def feature_images(
@@ -88,15 +93,21 @@ def feature_images(
 
 # %% ../../nbs/analysis/02_views.ipynb #9c7f4a11
 def most_confused_triple(look: FeatureView) -> tuple[int, int, int]:
-    "The two similar classes that overlap most in a network, and the class of another group that overlaps them least"
+    """The two similar classes that overlap most in a network, and the class of another
+    group that overlaps them least
+    """
     similar = similar_classes(look) if look.superclass else torch.zeros_like(look.overlap).bool()
     if not similar_triples(similar).any(): return 0, 1, 2
     a, b = divmod(int((look.overlap - 9*(~similar).float()).argmax()), len(similar))
-    far = (look.overlap[a] + look.overlap[b] + 9*(similar[a] | similar[b])).index_fill(0, torch.tensor([a, b]), 9)
+    far = (look.overlap[a] + look.overlap[b] + 9*(similar[a] | similar[b])).index_fill(
+        0, torch.tensor([a, b]), 9
+    )
     return a, b, int(far.argmin())
 
 # %% ../../nbs/analysis/02_views.ipynb #59a29d2a
-_SHARED_FIELDS, _VIEW_FIELDS = ("labels", "index", "kept"), ("top", "confidence", "features", "head", "distance", "overlap") # of all looks at one data set, of each look
+# of all looks at one data set, of each look
+_SHARED_FIELDS, _VIEW_FIELDS = (("labels", "index", "kept"),
+                                ("top", "confidence", "features", "head", "distance", "overlap"))
 
 
 def _compress_views(looks: Sequence[FeatureView]) -> dict[str, Tensor]:
@@ -107,11 +118,14 @@ def _compress_views(looks: Sequence[FeatureView]) -> dict[str, Tensor]:
     def named(prefix, obj, names):
         for k in names:
             v = getattr(obj, k)
-            for part, t in v.items() if isinstance(v, dict) else [("", v)]: yield f"{prefix}.{k}.{part}", small(k, t)
-    return dict(named("all", looks[0], _SHARED_FIELDS)) | {k: t for i, l in enumerate(looks) for k, t in named(i, l, _VIEW_FIELDS)}
+            for part, t in v.items() if isinstance(v, dict) else [("", v)]:
+                yield f"{prefix}.{k}.{part}", small(k, t)
+    return (dict(named("all", looks[0], _SHARED_FIELDS))
+            | {k: t for i, l in enumerate(looks) for k, t in named(i, l, _VIEW_FIELDS)})
 
 # %% ../../nbs/analysis/02_views.ipynb #44a37d2a
-def _decompress_views(tensors: dict[str, Tensor], prefix: str, names: Iterable[str]) -> dict[str, Tensor | dict[str, Tensor]]:
+def _decompress_views(tensors: dict[str, Tensor], prefix: str,
+                      names: Iterable[str]) -> dict[str, Tensor | dict[str, Tensor]]:
     "The fields `names` of what was packed under a prefix"
     def large(name, t):
         if name == "confidence": return t.float()/65_535
@@ -133,8 +147,10 @@ def write_features(
     check(len(data) == 1, "looks", f"{len(data)} data sets", "looks at one data set")
     same = all(torch.equal(l.index[k], looks[0].index[k]) for l in looks for k in l.index)
     check(same, "looks", "features of different images", "looks with the same per_class")
-    save_npz(path, _compress_views(looks), runs=[{"result": compact_json(l.result), "merging": round_numbers(encode(l.merging))} for l in looks],
-                 classes=looks[0].classes, superclass=looks[0].superclass)
+    save_npz(path, _compress_views(looks),
+             runs=[{"result": compact_json(l.result), "merging": round_numbers(encode(l.merging))}
+                   for l in looks],
+             classes=looks[0].classes, superclass=looks[0].superclass)
 
 # %% ../../nbs/analysis/02_views.ipynb #68ff278b
 def read_features(
@@ -142,6 +158,9 @@ def read_features(
 ) -> dict[RunSpec, FeatureView]: # by description
     "Looks that were kept"
     tensors, meta = load_npz(path)
-    shared = _decompress_views(tensors, "all", _SHARED_FIELDS) | {k: meta[k] and tuple(meta[k]) for k in ("classes", "superclass")}
-    looks = [FeatureView(result_from_json(r["result"]), **(shared | _decompress_views(tensors, str(i), _VIEW_FIELDS)), merging=decode(r["merging"])) for i, r in enumerate(meta["runs"])]
+    shared = (_decompress_views(tensors, "all", _SHARED_FIELDS)
+              | {k: meta[k] and tuple(meta[k]) for k in ("classes", "superclass")})
+    looks = [FeatureView(result_from_json(r["result"]),
+                         **(shared | _decompress_views(tensors, str(i), _VIEW_FIELDS)),
+                         merging=decode(r["merging"])) for i, r in enumerate(meta["runs"])]
     return {l.result.spec: l for l in looks}

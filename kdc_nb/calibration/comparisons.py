@@ -62,9 +62,12 @@ class Comparison:
     scaled: dict[str, _ComparedMetric] # after temperature scaling, but for what that leaves alone
     names: tuple[str, str] = ("a", "b") # of the two models
 
-    def rows(self) -> Iterator[tuple[str, str, _ComparedMetric]]: # "raw" or "scaled", metric, what is known of it
+    def rows(
+        self
+    ) -> Iterator[tuple[str, str, _ComparedMetric]]: # "raw" or "scaled", metric, what is known of it
         "All comparisons, in the order of the table"
-        return ((which, k, m[k]) for k in self.raw for which in ("raw", "scaled") if k in (m := getattr(self, which)))
+        return ((which, k, m[k]) for k in self.raw
+                for which in ("raw", "scaled") if k in (m := getattr(self, which)))
 
     def winner(self, m: _ComparedMetric) -> str:
         "The better model's name, or that it cannot be told"
@@ -81,7 +84,8 @@ class Comparison:
     def to_frame(self) -> "pandas.DataFrame": # a row for each metric and output; numbers in `unit`
         "The comparison for pandas, which writes it as CSV, or as LaTeX with `to_latex(escape=True)`"
         import pandas as pd
-        columns = ["output", "metric", "unit", *self.names, "difference", "low", "high", "p", "p_holm", "better"]
+        columns = ["output", "metric", "unit", *self.names,
+                   "difference", "low", "high", "p", "p_holm", "better"]
         rows = [[which, k, metric_unit(k), *m.numbers(k), self.winner(m)] for which, k, m in self.rows()]
         return pd.DataFrame(rows, columns=columns).assign(n=self.n, seeds=self.seeds)
 
@@ -129,7 +133,9 @@ def _split_by_seed(logits: Any, argument: str) -> list[Tensor]: # (N, C) each
     parts = isinstance(logits, (list, tuple)) and all(getattr(x, "ndim", 0) == 2 for x in logits)
     several = [as_float64(x, argument) for x in (logits if parts and logits else [logits])]
     if several[0].ndim == 3 and len(several[0]): several = list(several[0])
-    for x in several: check(x.ndim == 2, argument, f"shape {tuple(x.shape)}", "(N, C), or a list of such, one for each seed")
+    for x in several:
+        check(x.ndim == 2, argument, f"shape {tuple(x.shape)}",
+              "(N, C), or a list of such, one for each seed")
     return several
 
 # %% ../../nbs/calibration/07_comparisons.ipynb #6d9a75e6
@@ -162,7 +168,8 @@ def _contributions_by_metric(
 
 
 def _compare_metrics(
-    pairs: Mapping[tuple[str, str], tuple[np.ndarray, np.ndarray]], # by output and metric: both models' (seeds, images)
+    # by output and metric: both models' (seeds, images)
+    pairs: Mapping[tuple[str, str], tuple[np.ndarray, np.ndarray]],
 ) -> dict[tuple[str, str], _ComparedMetric]:
     "All comparisons, corrected for their number"
     found = {k: estimate_difference(a - b) for k, (a, b) in pairs.items() if np.isfinite(a + b).all()}
@@ -200,7 +207,8 @@ def compare(
     chosen = select_metrics(metrics, lambda m: m.paired)
     asked = table_order(chosen) if metrics is None else [*chosen]
     outputs, valid = {"raw": (a, b, kind)}, (valid_logits_a, valid_logits_b, valid_labels)
-    if any(v is not None for v in valid): outputs["scaled"] = *_scale_by_temperature(a, b, valid, kind), "logits"
+    if any(v is not None for v in valid):
+        outputs["scaled"] = *_scale_by_temperature(a, b, valid, kind), "logits"
     pairs = {}
     for which, (*two, how) in outputs.items():
         one, other = (_contributions_by_metric(model, y, how, asked) for model in two)
@@ -222,7 +230,8 @@ def decompose_score(
 ) -> _ScoreDecomposition:
     "A proper score as calibration and refinement"
     check(metric in ("nll", "brier"), "metric", repr(metric), "'nll' or 'brier'")
-    check(evaluation.scaled is not None, "evaluation", "one without temperature scaling", "one with validation images, or with 5 images or more")
+    check(evaluation.scaled is not None, "evaluation", "one without temperature scaling",
+          "one with validation images, or with 5 images or more")
     rest = evaluation.scaled[metric].value
     return _ScoreDecomposition(evaluation.raw[metric].value - rest, rest)
 
@@ -236,7 +245,8 @@ class Verdict(NamedTuple):
     seeds: int # of the pair that has the fewest; 1: it speaks of other images alone
 
     def __str__(self):
-        return f"{self.word}: {self.agree} of {self.total} agree, {self.contradict} contradict; {self.seeds} seed{'s'*(self.seeds > 1)}"
+        return (f"{self.word}: {self.agree} of {self.total} agree, {self.contradict} contradict; "
+                f"{self.seeds} seed{'s'*(self.seeds > 1)}")
 
 # %% ../../nbs/calibration/07_comparisons.ipynb #2ce12f7f
 def judge_claim(
@@ -249,5 +259,6 @@ def judge_claim(
     sure = [sign*d.mean for d, p in zip(differences, holm([d.p for d in differences])) if p < .05]
     agree, contradict = sum(m > 0 for m in sure), sum(m < 0 for m in sure)
     n = len(differences)
-    word = "not resolvable" if not sure else "reproduced" if not contradict and 2*agree >= n else "not reproduced" if not agree and 2*contradict >= n else "mixed"
+    word = ("not resolvable" if not sure else "reproduced" if not contradict and 2*agree >= n
+            else "not reproduced" if not agree and 2*contradict >= n else "mixed")
     return Verdict(word, agree, contradict, n, min(len(d.each) for d in differences))

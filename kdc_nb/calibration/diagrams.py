@@ -27,7 +27,8 @@ from .evaluation import metric_name
 from .differences import Difference, holm
 
 # %% ../../nbs/calibration/08_diagrams.ipynb #90b8ee49
-BLUE, ORANGE, GREEN, PINK, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#777777" # told apart by all (Okabe and Ito, 2008)
+# told apart by all (Okabe and Ito, 2008)
+BLUE, ORANGE, GREEN, PINK, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#777777"
 
 # %% ../../nbs/calibration/08_diagrams.ipynb #f7c67a9b
 def axis_label(metric: str) -> str:
@@ -61,7 +62,8 @@ class ReliabilityDiagram:
         ax.plot([0, 1], [0, 1], c=GREY, lw=1)
         self.share = ax.stairs([0], [0, 1], fill=True, color="#DDDDDD", zorder=0, animated=animated)
         self.most = _add_share_axis(ax, animated=animated)
-        self.band = ax.fill_between([], [], [], color=SKY, alpha=.4, lw=0, label="null band", animated=animated)
+        self.band = ax.fill_between([], [], [], color=SKY, alpha=.4, lw=0,
+                                    label="null band", animated=animated)
         self.ends = ax.vlines([], [], [], color=BLUE, animated=animated)
         self.dots = ax.plot([], [], "o", ms=4, c=BLUE, label="accuracy, 95% interval", animated=animated)[0]
         self.title = ax.set_title(" \n ", fontsize="medium", animated=animated) # room for two lines
@@ -98,7 +100,8 @@ COLORS = (BLUE, ORANGE, GREEN, PINK, SKY, "#E69F00", GREY)
 
 
 def plot_reliability_overlay(
-    named: Mapping[str, Any], # up to seven: (N, C) outputs of any framework, or a `Result`, or `ReliabilityBins`
+    # up to seven: (N, C) outputs of any framework, or a `Result`, or `ReliabilityBins`
+    named: Mapping[str, Any],
     labels: Any = None, # (N,) integers from 0 to C-1, the same for all; None beside results or bins
     kind: str = "logits", # what the outputs are: "logits" or "probs"
     ax: Axes | None = None, # None: a new one
@@ -110,10 +113,12 @@ def plot_reliability_overlay(
     diagrams = {name: prepare_diagram(x, labels, kind) for name, x in named.items()}
     most = max(d.bins.count.max()/d.n for d in diagrams.values())
     ax.plot([0, 1], [0, 1], c=GREY, lw=1)
-    for color, (name, d) in zip(COLORS, diagrams.items()): _draw_overlay(ax, d.bins, most, color, f"{name}: {d.error}")
+    for color, (name, d) in zip(COLORS, diagrams.items()):
+        _draw_overlay(ax, d.bins, most, color, f"{name}: {d.error}")
     ns = sorted({d.n for d in diagrams.values()})
     ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence (%)", ylabel="accuracy (%)")
-    ax.set_title(f"{title} (N = {' to '.join(f'{n:,}' for n in (ns[0], ns[-1])[:len(ns)])})", fontsize="medium")
+    ax.set_title(f"{title} (N = {' to '.join(f'{n:,}' for n in (ns[0], ns[-1])[:len(ns)])})",
+                 fontsize="medium")
     format_percent_axes(ax)
     _add_share_axis(ax).set_text(f"{100*most:.0f}")
     ax.legend(fontsize="small", loc="upper center", bbox_to_anchor=(.5, -.12))
@@ -175,14 +180,17 @@ def evaluate_at_temperature(
     top, label = log_p.max(1, keepdim=True)
     claims = BinaryPredictions(top.exp(), (label == labels[:, None]).double())
     nll = float(-log_p.gather(1, labels[:, None]).mean())
-    return _TemperedScores(bins_from_predictions(claims, n_bins, 200), top_label_estimates(["ece"], claims, n_bins, 200)["ece"], nll)
+    return _TemperedScores(bins_from_predictions(claims, n_bins, 200),
+                           top_label_estimates(["ece"], claims, n_bins, 200)["ece"], nll)
 
 # %% ../../nbs/calibration/08_diagrams.ipynb #521d0d90
 SMALL_FONT = {"font.size": 9} # in pictures 840 pixels wide; at 100 pixels per inch
 
 
 def create_panels(n: int, height: float, **kw) -> tuple[Figure, Any]: # with the n axes
-    "A figure that pyplot does not know: it would choose its backend here, and `rc_context` would undo that, so that no later figure is shown"
+    """A figure that pyplot does not know: it would choose its backend here, and `rc_context` would undo that,
+    so that no later figure is shown
+    """
     figure = Figure(figsize=(8.4, height), layout="constrained")
     return figure, figure.subplots(1, n, **kw)
 
@@ -194,7 +202,8 @@ class TemperatureCurves:
         grid = np.sort(np.append(2**np.linspace(-3, 3, 49), np.clip(fitted, 1/8, 8)))
         curves = [[f(logits/T, labels) for T in grid] for f in (ece, nll)]
         self.axes = ax, right = ax, ax.twinx()
-        for ax, y, c, name in zip(self.axes, curves, (BLUE, ORANGE), ("ECE (%)", "negative log-likelihood (nats)")):
+        for ax, y, c, name in zip(self.axes, curves, (BLUE, ORANGE),
+                                  ("ECE (%)", "negative log-likelihood (nats)")):
             ax.plot(grid, y, c=c)
             ax.set_ylim(bottom=0)
             ax.set_ylabel(name, color=c)
@@ -203,7 +212,8 @@ class TemperatureCurves:
         ax, _ = self.axes
         format_percent_axes(ax, "y")
         ax.axvline(fitted, c=GREY, ls="--", lw=1)
-        ax.set(xscale="log", xticks=[.125, .25, .5, 1, 2, 4, 8], xticklabels=["1/8", "1/4", "1/2", "1", "2", "4", "8"],
+        ax.set(xscale="log", xticks=[.125, .25, .5, 1, 2, 4, 8],
+               xticklabels=["1/8", "1/4", "1/2", "1", "2", "4", "8"],
                xlabel="temperature T of softmax(z/T)")
         ax.set_title(f"N = {len(labels):,}; least NLL: T = {fitted:.3g} (dashed)", fontsize="medium")
         ax.minorticks_off()

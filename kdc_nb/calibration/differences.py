@@ -55,14 +55,18 @@ class Difference(NamedTuple):
 def estimate_difference(
     d: np.ndarray, # (seeds, images) differences; one column where only each seed's metric is known
 ) -> Difference:
-    "The mean of a table of differences, with what other seeds and other images would do to it (after Zou and Donner 2008)"
+    """The mean of a table of differences, with what other seeds and other images would do to it
+    (after Zou and Donner 2008)
+    """
     from scipy.optimize import brentq
     from scipy.stats import t
-    check(d.ndim == 2 and max(d.shape) > 1 and bool(np.isfinite(d).all()), "d", f"shape {d.shape}, or numbers that are none", "finite numbers of two seeds or two images at least")
+    check(d.ndim == 2 and max(d.shape) > 1 and bool(np.isfinite(d).all()), "d",
+          f"shape {d.shape}, or numbers that are none", "finite numbers of two seeds or two images at least")
     parts = [(d.mean(1 - k).var(ddof=1)/m, m - 1) for k, m in enumerate(d.shape) if m > 1]
     def reach(tail): return sum(v*t.isf(tail/2, df)**2 for v, df in parts)**.5
     mean, half = float(d.mean()), float(reach(.05))
-    p = brentq(lambda x: reach(10**x) - abs(mean), -30, 0) if mean and reach(1e-30) > abs(mean) else -30*(mean != 0)
+    p = (brentq(lambda x: reach(10**x) - abs(mean), -30, 0) if mean and reach(1e-30) > abs(mean)
+         else -30*(mean != 0))
     return Difference(mean, mean - half, mean + half, 10.**p, tuple(d.mean(1).tolist()), d.shape[1])
 
 # %% ../../nbs/calibration/06_differences.ipynb #7cb500a9
@@ -70,7 +74,9 @@ def debiased_contributions(
     seeds: Sequence[Outcomes], # on the same images
     metric: str, # "top1", "nll", or a paired calibration error of the top label
 ) -> np.ndarray: # (seeds, images)
-    "The contributions of each seed's images; those to a calibration error moved so that their mean is the debiased estimate"
+    """The contributions of each seed's images; those to a calibration error moved so that their
+    mean is the debiased estimate
+    """
     rows = [_contributions_per_image(o, metric) for o in seeds]
     if METRICS[metric].norm: rows = [shift_to_debiased(row, o.claims, metric) for row, o in zip(rows, seeds)]
     return torch.stack(rows).numpy()
@@ -96,7 +102,9 @@ def paired_difference(
 def _check_outcomes(several: Sequence[Any], argument: str) -> None:
     "Refuse what is not outcomes, and say what to call"
     other = [type(o).__name__ for o in several if not isinstance(o, Outcomes)]
-    expected = "`compute_outcomes(logits, labels)` of each seed, in a list; for two models' logits call `compare`"
+    expected = (
+        "`compute_outcomes(logits, labels)` of each seed, in a list; for two models' logits call `compare`"
+    )
     check(not other, argument, f"{(other or [None])[0]} in place of Outcomes", expected)
 
 # %% ../../nbs/calibration/06_differences.ipynb #ca5a7459
@@ -104,9 +112,11 @@ def _check_same_images(several: Sequence[Outcomes]) -> None:
     "Refuse outcomes on other images, as far as number and predictions tell"
     first = several[0]
     for o in several:
-        check(len(o.hit) == len(first.hit), "images", f"{len(first.hit)} and {len(o.hit)} of them", "the same test images for all")
+        check(len(o.hit) == len(first.hit), "images",
+              f"{len(first.hit)} and {len(o.hit)} of them", "the same test images for all")
         alike = o.top == first.top # then both are correct or both are wrong; otherwise one at most is correct
-        check(torch.equal(o.hit[alike], first.hit[alike]) and not (o.hit*first.hit)[~alike].any(), "images", "some with other labels", "the same test images for all")
+        check(torch.equal(o.hit[alike], first.hit[alike]) and not (o.hit*first.hit)[~alike].any(),
+              "images", "some with other labels", "the same test images for all")
 
 # %% ../../nbs/calibration/06_differences.ipynb #c47bf8ca
 def holm(
@@ -123,9 +133,12 @@ def rank_intervals(
     rows: Mapping[str, Sequence[Outcomes]], # by name, seeds in the same order
     metric: str, # as `paired_difference` takes it
 ) -> dict[str, tuple[int, int]]: # best and worst rank of each, from 1
-    "The ranks that a row may have, 95% for each row, from its corrected comparisons with all others (Mogstad et al. 2024)"
+    """The ranks that a row may have, 95% for each row, from its corrected comparisons with all
+    others (Mogstad et al. 2024)
+    """
     _check_outcomes([o for own in rows.values() for o in own], "rows")
-    check(len({len(own) for own in rows.values()}) == 1, "rows", "rows with other numbers of seeds", "the same seeds for all")
+    check(len({len(own) for own in rows.values()}) == 1, "rows",
+          "rows with other numbers of seeds", "the same seeds for all")
     _check_same_images([o for own in rows.values() for o in own])
     each = {name: debiased_contributions(own, metric) for name, own in rows.items()}
     sign, ranks = -1 if METRICS[metric].higher_is_better else 1, {}
@@ -142,5 +155,6 @@ def spread_log_ratio(
 ) -> Difference: # of logarithms: exp of it is a ratio; `each` holds a number a pair
     "How much more rows vary over seeds than their partners"
     check(len(a) == len(b) > 1, "b", f"{len(b)} rows", f"{len(a)}, a partner for each of two rows or more")
-    check(all(len(r) > 1 and np.std(r) > 0 for r in [*a, *b]), "a, b", "a row of one seed, or of equal ones", "rows of two seeds or more that differ")
+    check(all(len(r) > 1 and np.std(r) > 0 for r in [*a, *b]), "a, b",
+          "a row of one seed, or of equal ones", "rows of two seeds or more that differ")
     return estimate_difference(np.log([[np.std(x, ddof=1)/np.std(y, ddof=1)] for x, y in zip(a, b)]))

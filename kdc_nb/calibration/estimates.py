@@ -77,26 +77,33 @@ def reliability_bins(
 ) -> ReliabilityBins:
     "What a reliability diagram shows: the bins of ECE"
     check_bins_and_draws(n_bins, n_boot)
-    return bins_from_predictions(top_label(*check_outputs_and_labels(outputs, labels, kind), kind), n_bins, n_boot, level, seed)
+    return bins_from_predictions(top_label(*check_outputs_and_labels(outputs, labels, kind), kind),
+                                 n_bins, n_boot, level, seed)
 
 
-def bins_from_predictions(claims: BinaryPredictions, n_bins: int = 15, n_boot: int = 1000, level: float = .95, seed: int = 0) -> ReliabilityBins:
+def bins_from_predictions(claims: BinaryPredictions, n_bins: int = 15, n_boot: int = 1000,
+                          level: float = .95, seed: int = 0) -> ReliabilityBins:
     "The same from the claims about the top label"
     law = top_label_noise(["ece"], claims, claims.p.T, n_bins, n_boot, seed)["ece"]
-    count, p, hit = (bin_sums(t, equal_width_bins(claims.p, n_bins), n_bins)[0].numpy() for t in (torch.ones_like(claims.p), *claims))
+    count, p, hit = (bin_sums(t, equal_width_bins(claims.p, n_bins), n_bins)[0].numpy()
+                     for t in (torch.ones_like(claims.p), *claims))
     ends = torch.tensor([(1 - level)/2, (1 + level)/2])
     noise = torch.quantile(law.noise[0, :, 0], ends, dim=0).double().numpy()*len(claims.p)
     edges = np.arange(n_bins + 1)/n_bins
     with np.errstate(invalid="ignore", divide="ignore"):
         low, high = wilson_interval(hit, count, level)
         table = (p/count, hit/count, low, high, (p - noise[1])/count, (p - noise[0])/count)
-    return ReliabilityBins(edges[:-1], edges[1:], count.astype(int), *(np.where(count > 0, t, np.nan) for t in table))
+    return ReliabilityBins(edges[:-1], edges[1:], count.astype(int),
+                           *(np.where(count > 0, t, np.nan) for t in table))
 
 # %% ../../nbs/calibration/04_estimates.ipynb #d32d19a9
 def _recalibrated_probs(claims: BinaryPredictions, n_bins: int) -> Tensor: # (N, K) chances
-    "The claims less the mean gap of their equal-mass bin, which counts as if the bin held one more image without a gap"
+    """The claims less the mean gap of their equal-mass bin, which counts as if the bin held
+    one more image without a gap
+    """
     bins = equal_mass_bins(claims.p, n_bins)
-    sums, counts = bin_sums(claims.p - claims.hit, bins, n_bins), bin_sums(torch.ones_like(claims.p), bins, n_bins)
+    sums, counts = (bin_sums(claims.p - claims.hit, bins, n_bins),
+                    bin_sums(torch.ones_like(claims.p), bins, n_bins))
     gaps = (sums/(counts + 1)).T.gather(0, bins)
     return (claims.p - gaps).clamp(0, 1)
 
@@ -108,8 +115,11 @@ def _shrink_gaps(law: NoiseModel, gaps: Tensor) -> Tensor: # (K, B)
     return rest if rest.any() else gaps
 
 
-def _tail_probs(law: NoiseModel, unit: Tensor, thetas: Sequence[float], seen: float) -> tuple[np.ndarray, np.ndarray]: # (len(thetas),) each
-    "How often the score is at least, and at most, the one seen, if the true gaps have a given direction and these lengths"
+def _tail_probs(law: NoiseModel, unit: Tensor, thetas: Sequence[float],
+                seen: float) -> tuple[np.ndarray, np.ndarray]: # (len(thetas),) each
+    """How often the score is at least, and at most, the one seen, if the true gaps have a given
+    direction and these lengths
+    """
     unit = (unit/law.length(unit)).float()
     part = [min(1, t/seen) if seen else 0 for t in thetas]
     draws = [law.length(t*unit + torch.lerp(*law.noise, s)) for t, s in zip(thetas, part)]
@@ -142,7 +152,9 @@ def _chernoff_interval(
     tail: float, # chance of missing, on each side
 ) -> tuple[Tensor, Tensor]: # (B,), (B,) low, high
     "Bounds for the chance behind a fraction: where n KL(fraction || chance) = log(1/tail) (Chernoff 1952)"
-    def too_far(a): return counts*(torch.xlogy(fraction, fraction/a) + torch.xlogy(1 - fraction, (1 - fraction)/(1 - a))) > -math.log(tail)
+    def too_far(a):
+        return (counts*(torch.xlogy(fraction, fraction/a) + torch.xlogy(1 - fraction, (1 - fraction)/(1 - a)))
+                > -math.log(tail))
     def bisect(inside, outside):
         for _ in range(50):
             middle = (inside + outside)/2
@@ -172,7 +184,9 @@ METRICS.data.update(mce=replace(METRICS["mce"], bounds=_mce_bounds))
 
 # %% ../../nbs/calibration/04_estimates.ipynb #7097fb60
 def _ks_upper_bound(law: NoiseModel, gaps: Tensor, level: float) -> float:
-    "Upper end for how far the true walk gets: the observed one and its normal bound, wherever their sum is largest"
+    """Upper end for how far the true walk gets: the observed one and its normal bound,
+    wherever their sum is largest
+    """
     z = NormalDist().inv_cdf((1 + level)/2)
     return float((gaps.cumsum(-1).abs() + z*law.noise[1].cumsum(-1).std(0)).max())
 
@@ -265,7 +279,8 @@ def format_ece(
     e: Estimate,
 ) -> str:
     "An ECE in percent with its 95% interval and null band"
-    return f"ECE {100*e.value:.1f}% [{100*e.low:.1f}, {100*e.high:.1f}], null {100*e.null_low:.1f} to {100*e.null_high:.1f}"
+    return (f"ECE {100*e.value:.1f}% [{100*e.low:.1f}, {100*e.high:.1f}], "
+            f"null {100*e.null_low:.1f} to {100*e.null_high:.1f}")
 
 # %% ../../nbs/calibration/04_estimates.ipynb #5ab1d0c2
 class DiagramData(NamedTuple):
@@ -283,7 +298,8 @@ class DiagramData(NamedTuple):
 
 
 def prepare_diagram(
-    outputs: Any, # (N, C) logits or probabilities of any framework; or what has a `diagram()`: a result, `ReliabilityBins`
+    # (N, C) logits or probabilities of any framework; or what has a `diagram()`: a result, `ReliabilityBins`
+    outputs: Any,
     labels: Any = None, # (N,) integers from 0 to C-1; None beside a result or bins
     kind: str = "logits", # what the outputs are: "logits" or "probs"
 ) -> DiagramData:
@@ -293,4 +309,5 @@ def prepare_diagram(
         return outputs.diagram()
     check(labels is not None, "labels", "none", "one for each row of the outputs")
     x, y = check_outputs_and_labels(outputs, labels, kind)
-    return DiagramData(reliability_bins(x, y, kind=kind), len(y), calibration_estimates(x, y, "ece", kind=kind)["ece"])
+    return DiagramData(reliability_bins(x, y, kind=kind), len(y),
+                       calibration_estimates(x, y, "ece", kind=kind)["ece"])

@@ -87,7 +87,8 @@ class Evaluation:
     n_bins: int
     n_boot: int # draws behind intervals and null bands
     raw: dict # name -> Estimate, for the outputs as given
-    scaled: dict = None # the same after temperature scaling; None for fewer than 5 images and no validation set
+    # the same after temperature scaling; None for fewer than 5 images and no validation set
+    scaled: dict = None
     T: float = None # the temperature: of the validation set, or of all images where it was cross-fitted
     cross_fitted: bool = False # whether each fifth was scaled by the T of the other four
 
@@ -95,16 +96,20 @@ class Evaluation:
         "Metric, \"raw\" or \"scaled\", and its estimate: of all metrics, or of some, in the order of tables"
         order = [metrics] if isinstance(metrics, str) else metrics or table_order(self.raw)
         for k in order: lookup(self.raw, k, "metrics")
-        return ((k, which, table[k]) for k in order for which in ("raw", "scaled") if (table := getattr(self, which)))
+        return ((k, which, table[k]) for k in order
+                for which in ("raw", "scaled") if (table := getattr(self, which)))
 
     def table(self, metrics: str | Sequence[str] | None = None) -> Table:
         "The estimates of all metrics, or of some, as they are shown"
         shown = list(self.estimates(metrics))
         name = {"raw": metric_label, "scaled": lambda k: "  after TS"}
         rows = [[name[which](k), *_format_estimate(k, e)] for k, which, e in shown]
-        return Table(_EVALUATION_HEAD, rows, self.caption(), [OUTSIDE_NOTE]*any(e.outside() for *_, e in shown))
+        return Table(_EVALUATION_HEAD, rows, self.caption(),
+                     [OUTSIDE_NOTE]*any(e.outside() for *_, e in shown))
 
-    def to_frame(self) -> "pandas.DataFrame": # a row for each metric and output; numbers in `unit`, NaN where there is none
+    def to_frame(
+        self
+    ) -> "pandas.DataFrame": # a row for each metric and output; numbers in `unit`, NaN where there is none
         "The estimates for pandas, which writes them as CSV, or as LaTeX with `to_latex(escape=True)`"
         import pandas as pd
         numbers = {f: [getattr(e, f) for _, _, e in self.estimates()] for f in Estimate.__dataclass_fields__}
@@ -117,8 +122,10 @@ class Evaluation:
 
     def caption(self) -> str:
         "How many images, classes, bins and draws, and which temperature"
-        scaled = "no temperature" if self.T is None else f"T = {self.T:.4g}" + (", cross-fitted in 5 folds" if self.cross_fitted else "")
-        return f"{self.n:,} images, {self.n_classes} classes, {self.n_bins} bins, {self.n_boot:,} draws; {scaled}"
+        scaled = ("no temperature" if self.T is None
+                  else f"T = {self.T:.4g}" + (", cross-fitted in 5 folds" if self.cross_fitted else ""))
+        return (f"{self.n:,} images, {self.n_classes} classes, {self.n_bins} bins, "
+                f"{self.n_boot:,} draws; {scaled}")
 
     def __repr__(self): return repr(self.table())
     def _repr_html_(self): return self.table()._repr_html_()
@@ -163,10 +170,12 @@ def evaluate(
     one = "only one of valid_logits and valid_labels"
     check(all(given) == any(given), "valid_labels", one, "both or none")
     valid = (x, y) if valid_logits is None else check_outputs_and_labels(valid_logits, valid_labels, kind)
-    check(valid[0].shape[1] == x.shape[1], "valid_logits", f"{valid[0].shape[1]} classes", f"{x.shape[1]}, as in the test set")
+    check(valid[0].shape[1] == x.shape[1], "valid_logits",
+          f"{valid[0].shape[1]} classes", f"{x.shape[1]}, as in the test set")
     crossed = valid_logits is None and len(y) >= 5
     T = None if valid_logits is None and not crossed else fit_temperature(*valid, kind)
-    scaled = None if T is None else cross_fit_temperature(x, y, kind, seed) if crossed else to_logits(x, kind)/T
+    scaled = (None if T is None else cross_fit_temperature(x, y, kind, seed) if crossed
+              else to_logits(x, kind)/T)
     def table(z, kind): return _estimates(z, y, kind, names, n_bins=n_bins, n_boot=n_boot, seed=seed)
     both = table(x, kind), None if scaled is None else table(scaled, "logits")
     return Evaluation(len(y), x.shape[1], n_bins, n_boot, *both, T, crossed)

@@ -216,7 +216,9 @@ def sce(outputs: Any, labels: Any, n_bins: int = 15, kind: str = "logits") -> fl
 
 
 def classwise_ace(outputs: Any, labels: Any, n_bins: int = 15, kind: str = "logits") -> float:
-    "Adaptive calibration error of ALL classes, bins of equal mass in each class, mean over classes (Nixon et al. 2019)"
+    """Adaptive calibration error of ALL classes, bins of equal mass in each class, mean over
+    classes (Nixon et al. 2019)
+    """
     return calibration_error("classwise_ace", outputs, labels, n_bins, kind)
 
 # %% ../../nbs/calibration/01_metrics.ipynb #a3648c25
@@ -258,7 +260,8 @@ def kl_to_truth(
 def _check_probs_and_posterior(probs: Any, posterior: Any) -> tuple[Tensor, Tensor]:
     "Both as checked probabilities of one shape"
     p, truth = check_outputs(probs, "probs"), check_outputs(posterior, "probs")
-    check(p.shape == truth.shape, "posterior", f"shape {tuple(truth.shape)}", f"that of probs, {tuple(p.shape)}")
+    check(p.shape == truth.shape, "posterior",
+          f"shape {tuple(truth.shape)}", f"that of probs, {tuple(p.shape)}")
     return p, truth
 
 # %% ../../nbs/calibration/01_metrics.ipynb #eb3a9315
@@ -274,7 +277,8 @@ class Outcomes(NamedTuple):
     def per_sample(self) -> dict[str, Tensor]: return {"nll": self.nll, "top1": self.hit} # (N,) by metric
 
     @property
-    def claims(self) -> BinaryPredictions: return BinaryPredictions(self.log_odds.sigmoid()[:, None], self.hit[:, None])
+    def claims(self) -> BinaryPredictions:
+        return BinaryPredictions(self.log_odds.sigmoid()[:, None], self.hit[:, None])
 
 
 def compute_outcomes(

@@ -183,7 +183,8 @@ def null_band_of_mean(m: Metric, x: Tensor, kind: str, level: float) -> NullBand
 def central_range(draws: Tensor, level: float) -> tuple[float, float]:
     "The ends of the central part `level` of the draws"
     check(0 < level < 1, "level", level, "a number between 0 and 1")
-    low, high = torch.quantile(draws.double(), torch.tensor([(1 - level)/2, (1 + level)/2], dtype=torch.float64)).tolist()
+    low, high = torch.quantile(draws.double(),
+                               torch.tensor([(1 - level)/2, (1 + level)/2], dtype=torch.float64)).tolist()
     return low*(1 - TIE_TOLERANCE), high*(1 + TIE_TOLERANCE)
 
 

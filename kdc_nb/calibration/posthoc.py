@@ -32,7 +32,9 @@ def fit_temperature(
     labels: Any, # (N,) integers from 0 to C-1
     kind: str = "logits", # what the outputs are; a probability of 0 counts as 2e-308
 ) -> float: # T, from 0.01 to 100
-    "The T that minimises the NLL of softmax(z/T), to machine precision (Guo et al. 2017); an end of the range where the minimum lies beyond it"
+    """The T that minimises the NLL of softmax(z/T), to machine precision (Guo et al. 2017); an end of the
+    range where the minimum lies beyond it
+    """
     x, y = check_outputs_and_labels(outputs, labels, kind)
     z = to_logits(x, kind)
     d = z - z.gather(1, y[:, None])
@@ -58,12 +60,15 @@ def to_logits(x: Tensor, kind: str) -> Tensor:
 def cross_fit_temperature(x: Tensor, y: Tensor, kind: str, seed: int) -> Tensor: # (N, C) logits
     "Each fifth of the images divided by the temperature fitted on the other four"
     fold = torch.from_numpy(np.random.default_rng(seed).permutation(len(y)) % 5)
-    T = torch.tensor([fit_temperature(x[fold != k], y[fold != k], kind) for k in range(5)], dtype=torch.float64)
+    T = torch.tensor([fit_temperature(x[fold != k], y[fold != k], kind) for k in range(5)],
+                     dtype=torch.float64)
     return to_logits(x, kind)/T[fold][:, None]
 
 # %% ../../nbs/calibration/02_posthoc.ipynb #287c295d
 class Calibrator(NamedSpec, n_given=2):
-    "A post-hoc calibrator by name; `build(logits, labels)` fits it and gives a function from logits to logits"
+    """A post-hoc calibrator by name; `build(logits, labels)` fits it and gives a
+    function from logits to logits
+    """
 
 
 @Calibrator.register("ts")
@@ -86,7 +91,8 @@ def _vector_scaling(logits: Any, labels: Any) -> Callable[[Tensor], Tensor]:
         value = torch.nn.functional.cross_entropy(z*w[:C] + w[C:], y)
         return float(value.detach()), torch.autograd.grad(value, w)[0].numpy()
     start = np.repeat([1., 0.], C)
-    w = torch.from_numpy(minimize(nll_and_slope, start, jac=True, method="L-BFGS-B", options=dict(maxiter=5000, maxfun=10**5, ftol=0, gtol=1e-7)).x)
+    w = torch.from_numpy(minimize(nll_and_slope, start, jac=True, method="L-BFGS-B",
+                                  options=dict(maxiter=5000, maxfun=10**5, ftol=0, gtol=1e-7)).x)
     return lambda z: z.double()*w[:C] + w[C:]
 
 # %% ../../nbs/calibration/02_posthoc.ipynb #6bb85c66
@@ -96,7 +102,8 @@ def _isotonic_regression(logits: Any, labels: Any) -> Callable[[Tensor], Tensor]
     from sklearn.isotonic import IsotonicRegression
     z, y = check_outputs_and_labels(logits, labels, "logits")
     least = 1/(len(y) + 2)
-    steps = [IsotonicRegression(y_min=least, y_max=1 - least, out_of_bounds="clip").fit(p, y == c) for c, p in enumerate(softmax64(z).T)]
+    steps = [IsotonicRegression(y_min=least, y_max=1 - least, out_of_bounds="clip").fit(p, y == c)
+             for c, p in enumerate(softmax64(z).T)]
     def after(z):
         q = torch.from_numpy(np.stack([s.predict(p) for s, p in zip(steps, softmax64(z).T)], 1))
         return (q/q.sum(1, keepdim=True)).log()

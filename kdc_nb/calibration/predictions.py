@@ -27,24 +27,33 @@ def as_float64(x: Any, argument: str) -> Tensor: # float64, on the CPU
     "`x` as a tensor of float64; a `ValueError` names `argument` where it cannot be one"
     if isinstance(x, Tensor): return x.detach().to("cpu", torch.float64)
     try: return torch.tensor(np.asarray(x, dtype=np.float64))
-    except (TypeError, ValueError): check(False, argument, f"a {type(x).__name__} that is no table of numbers", "numbers")
+    except (TypeError, ValueError):
+        check(False, argument, f"a {type(x).__name__} that is no table of numbers", "numbers")
 
 # %% ../../nbs/calibration/00_predictions.ipynb #19377b7d
 def check_outputs(
     outputs: Any, # (N, C) logits or probabilities
     kind: str = "logits", # what they are: "logits" or "probs"
 ) -> Tensor: # (N, C) float64, of the same kind
-    "Check outputs: finite, two or more classes, probabilities that sum to 1 within 1e-4; a `ValueError` says what is wrong"
+    """Check outputs: finite, two or more classes, probabilities that sum to 1 within 1e-4; a
+    `ValueError` says what is wrong
+    """
     check(kind in ("logits", "probs"), "kind", repr(kind), "'logits' or 'probs'")
     x = as_float64(outputs, kind)
-    check(x.ndim == 2 and x.shape[0] > 0 and x.shape[1] > 1, kind, f"shape {tuple(x.shape)}", "(N, C) with N of at least 1 and C of at least 2")
+    check(x.ndim == 2 and x.shape[0] > 0 and x.shape[1] > 1, kind,
+          f"shape {tuple(x.shape)}", "(N, C) with N of at least 1 and C of at least 2")
     check(bool(x.isfinite().all()), kind, "NaN or infinity", "finite numbers")
     in_range = float(x.min()) >= -1e-6 and float(x.max()) <= 1 + 1e-6
     in_sum = in_range and float((x.sum(1) - 1).abs().max()) <= 1e-4
     if kind == "probs":
-        check(in_sum, kind, "numbers that are none", "numbers between 0 and 1, each row with sum 1 within 1e-4")
+        check(in_sum, kind, "numbers that are none",
+              "numbers between 0 and 1, each row with sum 1 within 1e-4")
         return x.clamp(0, 1)
-    if in_sum: warnings.warn("every row has sum 1 and is read as logits: if these are probabilities, say kind='probs'", stacklevel=2)
+    if in_sum:
+        warnings.warn(
+            "every row has sum 1 and is read as logits: if these are probabilities, say kind='probs'",
+            stacklevel=2
+        )
     return x
 
 # %% ../../nbs/calibration/00_predictions.ipynb #30bbac1e
@@ -58,7 +67,8 @@ def check_outputs_and_labels(
     check(y.ndim == 1, "labels", f"shape {tuple(y.shape)}", "(N,)")
     check(len(y) == len(x), "labels", f"{len(y)} of them", f"{len(x)}, one for each row of the outputs")
     check(bool((y == y.round()).all()), "labels", "numbers with a fraction, or NaN", "integers")
-    check(0 <= float(y.min()) and float(y.max()) < x.shape[1], "labels", f"{y.min():.0f} to {y.max():.0f}", f"0 to {x.shape[1] - 1}")
+    check(0 <= float(y.min()) and float(y.max()) < x.shape[1], "labels",
+          f"{y.min():.0f} to {y.max():.0f}", f"0 to {x.shape[1] - 1}")
     return x, y.long()
 
 # %% ../../nbs/calibration/00_predictions.ipynb #5ed12456
@@ -88,13 +98,15 @@ def to_log_probs(x: Tensor, kind: str) -> Tensor:
 def _read_outputs_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
     "Arrays `logits` and `labels` of an .npz"
     with np.load(path, allow_pickle=False) as f:
-        for k in ("logits", "labels"): check(k in f, k, "no such array", "one in the file, beside " + ", ".join(f))
+        for k in ("logits", "labels"):
+            check(k in f, k, "no such array", "one in the file, beside " + ", ".join(f))
         return f["logits"], f["labels"]
 
 
 def _read_outputs_csv(path: Path) -> tuple[np.ndarray, np.ndarray]:
     "Column `label` and all the others of a .csv with a header"
-    with open(path, newline="", encoding="utf-8-sig") as f: head = [h.strip() for h in next(csv.reader(f), [])]
+    with open(path, newline="", encoding="utf-8-sig") as f:
+        head = [h.strip() for h in next(csv.reader(f), [])]
     check(head.count("label") == 1, "header", ", ".join(head[:5]) or "nothing", "one column named label")
     table = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
     check(table.shape[1] == len(head), "rows", f"{table.shape[1]} columns", f"{len(head)}, as in the header")
@@ -107,9 +119,11 @@ def load_outputs(
 ) -> tuple[Tensor, Tensor]: # logits (N, C) float64, labels (N,) int64
     "Logits and labels from a file; a `ValueError` names the file and what is wrong with it"
     path = Path(path)
-    reader = lookup({".npz": _read_outputs_npz, ".csv": _read_outputs_csv}, path.suffix.lower(), f"{path}: suffix")
+    reader = lookup({".npz": _read_outputs_npz, ".csv": _read_outputs_csv},
+                    path.suffix.lower(), f"{path}: suffix")
     try: return check_outputs_and_labels(*reader(path))
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error: raise ValueError(f"{path}: {error}") from error
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 # %% ../../nbs/calibration/00_predictions.ipynb #15dbe6db
 class BinaryPredictions(NamedTuple):
@@ -171,7 +185,8 @@ def bin_gaps(
 def bin_sums(x: Tensor, bins: Tensor, n_bins: int) -> Tensor:
     "Sum of `x` (N, K) in each of the K n_bins cells"
     cells = bins + n_bins*torch.arange(bins.shape[1])
-    return torch.bincount(cells.flatten(), weights=x.flatten(), minlength=n_bins*bins.shape[1]).view(-1, n_bins)
+    return (torch.bincount(cells.flatten(), weights=x.flatten(), minlength=n_bins*bins.shape[1])
+            .view(-1, n_bins))
 
 # %% ../../nbs/calibration/00_predictions.ipynb #c2e77236
 def gaps_and_shares(claims: BinaryPredictions, bins: Tensor, n_bins: int) -> tuple[Tensor, Tensor]:

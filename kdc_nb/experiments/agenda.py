@@ -85,7 +85,9 @@ class _TrainingPace:
         latest.append(result.facts["seconds"]/count_training_images(result.spec))
 
     def of(self, kind: tuple) -> float | None:
-        "Seconds for an image by the latest runs of a kind: their median, as a laptop may have slept during one"
+        """Seconds for an image by the latest runs of a kind: their median, as a laptop
+        may have slept during one
+        """
         return median_low(self.latest[kind]) if kind in self.latest else None
 
     def slowest(self) -> float:
@@ -97,7 +99,8 @@ class _TrainingPace:
         if pending_download(full_data(spec.data)): return _PlannedRun(spec, spec.recipe.epochs, None)
         try: meta = load_meta(self.store.path(spec, "part"))
         except (FileNotFoundError, DamagedFile): meta = {"epochs_done": 0., "seconds": 0.}
-        done = meta.get("epochs_done", 0.) # not there: a checkpoint of an older version, from which no run goes on
+        # not there: a checkpoint of an older version, from which no run goes on
+        done = meta.get("epochs_done", 0.)
         left, epoch = spec.recipe.epochs - done, count_training_images(spec)/spec.recipe.epochs
         if done: return _PlannedRun(spec, math.ceil(left), left*meta["seconds"]/done)
         pace = self.of(_timing_key(spec))
@@ -123,17 +126,21 @@ def _format_duration(
 ) -> str:
     "A span of time in words"
     if seconds is None: return "not measured here"
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds/60:.0f} min" if seconds < 6000 else f"{seconds/3600:.1f} h"
+    return (f"{seconds:.0f} s" if seconds < 100
+            else f"{seconds/60:.0f} min" if seconds < 6000 else f"{seconds/3600:.1f} h")
 
 
 def format_plan(planned: list[_PlannedRun]) -> str:
     "A line for each run, and the sum"
     def left(p): return f"{p.epochs} of {p.spec.recipe.epochs} epochs left" if p.epochs else "done"
     known, unknown = sum(p.seconds or 0. for p in planned), sum(p.seconds is None for p in planned)
-    total = f"{sum(p.epochs > 0 for p in planned)} runs to do, one by one {_format_duration(known)}" + f" and {unknown} of which nothing is known"*(unknown > 0)
+    total = (f"{sum(p.epochs > 0 for p in planned)} runs to do, one by one {_format_duration(known)}"
+             + f" and {unknown} of which nothing is known"*(unknown > 0))
     files = ", ".join(dict.fromkeys(f for p in planned if (f := pending_download(full_data(p.spec.data)))))
     fetched = [f"{files} will be downloaded first, or taken from {cache_dir()/'data'}"] if files else []
-    return "\n".join([*(f"{left(p):28}{_format_duration(p.seconds):>18}  {run_label(p.spec)}" for p in planned), total, *fetched])
+    return "\n".join([*(f"{left(p):28}{_format_duration(p.seconds):>18}  {run_label(p.spec)}"
+                        for p in planned),
+                      total, *fetched])
 
 # %% ../../nbs/experiments/04_agenda.ipynb #0c28c37a
 OnResult = Callable[[Result], None] # called with each finished run
@@ -147,9 +154,9 @@ def has_result_and_weights(run: RunSpec, context: RunContext) -> bool:
 class Scheduler:
     """What is left to do, and what comes next.
 
-    The rows are in order of worth, and each brings the runs that teach it; a teacher is no row of its own. With a budget
-    only rows are begun that can be finished, as far as the pace of others tells. If not a single one can be, the first
-    is begun all the same: the next call goes on with it.
+    The rows are in order of worth, and each brings the runs that teach it; a teacher is no row of its own.
+    With a budget only rows are begun that can be finished, as far as the pace of others tells. If not a
+    single one can be, the first is begun all the same: the next call goes on with it.
     """
 
     def __init__(self,
@@ -161,12 +168,15 @@ class Scheduler:
         self.context, self.until, self.unrecorded = context, until, set(unrecorded)
         rows = [lineage(s) for s in dict.fromkeys(specs) if context.store.get(s) is None]
         teaching = {t for *teachers, _ in rows for t in teachers} # they come with their students
-        self.rows = [[*(t for t in teachers if not has_result_and_weights(t, context)), s] for *teachers, s in rows if s not in teaching]
+        self.rows = [[*(t for t in teachers if not has_result_and_weights(t, context)), s]
+                     for *teachers, s in rows if s not in teaching]
         self.order = list(dict.fromkeys(r for row in self.rows for r in row))
-        self.missing, self.evaluated = set(self.order), set() # not in the store; trained, but not in the store
+        # not in the store; trained, but not in the store
+        self.missing, self.evaluated = set(self.order), set()
         self.running, self.left_out, self.any_begun = {}, {}, False # when each began; why
         self.pace = None if until is None else _TrainingPace(context.store, context.device, context.at_once)
-        self.overhead = deque([0.], maxlen=4) # seconds of the latest runs beside their training; first ones wait for imports
+        # seconds of the latest runs beside their training; first ones wait for imports
+        self.overhead = deque([0.], maxlen=4)
 
     def next(self, can_begin: Callable[[RunSpec], bool] = lambda run: True) -> RunSpec | None:
         "The first run that can begin now, if there is one"
@@ -174,7 +184,8 @@ class Scheduler:
         if self.pace and not self.any_begun and not runs and time.time() < self.until: runs = self.order[:1]
         ready = lambda r: r not in self.running and not set(lineage(r)[:-1]) & self.missing and can_begin(r)
         first = next((self.order.index(r) for r in runs if ready(r)), -1)
-        first = broadcast_int(first, best_device(self.context.device)) # processes that share each run must not differ
+        # processes that share each run must not differ
+        first = broadcast_int(first, best_device(self.context.device))
         if first < 0: return None
         self.running[self.order[first]], self.any_begun = time.time(), True
         return self.order[first]
@@ -192,7 +203,8 @@ class Scheduler:
             for r in row:
                 if r in then: continue
                 ready = max((then[t] for t in lineage(r)[:-1] if t in then), default=0.)
-                since = max((p for p in places if p <= ready), default=min(places)) # of the place that waits least
+                # of the place that waits least
+                since = max((p for p in places if p <= ready), default=min(places))
                 begins[r] = max(since, ready)
                 then[r] = begins[r] + self.seconds(r)
                 places[places.index(since)] = then[r]
@@ -201,9 +213,12 @@ class Scheduler:
         return out
 
     def seconds(self, run: RunSpec) -> float:
-        "How long a run will take, or what is left of it; if nothing is like it, as long as by the slowest measured pace"
+        """How long a run will take, or what is left of it; if nothing is like it, as long as by
+        the slowest measured pace
+        """
         known = self.pace.planned(run).seconds
-        total = max(self.overhead) + (count_training_images(run)*self.pace.slowest() if known is None else known)
+        total = max(self.overhead) + (count_training_images(run)*self.pace.slowest()
+                                      if known is None else known)
         if run not in self.running: return total
         try: saved = self.context.store.path(run, "part").stat().st_mtime
         except FileNotFoundError: saved = 0.
@@ -221,7 +236,8 @@ class Scheduler:
         if not self.pace: return
         self.pace.add(result)
         beside = time.time() - began - result.facts["seconds"]
-        if beside > 0: self.overhead.append(beside) # a run that was resumed counts the seconds of its first part, too
+        if beside > 0:
+            self.overhead.append(beside) # a run that was resumed counts the seconds of its first part, too
 
     def leave_out(self, run: RunSpec, why: Exception) -> None:
         "Note that a run failed or ran out of time: neither it nor its students are tried again"
@@ -259,6 +275,7 @@ def read_specs(
     "The descriptions in a file; a `ValueError` says what is wrong with it"
     try: specs = [decode(v) for v in json.loads(Path(path).read_text(encoding="utf-8"))]
     except FileNotFoundError: check(False, "file", path, "a file that is there")
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as e: check(False, "file", f"{path}: {e}", "a JSON list of descriptions, as `write_specs` makes")
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as e:
+        check(False, "file", f"{path}: {e}", "a JSON list of descriptions, as `write_specs` makes")
     check(all(isinstance(s, RunSpec) for s in specs), "file", path, "descriptions of runs only")
     return specs

@@ -35,7 +35,8 @@ def plot_ece(
         ax.plot([r.ece.low, r.ece.high], [y, y], c=color, lw=1.5)
         ax.plot(r.mean["ece"], y, "|", ms=14, mew=2, c=color)
         ax.plot(r.each["ece"], [y]*r.seeds, "o", ms=4, c=color, alpha=.6)
-    ax.set(yticks=range(len(rows)), yticklabels=[r.name for r in rows], xlabel=f"ECE in % (N = {rows[0].n:,} test samples; band: a perfect model)", title=title)
+    ax.set(yticks=range(len(rows)), yticklabels=[r.name for r in rows],
+           xlabel=f"ECE in % (N = {rows[0].n:,} test samples; band: a perfect model)", title=title)
     ax.set_xlim(left=0)
     format_percent_axes(ax, "x")
     ax.invert_yaxis()
@@ -50,7 +51,8 @@ def plot_reliability_grid(
     check(bool(named), "named", "no results", "one or more")
     columns = min(columns, len(named))
     lines = -(-len(named)//columns)
-    fig, axs = plt.subplots(lines, columns, figsize=(3.6*columns, 3.5*lines), layout="constrained", squeeze=False)
+    fig, axs = plt.subplots(lines, columns, figsize=(3.6*columns, 3.5*lines),
+                            layout="constrained", squeeze=False)
     for ax in axs.flat[len(named):]: ax.axis("off")
     for ax, (name, r) in zip(axs.flat, named.items()): plot_reliability(r, ax=ax, title=name)
     return fig
@@ -70,14 +72,17 @@ def plot_tradeoff(
         x, y, taught = 100*r.mean[metric], 100*r.mean["top1"], isinstance(r.spec.method, Distil)
         color, mark, label = (ORANGE, "o", "taught") if taught else (BLUE, "s", "trained directly")
         ax.plot(x, y, mark, c=color, ms=5, label=None if label in labels else label)
-        ax.annotate(r.name.removeprefix("Direct, ").replace(", from", ""), (x, y), fontsize=7, c=color, xytext=(5, 3), textcoords="offset points")
+        ax.annotate(r.name.removeprefix("Direct, ").replace(", from", ""), (x, y),
+                    fontsize=7, c=color, xytext=(5, 3), textcoords="offset points")
         labels.add(label)
         ax.plot(100*np.array(r.each[metric]), 100*np.array(r.each["top1"]), ".", ms=3, c=color, alpha=.6)
         ax.add_patch(Ellipse((x, y), 200*r.spread[metric], 200*r.spread["top1"], color=color, alpha=.2, lw=0))
         if metric == "ece":
-            ax.plot([100*r.ece.null_low, 100*r.ece.null_high], [y, y], c=SKY, lw=6, alpha=.35, zorder=0, solid_capstyle="butt")
+            ax.plot([100*r.ece.null_low, 100*r.ece.null_high], [y, y],
+                    c=SKY, lw=6, alpha=.35, zorder=0, solid_capstyle="butt")
             ax.plot([100*r.ece.low, 100*r.ece.high], [y, y], c=color, lw=.8, alpha=.6)
-    ax.set(xlabel=f"{metric.upper()} in % (N = {rows[0].n:,} test samples, {format_seed_count(rows)})", ylabel="top-1 accuracy in %", title=title)
+    ax.set(xlabel=f"{metric.upper()} in % (N = {rows[0].n:,} test samples, {format_seed_count(rows)})",
+           ylabel="top-1 accuracy in %", title=title)
     ax.set_xlim(0, 1.12*ax.get_xlim()[1])
     ax.legend(fontsize=8)
     return ax
@@ -88,7 +93,8 @@ def prepare_histories(
 ) -> "pandas.DataFrame": # columns run, seed, epoch, and what the histories hold
     "Histories as one table, a row for each epoch of each run"
     import pandas as pd
-    rows = [(name, r.spec.seed, e, row) for name, own in named.items() for r in own for e, row in enumerate(r.history, 1)]
+    rows = [(name, r.spec.seed, e, row) for name, own in named.items()
+            for r in own for e, row in enumerate(r.history, 1)]
     return pd.DataFrame([{"run": name, "seed": seed, "epoch": e} | row for name, seed, e, row in rows])
 
 
@@ -100,9 +106,11 @@ def plot_histories(
 ) -> Axes:
     "One column of the histories by epoch: mean over seeds, and their range"
     import seaborn as sns
-    check(column in table, "column", repr(column), "one of " + ", ".join(c for c in table if c not in ("run", "seed", "epoch")))
+    check(column in table, "column", repr(column),
+          "one of " + ", ".join(c for c in table if c not in ("run", "seed", "epoch")))
     ax = ax or plt.subplots(figsize=(5, 3.2), layout="constrained")[1]
-    sns.lineplot(table, x="epoch", y=column, hue="run", errorbar=("pi", 100), palette=COLORS[:table.run.nunique()], ax=ax)
+    sns.lineplot(table, x="epoch", y=column, hue="run", errorbar=("pi", 100),
+                 palette=COLORS[:table.run.nunique()], ax=ax)
     ax.set(title=title, ylabel=column.replace("valid_ece", "validation ECE").replace("_", " "))
     ax.legend(fontsize=8, title=None)
     return ax

@@ -40,11 +40,15 @@ class Result:
     history: list[dict[str, float]] # a row an epoch
     facts: dict[str, Any] # device, versions, commit, seconds of training
     confidence: dict[str, float] # mean confidence on the test images, "raw" and "scaled" by the temperature
-    bins: dict[str, list[float | None]] # of the reliability diagram on the test images: `reliability_bins` as lists
+    # of the reliability diagram on the test images: `reliability_bins` as lists
+    bins: dict[str, list[float | None]]
     truth: dict[str, float] | None = None # `_distances_to_truth`, where the posterior is known
-    valid: dict[str, float] = field(default_factory=dict) # NLL, top-1 and ECE on the validation images, by which runs are chosen; empty in older files
-    images: dict[str, Outcomes] = field(default_factory=dict) # on the test images, "raw" and "scaled"; empty if they were not kept
-    logits: dict[str, Tensor] = field(default_factory=dict) # "valid" and "test", (N, C); empty if read from a light file
+    # NLL, top-1 and ECE on the validation images, by which runs are chosen; empty in older files
+    valid: dict[str, float] = field(default_factory=dict)
+    # on the test images, "raw" and "scaled"; empty if they were not kept
+    images: dict[str, Outcomes] = field(default_factory=dict)
+    # "valid" and "test", (N, C); empty if read from a light file
+    logits: dict[str, Tensor] = field(default_factory=dict)
 
     def diagram(self) -> DiagramData: # of the test images, raw
         "What a reliability diagram of this run shows"
@@ -53,15 +57,19 @@ class Result:
 
     def title(self) -> str:
         "The run in one line, with what was fitted to its logits afterwards"
-        return run_label(self.spec) + (f", after {self.facts['after']['name']}" if "after" in self.facts else "")
+        return run_label(self.spec) + (f", after {self.facts['after']['name']}"
+                                       if "after" in self.facts else "")
 
     def table(self) -> Table:
-        "The main metrics and the distance to the truth, where that is known, raw and after temperature scaling"
+        """The main metrics and the distance to the truth, where that is known, raw and
+        after temperature scaling
+        """
         shown = self.evaluation.table(("top1", "nll", "ece"))
         rows = [row for k in ("error", "kl") for row in (
             [metric_label(k), format_metric(k, self.truth[k]), "", "", ""],
             ["  after TS", format_metric(k, self.truth[f"scaled_{k}"]), "", "", ""])] if self.truth else []
-        seconds = f", {self.facts['seconds']:,.1f} s on {self.facts['device']}" if "seconds" in self.facts else ""
+        seconds = (f", {self.facts['seconds']:,.1f} s on {self.facts['device']}"
+                   if "seconds" in self.facts else "")
         caption = f"{self.title()}\n{shown.caption}; {len(self.history)} epochs{seconds}"
         return replace(shown, rows=[*shown.rows, *rows], caption=caption)
 
@@ -76,7 +84,8 @@ class Result:
 # %% ../../nbs/experiments/02_results.ipynb #089936da
 def result_to_json(result: Result) -> dict[str, Any]:
     "The light part of a result as plain JSON"
-    return {f.name: encode(getattr(result, f.name)) for f in fields(Result) if f.name not in ("images", "logits")}
+    return {f.name: encode(getattr(result, f.name))
+            for f in fields(Result) if f.name not in ("images", "logits")}
 
 
 def result_from_json(light: dict[str, Any], **more: Any) -> Result: # `images` or `logits`
@@ -96,7 +105,8 @@ def _distances_to_truth(
     raw, scaled = softmax64(logits), softmax64(logits/T)
     return {
         "error": true_calibration_error(raw, posterior), "kl": kl_to_truth(raw, posterior),
-        "scaled_error": true_calibration_error(scaled, posterior), "scaled_kl": kl_to_truth(scaled, posterior),
+        "scaled_error": true_calibration_error(scaled, posterior),
+        "scaled_kl": kl_to_truth(scaled, posterior),
     }
 
 # %% ../../nbs/experiments/02_results.ipynb #12aa5274
@@ -113,7 +123,8 @@ def evaluate_splits(
     return {
         "evaluation": evaluation,
         "bins": {k: [None if v != v else float(v) for v in column] for k, column in columns.items()},
-        "confidence": {k: float(softmax64(test/T).amax(1).mean()) for k, T in (("raw", 1.), ("scaled", evaluation.T))},
+        "confidence": {k: float(softmax64(test/T).amax(1).mean())
+                       for k, T in (("raw", 1.), ("scaled", evaluation.T))},
         "valid": {m.__name__: float(m(valid, valid_labels)) for m in (nll, top1, ece)},
         "truth": _distances_to_truth(test, posterior, evaluation.T),
     }
@@ -150,9 +161,12 @@ def recalibrate(
 
 # %% ../../nbs/experiments/02_results.ipynb #9151f3ea
 def result_outcomes(result: Result) -> dict[str, Outcomes]:
-    "How a run fares on each test image, \"raw\" and \"scaled\"; a `ValueError` where neither that nor the logits were kept"
+    """How a run fares on each test image, "raw" and "scaled"; a `ValueError` where neither
+    that nor the logits were kept
+    """
     if result.images: return result.images
-    check(result.logits, "result", f"{run_label(result.spec)} without its images", "one whose light file kept its images, or one with logits, from `run` or the store")
+    check(result.logits, "result", f"{run_label(result.spec)} without its images",
+          "one whose light file kept its images, or one with logits, from `run` or the store")
     z, labels = result.logits["test"], load_data(result.spec.data).test.labels
     return {"raw": compute_outcomes(z, labels), "scaled": compute_outcomes(z/result.evaluation.T, labels)}
 
@@ -160,11 +174,13 @@ def result_outcomes(result: Result) -> dict[str, Outcomes]:
 def _compress_outcomes(images: Mapping[str, Outcomes]) -> dict[str, Tensor]: # by name
     "Outcomes of one model as small tensors; log-odds beyond -256 to 256 and NLLs above 256 count as that"
     top, hit = images["raw"].top, images["raw"].hit
-    out = {"top": top.to(torch.uint8 if int(top.max()) < 256 else torch.int32), "hit": torch.from_numpy(np.packbits(hit.bool().numpy()))}
+    out = {"top": top.to(torch.uint8 if int(top.max()) < 256 else torch.int32),
+           "hit": torch.from_numpy(np.packbits(hit.bool().numpy()))}
     for which, o in images.items():
         odds = _quantise(o.log_odds)
         odds += _ece_bin_of_odds(o.log_odds) - _ece_bin_of_odds(odds/128)
-        out |= {f"{which}.log_odds": _to_byte_planes(odds), f"{which}.nll": _to_byte_planes(_quantise(o.nll[hit == 0])), f"{which}.gaps": o.gaps.half()}
+        out |= {f"{which}.log_odds": _to_byte_planes(odds),
+                f"{which}.nll": _to_byte_planes(_quantise(o.nll[hit == 0])), f"{which}.gaps": o.gaps.half()}
     return out
 
 # %% ../../nbs/experiments/02_results.ipynb #248a2b70
@@ -208,8 +224,10 @@ def write_results(
 ) -> None:
     "Keep the light part of results, numbers to 6 digits"
     results = list(results)
-    parts = [_compress_outcomes(result_outcomes(r)) if images and (r.images or r.logits) else {} for r in results]
-    save_npz(path, {f"{i}/{k}": t for i, p in enumerate(parts) for k, t in p.items()}, runs=[compact_json(r) for r in results])
+    parts = [_compress_outcomes(result_outcomes(r)) if images and (r.images or r.logits) else {}
+             for r in results]
+    save_npz(path, {f"{i}/{k}": t for i, p in enumerate(parts) for k, t in p.items()},
+             runs=[compact_json(r) for r in results])
 
 
 def compact_json(result: Result) -> dict[str, Any]:
@@ -231,7 +249,9 @@ def read_results(
     tensors, meta = load_npz(path)
     parts = {}
     for name, t in tensors.items(): parts.setdefault(int(name.split("/")[0]), {})[name.split("/")[1]] = t
-    return {r.spec: r for r in (result_from_json(light, images=_decompress_outcomes(parts[i]) if i in parts else {}) for i, light in enumerate(meta["runs"]))}
+    return {r.spec: r
+            for r in (result_from_json(light, images=_decompress_outcomes(parts[i]) if i in parts else {})
+                      for i, light in enumerate(meta["runs"]))}
 
 # %% ../../nbs/experiments/02_results.ipynb #cda3c831
 def group_by_seed(

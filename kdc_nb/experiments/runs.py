@@ -66,7 +66,9 @@ class Store:
         except (ValueError, TypeError) as e: warnings.warn(f"{path.name}: {e}; {otherwise}", stacklevel=3)
 
     def net(self, spec: RunSpec) -> nn.Module | None:
-        "The trained network on the CPU, in evaluation mode, or None; damaged weights are named, and count as none"
+        """The trained network on the CPU, in evaluation mode, or None; damaged weights
+        are named, and count as none
+        """
         try: weights, _ = load_tensors(self.path(spec, "net"))
         except FileNotFoundError: return None
         except DamagedFile as e: return warnings.warn(f"{e}; the run is to be trained again", stacklevel=2)
@@ -76,7 +78,9 @@ class Store:
 
 # %% ../../nbs/experiments/03_runs.ipynb #9ee1ca30
 def _build_net(spec: RunSpec) -> nn.Module:
-    "The untrained network of a run; where it has a method `pretrain`, that puts weights in that somebody trained before"
+    """The untrained network of a run; where it has a method `pretrain`, that puts weights in
+    that somebody trained before
+    """
     net = _init_net(spec)
     if hasattr(net, "pretrain"):
         with seeded_rng(spec.seed): net.pretrain(load_data(spec.data))
@@ -106,7 +110,8 @@ def teacher_train_logits(
     context: "RunContext",
 ) -> Tensor: # (N, C) on the device
     "A teacher's logits of the plain training images"
-    predict, d, on, (rank, world) = teacher.predictor(data, context), load_data(data), best_device(context.device), rank_and_world()
+    predict, d, on, (rank, world) = (teacher.predictor(data, context), load_data(data),
+                                     best_device(context.device), rank_and_world())
     own = zip(*(rows[rank::world].split(d.at_once) for rows in (d.train.inputs, torch.arange(len(d.train)))))
     with torch.inference_mode():
         logits = [predict(d.normalise(x.to(on)), i.to(on)) for x, i in own]
@@ -117,12 +122,15 @@ def _build_teacher(
     spec: RunSpec,
     context: "RunContext",
 ) -> tuple[Predictor | None, float]: # None for a run without one; what its logits are divided by
-    "The teacher of a student's run; one that is asked about augmented images is scaled afterwards, not in its logits"
+    """The teacher of a student's run; one that is asked about augmented images is scaled
+    afterwards, not in its logits
+    """
     if not isinstance(spec.method, Distil): return None, 1.
     teacher = spec.method.teacher
     if has_live_teacher(spec):
         plain = strip_scaling(teacher)
-        return plain.predictor(spec.data, context), 1. if plain == teacher else teacher_temperature(plain, context)
+        return (plain.predictor(spec.data, context),
+                1. if plain == teacher else teacher_temperature(plain, context))
     logits = teacher_train_logits(teacher, spec.data, context)
     return (lambda x, index: logits[index]), 1.
 
@@ -138,14 +146,17 @@ class RunContext(NamedTuple):
         "The stored result, or None; a `ValueError` where processes share the work and not the store"
         result = self.store.get(spec)
         if not broadcast_int(result is not None, best_device(self.device)): return None
-        check(result is not None, "store", f"{self.store.folder}, in which one process finds what another does not", "a folder that all processes share")
+        check(result is not None, "store",
+              f"{self.store.folder}, in which one process finds what another does not",
+              "a folder that all processes share")
         return result
 
     def trained_net(self, spec: RunSpec) -> nn.Module: # on the CPU, in evaluation mode
         "The network of a finished run; one without weights is trained, with a warning"
         if (net := self.store.net(spec)) is not None: return net
         if not self.store.path(spec, "net").exists():
-            warnings.warn(f"no weights of {run_label(spec)} in {self.store.folder}; it is trained again", stacklevel=2)
+            warnings.warn(f"no weights of {run_label(spec)} in {self.store.folder}; it is trained again",
+                          stacklevel=2)
         train_run(spec, self, progress=False)
         return self.store.net(spec)
 
@@ -167,7 +178,8 @@ def build_trainer(
     "A run before its first step"
     net, method, device = _build_net(spec), spec.method.build(), best_device(context.device)
     teacher, T = _build_teacher(spec, context)
-    return Trainer(net, load_data(spec.data), method, spec.recipe, spec.seed, device, teacher, T, heard, context.record)
+    return Trainer(net, load_data(spec.data), method, spec.recipe,
+                   spec.seed, device, teacher, T, heard, context.record)
 
 
 def collect_trained_run(spec: RunSpec, context: RunContext, training: Trainer) -> TrainedRun: # that is over
@@ -175,7 +187,9 @@ def collect_trained_run(spec: RunSpec, context: RunContext, training: Trainer) -
     data = training.data
     logits = {k: predict_logits(training.net, data, getattr(data, k).inputs) for k in ("valid", "test")}
     if not all(z.isfinite().all() for z in logits.values()):
-        raise FloatingPointError(f"logits: not all are numbers after training; try a smaller lr than {spec.recipe.lr}")
+        raise FloatingPointError(
+            f"logits: not all are numbers after training; try a smaller lr than {spec.recipe.lr}"
+        )
     facts = describe_environment(training.device) | {"seconds": round(training.seconds, 2)}
     if context.at_once > 1: facts["at_once"] = context.at_once
     return TrainedRun(spec, training.net.cpu(), logits, training.history, facts)
@@ -195,29 +209,41 @@ def store_result(
 
 
 def train_run(spec: RunSpec, context: RunContext, progress: bool, until: float | None = None) -> Result:
-    "Train a run, from its checkpoint if there is one; where its step cannot be recorded, in a fresh process and without"
+    """Train a run, from its checkpoint if there is one; where its step cannot be recorded, in a
+    fresh process and without
+    """
     if cuda_is_broken(): return call_in_fresh_process(train_run, spec, context, progress, until)
-    try: training = build_trainer(spec, context).run(context.store.path(spec, "part"), deadline=until, progress=progress)
+    try:
+        training = build_trainer(spec, context).run(context.store.path(spec, "part"),
+                                                    deadline=until, progress=progress)
     except GraphCaptureError as e:
-        warnings.warn(f"{run_label(spec)}: {e}; it is trained without, which costs speed, in a fresh process", stacklevel=2)
+        warnings.warn(f"{run_label(spec)}: {e}; it is trained without, which costs speed, in a fresh process",
+                      stacklevel=2)
         return call_in_fresh_process(train_run, spec, context._replace(record=False), progress, until)
     return store_result(collect_trained_run(spec, context, training), context.store)
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
     "What else a result may depend on"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = (torch.cuda.get_device_name(device) if device.type == "cuda"
+            else platform.processor() or platform.machine())
     shared = {"processes": rank_and_world()[1]} if rank_and_world()[1] > 1 else {}
-    return shared | {"device": device.type, "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "kdc_nb": kdc_nb.__version__, "commit": _git_commit()}
+    return shared | {"device": device.type, "name": name, "threads": torch.get_num_threads(),
+                     "torch": torch.__version__, "kdc_nb": kdc_nb.__version__, "commit": _git_commit()}
 
 
 @lru_cache
 def _git_commit() -> str | None: # None: not run from a checkout
-    "The commit of the checkout that this package is run from, or `KDC_COMMIT`, for a copy that is no checkout"
+    """The commit of the checkout that this package is run from, or `KDC_COMMIT`, for
+    a copy that is no checkout
+    """
     if "KDC_COMMIT" in os.environ: return os.environ["KDC_COMMIT"]
     root = Path(kdc_nb.__file__).parents[1]
     if not (root/".git").exists(): return None
-    try: return subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        return subprocess.run(
+            ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError): return None
 
 # %% ../../nbs/experiments/03_runs.ipynb #5a0d91c2
@@ -231,7 +257,8 @@ def explain_interrupt(folder: Path) -> Iterator[None]:
     "Turn Ctrl-C into `Stopped`, without a traceback of what was being computed"
     try: yield
     except KeyboardInterrupt:
-        raise Stopped(f"Stopped. In {folder} are all finished runs, and the others as they were at most ten seconds ago; the same call goes on.") from None
+        raise Stopped(f"Stopped. In {folder} are all finished runs, and the others as they were at most ten "
+                      "seconds ago; the same call goes on.") from None
 
 # %% ../../nbs/experiments/03_runs.ipynb #c3f40b1e
 def run(
@@ -241,7 +268,10 @@ def run(
     progress: bool = True, # show a bar
     until: float | None = None, # when to stop, as `time.time()` tells it; None: when it is done
 ) -> Result:
-    "The result of a run: read, resumed or trained; the runs that teach it come first. `OutOfTime` if there is no time left, `Stopped` by Ctrl-C"
+    """The result of a run: read, resumed or trained; the runs that teach it come first.
+
+    `OutOfTime` if there is no time left, `Stopped` by Ctrl-C
+    """
     context = RunContext(store or Store(), device)
     with explain_interrupt(context.store.folder):
         for s in lineage(spec): result = context.find_result(s) or train_run(s, context, progress, until)
@@ -251,7 +281,9 @@ def run(
 def all_results(
     store: Store | None = None, # None: the one in the cache folder
 ) -> list[Result]: # the oldest first
-    "All finished runs of a store; damaged ones, and those of methods or networks that are not registered here, are named and left out"
+    """All finished runs of a store; damaged ones, and those of methods or networks that are not registered
+    here, are named and left out
+    """
     store = store or Store()
     paths = sorted(store.folder.glob("*.run"), key=lambda p: p.stat().st_mtime)
     return [r for p in paths if (r := store.read(p, "left out"))]
@@ -260,9 +292,13 @@ def all_results(
 def clean_store(
     store: Store | None = None, # None: the one in the cache folder
 ) -> list[Path]: # what was removed
-    "Remove what killed runs left behind: checkpoints, half-written files, weights without a result. Not while a process trains into the store"
+    """Remove what killed runs left behind: checkpoints, half-written files, weights without a result.
+
+    Not while a process trains into the store
+    """
     folder = (store or Store()).folder
     done = {p.stem for p in folder.glob("*.run")}
-    left = [p for p in folder.glob("*") if p.suffix == ".part" or p.name.startswith(".tmp") or p.suffix == ".net" and p.stem not in done]
+    left = [p for p in folder.glob("*")
+            if p.suffix == ".part" or p.name.startswith(".tmp") or p.suffix == ".net" and p.stem not in done]
     for p in left: p.unlink()
     return left

@@ -33,7 +33,8 @@ class TeacherCachePool:
     def __init__(self, specs: Iterable[RunSpec]): # that are to be trained
         self.waiting = Counter(filter(None, map(self.key, specs)))
         self.caches, self.sizes = {}, {} # by key, the longest unused first
-        self.filling, self.taken = set(), set() # keys of those that a student is asking for; who has taken one
+        # keys of those that a student is asking for; who has taken one
+        self.filling, self.taken = set(), set()
 
     @staticmethod
     def size(spec: RunSpec) -> int: # bytes
@@ -41,7 +42,9 @@ class TeacherCachePool:
         return 4*count_training_images(spec)*load_data(spec.data).n_classes
 
     def key(self, spec: RunSpec) -> tuple | None: # None: it has no live teacher, or one who says too much
-        "Equal for students of one network, whatever its temperature, who see the same images in the same order"
+        """Equal for students of one network, whatever its temperature, who see the
+        same images in the same order
+        """
         if not has_live_teacher(spec) or self.size(spec) > 4e9: return None
         return spec.data, spec.recipe, spec.seed, strip_scaling(spec.method.teacher)
 
@@ -107,25 +110,32 @@ class _RunSlot:
 
 
 class SideBySideRunner:
-    "Runs in this process, a piece of each in turn; where there are several, or a GPU, other processes evaluate what comes out"
+    """Runs in this process, a piece of each in turn; where there are several, or a GPU, other
+    processes evaluate what comes out
+    """
 
     def __init__(self,
         agenda: Scheduler,
         on_result: OnResult,
-        on_progress: Callable[[float], None] = lambda done: None, # called with how many runs the unfinished ones amount to
+        # called with how many runs the unfinished ones amount to
+        on_progress: Callable[[float], None] = lambda done: None,
     ):
         self.agenda, self.on_result, self.on_progress = agenda, on_result, on_progress
         self.slots, self.evaluated = {}, {} # by run; what came out, by the future of its evaluation
         self.caches = TeacherCachePool(agenda.missing)
         n, device = agenda.context.at_once, best_device(agenda.context.device)
-        self.streams = [torch.cuda.Stream(device) if device.type == "cuda" and n > 1 else None for _ in range(n)]
-        beside = rank_and_world()[1] == 1 and (n > 1 or device.type == "cuda") # processes that share each run keep step
+        self.streams = [torch.cuda.Stream(device) if device.type == "cuda" and n > 1 else None
+                        for _ in range(n)]
+        # processes that share each run keep step
+        beside = rank_and_world()[1] == 1 and (n > 1 or device.type == "cuda")
         self.workers = ExitStack()
         self.n_workers = min(2*n, max(1, os.cpu_count() - 1))
         self.pool = self.workers.enter_context(worker_processes(self.n_workers)) if beside else None
 
     def work(self) -> None:
-        "Work until nothing is left to do or this process is spoilt; `GraphCaptureError`, and with several slots `OutOfMemoryError`"
+        """Work until nothing is left to do or this process is spoilt; `GraphCaptureError`, and with
+        several slots `OutOfMemoryError`
+        """
         changed = True
         with self.workers, torch.backends.cudnn.flags(enabled=True, benchmark=True):
             while True:
@@ -144,7 +154,9 @@ class SideBySideRunner:
         return len(self.slots) < self.agenda.context.at_once and len(self.evaluated) <= self.n_workers
 
     def can_begin(self, run: RunSpec) -> bool:
-        "Runs that drop units out draw from one generator, which recorded steps of others could disturb: they keep to themselves"
+        """Runs that drop units out draw from one generator, which recorded steps of others could
+        disturb: they keep to themselves
+        """
         alike = all(model_has_dropout(other.model) == model_has_dropout(run.model) for other in self.slots)
         return alike and self.caches.can_begin(run)
 
@@ -162,7 +174,8 @@ class SideBySideRunner:
 
     def begin(self, run: RunSpec) -> bool:
         "Put a run into a slot, unless another process has done it"
-        context, cache = self.agenda.context._replace(record=run not in self.agenda.unrecorded), self.caches.take(run)
+        context, cache = (self.agenda.context._replace(record=run not in self.agenda.unrecorded),
+                          self.caches.take(run))
         if has_result_and_weights(run, context):
             self.end(run)
             self.on_result(context.store.get(run))
@@ -170,7 +183,9 @@ class SideBySideRunner:
         return True
 
     def stream_for(self, run: RunSpec) -> torch.cuda.Stream | None:
-        "One that no other run is on; those that drop out are all on the first, as they draw from one generator"
+        """One that no other run is on; those that drop out are all on the first, as
+        they draw from one generator
+        """
         if model_has_dropout(run.model): return self.streams[0]
         taken = [slot.stream for slot in self.slots.values()]
         return next(s for s in reversed(self.streams) if s is None or s not in taken)

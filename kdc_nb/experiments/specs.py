@@ -48,8 +48,12 @@ class Teacher:
     def valid_logits(self,
         context: Any, # a `RunContext`
     ) -> Tensor: # (M, C), M a multiple of the validation images
-        "Its logits of images that none of its networks has seen: the validation images, once or several times"
-        raise NotImplementedError(f"{type(self).__name__} has no validation logits, which temperature scaling needs")
+        """Its logits of images that none of its networks has seen: the validation
+        images, once or several times
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} has no validation logits, which temperature scaling needs"
+        )
 
     def label(self,
         run_name: "Callable[[RunSpec], str]", # what a run behind it is called
@@ -70,11 +74,15 @@ class RunSpec(Teacher):
     def __post_init__(self):
         if isinstance(self.data, str): object.__setattr__(self, "data", DataSpec(self.data))
         if isinstance(self.method, str): object.__setattr__(self, "method", Method(self.method))
-        if isinstance(self.recipe, str): object.__setattr__(self, "recipe", lookup(RECIPES, self.recipe, "recipe"))
-        for k, kinds in dict(data=(DataSpec, LeaveFoldOut), method=(Method, Distil), recipe=Recipe, model=str).items():
-            check(isinstance(getattr(self, k), kinds), k, repr(getattr(self, k)), f"a description of a {k}, or its name")
+        if isinstance(self.recipe, str):
+            object.__setattr__(self, "recipe", lookup(RECIPES, self.recipe, "recipe"))
+        for k, kinds in dict(data=(DataSpec, LeaveFoldOut), method=(Method, Distil),
+                             recipe=Recipe, model=str).items():
+            check(isinstance(getattr(self, k), kinds), k,
+                  repr(getattr(self, k)), f"a description of a {k}, or its name")
         for run in self.teacher_runs():
-            check(full_data(run.data) == full_data(self.data), "teacher", f"one trained on {run.data}", f"the student's data, {self.data}")
+            check(full_data(run.data) == full_data(self.data), "teacher",
+                  f"one trained on {run.data}", f"the student's data, {self.data}")
         check(isinstance(self.seed, int) and self.seed >= 0, "seed", self.seed, "an integer from 0")
         self.method.build() # refuses strengths that mean nothing
         _check_model(self.model)
@@ -119,7 +127,8 @@ class Distil:
     alpha: float = .9 # weight of the teacher, 0 to 1
 
     def __post_init__(self):
-        check(isinstance(self.teacher, Teacher), "teacher", repr(self.teacher), "a RunSpec or another Teacher")
+        check(isinstance(self.teacher, Teacher), "teacher",
+              repr(self.teacher), "a RunSpec or another Teacher")
         self.build()
 
     def build(self) -> Distillation:
@@ -134,8 +143,11 @@ def run_label(spec: RunSpec) -> str:
 
 def method_label(method: Method | Distil) -> str:
     "A method in a few words"
-    if isinstance(method, Method): return " ".join([method.name, *(k if v is True else f"{k}={v:g}" for k, v in method.params.items() if v is not False)])
-    return f"KD(T={method.T:g}, alpha={method.alpha:g}) from {method.teacher.label(lambda run: f'[{run_label(run)}]')}"
+    if isinstance(method, Method):
+        return " ".join([method.name, *(k if v is True else f"{k}={v:g}"
+                                        for k, v in method.params.items() if v is not False)])
+    return (f"KD(T={method.T:g}, alpha={method.alpha:g}) from "
+            f"{method.teacher.label(lambda run: f'[{run_label(run)}]')}")
 
 
 def teacher_label(method: Distil) -> str:
@@ -157,11 +169,14 @@ def run_id(spec: RunSpec) -> str: # 16 hexadecimal digits
     "The id under which a run is stored"
     parts = list(_walk_specs(spec))
     code = {"code": own} if (own := [f for p in parts for f in _own_code(p)]) else {} # none in most runs
-    return spec_hash(spec, schema=_SCHEMA, data=[load_data(p).fingerprint for p in parts if isinstance(p, DataSpec)], **code)
+    return spec_hash(spec, schema=_SCHEMA,
+                     data=[load_data(p).fingerprint for p in parts if isinstance(p, DataSpec)], **code)
 
 
 def _own_code(part: Any) -> list[str]:
-    "Fingerprints of what a user registered, or defined, and a description uses; of data, their content is in the id"
+    """Fingerprints of what a user registered, or defined, and a description uses; of data,
+    their content is in the id
+    """
     used = [type(part)] if isinstance(part, Teacher) and not isinstance(part, RunSpec) else []
     if isinstance(part, Method): used.append(part.registry[part.name])
     if isinstance(part, RunSpec): used.append(MODELS[find_model(part.model)[0]])
@@ -199,5 +214,6 @@ def trace_generation(
 ) -> tuple[RunSpec, int]: # generation zero, and how many students lie between
     "Where in a chain of students a run stands; one that nobody taught is generation zero of itself"
     n = 0
-    while isinstance(spec.method, Distil) and isinstance(spec.method.teacher, RunSpec): spec, n = spec.method.teacher, n + 1
+    while isinstance(spec.method, Distil) and isinstance(spec.method.teacher, RunSpec):
+        spec, n = spec.method.teacher, n + 1
     return spec, n

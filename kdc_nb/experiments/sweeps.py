@@ -34,7 +34,8 @@ from .side_by_side import SideBySideRunner
 def _run_in_worker(run: RunSpec, context: RunContext, until: float | None) -> Exception | None:
     "Do one run in a worker; why it is not finished is returned, so that it stops no other run"
     try:
-        if not has_result_and_weights(run, context): train_run(run, context, False, until) # another process may have done it
+        if not has_result_and_weights(run, context):
+            train_run(run, context, False, until) # another process may have done it
     except Exception as e: return e
 
 # %% ../../nbs/experiments/06_sweeps.ipynb #efc10214
@@ -44,18 +45,24 @@ def _run_parallel(agenda: Scheduler, pool: Executor, on_result: OnResult) -> Non
     while True:
         while len(running) < agenda.context.at_once and (run := agenda.next()):
             device = min(devices, key=Counter(d for _, d in running.values()).__getitem__)
-            future = pool.submit(call_with_own_code, pack_own_code(), _run_in_worker, run, agenda.context._replace(device=device), agenda.until)
+            future = pool.submit(call_with_own_code, pack_own_code(), _run_in_worker, run,
+                                 agenda.context._replace(device=device), agenda.until)
             running[future] = run, device
         if not running: return
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             run, _ = running.pop(future)
             if error := future.result(): agenda.leave_out(run, error)
             elif result := agenda.context.store.get(run): on_result(result)
-            else: agenda.leave_out(run, FileNotFoundError(f"{agenda.context.store.folder}: a worker's result is not there"))
+            else:
+                agenda.leave_out(
+                    run, FileNotFoundError(f"{agenda.context.store.folder}: a worker's result is not there")
+                )
 
 
 def _run_parallel_with_restarts(agenda: Scheduler, pool: Executor | None, on_result: OnResult) -> None:
-    "Do runs in a pool, or in processes of our own; when one dies or finds the device full, what is not finished begins again"
+    """Do runs in a pool, or in processes of our own; when one dies or finds the device full, what is
+    not finished begins again
+    """
     idle = 0
     while True:
         before = len(agenda.missing)
@@ -65,7 +72,9 @@ def _run_parallel_with_restarts(agenda: Scheduler, pool: Executor | None, on_res
         except BrokenExecutor as e:
             idle = 0 if len(agenda.missing) < before else idle + 1
             if pool or idle == 3: raise
-            warnings.warn(f"a worker died; the {len(agenda.missing)} runs that are not finished start again ({e})")
+            warnings.warn(
+                f"a worker died; the {len(agenda.missing)} runs that are not finished start again ({e})"
+            )
             agenda.again()
         else:
             full = any(isinstance(e, torch.OutOfMemoryError) for e in agenda.left_out.values())
@@ -74,7 +83,9 @@ def _run_parallel_with_restarts(agenda: Scheduler, pool: Executor | None, on_res
 
 # %% ../../nbs/experiments/06_sweeps.ipynb #5e8d44b1
 def _run_side_by_side(agenda: Scheduler, on_result: OnResult, on_progress: Callable[[float], None]) -> None:
-    "Do runs side by side; after a step that cannot be recorded, or with a device that is full, the rest in a fresh process"
+    """Do runs side by side; after a step that cannot be recorded, or with a device that is full,
+    the rest in a fresh process
+    """
     while True:
         try:
             if not cuda_is_broken(): SideBySideRunner(agenda, on_result, on_progress).work()
@@ -82,7 +93,8 @@ def _run_side_by_side(agenda: Scheduler, on_result: OnResult, on_progress: Calla
             if not cuda_is_broken(): return
             agenda.again()
         except GraphCaptureError as e:
-            warnings.warn(f"{run_label(e.run)}: {e}; it is trained without, which costs speed. The rest goes on in a fresh process")
+            warnings.warn(f"{run_label(e.run)}: {e}; it is trained without, which costs speed. "
+                          "The rest goes on in a fresh process")
             agenda.unrecorded.add(e.run)
             agenda.again()
         except torch.OutOfMemoryError as e:
@@ -91,7 +103,9 @@ def _run_side_by_side(agenda: Scheduler, on_result: OnResult, on_progress: Calla
             agenda.halve()
 
 
-def _continue_in_fresh_process(agenda: Scheduler, on_result: OnResult) -> bool: # False: it is spoilt, too, and there is more to do
+def _continue_in_fresh_process(
+    agenda: Scheduler, on_result: OnResult
+) -> bool: # False: it is spoilt, too, and there is more to do
     "Do runs side by side in a fresh process"
     store = agenda.context.store
     def collect():
@@ -103,7 +117,8 @@ def _continue_in_fresh_process(agenda: Scheduler, on_result: OnResult) -> bool: 
     free_gpu_memory()
     rows = [row[-1] for row in agenda.rows if not agenda.left_out.keys() & row]
     with worker_processes(1) as pool:
-        rest = pool.submit(call_with_own_code, pack_own_code(), _run_remaining, rows, agenda.context, agenda.until, agenda.unrecorded)
+        rest = pool.submit(call_with_own_code, pack_own_code(), _run_remaining,
+                           rows, agenda.context, agenda.until, agenda.unrecorded)
         while not rest.done():
             wait([rest], timeout=1.)
             collect()
@@ -133,13 +148,15 @@ def sweep(
     budget: str | float | None = None, # such as "9min", or seconds; None: until all is done
     progress: bool = True, # show a bar
     slots: int = 1, # runs at a time in this process, on a GPU each on a stream of its own
-    pool: Executor | None = None, # who does the jobs, such as a cluster, as many at a time as `jobs` says; None: new processes
+    # who does the jobs, such as a cluster, as many at a time as `jobs` says; None: new processes
+    pool: Executor | None = None,
     on_result: OnResult = lambda result: None, # called with each result as soon as it is there
 ) -> list[Result | None]: # in the order of `specs`; None where the budget was too small
     """Do many runs, each once and after those that teach it.
 
-    Stopped in any way and called again, it goes on where it was; `Stopped` by Ctrl-C. With a budget it begins what it
-    can finish, the first rows first. When a run fails the others are done, and then its error is raised.
+    Stopped in any way and called again, it goes on where it was; `Stopped` by Ctrl-C. With a budget
+    it begins what it can finish, the first rows first. When a run fails the others are done, and
+    then its error is raised.
     """
     specs, store = list(specs), store or Store()
     for s in specs: check(isinstance(s, RunSpec), "specs", repr(s), "descriptions of runs")
@@ -187,5 +204,7 @@ def check_parallelism(jobs: int, slots: int, pool: Executor | None = None) -> No
     for k, v in dict(jobs=jobs, slots=slots).items():
         check(type(v) is int and v >= 1, k, v, "an integer, at least 1")
     other = f"{jobs} jobs" if jobs > 1 else "a pool" if pool else None
-    check(slots == 1 or not other, "slots", slots, f"1 beside {other}: runs are either in other processes or in this one")
-    check(rank_and_world()[1] == 1 or jobs == slots == 1, "jobs", max(jobs, slots), "1, as the processes share each run")
+    check(slots == 1 or not other, "slots", slots,
+          f"1 beside {other}: runs are either in other processes or in this one")
+    check(rank_and_world()[1] == 1 or jobs == slots == 1, "jobs",
+          max(jobs, slots), "1, as the processes share each run")

@@ -26,7 +26,8 @@ class SeedSummary(NamedTuple):
     spec: RunSpec # of the first seed
     n: int # test images
     seeds: int
-    mean: dict[str, float] # by metric, over seeds; with "error" and "kl" against the truth where that is known
+    # by metric, over seeds; with "error" and "kl" against the truth where that is known
+    mean: dict[str, float]
     spread: dict[str, float] # standard deviation over seeds
     ece: Estimate # means of the seeds' intervals and null bands
     each: dict[str, list[float]] # by metric, each seed's
@@ -46,11 +47,15 @@ def summarise_results(name: str, results: list[Result], which: str) -> SeedSumma
     "One row from the results of its seeds"
     tables = [getattr(r.evaluation, which) for r in results]
     values = {k: np.array([t[k].value for t in tables]) for k in tables[0]}
-    ends = Estimate(*(float(np.mean([getattr(t["ece"], f) for t in tables])) for f in Estimate.__dataclass_fields__))
-    if results[0].truth: values |= {k: np.array([r.truth[k if which == "raw" else f"scaled_{k}"] for r in results]) for k in ("error", "kl")}
+    ends = Estimate(*(float(np.mean([getattr(t["ece"], f) for t in tables]))
+                      for f in Estimate.__dataclass_fields__))
+    if results[0].truth:
+        values |= {k: np.array([r.truth[k if which == "raw" else f"scaled_{k}"] for r in results])
+                   for k in ("error", "kl")}
     spread = {k: float(v.std(ddof=1)) if len(v) > 1 else 0. for k, v in values.items()}
     means = {k: float(v.mean()) for k, v in values.items()}
-    return SeedSummary(name, results[0].spec, results[0].evaluation.n, len(results), means, spread, ends, {k: v.tolist() for k, v in values.items()})
+    return SeedSummary(name, results[0].spec, results[0].evaluation.n, len(results),
+                       means, spread, ends, {k: v.tolist() for k, v in values.items()})
 
 # %% ../../nbs/experiments/07_tables.ipynb #dc01b28a
 def format_seed_count(rows: Iterable[SeedSummary]) -> str:
@@ -63,7 +68,9 @@ def results_table(
     named: Mapping[str, list[Result]], # results of the seeds of each row
     caption: str = "",
 ) -> Table: # in percent, NLL and KL in nats
-    "Runs as a table: means over seeds with their standard deviations; columns in which no row has anything to say are left out"
+    """Runs as a table: means over seeds with their standard deviations; columns in which no row has
+    anything to say are left out
+    """
     rows = [format_cells(*pair) for pair in zip(summarise_seeds(named), summarise_seeds(named, "scaled"))]
     return add_footnotes([h for h in rows[0] if any(r[h] for r in rows)], rows, caption)
 
@@ -84,14 +91,16 @@ def format_cells(raw: SeedSummary, scaled: SeedSummary) -> dict[str, str]:
     how, metrics = raw.spec.method, ("top1", "ece", "error", "sce", "ace", "nll", "kl")
     own = {metric_label(k): cell(raw, k) for k in metrics}
     own["ECE, %"] += DAGGER*raw.ece.outside()
-    own |= {"95% interval": span(raw.ece.low, raw.ece.high), "null band": span(raw.ece.null_low, raw.ece.null_high)}
+    own |= {"95% interval": span(raw.ece.low, raw.ece.high),
+            "null band": span(raw.ece.null_low, raw.ece.null_high)}
     own |= {f"after TS: {metric_label(k)}": cell(scaled, k) for k in ("ece", "nll")}
     teaching = {k: f"{getattr(how, k):g}" if isinstance(how, Distil) else "" for k in ("T", "alpha")}
     return {"": raw.name, **teaching, **{k: own[k] for k in TABLE_COLUMNS}}
 
 
-TABLE_COLUMNS = ("Top-1, %", "ECE, %", "95% interval", "null band", "true error, %", "SCE, %", "ACE, %", "NLL, nats", "KL to truth, nats",
-           "after TS: ECE, %", "after TS: NLL, nats")
+TABLE_COLUMNS = ("Top-1, %", "ECE, %", "95% interval", "null band", "true error, %",
+                 "SCE, %", "ACE, %", "NLL, nats", "KL to truth, nats",
+                 "after TS: ECE, %", "after TS: NLL, nats")
 
 # %% ../../nbs/experiments/07_tables.ipynb #a0e82a3b
 def collect_by_row(

@@ -32,7 +32,8 @@ class TemperatureScaled(Teacher):
     run: Teacher # a `RunSpec`, `Ensemble` or `OutOfFold`
 
     def __post_init__(self):
-        ok = isinstance(self.run, Teacher) and self.run.required_runs() and not isinstance(self.run, TemperatureScaled)
+        ok = (isinstance(self.run, Teacher) and self.run.required_runs()
+              and not isinstance(self.run, TemperatureScaled))
         check(ok, "run", self.run, "a teacher with a network behind it, not scaled before")
 
     def required_runs(self): return self.run.required_runs()
@@ -59,7 +60,8 @@ class TemperedPosterior(Teacher):
 
     def predictor(self, data, context):
         posterior = load_data(data).train.posterior
-        check(posterior is not None, "teacher", self, f"a data set with a known posterior, which {data} is not")
+        check(posterior is not None, "teacher", self,
+              f"a data set with a known posterior, which {data} is not")
         logits = (to_logits(posterior, "probs")/self.tau).to(best_device(context.device))
         return lambda x, index: logits[index]
 
@@ -81,8 +83,10 @@ class Ensemble(Teacher):
         check(isinstance(self.run, RunSpec), "run", self.run, "a run")
         check(isinstance(self.n, int) and self.n >= 2, "n", self.n, "2 networks or more")
 
-    def required_runs(self): return tuple(replace(self.run, seed=self.run.seed + 1000*k) for k in range(self.n))
-    def valid_logits(self, context): return log_mean_probs([r.valid_logits(context) for r in self.required_runs()])
+    def required_runs(self):
+        return tuple(replace(self.run, seed=self.run.seed + 1000*k) for k in range(self.n))
+    def valid_logits(self, context):
+        return log_mean_probs([r.valid_logits(context) for r in self.required_runs()])
     def label(self, run_name): return f"{self.n} x {run_name(self.run)}"
 
     def predictor(self, data, context):
@@ -98,15 +102,20 @@ class OutOfFold(Teacher):
 
     def __post_init__(self):
         check(isinstance(self.K, int) and self.K >= 2, "K", self.K, "2 folds or more")
-        full = isinstance(self.run, RunSpec) and isinstance(self.run.data, DataSpec) and isinstance(self.run.method, Method)
-        check(full, "run", self.run, "a run on a full data set, which nobody taught: its teacher would have seen every fold")
+        full = (isinstance(self.run, RunSpec) and isinstance(self.run.data, DataSpec)
+                and isinstance(self.run.method, Method))
+        check(full, "run", self.run,
+              "a run on a full data set, which nobody taught: its teacher would have seen every fold")
 
-    def required_runs(self): return tuple(replace(self.run, data=LeaveFoldOut(self.run.data, k, self.K)) for k in range(self.K))
-    def valid_logits(self, context): return torch.cat([r.valid_logits(context) for r in self.required_runs()]) # each alone, as it teaches
+    def required_runs(self):
+        return tuple(replace(self.run, data=LeaveFoldOut(self.run.data, k, self.K)) for k in range(self.K))
+    def valid_logits(self, context): # each alone, as it teaches
+        return torch.cat([r.valid_logits(context) for r in self.required_runs()])
     def label(self, run_name): return f"{run_name(self.run)} out of {self.K} folds"
 
     def predictor(self, data, context):
-        check(data == self.run.data, "teacher", f"one whose folds are of {self.run.data}", f"folds of the student's data, {data}")
+        check(data == self.run.data, "teacher", f"one whose folds are of {self.run.data}",
+              f"folds of the student's data, {data}")
         networks = [r.predictor(data, context) for r in self.required_runs()]
         def own_fold(x, index):
             each = torch.stack([net(x, index) for net in networks])
@@ -124,9 +133,11 @@ class StoredLogits(Teacher):
 
     def predictor(self, data, context):
         path = _stored_logits_path(self, context.store.folder)
-        check(path.exists(), "teacher", f"{self.name}, of which {context.store.folder} knows nothing", "one that was made by `teacher_from_logits` with this store")
+        check(path.exists(), "teacher", f"{self.name}, of which {context.store.folder} knows nothing",
+              "one that was made by `teacher_from_logits` with this store")
         tensors, meta = load_tensors(path)
-        check(meta["data"] == load_data(data).fingerprint, "teacher", f"{self.name}, with logits of other images", f"one with logits of those of {data}")
+        check(meta["data"] == load_data(data).fingerprint, "teacher",
+              f"{self.name}, with logits of other images", f"one with logits of those of {data}")
         logits = tensors["said"].to(best_device(context.device))
         return lambda x, index: logits[index]
 
@@ -139,7 +150,8 @@ def _stored_logits_path(teacher: StoredLogits, folder: Path) -> Path:
 # %% ../../nbs/experiments/01_teachers.ipynb #1f89458b
 def teacher_from_logits(
     name: str, # for tables
-    logits: Any, # (N, C) of the plain training images, or a function of (normalised inputs, index) that gives them
+    # (N, C) of the plain training images, or a function of (normalised inputs, index) that gives them
+    logits: Any,
     data: DataSpec | LeaveFoldOut, # whose training images they are
     store: Any = None, # a `Store`; None: the one in the cache folder
 ) -> StoredLogits: # to be distilled from
@@ -147,9 +159,12 @@ def teacher_from_logits(
     d, index = load_data(data), torch.arange(len(load_data(data).train))
     if callable(logits):
         batches = zip(d.train.inputs.split(d.at_once), index.split(d.at_once))
-        with torch.no_grad(): logits = torch.cat([torch.as_tensor(logits(d.normalise(x), i)) for x, i in batches])
+        with torch.no_grad():
+            logits = torch.cat([torch.as_tensor(logits(d.normalise(x), i)) for x, i in batches])
     z = check_outputs(logits).float()
-    check(z.shape == (len(index), d.n_classes), "logits", f"shape {tuple(z.shape)}", f"({len(index)}, {d.n_classes}), a row for each training image")
+    check(z.shape == (len(index), d.n_classes), "logits", f"shape {tuple(z.shape)}",
+          f"({len(index)}, {d.n_classes}), a row for each training image")
     teacher = StoredLogits(name, content_hash({"said": z}, d.fingerprint)[:16])
-    save_tensors(_stored_logits_path(teacher, store.folder if store else runs_folder()), {"said": z}, data=d.fingerprint)
+    save_tensors(_stored_logits_path(teacher, store.folder if store else runs_folder()),
+                 {"said": z}, data=d.fingerprint)
     return teacher

@@ -57,7 +57,8 @@ def _posterior_calibration(data: DataSpec, tau: float) -> _CalibrationPoint:
     "ECE and gap of the tempered posterior of a data set"
     test = load_data(data).test
     p = (to_logits(test.posterior.double(), "probs")/tau).softmax(1)
-    return _CalibrationPoint(ece(p, test.labels, kind="probs"), float(p.amax(1).mean()) - top1(p, test.labels, kind="probs"))
+    return _CalibrationPoint(ece(p, test.labels, kind="probs"),
+                             float(p.amax(1).mean()) - top1(p, test.labels, kind="probs"))
 
 # %% ../../nbs/experiments/09_transfer.ipynb #a3483bf5
 def _teacher_calibration(
@@ -74,16 +75,20 @@ def _teacher_calibration(
 
 def prepare_transfer(
     results: Mapping[RunSpec, Result], # students, and the runs that taught them
-) -> list[_TransferPair]: # in the order of `results`; students whose teacher's result is not there are left out
+    # in the order of `results`; students whose teacher's result is not there are left out
+) -> list[_TransferPair]:
     "Students beside their teachers"
     sides = {s: _teacher_calibration(s, results) for s in results if isinstance(s.method, Distil)}
     def row(s, t, r):
         raw = r.evaluation.raw
-        return _TransferPair(s, t, _result_calibration(r), raw["ece"], r.evaluation.n, r.truth and r.truth["error"])
+        return _TransferPair(s, t, _result_calibration(r), raw["ece"],
+                             r.evaluation.n, r.truth and r.truth["error"])
     return [row(s, t, results[s]) for s, t in sides.items() if t]
 
 # %% ../../nbs/experiments/09_transfer.ipynb #cce580b5
-_TEACHER_STYLES = {TemperedPosterior: ("tempered truth", BLUE), RunSpec: ("trained network", ORANGE), TemperatureScaled: ("after temperature scaling", GREEN)} # teachers
+# teachers
+_TEACHER_STYLES = {TemperedPosterior: ("tempered truth", BLUE), RunSpec: ("trained network", ORANGE),
+                   TemperatureScaled: ("after temperature scaling", GREEN)}
 
 
 class TransferPlot:
@@ -91,7 +96,8 @@ class TransferPlot:
 
     def __init__(self,
         ax: Axes | None = None, # None: a new one
-        true_error: bool = False, # upright: the true calibration error in place of ECE, which has neither interval nor null band
+        # upright: the true calibration error in place of ECE, which has neither interval nor null band
+        true_error: bool = False,
         limit: float = .4, # of both axes
         animated: bool = False, # its moving parts are drawn by an explorer
     ):
@@ -105,23 +111,27 @@ class TransferPlot:
         self.chosen = ax.plot([], [], "o", ms=12, mfc="none", mec="black", mew=1.2, animated=animated)[0]
         self.title = ax.set_title("", fontsize="medium", animated=animated)
         error = "true calibration error" if true_error else "ECE"
-        ax.set(xlim=(0, limit), ylim=(0, limit), xlabel="ECE of the teacher (%)", ylabel=f"{error} of the student (%)")
+        ax.set(xlim=(0, limit), ylim=(0, limit), xlabel="ECE of the teacher (%)",
+               ylabel=f"{error} of the student (%)")
         format_percent_axes(ax)
         ax.legend(fontsize="small", loc="upper left")
 
-    def show(self, pairs: Iterable[_TransferPair], T: float, alpha: float, chosen: RunSpec | None = None) -> "TransferPlot":
+    def show(self, pairs: Iterable[_TransferPair], T: float, alpha: float,
+             chosen: RunSpec | None = None) -> "TransferPlot":
         "The students of one temperature and one weight; a ring around the chosen one"
         rows = [p for p in pairs if (p.spec.method.T, p.spec.method.alpha) == (T, alpha)]
         colors = [_TEACHER_STYLES[type(p.spec.method.teacher)][1] for p in rows]
         bar = lambda p, low, high: [(p.teacher.ece, low), (p.teacher.ece, high)]
-        self.null.set_segments([] if self.true_error else [bar(p, p.ece.null_low, p.ece.null_high) for p in rows])
+        self.null.set_segments([] if self.true_error
+                               else [bar(p, p.ece.null_low, p.ece.null_high) for p in rows])
         self.ends.set_segments([] if self.true_error else [bar(p, p.ece.low, p.ece.high) for p in rows])
         self.ends.set_color(colors)
         height = {p.spec: p.true_error if self.true_error else p.ece.value for p in rows}
         self.dots.set_offsets(np.array([(p.teacher.ece, height[p.spec]) for p in rows]).reshape(-1, 2))
         ring = [(p.teacher.ece, height[p.spec]) for p in rows if p.spec == chosen]
         self.chosen.set_data(*np.reshape(ring, (-1, 2)).T)
-        self.dots.set(edgecolor=colors, facecolor=[c if p.student.gap > 0 else "white" for c, p in zip(colors, rows)])
+        self.dots.set(edgecolor=colors,
+                      facecolor=[c if p.student.gap > 0 else "white" for c, p in zip(colors, rows)])
         self.title.set_text(f"T = {T:g}, alpha = {alpha:g}" + f" (N = {rows[0].n:,})"*bool(rows))
         return self
 
@@ -142,16 +152,24 @@ def prepare_direct_and_distilled(
     results: Mapping[RunSpec, Result], # students, trained directly and distilled
     T: float = 1., # temperature of distillation
     alpha: float = .9, # weight of the teacher
-) -> dict[str, tuple[SeedSummary, SeedSummary]]: # by calibrator: direct, distilled from a teacher calibrated so
-    "Each calibrator used directly, and by the teacher; temperature scaling too, where there are such students"
+    # by calibrator: direct, distilled from a teacher calibrated so
+) -> dict[str, tuple[SeedSummary, SeedSummary]]:
+    """Each calibrator used directly, and by the teacher; temperature scaling too,
+    where there are such students
+    """
     groups = group_by_seed(results)
-    students = [s for s in groups if isinstance(s.method, Distil) and (s.method.T, s.method.alpha) == (T, alpha) and s.method.teacher.first_run()]
+    students = [s for s in groups if isinstance(s.method, Distil)
+                and (s.method.T, s.method.alpha) == (T, alpha) and s.method.teacher.first_run()]
     kinds = {(s.data, s.model) for s in students}
-    check(len(kinds) < 2, "results", ", ".join(f"{m} on {d}" for d, m in kinds), "one student network on one data set")
+    check(len(kinds) < 2, "results", ", ".join(f"{m} on {d}" for d, m in kinds),
+          "one student network on one data set")
     out = {}
     for s in students:
-        direct, which = groups.get(replace(s, method=s.method.teacher.first_run().method)), "scaled" if isinstance(s.method.teacher, TemperatureScaled) else "raw"
-        if direct: out[teacher_label(s.method)] = summarise_results("direct", direct, which), summarise_results("KD", groups[s], "raw")
+        direct, which = (groups.get(replace(s, method=s.method.teacher.first_run().method)),
+                         "scaled" if isinstance(s.method.teacher, TemperatureScaled) else "raw")
+        if direct:
+            out[teacher_label(s.method)] = (summarise_results("direct", direct, which),
+                                            summarise_results("KD", groups[s], "raw"))
     return out
 
 
@@ -169,11 +187,13 @@ def plot_direct_and_distilled(
             label = ("direct", "distilled from such a teacher")[k] if x == 0 else None
             ax.bar(x + shift, 100*r.mean["ece"], .36, color=color, alpha=.6, label=label)
             ends = [x + shift - .18, x + shift + .18]
-            ax.fill_between(ends, 100*r.ece.null_low, 100*r.ece.null_high, color=GREY, alpha=.5, lw=0, label="null band" if x + k == 0 else None)
+            ax.fill_between(ends, 100*r.ece.null_low, 100*r.ece.null_high, color=GREY,
+                            alpha=.5, lw=0, label="null band" if x + k == 0 else None)
             ax.plot([x + shift]*2, [100*r.ece.low, 100*r.ece.high], c=color, lw=2)
             ax.plot([x + shift]*r.seeds, 100*np.array(r.each["ece"]), ".", c="black", ms=4)
     rows = [r for own in pairs.values() for r in own]
-    ax.set(xticks=range(len(pairs)), ylabel=f"ECE in % (N = {rows[0].n:,}, {format_seed_count(rows)})", title=title)
+    ax.set(xticks=range(len(pairs)),
+           ylabel=f"ECE in % (N = {rows[0].n:,}, {format_seed_count(rows)})", title=title)
     ax.set_xticklabels([name.replace(" ", "\n") for name in pairs], fontsize=8)
     ax.legend(fontsize=8)
     return ax
@@ -185,8 +205,12 @@ def prepare_temperature_grid(
     "Students in the order of a grid; runs that nobody taught are left out"
     grid = {}
     for spec, own in group_by_seed(results).items():
-        if isinstance(spec.method, Distil): grid.setdefault(teacher_label(spec.method), {}).setdefault(spec.method.alpha, []).append(summarise_results(method_label(spec.method), own, "raw"))
-    return {k: {a: sorted(lines[a], key=lambda r: r.spec.method.T) for a in sorted(lines)} for k, lines in grid.items()}
+        if isinstance(spec.method, Distil):
+            grid.setdefault(teacher_label(spec.method), {}).setdefault(spec.method.alpha, []).append(
+                summarise_results(method_label(spec.method), own, "raw")
+            )
+    return {k: {a: sorted(lines[a], key=lambda r: r.spec.method.T) for a in sorted(lines)}
+            for k, lines in grid.items()}
 
 # %% ../../nbs/experiments/09_transfer.ipynb #8b693e95
 def plot_temperature_grid(
@@ -197,19 +221,27 @@ def plot_temperature_grid(
 ) -> Sequence[Axes]:
     "A metric against the temperature of distillation, a panel for each teacher"
     check(bool(grid), "grid", "none", "students of one teacher or more, from `prepare_temperature_grid`")
-    axs = plt.subplots(1, len(grid), figsize=(3.4*len(grid) + .6, 3.2), sharey=True, squeeze=False, layout="constrained")[1][0] if axs is None else axs
+    axs = plt.subplots(1, len(grid), figsize=(3.4*len(grid) + .6, 3.2), sharey=True,
+                       squeeze=False, layout="constrained")[1][0] if axs is None else axs
     rows = [r for lines in grid.values() for line in lines.values() for r in line]
     scale = 1 if metric in ("nll", "brier", "kl") else 100
     for ax, (name, lines) in zip(axs, grid.items()):
-        if metric == "ece": ax.axhspan(100*np.mean([r.ece.null_low for r in rows]), 100*np.mean([r.ece.null_high for r in rows]), color=GREY, alpha=.3, lw=0)
+        if metric == "ece":
+            ax.axhspan(100*np.mean([r.ece.null_low for r in rows]),
+                       100*np.mean([r.ece.null_high for r in rows]), color=GREY, alpha=.3, lw=0)
         for k, (alpha, line) in enumerate(lines.items()):
-            T, y = [r.spec.method.T*1.04**(k - 1) for r in line], scale*np.array([r.mean[metric] for r in line])
+            T, y = ([r.spec.method.T*1.04**(k - 1) for r in line],
+                    scale*np.array([r.mean[metric] for r in line]))
             ax.plot(T, y, "o-", c=COLORS[k], ms=4, label=f"$\\alpha$ = {alpha:g}")
-            if metric == "ece": ax.vlines(T, [100*r.ece.low for r in line], [100*r.ece.high for r in line], color=COLORS[k], lw=1)
+            if metric == "ece":
+                ax.vlines(T, [100*r.ece.low for r in line],
+                          [100*r.ece.high for r in line], color=COLORS[k], lw=1)
         ax.set(xscale="log", xlabel="temperature T of distillation", title=f"teacher: {name}")
         ax.set_xticks(ticks := sorted({r.spec.method.T for r in rows}), [f"{t:g}" for t in ticks])
         ax.minorticks_off()
-    axs[0].set_ylabel(f"{axis_label(metric)}{' in %'*(scale > 1)} (N = {rows[0].n:,}, {format_seed_count(rows)})")
+    axs[0].set_ylabel(
+        f"{axis_label(metric)}{' in %'*(scale > 1)} (N = {rows[0].n:,}, {format_seed_count(rows)})"
+    )
     axs[0].legend(fontsize=8)
     axs[0].figure.suptitle(title, fontsize=10)
     return axs

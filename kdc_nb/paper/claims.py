@@ -47,11 +47,14 @@ def published_values(
     "What the paper printed for a setting, as far as our source has it"
     lookup(SETTINGS, setting, "setting")
     if setting == "large to small": # of the abstract
-        ece = {"Direct, NLL": 11.16, "Direct, AdaFocal": 7.61, "Direct, ACLS": 7.00, "Direct, CPC": 2.1, "KD(C), the best": .98}
+        ece = {"Direct, NLL": 11.16, "Direct, AdaFocal": 7.61,
+               "Direct, ACLS": 7.00, "Direct, CPC": 2.1, "KD(C), the best": .98}
         return {row: {"ece": v/100} for row, v in ece.items()}
     if setting not in ("reverse", "self"): return {}
     cells = [line.split("|") for line in _PRINTED_TABLE_2.strip().splitlines()]
-    return {c[0].strip(): dict(zip(("top1", "ece", "sce", "ace"), (float(v)/100 for v in c[1 if setting == "reverse" else 2].split()))) for c in cells}
+    return {c[0].strip(): dict(zip(("top1", "ece", "sce", "ace"),
+                                   (float(v)/100 for v in c[1 if setting == "reverse" else 2].split())))
+            for c in cells}
 
 # %% ../../nbs/paper/02_claims.ipynb #2249f874
 def paper_progress_table(
@@ -65,16 +68,19 @@ def paper_progress_table(
     if "Direct, NLL" in named: rows["Direct, NLL after TS"] = named["Direct, NLL"], "scaled"
     for name, (own, which) in rows.items():
         done = [r for r in own if r]
-        seen = format_cells(summarise_results(name, done, which), summarise_results(name, done, "scaled")) if done else {}
+        seen = (format_cells(summarise_results(name, done, which), summarise_results(name, done, "scaled"))
+                if done else {})
         paper = printed.get(name, {})
-        beside = {f"paper: {metric_label(k)}": format_metric(k, paper[k]) if k in paper else _NOT_PRINTED for k in _PRINTED_METRICS if printed}
+        beside = {f"paper: {metric_label(k)}": format_metric(k, paper[k]) if k in paper else _NOT_PRINTED
+                  for k in _PRINTED_METRICS if printed}
         seeds = f"{len(done)} of {len(own)}" if done else "to do"
         out.append({"": name, "seeds": seeds, **{k: seen.get(k, "") for k in TABLE_COLUMNS}, **beside})
     head = [h for h in out[0] if h not in map(metric_label, ("error", "kl")) or any(r[h] for r in out)]
     return add_footnotes(head, out, caption)
 
 
-_PRINTED_METRICS, _NOT_PRINTED = ("top1", "ece", "sce", "ace"), "not in our source" # what the paper's tables have
+# what the paper's tables have
+_PRINTED_METRICS, _NOT_PRINTED = ("top1", "ece", "sce", "ace"), "not in our source"
 
 # %% ../../nbs/paper/02_claims.ipynb #c83c350f
 _RowOutput = tuple[str, str] # a row's name, and "raw" or "scaled"
@@ -90,18 +96,22 @@ def direct_counterpart(
 # %% ../../nbs/paper/02_claims.ipynb #5907737f
 def table_claims(
     rows: Iterable[str], # names as `table_specs` has them
-) -> dict[str, list[tuple[_RowOutput, _RowOutput]]]: # by claim: pairs, of which the first shall have the lower error, NLL or divergence
+    # by claim: pairs, of which the first shall have the lower error, NLL or divergence
+) -> dict[str, list[tuple[_RowOutput, _RowOutput]]]:
     "The paper's claims about a table"
     students = [r for r in rows if r.startswith("KD(C)")]
     trained = [r for r in rows if r.startswith("Direct") and r != "Direct, NLL"]
     plain_scaled, uncalibrated = ("Direct, NLL", "scaled"), ("KD(UC), from NLL", "raw")
     return {
         "KD(C) beats direct calibration": [((r, "raw"), direct_counterpart(r)) for r in students],
-        "the same, all after temperature scaling": [((r, "scaled"), (direct_counterpart(r)[0], "scaled")) for r in students],
+        "the same, all after temperature scaling":
+            [((r, "scaled"), (direct_counterpart(r)[0], "scaled")) for r in students],
         "KD(C) beats KD(UC)": [((r, "raw"), uncalibrated) for r in students],
         "KD(UC) beats training alone": [(uncalibrated, ("Direct, NLL", "raw"))],
-        "KD(C) beats temperature scaling of the plain student": [((r, "raw"), plain_scaled) for r in students],
-        "calibrating while training beats a temperature afterwards": [((r, "raw"), plain_scaled) for r in trained],
+        "KD(C) beats temperature scaling of the plain student":
+            [((r, "raw"), plain_scaled) for r in students],
+        "calibrating while training beats a temperature afterwards":
+            [((r, "raw"), plain_scaled) for r in trained],
     }
 
 # %% ../../nbs/paper/02_claims.ipynb #a0c25475
@@ -112,11 +122,13 @@ def _contributions_of_row(
 ) -> dict[int, np.ndarray]: # by seed: a number for each image, or one where the truth is known
     "What each image of each finished seed contributes to a metric of a row"
     name, which = row
-    check(name in named and which in ("raw", "scaled"), "row", row, f"'raw' or 'scaled' of {', '.join(named)}")
+    check(name in named and which in ("raw", "scaled"), "row",
+          row, f"'raw' or 'scaled' of {', '.join(named)}")
     done = [r for r in named[name] if r]
     if metric in ("error", "kl"):
         check(all(r.truth for r in done), "metric", f"{metric!r} of {name}", "data whose posterior is known")
-        return {r.spec.seed: np.array([r.truth[metric if which == "raw" else f"scaled_{metric}"]]) for r in done}
+        return {r.spec.seed: np.array([r.truth[metric if which == "raw" else f"scaled_{metric}"]])
+                for r in done}
     return {r.spec.seed: debiased_contributions([result_outcomes(r)[which]], metric)[0] for r in done}
 
 # %% ../../nbs/paper/02_claims.ipynb #9d2ce085
@@ -130,7 +142,8 @@ def row_differences(
     named: Mapping[str, Sequence[Result | None]], # from `collect_by_row`
     pairs: Iterable[tuple[_RowOutput, _RowOutput]], # of `table_claims`: the first less the second
     metric: str, # of `_contributions_of_row`
-    least: int = 1, # finished seeds that both rows of a pair must have, or it is left out; two where the truth is known
+    # finished seeds that both rows of a pair must have, or it is left out; two where the truth is known
+    least: int = 1,
 ) -> _ClaimDifferences:
     "Two rows of a table for each pair, seed by seed and image by image"
     said = lambda s: s[0] + " + TS"*(s[1] == "scaled")
@@ -138,8 +151,11 @@ def row_differences(
     ready = [(a, b) for a, b in pairs if len(done(a) & done(b)) >= least]
     data = {r.spec.data for pair in ready for s in pair for r in named[s[0]] if r}
     check(len(data) < 2, "named", f"rows on {len(data)} data sets", "rows on one")
-    tables = {s: _contributions_of_row(named, s, metric) for s in dict.fromkeys(s for pair in ready for s in pair)}
-    less = {f"{said(a)} less {said(b)}": {k: tables[a][k] - tables[b][k] for k in sorted(done(a) & done(b))} for a, b in ready}
+    tables = {s: _contributions_of_row(named, s, metric)
+              for s in dict.fromkeys(s for pair in ready for s in pair)}
+    less = {f"{said(a)} less {said(b)}": {k: tables[a][k] - tables[b][k] for k in sorted(done(a) & done(b))}
+            for a, b in ready}
     shared = sorted(set.intersection(*map(set, less.values()))) if less else []
     mean = np.mean([[d[k] for k in shared] for d in less.values()], 0) if shared else None
-    return _ClaimDifferences({k: estimate_difference(np.stack(list(d.values()))) for k, d in less.items()}, None if mean is None or mean.size < 2 else estimate_difference(mean))
+    return _ClaimDifferences({k: estimate_difference(np.stack(list(d.values()))) for k, d in less.items()},
+                             None if mean is None or mean.size < 2 else estimate_difference(mean))

@@ -42,22 +42,33 @@ Shares in tables are percent, NLL is in nats."""
 # %% ../../nbs/paper/05_commands.ipynb #e457df97
 def _build_parser() -> argparse.ArgumentParser:
     "What the command understands"
-    p = argparse.ArgumentParser(prog="kdc_sweep", description="Do many runs; called again, go on where it was", epilog=_EXIT_STATUS_HELP)
+    p = argparse.ArgumentParser(prog="kdc_sweep",
+                                description="Do many runs; called again, go on where it was",
+                                epilog=_EXIT_STATUS_HELP)
     def flag(name, help): p.add_argument(name, action="store_true", help=help)
-    p.add_argument("what", nargs="?", help=f"a table or figure of the paper ({', '.join(PAPER_EXPERIMENTS)}), or a .json file of runs")
+    p.add_argument(
+        "what", nargs="?",
+        help=f"a table or figure of the paper ({', '.join(PAPER_EXPERIMENTS)}), or a .json file of runs"
+    )
     p.add_argument("--recipe", help=f"of a table or figure: {', '.join(RECIPES)} "
                                     "(paper; cpu for a miniature; text and text_small for table3)")
     p.add_argument("--seeds", type=int, help="how many of a table or figure (3)")
     p.add_argument("--small", help=f"a table or figure in miniature, on one of {', '.join(MINIATURE_DATA)}")
     flag("--candidates", "in place of its rows, what the validation images may choose from, one seed")
-    p.add_argument("--chosen", help="strengths, T and alpha as the validation images choose from the candidates in this "
-                                    ".npz file (as published)")
-    p.add_argument("--import", dest="modules", action="append", default=[], metavar="FILE", help="import a .py file that registers methods, networks or data; may be repeated")
+    p.add_argument("--chosen",
+                   help="strengths, T and alpha as the validation images choose from the candidates in this "
+                        ".npz file (as published)")
+    p.add_argument("--import", dest="modules", action="append", default=[], metavar="FILE",
+                   help="import a .py file that registers methods, networks or data; may be repeated")
     p.add_argument("--store", help="folder of the runs (the cache folder's)")
     p.add_argument("--device", help="cpu, cuda, cuda:1 or mps (the fastest there is)")
     p.add_argument("--jobs", type=int, default=1, help="processes at a time, each with a run (1)")
-    p.add_argument("--slots", type=int, default=1, help="runs at a time in one process, on a GPU each on a stream (1)")
-    p.add_argument("--budget", help="begin what can be finished in a time such as 90s, 9min, 1.5h, the most telling rows first")
+    p.add_argument("--slots", type=int, default=1,
+                   help="runs at a time in one process, on a GPU each on a stream (1)")
+    p.add_argument(
+        "--budget",
+        help="begin what can be finished in a time such as 90s, 9min, 1.5h, the most telling rows first"
+    )
     flag("--plan", "only say what would be done, and how long it would take")
     flag("--check", "only say whether every method trains on this device as it does on a CPU; about a minute")
     p.add_argument("--results", help="add the light results of what is done to this .npz file")
@@ -70,8 +81,11 @@ def main(args: Iterable[str] | None = None) -> int: # exit status, see `_EXIT_ST
     store = Store(a.store)
     try:
         for file in a.modules: _import_file(file)
-        with distributed_session(a.device), redirect_stdout(sys.stdout if rank_and_world()[0] == 0 else io.StringIO()): return _run_command(a, store)
-    except KeyboardInterrupt: status, why = 130, f"\nStopped. What is done is kept in {store.folder}; the same command goes on."
+        with (distributed_session(a.device),
+              redirect_stdout(sys.stdout if rank_and_world()[0] == 0 else io.StringIO())):
+            return _run_command(a, store)
+    except KeyboardInterrupt:
+        status, why = 130, f"\nStopped. What is done is kept in {store.folder}; the same command goes on."
     except ValueError as e: status, why = 2, e
     except (FloatingPointError, OSError, RuntimeError) as e:
         status, why = 1, "\n".join([f"{type(e).__name__}: {e}", *getattr(e, "__notes__", [])])
@@ -80,7 +94,9 @@ def main(args: Iterable[str] | None = None) -> int: # exit status, see `_EXIT_ST
 
 # %% ../../nbs/paper/05_commands.ipynb #7c231da0
 def _import_file(path: str) -> None:
-    "Import a .py file, such that what it registers can be sent to other processes; a `ValueError` says what went wrong in it"
+    """Import a .py file, such that what it registers can be sent to other processes; a `ValueError`
+    says what went wrong in it
+    """
     import cloudpickle
     name = Path(path).stem
     check(Path(path).is_file() and path.endswith(".py"), "--import", path, "a .py file that is there")
@@ -104,7 +120,8 @@ def _run_command(a: argparse.Namespace, store: Store) -> int:
     ordered = order_by_priority if a.what in PAPER_EXPERIMENTS and not a.candidates else dict.values
     specs = list(dict.fromkeys(s for rows in seeds for s in ordered(rows)))
     if a.plan: print(format_plan(plan_sweep(specs, store, a.device, max(a.jobs, a.slots)))); return 0
-    kept = _ResultsFile(a.results, images=not a.candidates) # a damaged file is told before anything is trained
+    # a damaged file is told before anything is trained
+    kept = _ResultsFile(a.results, images=not a.candidates)
     with closing(kept): # also when stopped
         for r in filter(None, map(store.get, specs)): kept.add(r)
         keep = lambda r: r.spec in specs and kept.add(r) # a teacher need not be a row
@@ -115,7 +132,8 @@ def _run_command(a: argparse.Namespace, store: Store) -> int:
         print(PAPER_EXPERIMENTS[a.what].title + (f", in miniature on {a.small}" if a.small else ""))
         print(_progress_table(a, seeds, kept.results))
     left = sum(s not in kept.results for s in specs)
-    others = "; for the others there was not time enough, the same command goes on" if left and not failure else ""
+    others = ("; for the others there was not time enough, the same command goes on"
+              if left and not failure else "")
     print(f"{len(specs) - left} of {len(specs)} runs done, in {store.folder}{others}")
     if failure: raise failure
     return 0 if not left or rank_and_world()[1] > 1 else 75
@@ -134,7 +152,8 @@ class _ResultsFile:
         if not path: return
         try: Path(path).parent.mkdir(parents=True, exist_ok=True)
         except OSError as e: check(False, "results", f"{path}: {e}", "a file in a folder that can be made")
-        check(os.access(Path(path).parent, os.W_OK), "results", path, "a file in a folder that can be written to")
+        check(os.access(Path(path).parent, os.W_OK), "results",
+              path, "a file in a folder that can be written to")
 
     def read(self) -> dict[RunSpec, Result]:
         "What is in the file"
@@ -157,7 +176,8 @@ class _ResultsFile:
 def _parse_specs(a: argparse.Namespace) -> list[dict[str, RunSpec]]:
     "The rows of each seed that the command's words stand for; those of a file as one"
     if a.what not in PAPER_EXPERIMENTS:
-        check(a.what and Path(a.what).is_file(), "what", a.what, f"a file that is there, or one of {', '.join(PAPER_EXPERIMENTS)}")
+        check(a.what and Path(a.what).is_file(), "what", a.what,
+              f"a file that is there, or one of {', '.join(PAPER_EXPERIMENTS)}")
         for k in ("recipe", "seeds", "small", "candidates", "chosen"):
             check(not getattr(a, k), k, getattr(a, k), f"none with a file: {a.what} says it all")
         return [{spec_hash(s): s for s in read_specs(a.what)}]
@@ -165,10 +185,12 @@ def _parse_specs(a: argparse.Namespace) -> list[dict[str, RunSpec]]:
     offered, choice = candidate_specs(a.what, a.recipe, a.small), PUBLISHED_HYPERPARAMETERS
     if a.candidates:
         for k in ("seeds", "chosen"):
-            check(getattr(a, k) is None, k, getattr(a, k), "none with --candidates, of which one seed chooses")
+            check(getattr(a, k) is None, k, getattr(a, k),
+                  "none with --candidates, of which one seed chooses")
         return [{spec_hash(s): s for several in offered.values() for s in several}]
     if a.chosen:
-        check(Path(a.chosen).is_file(), "chosen", a.chosen, "a file that is there, of results of --candidates")
+        check(Path(a.chosen).is_file(), "chosen", a.chosen,
+              "a file that is there, of results of --candidates")
         choice = as_hyperparameters(select_on_validation(offered, read_results(a.chosen)))
     return [paper_specs(a.what, a.recipe, s, a.small, choice) for s in range(a.seeds or 3)]
 
@@ -180,4 +202,5 @@ def _progress_table(
 ) -> Table:
     "What the command has done, this time and before"
     if a.candidates: return candidates_table(candidate_specs(a.what, a.recipe, a.small), results)
-    return paper_progress_table(collect_by_row(seeds, results), {} if a.small else published_values(PAPER_EXPERIMENTS[a.what].setting))
+    return paper_progress_table(collect_by_row(seeds, results),
+                                {} if a.small else published_values(PAPER_EXPERIMENTS[a.what].setting))

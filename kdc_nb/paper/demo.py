@@ -49,13 +49,20 @@ def _demo_parts(
     gpu: bool = False, # images at full size
 ) -> list[_DemoPart]:
     "The parts of the demo"
-    if name is None: return [
-        _DemoPart("Images whose truth is known", Setting(DataSpec("known", n_train=800, n_valid=1000, n_test=4000), "resnet14", "resnet8"), Recipe(epochs=18, batch_size=64)),
-        _DemoPart("Scanned digits", Setting(DataSpec("digits"), "resnet14", "resnet8"), Recipe(epochs=20, batch_size=50)),
-    ]
+    if name is None:
+        return [
+            _DemoPart("Images whose truth is known", Setting(
+                DataSpec("known", n_train=800, n_valid=1000, n_test=4000), "resnet14", "resnet8"
+            ), Recipe(epochs=18, batch_size=64)),
+            _DemoPart("Scanned digits", Setting(DataSpec("digits"), "resnet14", "resnet8"),
+                      Recipe(epochs=20, batch_size=50)),
+        ]
     check(name in ("cifar10", "cifar100"), "DATA", name, "cifar10 or cifar100")
-    if gpu: return [_DemoPart(f"{name}, all training images", Setting(DataSpec(name), "wrn_40_2", "wrn_40_1"), RECIPES["fast"])]
-    return [_DemoPart(f"{name}, 5,000 training images", Setting(DataSpec(name, n_train=5000), "resnet14", "resnet8"), RECIPES["cpu"])]
+    if gpu:
+        return [_DemoPart(f"{name}, all training images",
+                          Setting(DataSpec(name), "wrn_40_2", "wrn_40_1"), RECIPES["fast"])]
+    return [_DemoPart(f"{name}, 5,000 training images",
+                      Setting(DataSpec(name, n_train=5000), "resnet14", "resnet8"), RECIPES["cpu"])]
 
 # %% ../../nbs/paper/03_demo.ipynb #208c3b5a
 _CALIBRATED_METHOD = PAPER_METHODS["MDCA"]
@@ -66,35 +73,48 @@ def _part_specs(
     seed: int,
 ) -> dict[str, RunSpec]: # by the name of its row
     "The runs of one seed"
-    specs = table_specs(block.setting, {"NLL": Method("nll"), "focal + MDCA": _CALIBRATED_METHOD}, block.recipe, seed)
-    if block.setting.data.name == "known": specs["KD, from the truth"] = replace(specs["Direct, NLL"], method=Distil(TemperedPosterior()))
+    specs = table_specs(block.setting, {"NLL": Method("nll"), "focal + MDCA": _CALIBRATED_METHOD},
+                        block.recipe, seed)
+    if block.setting.data.name == "known":
+        specs["KD, from the truth"] = replace(specs["Direct, NLL"], method=Distil(TemperedPosterior()))
     return specs
 
 # %% ../../nbs/paper/03_demo.ipynb #f0efc2b0
 def _format_summary(rows: list[SeedSummary]) -> str:
-    "Did the students of calibrated teachers do better than those taught directly, and than that of an uncalibrated one?"
+    """Did the students of calibrated teachers do better than those taught directly, and than
+    that of an uncalibrated one?
+    """
     by = {r.name: r for r in rows}
     def against(r, name):
         wins = sum(a < b for a, b in zip(r.each["ece"], by[name].each["ece"]))
         return f"{100*by[name].mean['ece']:.1f}% of {name} (lower in {wins} of {r.seeds} seeds)"
     others = ("KD(UC), from NLL", "Direct, NLL", "Direct, focal + MDCA")
-    sentence = lambda r: f"{r.name}: ECE {100*r.mean['ece']:.1f}% against " + ", ".join(against(r, o) for o in others) + "."
+    sentence = (lambda r: f"{r.name}: ECE {100*r.mean['ece']:.1f}% against "
+                          + ", ".join(against(r, o) for o in others) + ".")
     calibrated = [r for r in rows if r.name.startswith("KD(C)")]
-    return "\n".join([*map(sentence, calibrated), f"N = {rows[0].n:,} test images, {format_seed_count(rows)}.", _ABBREVIATIONS])
+    return "\n".join([*map(sentence, calibrated),
+                      f"N = {rows[0].n:,} test images, {format_seed_count(rows)}.", _ABBREVIATIONS])
 
 
 def _format_verdict(
     results: dict[str, list[Result]], # by row, over seeds
 ) -> str:
-    "Whether the students of calibrated teachers are better calibrated than that of an uncalibrated one, beyond chance"
+    """Whether the students of calibrated teachers are better calibrated than that of an
+    uncalibrated one, beyond chance
+    """
     d = row_differences(results, table_claims(results)["KD(C) beats KD(UC)"], "ece").mean
-    word = "Calibration passed" if d.high < 0 else "Calibration did not pass" if d.low > 0 else "It cannot be told here whether calibration passed"
-    return (f"{word}: the ECE of students of calibrated teachers, less that of the student of an uncalibrated one, is {100*d.mean:+.1f} points "
+    word = ("Calibration passed" if d.high < 0 else "Calibration did not pass" if d.low > 0
+            else "It cannot be told here whether calibration passed")
+    return (f"{word}: the ECE of students of calibrated teachers, "
+            f"less that of the student of an uncalibrated one, is {100*d.mean:+.1f} points "
             f"on the mean (95%: {100*d.low:+.1f} to {100*d.high:+.1f}).")
 
 
-_ABBREVIATIONS = ("KD(C): student of a calibrated teacher; KD(UC): of an uncalibrated one; Direct: without a teacher; NLL: ordinary training; "
-       "focal + MDCA: a way to calibrate in training; TS: temperature scaling, a way to calibrate afterwards.")
+_ABBREVIATIONS = (
+    "KD(C): student of a calibrated teacher; KD(UC): of an uncalibrated one; Direct: "
+    "without a teacher; NLL: ordinary training; "
+    "focal + MDCA: a way to calibrate in training; TS: temperature scaling, a way to calibrate afterwards."
+)
 
 # %% ../../nbs/paper/03_demo.ipynb #bf149a29
 def _plot_part(
@@ -119,7 +139,9 @@ def _run_part(
 ) -> dict[str, list[Result]]: # by row, over seeds
     "Train what is not there yet, and collect the results"
     specs = [_part_specs(block, s) for s in range(seeds)]
-    if progress: print(f"{block.title}: {block.setting.teacher} teaches {block.setting.student}, {seeds} seeds", file=sys.stderr)
+    if progress:
+        print(f"{block.title}: {block.setting.teacher} teaches {block.setting.student}, {seeds} seeds",
+              file=sys.stderr)
     results = sweep([r for s in specs for r in s.values()], store, device, progress=progress)
     return collect_by_row(specs, {r.spec: r for r in results})
 
@@ -140,11 +162,15 @@ def _report_part(
     "Table, verdict and figures of one block; the figures are written as PNG"
     rows, table = summarise_seeds(results), results_table(results)
     said = f"{_format_verdict(results)}\n{_format_summary(rows)}"
-    html = f"<h2>{escape(block.title)}</h2>" + f"<p>{escape(said)}</p>".replace("\n", "<br>") + table._repr_html_()
+    html = (f"<h2>{escape(block.title)}</h2>"
+            + f"<p>{escape(said)}</p>".replace("\n", "<br>") + table._repr_html_())
     for name, fig in _plot_part(block, rows, results).items():
         with atomic_write(folder/f"{name}.png") as part: fig.savefig(part, format="png", dpi=120)
         plt.close(fig)
-        html += f'<p><img alt="{name}" src="data:image/png;base64,{b64encode((folder/f"{name}.png").read_bytes()).decode()}"></p>'
+        html += (
+            f'<p><img alt="{name}" '
+            f'src="data:image/png;base64,{b64encode((folder/f"{name}.png").read_bytes()).decode()}"></p>'
+        )
     return f"{block.title}\n\n{table}\n\n{said}\n", html
 
 # %% ../../nbs/paper/03_demo.ipynb #db7e15d4
@@ -170,14 +196,19 @@ def run_demo(
 def main(args: Iterable[str] | None = None) -> int: # exit status
     "The command behind `make demo`"
     p = argparse.ArgumentParser(prog="kdc_demo", description="Calibration passing from teacher to student")
-    p.add_argument("--data", choices=["cifar10", "cifar100"], help="photographs in place of known images and digits")
+    p.add_argument("--data", choices=["cifar10", "cifar100"],
+                   help="photographs in place of known images and digits")
     p.add_argument("--seeds", type=int, default=3, help="how many times all is trained (3)")
     p.add_argument("--folder", default="demo_out", help="where figures, page and runs go (demo_out)")
     p.add_argument("--device", help="cpu, cuda or mps (the fastest there is)")
     a = p.parse_args(args)
     try: print(run_demo(a.data, a.seeds, a.folder, a.device))
-    except KeyboardInterrupt: print(f"\nStopped. What is done is kept in {a.folder}; the same command goes on.", file=sys.stderr); return 130
+    except KeyboardInterrupt:
+        print(f"\nStopped. What is done is kept in {a.folder}; the same command goes on.", file=sys.stderr)
+        return 130
     except ValueError as e: print(e, file=sys.stderr); return 2
-    except (FloatingPointError, OSError, RuntimeError) as e: print(f"{type(e).__name__}: {e}", file=sys.stderr); return 1
+    except (FloatingPointError, OSError, RuntimeError) as e:
+        print(f"{type(e).__name__}: {e}", file=sys.stderr)
+        return 1
     print(f"Figures and page: {Path(a.folder).resolve()/'index.html'}")
     return 0

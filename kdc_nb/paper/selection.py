@@ -21,7 +21,8 @@ from .settings import PAPER_METHODS, Hyperparameters, paper_specs, resolve_setti
 # %% ../../nbs/paper/01_selection.ipynb #911be44f
 METHOD_GRID = { # from the literature, by the names of METHODS; those that are not here have one
     "LS": [Method("ls", eps=e) for e in (.01, .05, .1)],
-    "MMCE": [Method("mmce", beta=b, ported=p) for p, several in ((False, (.1, .5, 2, 4)), (True, (2, 4))) for b in several],
+    "MMCE": [Method("mmce", beta=b, ported=p)
+             for p, several in ((False, (.1, .5, 2, 4)), (True, (2, 4))) for b in several],
     "MixUp": [Method("mixup", a=a) for a in (.2, .4, 1)],
     "CRL": [Method("crl", beta=b) for b in (.5, 1)],
     "MDCA": [Method("mdca", beta=b, gamma=g) for b, g in ((1, 0), (5, 0), (10, 0), (1, 1), (10, 1), (1, 3))],
@@ -41,23 +42,30 @@ def candidate_specs(
     setting, recipe = resolve_setting(name, recipe, small)
     used = {r.method for s in paper_specs(name, recipe, 0, small).values() for r in lineage(s)}
     plain = RunSpec(setting.data, setting.teacher, PAPER_METHODS["NLL"], recipe)
-    methods = {k: several for k, several in METHOD_GRID.items() if PAPER_METHODS[k] in used} | {"KD": [Distil(TemperatureScaled(plain), T, alpha) for T, alpha in _KD_GRID]}
-    return {k: [RunSpec(setting.data, setting.student, m, recipe) for m in several] for k, several in methods.items()}
+    methods = ({k: several for k, several in METHOD_GRID.items() if PAPER_METHODS[k] in used}
+               | {"KD": [Distil(TemperatureScaled(plain), T, alpha) for T, alpha in _KD_GRID]})
+    return {k: [RunSpec(setting.data, setting.student, m, recipe) for m in several]
+            for k, several in methods.items()}
 
 # %% ../../nbs/paper/01_selection.ipynb #bfc1951f
 def select_on_validation(
     offered: Mapping[str, Sequence[RunSpec]], # by method, as `candidate_specs` has them
     results: Mapping[RunSpec, Result],
 ) -> dict[str, RunSpec]: # by method
-    "Of each method the candidate with the lowest NLL on the validation images; a `ValueError` names those of which it is not known"
-    unknown = [run_label(s) for several in offered.values() for s in several if s not in results or not results[s].valid]
-    check(not unknown, "results", f"none with a validation NLL of {'; '.join(unknown)}", "one for each candidate")
+    """Of each method the candidate with the lowest NLL on the validation images; a `ValueError` names
+    those of which it is not known
+    """
+    unknown = [run_label(s) for several in offered.values()
+               for s in several if s not in results or not results[s].valid]
+    check(not unknown, "results", f"none with a validation NLL of {'; '.join(unknown)}",
+          "one for each candidate")
     return {k: min(several, key=lambda s: results[s].valid["nll"]) for k, several in offered.items()}
 
 
 def as_hyperparameters(best: Mapping[str, RunSpec]) -> Hyperparameters: # from `select_on_validation`
     "The choice as `paper_specs` takes it; methods without candidates are as published"
-    return Hyperparameters(PAPER_METHODS | {k: s.method for k, s in best.items() if k != "KD"}, best["KD"].method.T, best["KD"].method.alpha)
+    return Hyperparameters(PAPER_METHODS | {k: s.method for k, s in best.items() if k != "KD"},
+                           best["KD"].method.T, best["KD"].method.alpha)
 
 # %% ../../nbs/paper/01_selection.ipynb #c243c2e2
 def candidates_table(
@@ -65,12 +73,16 @@ def candidates_table(
     results: Mapping[RunSpec, Result],
     caption: str = "",
 ) -> Table: # in percent, NLL in nats
-    "Candidates as the validation images see them, as far as they are done; a star for the chosen one of a method of which all are"
+    """Candidates as the validation images see them, as far as they are done; a star for the chosen one of
+    a method of which all are
+    """
     body = []
     for name, several in offered.items():
         best = select_on_validation({name: several}, results)[name] if set(several) <= set(results) else None
         for s in several:
             v, how = results[s].valid if s in results else {}, s.method
-            seen = [format_metric(k, v[k]) + " *"*(k == "nll" and s == best) for k in ("nll", "top1", "ece")] if v else ["to do", "", ""]
-            body.append([name, f"T={how.T:g} alpha={how.alpha:g}" if isinstance(how, Distil) else method_label(how), *seen])
+            seen = ([format_metric(k, v[k]) + " *"*(k == "nll" and s == best) for k in ("nll", "top1", "ece")]
+                    if v else ["to do", "", ""])
+            body.append([name, f"T={how.T:g} alpha={how.alpha:g}" if isinstance(how, Distil)
+                               else method_label(how), *seen])
     return Table(["", "on the validation images", *map(metric_label, ("nll", "top1", "ece"))], body, caption)

@@ -39,7 +39,8 @@ def _make_trainer(name: str, device: str, use_cuda_graph: bool = True) -> Traine
     data = replace(load_data(_CHECK_DATA), augment=_CHECK_RECIPE.augment)
     with seeded_rng(0): net, master = (build_model(m, data.n_classes) for m in ("resnet8", "resnet14"))
     master = master.to(device, memory_format=torch.channels_last).eval()
-    method, teacher = (_CHECKED_METHODS[name].build(), None) if name != _DISTILLATION else (Distillation(2., .5), lambda x, index: master(x).float())
+    method, teacher = ((_CHECKED_METHODS[name].build(), None) if name != _DISTILLATION
+                       else (Distillation(2., .5), lambda x, index: master(x).float()))
     where = dict(device=torch.device(device), use_cuda_graph=use_cuda_graph)
     return Trainer(net, data, method, _CHECK_RECIPE, seed=0, teacher=teacher, **where)
 
@@ -96,7 +97,8 @@ def _check_resuming(device: str) -> _CheckOutcome:
 def _check_side_by_side(device: str) -> _CheckOutcome:
     "Three students of one teacher, two at a time and one by one"
     master = RunSpec(DataSpec("digits", n_train=512, n_valid=200), "resnet8", recipe=_CHECK_RECIPE)
-    students = [replace(master, method=Distil(t, T, .9)) for t, T in ((master, 1.), (master, 4.), (TemperatureScaled(master), 1.))]
+    students = [replace(master, method=Distil(t, T, .9))
+                for t, T in ((master, 1.), (master, 4.), (TemperatureScaled(master), 1.))]
     losses = lambda results: [row["loss"] for r in results for row in r.history]
     with tempfile.TemporaryDirectory() as folder:
         together = sweep(students, Store(Path(folder)/"a"), device, progress=False, slots=2)
@@ -107,7 +109,8 @@ def _check_side_by_side(device: str) -> _CheckOutcome:
 def check_device(device: str) -> Iterator[_CheckOutcome]: # "cpu", "cuda", ...
     "Whether everything trains on a device as it should, one thing after another"
     things = {k: (_check_method, k, device) for k in ("nll", _DISTILLATION, *_CHECKED_METHODS)}
-    things |= {"stopped and resumed": (_check_resuming, device), "side by side": (_check_side_by_side, device)}
+    things |= {"stopped and resumed": (_check_resuming, device),
+               "side by side": (_check_side_by_side, device)}
     for name, (f, *args) in things.items():
         try: yield call_in_fresh_process(f, *args) if cuda_is_broken() else f(*args)
         except Exception as e: yield _CheckOutcome(name, f"{type(e).__name__}: {e}")
@@ -117,7 +120,8 @@ def print_device_check(device: str | None) -> bool: # whether all is well
     "Check a device and print how it goes, line by line"
     device = str(best_device(device))
     print(*(f"{k} {v}" for k, v in describe_environment(torch.device(device)).items()), sep=", ")
-    if device == "cpu": print("On a CPU nothing is recorded: each method is trained twice, and must end alike.")
+    if device == "cpu":
+        print("On a CPU nothing is recorded: each method is trained twice, and must end alike.")
     faults = []
     for c in check_device(device):
         print(f"{c.name:22}{'FAULT' if c.fault else 'well':8}{c.fault or c.shown}", flush=True)

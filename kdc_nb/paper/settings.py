@@ -37,8 +37,10 @@ SETTINGS = { # of the paper's tables and figures
 
 # %% ../../nbs/paper/00_settings.ipynb #489e46a5
 PAPER_METHODS = { # of the paper's tables, by its names
-    "NLL": Method("nll"), "LS": Method("ls"), "MMCE": Method("mmce", ported=True), "MixUp": Method("mixup"), "CRL": Method("crl"), "PS-KD": Method("pskd"),
-    "MDCA": Method("mdca", beta=10, gamma=1), "AdaFocal": Method("adafocal"), "CPC": Method("cpc"), "MbLS": Method("mbls"), "ACLS": Method("acls"),
+    "NLL": Method("nll"), "LS": Method("ls"), "MMCE": Method("mmce", ported=True),
+    "MixUp": Method("mixup"), "CRL": Method("crl"), "PS-KD": Method("pskd"),
+    "MDCA": Method("mdca", beta=10, gamma=1), "AdaFocal": Method("adafocal"),
+    "CPC": Method("cpc"), "MbLS": Method("mbls"), "ACLS": Method("acls"),
 }
 
 
@@ -67,7 +69,8 @@ def table_specs(
     rows = {f"Teacher, {name}": t for name, t in teachers.items() if setting.teacher != setting.student}
     rows |= {f"Direct, {name}": net(setting.student, m) for name, m in methods.items()}
     rows |= {kd_label(name): net(setting.student, Distil(t, T, alpha)) for name, t in teachers.items()}
-    return rows | {"KD(C), from NLL after TS": net(setting.student, Distil(TemperatureScaled(teachers["NLL"]), T, alpha))}
+    return rows | {"KD(C), from NLL after TS":
+                       net(setting.student, Distil(TemperatureScaled(teachers["NLL"]), T, alpha))}
 
 
 def kd_label(name: str) -> str: # of a teacher's method
@@ -84,8 +87,11 @@ def _grid_specs(
     seed: int = 0,
 ) -> dict[str, RunSpec]: # by row
     "Teachers, and a student of each for every temperature and weight"
-    rows = {f"Teacher, {name}": RunSpec(setting.data, setting.teacher, m, recipe, seed) for name, m in methods.items()}
-    return rows | {f"{kd_label(name)}, T={T:g}, alpha={a:g}": RunSpec(setting.data, setting.student, Distil(rows[f"Teacher, {name}"], T, a), recipe, seed)
+    rows = {f"Teacher, {name}": RunSpec(setting.data, setting.teacher, m, recipe, seed)
+            for name, m in methods.items()}
+    return rows | {f"{kd_label(name)}, T={T:g}, alpha={a:g}":
+                       RunSpec(setting.data, setting.student,
+                               Distil(rows[f"Teacher, {name}"], T, a), recipe, seed)
                    for name in methods for T in temperatures for a in alphas}
 
 # %% ../../nbs/paper/00_settings.ipynb #7a46319c
@@ -96,55 +102,80 @@ class _Experiment(NamedTuple):
     specs: "_SpecBuilder" # of one seed
 
 
-_SpecBuilder = Callable[[Setting, Recipe | str, int, Hyperparameters], dict[str, RunSpec]] # of a setting, a recipe, a seed and a choice of strengths
+# of a setting, a recipe, a seed and a choice of strengths
+_SpecBuilder = Callable[[Setting, Recipe | str, int, Hyperparameters], dict[str, RunSpec]]
 
 
-def _build_table_specs(setting: Setting, recipe: Recipe | str, seed: int, choice: Hyperparameters) -> dict[str, RunSpec]:
+def _build_table_specs(setting: Setting, recipe: Recipe | str, seed: int,
+                       choice: Hyperparameters) -> dict[str, RunSpec]:
     "All methods of the paper, direct and by the teacher"
     return table_specs(setting, choice.methods, recipe, seed, choice.T, choice.alpha)
 
 
-def _build_text_specs(setting: Setting, recipe: Recipe | str, seed: int, choice: Hyperparameters) -> dict[str, RunSpec]:
+def _build_text_specs(setting: Setting, recipe: Recipe | str, seed: int,
+                      choice: Hyperparameters) -> dict[str, RunSpec]:
     "The methods that are asked about texts, with the plain focal loss"
-    return _build_table_specs(setting, recipe, seed, choice._replace(methods={k: choice.methods.get(k, Method("focal")) for k in ("NLL", "LS", "Focal", "MDCA")}))
+    return _build_table_specs(setting, recipe, seed, choice._replace(methods={
+        k: choice.methods.get(k, Method("focal")) for k in ("NLL", "LS", "Focal", "MDCA")
+    }))
 
 
 def _grid_spec_builder(temperatures: Sequence[float], alphas: Sequence[float]) -> _SpecBuilder:
     "Rows of a grid, with the teachers of Fig. 5 and one that nobody calibrated"
-    def rows(setting, recipe, seed, choice): return _grid_specs(setting, {k: choice.methods[k] for k in ("NLL", "LS", "MDCA")}, temperatures, alphas, recipe, seed)
+    def rows(setting, recipe, seed, choice):
+        return _grid_specs(setting, {k: choice.methods[k] for k in ("NLL", "LS", "MDCA")},
+                           temperatures, alphas, recipe, seed)
     return rows
 
 
-def _build_generation_specs(setting: Setting, recipe: Recipe | str, seed: int, choice: Hyperparameters) -> dict[str, RunSpec]:
+def _build_generation_specs(setting: Setting, recipe: Recipe | str, seed: int,
+                            choice: Hyperparameters) -> dict[str, RunSpec]:
     "Six generations after one from the NLL, and after one from MDCA (Fig. 4)"
-    def chain(method): return self_distillation_chain(RunSpec(setting.data, setting.teacher, choice.methods[method], recipe, seed), 6, choice.T, choice.alpha)
-    return {f"{k}, generation {g}": s for k, method in (("UC", "NLL"), ("C", "MDCA")) for g, s in enumerate(chain(method))}
+    def chain(method):
+        return self_distillation_chain(RunSpec(setting.data, setting.teacher,
+                                               choice.methods[method], recipe, seed),
+                                       6, choice.T, choice.alpha)
+    return {f"{k}, generation {g}": s for k, method in (("UC", "NLL"), ("C", "MDCA"))
+            for g, s in enumerate(chain(method))}
 
 
-def _build_drift_specs(setting: Setting, recipe: Recipe | str, seed: int, choice: Hyperparameters) -> dict[str, RunSpec]:
+def _build_drift_specs(setting: Setting, recipe: Recipe | str, seed: int,
+                       choice: Hyperparameters) -> dict[str, RunSpec]:
     "The rows that are asked about corrupted images"
     rows = _build_table_specs(setting, recipe, seed, choice)
-    return {k: rows[k] for k in ("Direct, NLL", "Direct, MDCA", "KD(UC), from NLL", "KD(C), from NLL after TS", "KD(C), from MDCA")}
+    return {k: rows[k] for k in ("Direct, NLL", "Direct, MDCA", "KD(UC), from NLL",
+                                 "KD(C), from NLL after TS", "KD(C), from MDCA")}
 
 # %% ../../nbs/paper/00_settings.ipynb #86d80b26
 PAPER_EXPERIMENTS = { # by the name that `kdc_sweep` knows
-    "table1": _Experiment("Table 1, WRN-40-2 teaches WRN-40-1, CIFAR-100", "large to small", _build_table_specs),
-    "table1_mobilenet": _Experiment("Table 1, WRN-40-2 teaches MobileNetV2, CIFAR-100", "large to small, MobileNetV2", _build_table_specs),
-    "table2a": _Experiment("Table 2a, MobileNetV2 teaches ResNet-50, CIFAR-10", "reverse", _build_table_specs),
+    "table1": _Experiment("Table 1, WRN-40-2 teaches WRN-40-1, CIFAR-100",
+                          "large to small", _build_table_specs),
+    "table1_mobilenet": _Experiment("Table 1, WRN-40-2 teaches MobileNetV2, CIFAR-100",
+                                    "large to small, MobileNetV2", _build_table_specs),
+    "table2a": _Experiment("Table 2a, MobileNetV2 teaches ResNet-50, CIFAR-10",
+                           "reverse", _build_table_specs),
     "table2b": _Experiment("Table 2b, MobileNetV2 teaches itself, CIFAR-10", "self", _build_table_specs),
     "table3": _Experiment("Table 3, BERT teaches DistilBERT, 20 Newsgroups", "text", _build_text_specs),
-    "fig2": _Experiment("Fig. 2, the runs of Table 1: direct and by the teacher", "large to small", _build_table_specs),
-    "fig3": _Experiment("Fig. 3, the runs of Table 1: accuracy against calibration", "large to small", _build_table_specs),
+    "fig2": _Experiment("Fig. 2, the runs of Table 1: direct and by the teacher",
+                        "large to small", _build_table_specs),
+    "fig3": _Experiment("Fig. 3, the runs of Table 1: accuracy against calibration",
+                        "large to small", _build_table_specs),
     "fig4": _Experiment("Fig. 4: generations of ResNet56, CIFAR-100", "generations", _build_generation_specs),
-    "fig5": _Experiment("Fig. 5: ResNet56 teaches ResNet8, CIFAR-100", "diffusion", _grid_spec_builder((1, 2, 4, 8, 20), (.9,))),
-    "ablation": _Experiment("Temperature and weight, ResNet56 teaches ResNet8, CIFAR-100", "diffusion", _grid_spec_builder((1, 2, 4, 8, 20), (.9, .5, 1))),
-    "drift": _Experiment("Drift: the runs of Table 1 that are asked about corrupted images", "large to small", _build_drift_specs),
+    "fig5": _Experiment("Fig. 5: ResNet56 teaches ResNet8, CIFAR-100",
+                        "diffusion", _grid_spec_builder((1, 2, 4, 8, 20), (.9,))),
+    "ablation": _Experiment("Temperature and weight, ResNet56 teaches ResNet8, CIFAR-100",
+                            "diffusion", _grid_spec_builder((1, 2, 4, 8, 20), (.9, .5, 1))),
+    "drift": _Experiment("Drift: the runs of Table 1 that are asked about corrupted images",
+                         "large to small", _build_drift_specs),
 }
 
 # %% ../../nbs/paper/00_settings.ipynb #24de2de4
-MINIATURE_DATA = {"known": DataSpec("known"), "digits": DataSpec("digits"), "cifar10": DataSpec("cifar10", n_train=5000), "topics": DataSpec("topics")} # data sets of a CPU's size
-_MINIATURE_MODELS = {"wrn_40_2": "resnet14", "resnet50": "resnet14", "resnet56_bottleneck": "resnet14", "wrn_40_1": "resnet8", "mobilenet_v2": "resnet8", "resnet8": "resnet8",
-           "bert-base-uncased": "bert_2_64", "distilbert-base-uncased": "distilbert_1_64"}
+# data sets of a CPU's size
+MINIATURE_DATA = {"known": DataSpec("known"), "digits": DataSpec("digits"),
+                  "cifar10": DataSpec("cifar10", n_train=5000), "topics": DataSpec("topics")}
+_MINIATURE_MODELS = {"wrn_40_2": "resnet14", "resnet50": "resnet14", "resnet56_bottleneck": "resnet14",
+                     "wrn_40_1": "resnet8", "mobilenet_v2": "resnet8", "resnet8": "resnet8",
+                     "bert-base-uncased": "bert_2_64", "distilbert-base-uncased": "distilbert_1_64"}
 
 
 def resolve_setting(
@@ -156,15 +187,19 @@ def resolve_setting(
     setting = SETTINGS[lookup(PAPER_EXPERIMENTS, name, "name").setting]
     texts = setting == SETTINGS["text"]
     if small:
-        check((lookup(MINIATURE_DATA, small, "small").name == "topics") == texts, "small", repr(small), "topics" if texts else "a set of images")
-        setting = Setting(MINIATURE_DATA[small], _MINIATURE_MODELS[setting.teacher], _MINIATURE_MODELS[setting.student])
-    usual = {(False, False): "paper", (False, True): "cpu", (True, False): "text", (True, True): "text_small"}[texts, bool(small)]
+        check((lookup(MINIATURE_DATA, small, "small").name == "topics") == texts,
+              "small", repr(small), "topics" if texts else "a set of images")
+        setting = Setting(MINIATURE_DATA[small], _MINIATURE_MODELS[setting.teacher],
+                          _MINIATURE_MODELS[setting.student])
+    usual = {(False, False): "paper", (False, True): "cpu", (True, False): "text",
+             (True, True): "text_small"}[texts, bool(small)]
     return setting, recipe or usual
 
 
 def paper_specs(
     name: str, # of PAPER
-    recipe: Recipe | str | None = None, # None: "paper", and "cpu" for a miniature; of texts "text" and "text_small"
+    # None: "paper", and "cpu" for a miniature; of texts "text" and "text_small"
+    recipe: Recipe | str | None = None,
     seed: int = 0,
     small: str | None = None, # of MINIATURES; None: as the paper has it
     choice: Hyperparameters = PUBLISHED_HYPERPARAMETERS,
@@ -179,19 +214,22 @@ def order_by_priority(
 ) -> list[RunSpec]:
     """The rows of a table or figure, the most telling first.
 
-    First those with the teacher's weight that the table names first, then early generations before late ones, then
-    methods as in `_METHOD_PRIORITY`; of each method the student before what was trained directly, and the student of a scaled
-    teacher last.
+    First those with the teacher's weight that the table names first, then early generations before late ones,
+    then methods as in `_METHOD_PRIORITY`; of each method the student before what was trained directly, and
+    the student of a scaled teacher last.
     """
     alphas = list(dict.fromkeys(s.method.alpha for s in rows.values() if isinstance(s.method, Distil)))
     def key(spec):
         taught, first, depth = isinstance(spec.method, Distil), spec, 0
-        while isinstance(first.method, Distil): first, depth = first.method.teacher.first_run() or first, depth + 1
+        while isinstance(first.method, Distil):
+            first, depth = first.method.teacher.first_run() or first, depth + 1
         alpha = alphas.index(spec.method.alpha) if taught else 0
         scaled = taught and isinstance(spec.method.teacher, TemperatureScaled)
-        rank = _METHOD_PRIORITY.index(first.method.name) if first.method.name in _METHOD_PRIORITY else len(_METHOD_PRIORITY)
+        rank = (_METHOD_PRIORITY.index(first.method.name) if first.method.name in _METHOD_PRIORITY
+                else len(_METHOD_PRIORITY))
         return alpha, max(1, depth), rank, 2 if scaled else 0 if taught else 1
     return sorted(rows.values(), key=key)
 
 
-_METHOD_PRIORITY = ("nll", "mdca", "ls", "adafocal", "mmce", "acls", "cpc") # methods, by how much of the paper's claims depends on them
+# methods, by how much of the paper's claims depends on them
+_METHOD_PRIORITY = ("nll", "mdca", "ls", "adafocal", "mmce", "acls", "cpc")

@@ -30,15 +30,20 @@ def _fetch_cifar_archive(
     name: str, # cifar10 or cifar100
     folder: Path, # where it is, or shall be
 ) -> Path: # an archive whose MD5 is correct
-    "The official archive, downloaded unless it is there. A `ValueError` says where to put which file when it cannot be had"
+    """The official archive, downloaded unless it is there.
+
+    A `ValueError` says where to put which file when it cannot be had
+    """
     import torchvision.datasets as sets
     from torchvision.datasets.utils import check_integrity, download_url
     kind, file, md5 = _CIFAR_ARCHIVES[name]
     path, wanted = folder/file, f"{name}: put {file} with MD5 {md5} into {folder}"
     if not path.exists():
         try:
-            with atomic_write(path) as part: download_url(getattr(sets, kind).url, part.parent, part.name, md5)
-        except (URLError, OSError, RuntimeError) as e: raise ValueError(f"{wanted} (the download failed: {e})") from e
+            with atomic_write(path) as part:
+                download_url(getattr(sets, kind).url, part.parent, part.name, md5)
+        except (URLError, OSError, RuntimeError) as e:
+            raise ValueError(f"{wanted} (the download failed: {e})") from e
     if not check_integrity(path, md5): raise ValueError(f"{wanted} (the file there has another MD5)")
     return path
 
@@ -65,7 +70,10 @@ def _load_cifar(
     name: str, # cifar10 or cifar100
     folder: Path, # the cache folder
 ) -> tuple[dict[str, Tensor], list[str]]: # tensors by name, class names
-    "All images of a photo set: from the cache file, or from the archive, which makes it. `DamagedFile` names one to remove"
+    """All images of a photo set: from the cache file, or from the archive, which makes it.
+
+    `DamagedFile` names one to remove
+    """
     path = folder/f"{name}.safetensors"
     if not path.exists():
         tensors, classes = _read_cifar_archive(name, _fetch_cifar_archive(name, folder))
@@ -86,12 +94,18 @@ def pending_download(
 _CIFAR_SUPERCLASSES = { # the classes of each group, in the order of the official group labels
     "cifar10": ["bird cat deer dog frog horse", "airplane automobile ship truck"],
     "cifar100": [
-        "beaver dolphin otter seal whale", "aquarium_fish flatfish ray shark trout", "orchid poppy rose sunflower tulip", "bottle bowl can cup plate",
-        "apple mushroom orange pear sweet_pepper", "clock keyboard lamp telephone television", "bed chair couch table wardrobe",
-        "bee beetle butterfly caterpillar cockroach", "bear leopard lion tiger wolf", "bridge castle house road skyscraper",
-        "cloud forest mountain plain sea", "camel cattle chimpanzee elephant kangaroo", "fox porcupine possum raccoon skunk",
-        "crab lobster snail spider worm", "baby boy girl man woman", "crocodile dinosaur lizard snake turtle", "hamster mouse rabbit shrew squirrel",
-        "maple_tree oak_tree palm_tree pine_tree willow_tree", "bicycle bus motorcycle pickup_truck train", "lawn_mower rocket streetcar tank tractor",
+        "beaver dolphin otter seal whale", "aquarium_fish flatfish ray shark trout",
+        "orchid poppy rose sunflower tulip", "bottle bowl can cup plate",
+        "apple mushroom orange pear sweet_pepper",
+        "clock keyboard lamp telephone television", "bed chair couch table wardrobe",
+        "bee beetle butterfly caterpillar cockroach",
+        "bear leopard lion tiger wolf", "bridge castle house road skyscraper",
+        "cloud forest mountain plain sea", "camel cattle chimpanzee elephant kangaroo",
+        "fox porcupine possum raccoon skunk",
+        "crab lobster snail spider worm", "baby boy girl man woman",
+        "crocodile dinosaur lizard snake turtle", "hamster mouse rabbit shrew squirrel",
+        "maple_tree oak_tree palm_tree pine_tree willow_tree",
+        "bicycle bus motorcycle pickup_truck train", "lawn_mower rocket streetcar tank tractor",
     ],
 }
 
@@ -109,9 +123,11 @@ def _cifar_dataset(name: str, n_train: int, n_valid: int, seed: int) -> Dataset:
     check_split_sizes(name, 50_000, n_train=n_train, n_valid=n_valid)
     t, classes = _load_cifar(name, cache_dir()/"data")
     order = torch.from_numpy(np.random.RandomState(seed).permutation(50_000))
-    train, valid = (Split(t["train_inputs"][i], t["train_labels"][i]) for i in (order[:n_train], order[50_000 - n_valid:]))
+    train, valid = (Split(t["train_inputs"][i], t["train_labels"][i])
+                    for i in (order[:n_train], order[50_000 - n_valid:]))
     test = Split(t["test_inputs"], t["test_labels"])
-    return Dataset(train, valid, test, tuple(classes), _cifar_superclasses(name), ("crop", "flip"), **channel_stats(t["train_inputs"]))
+    return Dataset(train, valid, test, tuple(classes), _cifar_superclasses(name),
+                   ("crop", "flip"), **channel_stats(t["train_inputs"]))
 
 # %% ../../nbs/training/02_cifar.ipynb #3c98b8d3
 @DataSpec.register("cifar10")
@@ -131,19 +147,26 @@ def _read_human_votes(
 ) -> Tensor: # (10000, 10) float32, rows sum to 1
     "The shares of CIFAR-10H's votes, in the order of the official test images"
     path = folder/"cifar10h-counts.npy"
-    check(path.exists(), "cifar10h", f"no {path}", "cifar10h-counts.npy of github.com/jcpeterson/cifar-10h, put there by hand")
+    check(path.exists(), "cifar10h", f"no {path}",
+          "cifar10h-counts.npy of github.com/jcpeterson/cifar-10h, put there by hand")
     counts = np.load(path, allow_pickle=False)
-    fits = counts.shape == (10_000, 10) and np.isfinite(counts).all() and (counts >= 0).all() and (counts.sum(1) > 0).all()
-    check(bool(fits), "cifar10h", f"{path} of shape {counts.shape}", "votes for 10 classes on each of 10,000 images")
+    fits = (counts.shape == (10_000, 10) and np.isfinite(counts).all()
+            and (counts >= 0).all() and (counts.sum(1) > 0).all())
+    check(bool(fits), "cifar10h", f"{path} of shape {counts.shape}",
+          "votes for 10 classes on each of 10,000 images")
     return torch.from_numpy(counts/counts.sum(1, keepdims=True)).float()
 
 # %% ../../nbs/training/02_cifar.ipynb #bb2cb59b
 @DataSpec.register("cifar10h")
 def _cifar10h(n_train: int = 5000, n_valid: int = 1000, seed: int = 0) -> Dataset:
-    "CIFAR-10's official test images with the votes of people as their posterior; what training and validation leave is the test set"
+    """CIFAR-10's official test images with the votes of people as their posterior; what training and
+    validation leave is the test set
+    """
     check_split_sizes("cifar10h", 9_999, n_train=n_train, n_valid=n_valid)
     t, classes = _load_cifar("cifar10", cache_dir()/"data")
-    votes, order = _read_human_votes(cache_dir()/"data"), torch.from_numpy(np.random.RandomState(seed).permutation(10_000))
+    votes, order = (_read_human_votes(cache_dir()/"data"),
+                    torch.from_numpy(np.random.RandomState(seed).permutation(10_000)))
     parts = order.tensor_split([n_train, n_train + n_valid])
-    return Dataset(*(Split(t["test_inputs"][i], t["test_labels"][i], votes[i]) for i in parts), tuple(classes), _cifar_superclasses("cifar10"), ("crop", "flip"),
+    return Dataset(*(Split(t["test_inputs"][i], t["test_labels"][i], votes[i]) for i in parts),
+                   tuple(classes), _cifar_superclasses("cifar10"), ("crop", "flip"),
                    **channel_stats(t["test_inputs"]))

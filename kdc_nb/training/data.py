@@ -27,7 +27,8 @@ from ..files import cache_dir, content_hash, load_tensors
 @dataclass(frozen=True, eq=False)
 class Split:
     "Samples of one purpose: training, validation or test"
-    inputs: Tensor # (N, C, H, W) uint8; of texts (N, L) tokens, and of images on disk something that reads them
+    # (N, C, H, W) uint8; of texts (N, L) tokens, and of images on disk something that reads them
+    inputs: Tensor
     labels: Tensor # (N,) int64, 0 to n_classes-1
     posterior: Tensor | None = None # (N, n_classes) float32, the exact p(y | x), where it is known
 
@@ -72,7 +73,8 @@ class Dataset:
     def stats(self, device: torch.device) -> Tensor: # (2, 1, C, 1, 1)
         "Mean and deviation on a device, sent there once"
         with torch.inference_mode(False):
-            if device not in self.sent: self.sent[device] = torch.tensor((self.mean, self.std)).view(2, 1, -1, 1, 1).to(device)
+            if device not in self.sent:
+                self.sent[device] = torch.tensor((self.mean, self.std)).view(2, 1, -1, 1, 1).to(device)
         return self.sent[device]
 
     @cached_property
@@ -80,12 +82,16 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str: # 16 hexadecimal digits
-        "SHA-256 of all that a run sees of the set, shortened: two sets with one fingerprint give the same runs"
-        tensors = {f"{k}/{f}": t for k in ("train", "valid", "test") for f, t in vars(getattr(self, k)).items() if t is not None}
+        """SHA-256 of all that a run sees of the set, shortened: two sets with one
+        fingerprint give the same runs
+        """
+        tensors = {f"{k}/{f}": t for k in ("train", "valid", "test")
+                   for f, t in vars(getattr(self, k)).items() if t is not None}
         return content_hash(tensors, f"{self.augment} {self.mean} {self.std}")[:16]
 
 # %% ../../nbs/training/00_data.ipynb #24617b45
-class DataSpec(NamedSpec, rooms=[f"kdc_nb.training.{room}" for room in ("synthetic", "cifar", "images", "text")]):
+class DataSpec(NamedSpec, rooms=[f"kdc_nb.training.{room}"
+                                 for room in ("synthetic", "cifar", "images", "text")]):
     "A data set by name, such as `DataSpec('cifar10', n_train=5000)`"
 
     @property
@@ -114,7 +120,9 @@ def channel_stats(
 def check_split_sizes(name: str, total: int | None = None, **sizes: int) -> None:
     "Refuse splits that are empty or, together, larger than the total there is"
     for k, n in sizes.items(): check(n >= 1, f"{name} {k}", n, "at least 1")
-    if total is not None: check(sum(sizes.values()) <= total, f"{name} {' + '.join(sizes)}", sum(sizes.values()), f"at most {total:,} together")
+    if total is not None:
+        check(sum(sizes.values()) <= total, f"{name} {' + '.join(sizes)}",
+              sum(sizes.values()), f"at most {total:,} together")
 
 # %% ../../nbs/training/00_data.ipynb #d139cd9b
 @DataSpec.register("digits")
@@ -127,9 +135,11 @@ def _scanned_digits(
     from sklearn.datasets import load_digits
     check_split_sizes("digits", 1796, n_train=n_train, n_valid=n_valid)
     raw = load_digits()
-    inputs, labels = torch.from_numpy(raw.images*15).to(torch.uint8)[:, None], torch.from_numpy(raw.target).long()
+    inputs, labels = (torch.from_numpy(raw.images*15).to(torch.uint8)[:, None],
+                      torch.from_numpy(raw.target).long())
     order = torch.from_numpy(np.random.RandomState(seed).permutation(len(labels)))
-    train, valid, test = (Split(inputs[i], labels[i]) for i in order.tensor_split([n_train, n_train + n_valid]))
+    train, valid, test = (Split(inputs[i], labels[i])
+                          for i in order.tensor_split([n_train, n_train + n_valid]))
     return Dataset(train, valid, test, tuple("0123456789"), augment=("crop",), **channel_stats(train.inputs))
 
 # %% ../../nbs/training/00_data.ipynb #b76dd3b4
@@ -159,7 +169,8 @@ def check_labels(
 ) -> Tensor: # (n,) int64, a copy
     "Checked labels"
     y = np.asarray(labels)
-    check(y.dtype.kind in "iu" and y.shape == (n,) and n > 0 and y.min() >= 0, what, f"labels of {y.dtype} and shape {y.shape}", f"{n} integers from 0")
+    check(y.dtype.kind in "iu" and y.shape == (n,) and n > 0 and y.min() >= 0,
+          what, f"labels of {y.dtype} and shape {y.shape}", f"{n} integers from 0")
     return torch.from_numpy(y.astype(np.int64))
 
 
@@ -169,18 +180,22 @@ def check_class_names(
 ) -> tuple[str, ...]:
     "The names of all classes, each of which is trained on"
     top = max(int(y.max()) for y in labels.values())
-    check(classes is not None or top < len(labels["train"]), "train", f"labels up to {top}", "numbers of classes, of which there are no more than samples")
+    check(classes is not None or top < len(labels["train"]), "train", f"labels up to {top}",
+          "numbers of classes, of which there are no more than samples")
     classes = tuple(map(str, range(top + 1) if classes is None else classes))
-    check(len(classes) > max(top, 1), "classes", f"{len(classes)} of them", f"two or more, and one for each label up to {top}")
+    check(len(classes) > max(top, 1), "classes", f"{len(classes)} of them",
+          f"two or more, and one for each label up to {top}")
     check(len(set(classes)) == len(classes), "classes", "a name twice", "a name for each")
     missing = sorted(set(range(len(classes))) - set(labels["train"].tolist()))
-    check(not missing, "train", f"nothing of {', '.join(classes[c] for c in missing[:5])}", "samples of every class")
+    check(not missing, "train", f"nothing of {', '.join(classes[c] for c in missing[:5])}",
+          "samples of every class")
     return classes
 
 # %% ../../nbs/training/00_data.ipynb #6e70a464
 def check_fingerprint(fingerprint: str) -> None:
     "Refuse what cannot be one, before it becomes part of a path"
-    check(re.fullmatch("[0-9a-f]{16}", fingerprint), "fingerprint", repr(fingerprint), "16 hexadecimal digits")
+    check(re.fullmatch("[0-9a-f]{16}", fingerprint), "fingerprint",
+          repr(fingerprint), "16 hexadecimal digits")
 
 
 def registered_data_path(fingerprint: str) -> Path:
@@ -189,10 +204,13 @@ def registered_data_path(fingerprint: str) -> Path:
     return cache_dir()/"data"/f"{fingerprint}.safetensors"
 
 
-def read_registered_data(title: str, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, Any]]: # tensors by name, the JSON
+def read_registered_data(
+    title: str, fingerprint: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]: # tensors by name, the JSON
     "Data of your own, as they were kept"
     path = registered_data_path(fingerprint)
-    check(path.exists(), "data", f"{title}, of which {path.parent} knows nothing", "what was given with this cache folder")
+    check(path.exists(), "data", f"{title}, of which {path.parent} knows nothing",
+          "what was given with this cache folder")
     return load_tensors(path)
 
 # %% ../../nbs/training/00_data.ipynb #ec6e95a1

@@ -30,8 +30,10 @@ def best_device(
     "The device to train on; a `ValueError` says when the one asked for is not there"
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = name or next(k for k, ok in there.items() if ok)
-    check(there.get(str(name).split(":")[0], False), "device", name, "one of " + ", ".join(k for k, ok in there.items() if ok))
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" and rank_and_world()[1] > 1 else name)
+    check(there.get(str(name).split(":")[0], False), "device", name,
+          "one of " + ", ".join(k for k, ok in there.items() if ok))
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+                        if name == "cuda" and rank_and_world()[1] > 1 else name)
 
 # %% ../../nbs/training/09_devices.ipynb #49688960
 def list_devices(
@@ -67,7 +69,9 @@ def seeded_rng(
 def distributed_session(
     device: str | None = None, # None: the fastest there is
 ) -> Iterator[None]:
-    "Join the processes that torchrun started, for as long as the block lasts; without torchrun nothing happens"
+    """Join the processes that torchrun started, for as long as the block lasts;
+    without torchrun nothing happens
+    """
     if int(os.environ.get("WORLD_SIZE") or 1) == 1: return (yield)
     kind = best_device(device).type
     distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
@@ -139,7 +143,9 @@ def cuda_is_broken() -> bool:
 # %% ../../nbs/training/09_devices.ipynb #d2f1c0a7
 @contextmanager
 def _ignore_ctrl_c() -> Iterator[None]:
-    "Processes that are started in the block never hear of Ctrl-C; nor does this one, for the moment that it takes"
+    """Processes that are started in the block never hear of Ctrl-C; nor does this one,
+    for the moment that it takes
+    """
     if threading.current_thread() is not threading.main_thread(): return (yield) # only that one may say so
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try: yield
@@ -172,10 +178,13 @@ def _exit_with_parent(parent: int) -> None: # a process
 def worker_processes(
     n: int,
 ) -> Iterator[loky.ProcessPoolExecutor]:
-    "Processes that share the threads of this one and end with the block, after an error at once, or when this one dies"
+    """Processes that share the threads of this one and end with the block, after an error at
+    once, or when this one dies
+    """
     threads = str(max(1, torch.get_num_threads()//n))
     env = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
-    pool = _UninterruptedPool(n, timeout=60, env=env, initializer=_exit_with_parent, initargs=(os.getpid(),)) # idle ones end after a minute
+    # idle ones end after a minute
+    pool = _UninterruptedPool(n, timeout=60, env=env, initializer=_exit_with_parent, initargs=(os.getpid(),))
     try: yield pool
     except BaseException:
         pool.shutdown(kill_workers=True)
@@ -205,4 +214,5 @@ def call_with_own_code(packed: tuple[int, bytes], f: Callable, *args: Any) -> An
 def call_in_fresh_process(f: Callable, *args: Any) -> Any:
     "What a function gives in a process of its own, which nothing has happened to"
     free_gpu_memory()
-    with worker_processes(1) as pool: return pool.submit(call_with_own_code, pack_own_code(), f, *args).result()
+    with worker_processes(1) as pool:
+        return pool.submit(call_with_own_code, pack_own_code(), f, *args).result()

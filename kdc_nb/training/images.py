@@ -37,9 +37,11 @@ def register_images(
     augment: Sequence[str] = (), # what leaves a label true: of "crop", "flip"
 ) -> DataSpec: # the description of the data set
     "Keep images of your own as a data set; a `ValueError` names what is wrong with them"
-    splits = {k: _check_image_split(k, *pair) for k, pair in (("train", train), ("valid", valid), ("test", test))}
+    splits = {k: _check_image_split(k, *pair)
+              for k, pair in (("train", train), ("valid", valid), ("test", test))}
     shapes = {tuple(s.inputs.shape[1:]) for s in splits.values()}
-    check(len(shapes) == 1, "train, valid, test", f"images of shapes {', '.join(map(str, shapes))}", "one shape")
+    check(len(shapes) == 1, "train, valid, test",
+          f"images of shapes {', '.join(map(str, shapes))}", "one shape")
     classes = check_class_names({k: s.labels for k, s in splits.items()}, classes)
     check_augmentations(augment)
     tensors = {f"{k}/{f}": getattr(s, f) for k, s in splits.items() for f in ("inputs", "labels")}
@@ -51,8 +53,11 @@ def register_images(
 def _check_image_split(what: str, inputs: Any, labels: Any) -> Split:
     "Arrays as a checked split, copied; channels come first"
     x = torch.as_tensor(inputs)
-    check(x.dtype == torch.uint8 and x.ndim in (3, 4) and len(x) > 0, what, f"inputs of {x.dtype} and shape {tuple(x.shape)}", "bytes (uint8, 0 to 255) of shape (N, C, H, W), (N, H, W, C) or (N, H, W)")
-    x = x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2) if x.shape[1] not in (1, 3) and x.shape[3] in (1, 3) else x
+    check(x.dtype == torch.uint8 and x.ndim in (3, 4) and len(x) > 0,
+          what, f"inputs of {x.dtype} and shape {tuple(x.shape)}",
+          "bytes (uint8, 0 to 255) of shape (N, C, H, W), (N, H, W, C) or (N, H, W)")
+    x = (x[:, None] if x.ndim == 3 else x.permute(0, 3, 1, 2)
+         if x.shape[1] not in (1, 3) and x.shape[3] in (1, 3) else x)
     check(x.shape[1] in (1, 3), what, f"inputs of shape {tuple(x.shape)}", "1 or 3 channels")
     return Split(x.clone(memory_format=torch.contiguous_format), check_labels(what, labels, len(x)))
 
@@ -62,31 +67,41 @@ def _stored_images(title: str = "", fingerprint: str = "") -> Dataset:
     "Images that `register_images` has kept"
     t, meta = read_registered_data(title, fingerprint)
     splits = [Split(t[f"{k}/inputs"], t[f"{k}/labels"]) for k in ("train", "valid", "test")]
-    return Dataset(*splits, tuple(meta["classes"]), augment=tuple(meta["augment"]), **channel_stats(splits[0].inputs))
+    return Dataset(*splits, tuple(meta["classes"]), augment=tuple(meta["augment"]),
+                   **channel_stats(splits[0].inputs))
 
 # %% ../../nbs/training/03_images.ipynb #a89b4316
 def find_images(
     folder: Path | str, # with one subfolder for each class; images may lie deeper in it
     classes: Sequence[str] | None = None, # the subfolders to look into; None: all
-) -> tuple[np.ndarray, Tensor, tuple[str, ...]]: # paths (N,) below the folder, labels (N,), names of the classes
-    "The images of a folder (torchvision's ImageFolder); a `ValueError` names the folder and what is wrong with it"
+    # paths (N,) below the folder, labels (N,), names of the classes
+) -> tuple[np.ndarray, Tensor, tuple[str, ...]]:
+    """The images of a folder (torchvision's ImageFolder); a `ValueError` names the folder
+    and what is wrong with it
+    """
     from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
     folder = Path(folder)
     there = sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
     names = tuple(there if classes is None else classes)
     missing = [n for n in names if n not in there]
     check(not missing, "classes", ", ".join(missing[:5]), f"subfolders of {folder}")
-    check(len(names) > 1, "folder", f"{folder} with {len(names)} subfolder{'s'*(len(names) != 1)}", "two or more, one for each class")
+    check(len(names) > 1, "folder", f"{folder} with {len(names)} subfolder{'s'*(len(names) != 1)}",
+          "two or more, one for each class")
     try: found = make_dataset(str(folder), {n: k for k, n in enumerate(names)}, IMG_EXTENSIONS)
-    except FileNotFoundError as e: raise ValueError(f"folder: got {folder} ({str(e).splitlines()[0]}), expected images in each subfolder") from e
-    return np.array([os.path.relpath(p, folder) for p, _ in found]), torch.tensor([y for _, y in found]), names
+    except FileNotFoundError as e:
+        raise ValueError(
+            f"folder: got {folder} ({str(e).splitlines()[0]}), expected images in each subfolder"
+        ) from e
+    return (np.array([os.path.relpath(p, folder) for p, _ in found]),
+            torch.tensor([y for _, y in found]), names)
 
 # %% ../../nbs/training/03_images.ipynb #ba19ce7d
 def read_images(
     folder: Path | str, # as `find_images` takes it
     size: int = 32, # pixels a side
     classes: Sequence[str] | None = None, # the subfolders to read; None: all
-) -> tuple[Tensor, Tensor, tuple[str, ...]]: # inputs (N, 3, size, size) uint8, labels (N,), names of the classes
+    # inputs (N, 3, size, size) uint8, labels (N,), names of the classes
+) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     "The images of a folder; a `ValueError` names the file that cannot be read"
     names, labels, classes = find_images(folder, classes)
     return _load_images([Path(folder)/n for n in names], size), labels, classes
@@ -95,14 +110,17 @@ def read_images(
 def _open_image(
     path: Path | str,
     whole: bool = True, # False: only its head is read
-) -> Any: # PIL's Image, in colour; how it is to be turned and what shines through it is not looked at, as in torchvision
+    # PIL's Image, in colour; how it is to be turned and what shines through it is not
+    # looked at, as in torchvision
+) -> Any:
     "A picture file; a `ValueError` names one that cannot be read, or has more than 8 bits a channel"
     from PIL import Image
     try:
         with Image.open(path) as image:
             check(image.mode[0] not in "IF", "folder", f"{path} of mode {image.mode}", "8 bits a channel")
             return image.convert("RGB") if whole else image
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e: raise ValueError(f"folder: got {path}, which cannot be read ({e}), expected an image") from e
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        raise ValueError(f"folder: got {path}, which cannot be read ({e}), expected an image") from e
 
 # %% ../../nbs/training/03_images.ipynb #45700eba
 def _check_image_size(size: int) -> None:
@@ -118,7 +136,8 @@ def _load_images(
     from PIL import Image, ImageOps
     _check_image_size(size)
     out = np.empty((len(paths), size, size, 3), np.uint8)
-    for row, path in zip(out, paths): row[:] = ImageOps.fit(_open_image(path), (size, size), Image.Resampling.BICUBIC)
+    for row, path in zip(out, paths):
+        row[:] = ImageOps.fit(_open_image(path), (size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
 
 # %% ../../nbs/training/03_images.ipynb #4dd4630e
@@ -130,7 +149,8 @@ class _ImageFiles:
     size: int # pixels a side
 
     def __len__(self) -> int: return len(self.names)
-    def __getitem__(self, index: Any) -> "_ImageFiles": return _ImageFiles(self.folder, self.names[index], self.size)
+    def __getitem__(self, index: Any) -> "_ImageFiles":
+        return _ImageFiles(self.folder, self.names[index], self.size)
 
     @property
     def shape(self) -> tuple[int, ...]: return len(self), 3, self.size, self.size
@@ -157,10 +177,12 @@ class _ImageFiles:
 class _ImageReader(torch.utils.data.Dataset):
     "What a worker reads"
 
-    def __init__(self, files: _ImageFiles, ops: Sequence[str] = (), seeds: Sequence[int] = ()): # as `Files.views` has them
+    # as `Files.views` has them
+    def __init__(self, files: _ImageFiles, ops: Sequence[str] = (), seeds: Sequence[int] = ()):
         from torchvision.transforms import v2
         self.files, self.seeds = files, seeds
-        cut = [v2.RandomResizedCrop(files.size)] if "crop" in ops else [v2.Resize(files.size*8//7), v2.CenterCrop(files.size)]
+        cut = ([v2.RandomResizedCrop(files.size)] if "crop" in ops
+               else [v2.Resize(files.size*8//7), v2.CenterCrop(files.size)])
         self.change = v2.Compose([*cut, *[v2.RandomHorizontalFlip()]*("flip" in ops), v2.PILToTensor()])
 
     def __len__(self) -> int: return len(self.files)
@@ -180,12 +202,18 @@ def _iter_batches(
     source: _ImageReader,
     batches: Sequence[Tensor], # of positions
 ) -> Iterator[Tensor]: # (B, 3, size, size) uint8 each
-    "Batches, read by as many workers as there are cores, 16 at most; a process that is itself a worker reads alone"
+    """Batches, read by as many workers as there are cores, 16 at most; a process that is
+    itself a worker reads alone
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = 0 if parent_process() else min(cores, 16, len(batches))
-    loader = torch.utils.data.DataLoader(source, batch_sampler=[b.tolist() for b in batches], num_workers=workers, generator=torch.Generator(), worker_init_fn=_ignore_interrupt)
+    loader = torch.utils.data.DataLoader(source, batch_sampler=[b.tolist() for b in batches],
+                                         num_workers=workers, generator=torch.Generator(),
+                                         worker_init_fn=_ignore_interrupt)
     try: yield from loader
-    except ValueError as e: raise ValueError(str(e).splitlines()[-1].removeprefix("ValueError: ")) from None # without the worker's traceback
+    except ValueError as e:
+        # without the worker's traceback
+        raise ValueError(str(e).splitlines()[-1].removeprefix("ValueError: ")) from None
 
 # %% ../../nbs/training/03_images.ipynb #7144a7ff
 @dataclass(frozen=True, eq=False)
@@ -196,7 +224,9 @@ class _StreamedDataset(Dataset):
     known_as: str = ""
 
     @property
-    def fingerprint(self) -> str: return content_hash({"train": self.train.labels}, f"{self.known_as} {self.train.inputs.names.tolist()}")[:16]
+    def fingerprint(self) -> str:
+        return content_hash({"train": self.train.labels},
+                            f"{self.known_as} {self.train.inputs.names.tolist()}")[:16]
 
 # %% ../../nbs/training/03_images.ipynb #217e3d27
 def register_image_folder(
@@ -209,7 +239,9 @@ def register_image_folder(
     size: int = 224, # pixels a side
     augment: Sequence[str] = ("crop", "flip"), # what leaves a label true
 ) -> DataSpec: # the description of the data set
-    "Images that stay in their folder as a data set; a `ValueError` names a file that is not there, or what else is wrong"
+    """Images that stay in their folder as a data set; a `ValueError` names a file that is not
+    there, or what else is wrong
+    """
     folder, pairs = Path(folder).resolve(), {"train": train, "valid": valid, "test": test}
     names = {k: [str(n) for n in pair[0]] for k, pair in pairs.items()}
     labels = {k: check_labels(k, y, len(names[k])) for k, (_, y) in pairs.items()}
@@ -219,7 +251,8 @@ def register_image_folder(
     outside = [n for each in names.values() for n in each if Path(n).is_absolute() or ".." in Path(n).parts]
     check(not outside, "names", outside[:1], f"paths below {folder}")
     pieces = {k: [_file_signature(folder/n) for n in each] for k, each in names.items()}
-    meta = dict(names=names, bytes={k: [n for n, _ in each] for k, each in pieces.items()}, classes=classes, augment=tuple(augment), size=int(size))
+    meta = dict(names=names, bytes={k: [n for n, _ in each] for k, each in pieces.items()},
+                classes=classes, augment=tuple(augment), size=int(size))
     fingerprint = content_hash(labels, f"{meta} {[p for each in pieces.values() for _, p in each]}")[:16]
     save_tensors(registered_data_path(fingerprint), labels, folder=str(folder), **meta)
     return DataSpec("streamed", title=title, fingerprint=fingerprint)
@@ -239,11 +272,16 @@ def _image_folder(title: str = "", fingerprint: str = "") -> _StreamedDataset:
     "Images that `register_image_folder` knows; a `ValueError` where they are no longer there"
     labels, meta = read_registered_data(title, fingerprint)
     folder = Path(meta["folder"])
-    for name, n in ((name, n) for k, each in meta["names"].items() for name, n in zip(each, meta["bytes"][k])):
+    for name, n in ((name, n) for k, each in meta["names"].items()
+                    for name, n in zip(each, meta["bytes"][k])):
         there = (folder/name).stat().st_size if (folder/name).is_file() else None
-        check(there == n, "data", f"{title}, whose {folder/name} " + ("is gone" if there is None else "has changed"), "the files that it was given with")
-    splits = {k: Split(_ImageFiles(folder, np.array(meta["names"][k]), meta["size"]), labels[k]) for k in ("train", "valid", "test")}
-    return _StreamedDataset(**splits, classes=tuple(meta["classes"]), augment=tuple(meta["augment"]), known_as=fingerprint)
+        check(there == n, "data",
+              f"{title}, whose {folder/name} " + ("is gone" if there is None else "has changed"),
+              "the files that it was given with")
+    splits = {k: Split(_ImageFiles(folder, np.array(meta["names"][k]), meta["size"]), labels[k])
+              for k in ("train", "valid", "test")}
+    return _StreamedDataset(**splits, classes=tuple(meta["classes"]),
+                            augment=tuple(meta["augment"]), known_as=fingerprint)
 
 # %% ../../nbs/training/03_images.ipynb #e833a2aa
 def register_tiny_imagenet(
@@ -252,14 +290,20 @@ def register_tiny_imagenet(
 ) -> DataSpec: # as `register_images` gives it
     "Tiny-ImageNet as a data set (Le and Yang 2015); a `ValueError` names what is missing in the folder"
     folder = Path(folder)
-    for name in ("wnids.txt", "val/val_annotations.txt"): check((folder/name).is_file(), "folder", f"{folder} without {name}", "the official archive, unpacked")
+    for name in ("wnids.txt", "val/val_annotations.txt"):
+        check((folder/name).is_file(), "folder", f"{folder} without {name}", "the official archive, unpacked")
     classes = sorted((folder/"wnids.txt").read_text().split())
     inputs, labels, _ = read_images(folder/"train", 64, classes)
     listed = [line.split("\t")[:2] for line in (folder/"val/val_annotations.txt").read_text().splitlines()]
-    wrong = [line for line in listed if len(line) < 2 or line[1] not in classes or not (folder/"val/images"/line[0]).is_file()]
-    check(not wrong and bool(listed), "folder", f"val_annotations.txt with {wrong[0] if wrong else 'nothing'}", "an image in val/images and one of wnids.txt in each line")
-    test = _load_images([folder/"val/images"/name for name, _ in listed], 64), torch.tensor([classes.index(c) for _, c in listed])
-    return register_images("tiny-imagenet", *stratified_split(inputs, labels, (.9, .1), seed), test, classes, ("crop", "flip"))
+    wrong = [line for line in listed
+             if len(line) < 2 or line[1] not in classes or not (folder/"val/images"/line[0]).is_file()]
+    check(not wrong and bool(listed), "folder",
+          f"val_annotations.txt with {wrong[0] if wrong else 'nothing'}",
+          "an image in val/images and one of wnids.txt in each line")
+    test = (_load_images([folder/"val/images"/name for name, _ in listed], 64),
+            torch.tensor([classes.index(c) for _, c in listed]))
+    return register_images("tiny-imagenet", *stratified_split(inputs, labels, (.9, .1), seed),
+                           test, classes, ("crop", "flip"))
 
 # %% ../../nbs/training/03_images.ipynb #9e5106d4
 def register_imagenet100(
@@ -267,14 +311,19 @@ def register_imagenet100(
     classes: Sequence[str] | Path | str, # the subfolders to take, or a file that has one in each line
     size: int = 224, # pixels a side
     seed: int = 0, # of the tenth of the training images that is kept for validation
-    in_memory: bool = False, # keep the images as bytes: 19 GB for a hundred classes at 224 pixels, and twice that while they are read
+    # keep the images as bytes: 19 GB for a hundred classes at 224 pixels, and twice that while they are read
+    in_memory: bool = False,
 ) -> DataSpec: # as `register_image_folder` gives it, or `register_images`
     "A part of ImageNet as a data set (Deng et al. 2009); a `ValueError` names what is missing in the folder"
     if isinstance(classes, (str, Path)):
         check(Path(classes).is_file(), "classes", classes, "a file that is there, or the names themselves")
         classes = [c.strip() for c in Path(classes).read_text(encoding="utf-8").splitlines() if c.strip()]
     found = {part: find_images(Path(folder)/part, sorted(classes)) for part in ("train", "val")}
-    below = {part: (np.array([f"{part}/{n}" for n in names]), labels) for part, (names, labels, _) in found.items()}
-    title, pairs = f"imagenet-{len(classes)}", [*stratified_split(*below["train"], (.9, .1), seed), below["val"]]
+    below = {part: (np.array([f"{part}/{n}" for n in names]), labels)
+             for part, (names, labels, _) in found.items()}
+    title, pairs = (f"imagenet-{len(classes)}",
+                    [*stratified_split(*below["train"], (.9, .1), seed), below["val"]])
     if not in_memory: return register_image_folder(title, folder, *pairs, sorted(classes), size)
-    return register_images(title, *[(_ImageFiles(Path(folder), names, size).to("cpu"), labels) for names, labels in pairs], sorted(classes), ("crop", "flip"))
+    return register_images(title, *[(_ImageFiles(Path(folder), names, size).to("cpu"), labels)
+                                    for names, labels in pairs],
+                           sorted(classes), ("crop", "flip"))

@@ -53,18 +53,23 @@ class LossFieldPlot:
         axs: Sequence[Axes] | None = None, # two; None: new ones
         animated: bool = False, # its moving parts are drawn by an explorer
     ):
-        axs = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", width_ratios=(1, 1.3))[1] if axs is None else axs
+        axs = (plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained", width_ratios=(1, 1.3))[1]
+               if axs is None else axs)
         self.triangle, self.curve = axs
         self.triangle.fill(*self.corners.T, fill=False, ec=GREY)
         for (x, y), name, side in zip(self.corners, ("label", "other", "other"), ("bottom", "top", "top")):
             self.triangle.text(x, y + (.02 if side == "bottom" else -.02), name, ha="center", va=side)
         at = prepare_loss_field(cross_entropy).points@self.corners
-        self.arrows = self.triangle.quiver(*at.T, 0*at[:, 0], 0*at[:, 0], color=BLUE, angles="xy", scale_units="xy", scale=1, width=.006, animated=animated)
+        self.arrows = self.triangle.quiver(*at.T, 0*at[:, 0], 0*at[:, 0], color=BLUE, angles="xy",
+                                           scale_units="xy", scale=1, width=.006, animated=animated)
         self.triangle.set(xlim=(-.05, 1.05), ylim=(-.1, 1), aspect="equal")
         self.triangle.axis("off")
-        self.chance, self.target = (self.curve.plot([], [], c=c, lw=lw, alpha=a, label=name, animated=animated)[0]
-                                    for c, lw, a, name in ((GREY, 5, .4, "p itself"), (BLUE, 1.5, 1, "effective target")))
-        self.curve.set(xlim=(-4, 14), ylim=(-.3, 1.6), xlabel="logits by which the label is ahead of two equal others", ylabel="of the label")
+        self.chance, self.target = (
+            self.curve.plot([], [], c=c, lw=lw, alpha=a, label=name, animated=animated)[0]
+            for c, lw, a, name in ((GREY, 5, .4, "p itself"), (BLUE, 1.5, 1, "effective target"))
+        )
+        self.curve.set(xlim=(-4, 14), ylim=(-.3, 1.6),
+                       xlabel="logits by which the label is ahead of two equal others", ylabel="of the label")
         self.curve.legend(loc="upper right")
         self.title = self.triangle.set_title(" ", fontsize="medium", animated=animated)
 
@@ -100,7 +105,8 @@ def _batch_context(
 def target_loss_field(eps: float, alpha: float, teacher: float) -> _LossField:
     "Smoothed labels, and a teacher who gives the label this probability"
     said = torch.tensor([[teacher, (1 - teacher)/2, (1 - teacher)/2]]).log()
-    return prepare_loss_field(lambda z, y: (1 - alpha)*label_smoothing(z, y, eps) + alpha*distillation(z, y, said.expand_as(z), alpha=1.))
+    return prepare_loss_field(lambda z, y: (1 - alpha)*label_smoothing(z, y, eps)
+                                           + alpha*distillation(z, y, said.expand_as(z), alpha=1.))
 
 
 def weight_loss_field(gamma: float) -> _LossField:
@@ -108,10 +114,12 @@ def weight_loss_field(gamma: float) -> _LossField:
     return prepare_loss_field(lambda z, y: focal(z, y, gamma))
 
 
-LOGIT_PENALTIES = {"MbLS": lambda z, y, m: mbls(z, m), "ACLS": lambda z, y, m: acls(z, m), "ACLS, published": lambda z, y, m: acls(z, m, True),
+LOGIT_PENALTIES = {"MbLS": lambda z, y, m: mbls(z, m), "ACLS": lambda z, y, m: acls(z, m),
+                   "ACLS, published": lambda z, y, m: acls(z, m, True),
                    "BDC of CPC": lambda z, y, m: bdc(z, y), "BEC of CPC": lambda z, y, m: bec(z, y)}
 BATCH_PENALTIES = {"MDCA": mdca, "DCA": dca, "MMCE": mmce, "MMCE, as ported": lambda z, y: mmce(z, y, True),
-                   "CRL, always right": lambda z, y: crl(z, torch.cat([torch.ones(1), label_prob(z[1:], y[1:])]))}
+                   "CRL, always right":
+                       lambda z, y: crl(z, torch.cat([torch.ones(1), label_prob(z[1:], y[1:])]))}
 
 
 def logit_loss_field(penalty: str, beta: float, margin: float) -> _LossField:
@@ -121,4 +129,5 @@ def logit_loss_field(penalty: str, beta: float, margin: float) -> _LossField:
 
 def batch_loss_field(penalty: str, beta: float, overconfidence: float) -> _LossField:
     "The NLL and one of BATCH_PENALTIES, among others of whom the network is overconfident by a factor"
-    return prepare_loss_field(lambda z, y: cross_entropy(z, y) + beta*BATCH_PENALTIES[penalty](z, y), _batch_context(overconfidence))
+    return prepare_loss_field(lambda z, y: cross_entropy(z, y) + beta*BATCH_PENALTIES[penalty](z, y),
+                              _batch_context(overconfidence))

@@ -184,7 +184,8 @@ def bec(
     z, C = upcast(logits), logits.shape[1]
     other = ~one_hot(labels, C)
     pairs = other[:, :, None] & other[:, None] & ~torch.eye(C, dtype=torch.bool, device=z.device)
-    loss = torch.where(pairs, F.softplus(z[:, None] - z[:, :, None]), 0.).sum((1, 2)).mean()/((C - 1)*max(C - 2, 1))
+    loss = (torch.where(pairs, F.softplus(z[:, None] - z[:, :, None]), 0.)
+            .sum((1, 2)).mean()/((C - 1)*max(C - 2, 1)))
     return .5*loss + (.5*math.log(2)/(C - 2) if self_pairs and C > 2 else 0.)
 
 # %% ../../nbs/training/06_losses.ipynb #cbb9cb2d
@@ -192,9 +193,11 @@ def effective_target(
     loss: Callable[[Tensor, Tensor], Tensor], # of logits and labels, the mean over a batch
     logits: Tensor, # (N, C)
     labels: Tensor, # (N,)
-    others: tuple[Tensor, Tensor] | None = None, # logits (M, C) and labels (M,) of the rest of the batch; None: each is alone
+    # logits (M, C) and labels (M,) of the rest of the batch; None: each is alone
+    others: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor: # (N, C), rows sum to 1 where the loss depends on differences of logits only
     "The targets to which the loss pulls each sample's probabilities"
     rest = others or (logits[:0], labels[:0])
-    def own(z, y): return (1 + len(rest[0]))*loss(torch.cat([z[None], rest[0]]), torch.cat([y[None], rest[1]]))
+    def own(z, y):
+        return (1 + len(rest[0]))*loss(torch.cat([z[None], rest[0]]), torch.cat([y[None], rest[1]]))
     return logits.softmax(1) - torch.func.vmap(torch.func.grad(own))(logits, labels)

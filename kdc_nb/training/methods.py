@@ -32,8 +32,9 @@ class TrainingStep(NamedTuple):
 class TrainingMethod(nn.Module):
     """A training method: a loss, and four places where it may do more.
 
-    State is kept in buffers (`register_buffer`), so it moves to the device, is saved and resumed with the run. It is written *into* them
-    (`copy_`, `index_copy_`): on a GPU, `forward` is recorded once, with the places in memory that it reads then.
+    State is kept in buffers (`register_buffer`), so it moves to the device, is saved and resumed with the
+    run. It is written *into* them (`copy_`, `index_copy_`): on a GPU, `forward` is recorded once, with the
+    places in memory that it reads then.
     """
     needs_valid = False # True: validation logits are computed for `after_epoch`
 
@@ -102,7 +103,8 @@ def with_penalty(
 ) -> TrainingMethod:
     "A loss and a penalty"
     _check_not_negative(beta=beta, gamma=gamma)
-    return TrainingMethod(lambda z, y: (focal(z, y, gamma) if gamma else cross_entropy(z, y)) + beta*penalty(z, y))
+    return TrainingMethod(lambda z, y:
+                              (focal(z, y, gamma) if gamma else cross_entropy(z, y)) + beta*penalty(z, y))
 
 
 @Method.register("mdca")
@@ -132,7 +134,9 @@ def _mbls_method(beta: float = .1, margin: float = 10.) -> TrainingMethod:
 
 @Method.register("acls")
 def _acls_method(beta: float = .1, margin: float = 10., published: bool = False) -> TrainingMethod:
-    "Adaptive and conditional label smoothing (Park et al., 2023), as in its authors' code, or by the published formula"
+    """Adaptive and conditional label smoothing (Park et al., 2023), as in its authors' code,
+    or by the published formula
+    """
     _check_not_negative(margin=margin)
     return with_penalty(lambda z, y: acls(z, margin, published), beta)
 
@@ -162,7 +166,9 @@ class Distillation(TrainingMethod):
 # %% ../../nbs/training/08_methods.ipynb #c44a4d84
 @Method.register("pskd")
 class _ProgressiveDistillation(TrainingMethod):
-    "Progressive self-knowledge distillation (Kim et al., 2021): targets move from the labels to the network's logits an epoch ago"
+    """Progressive self-knowledge distillation (Kim et al., 2021): targets move from the labels to the
+    network's logits an epoch ago
+    """
 
     def __init__(self, alpha: float = .8): # weight of the past at the end of training, 0 to 1
         check(0 <= alpha <= 1, "alpha", alpha, "a weight from 0 to 1")
@@ -171,7 +177,8 @@ class _ProgressiveDistillation(TrainingMethod):
 
     def start(self, n_train: int, n_classes: int, epochs: int) -> None:
         self.epochs = epochs
-        for name in ("said", "says"): self.register_buffer(name, torch.zeros(n_train, n_classes)) # last epoch, and in this one
+        for name in ("said", "says"):
+            self.register_buffer(name, torch.zeros(n_train, n_classes)) # last epoch, and in this one
 
     def forward(self, step: TrainingStep) -> Tensor:
         self.says.index_copy_(0, step.index, upcast(step.logits).detach().softmax(1))
@@ -193,7 +200,8 @@ class _CorrectnessRanking(TrainingMethod):
         self.beta = beta
 
     def start(self, n_train: int, n_classes: int, epochs: int) -> None:
-        for name in ("right", "times", "share"): self.register_buffer(name, torch.zeros(n_train)) # in this epoch, in all before, as a share
+        for name in ("right", "times", "share"):
+            self.register_buffer(name, torch.zeros(n_train)) # in this epoch, in all before, as a share
 
     def forward(self, step: TrainingStep) -> Tensor:
         _, right = confidence_and_correct(step.logits, step.targets)
@@ -208,7 +216,9 @@ class _CorrectnessRanking(TrainingMethod):
 # %% ../../nbs/training/08_methods.ipynb #fcdb7026
 @Method.register("adafocal")
 class _AdaFocal(TrainingMethod):
-    "Calibration-aware adaptive focal loss (Ghosh et al., 2022): a strength for each bin of confidence, by its error on validation images"
+    """Calibration-aware adaptive focal loss (Ghosh et al., 2022): a strength for each bin of confidence, by
+    its error on validation images
+    """
     needs_valid, n_bins = True, 15
 
     def __init__(self, rate: float = 1.): # how fast the strengths follow the errors, above 0
@@ -246,7 +256,9 @@ def _update_gamma(
 # %% ../../nbs/training/08_methods.ipynb #eb0446ca
 @Method.register("mixup")
 class _MixUp(TrainingMethod):
-    "MixUp (Zhang et al., 2018; for calibration Thulasidasan et al., 2019): blends of two images and of their labels"
+    """MixUp (Zhang et al., 2018; for calibration Thulasidasan et al., 2019): blends of two
+    images and of their labels
+    """
 
     def __init__(self, a: float = 1.): # of the Beta distribution, above 0; 1: any share is as likely
         check(a > 0, "a", a, "a number above 0")

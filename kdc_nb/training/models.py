@@ -36,7 +36,8 @@ class Net(nn.Module):
     def features(self, x: Tensor) -> Tensor: # (N, C, H, W) to (N, F)
         "The penultimate features: what the head sees"
         maps = self.body(x)
-        return maps.mean((2, 3), dtype=torch.promote_types(maps.dtype, torch.float32)) # in full precision, as the head
+        # in full precision, as the head
+        return maps.mean((2, 3), dtype=torch.promote_types(maps.dtype, torch.float32))
 
     def forward(self, x: Tensor) -> Tensor: # (N, C, H, W) to (N, n_classes)
         "Logits"
@@ -45,7 +46,9 @@ class Net(nn.Module):
 
 # %% ../../nbs/training/04_models.ipynb #5b0e77d1
 class _FullPrecisionLinear(nn.Linear):
-    "A linear layer that computes in full precision where the layers before it do not: bf16 rounds a logit between 8 and 16 to 1/16"
+    """A linear layer that computes in full precision where the layers before it do not: bf16 rounds a
+    logit between 8 and 16 to 1/16
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False): return super().forward(x.to(self.weight.dtype))
@@ -71,7 +74,8 @@ def _conv(
     return nn.Conv2d(i, o, k, stride, **{"padding": k//2, "bias": False} | kw)
 
 # %% ../../nbs/training/04_models.ipynb #ac0c14ee
-def _conv_bn(i: int, o: int, k: int = 3, stride: int = 1, act: Callable | None = nn.ReLU, **kw) -> nn.Sequential:
+def _conv_bn(i: int, o: int, k: int = 3, stride: int = 1,
+             act: Callable | None = nn.ReLU, **kw) -> nn.Sequential:
     "Convolution, normalisation and, unless `act` is None, activation"
     return nn.Sequential(_conv(i, o, k, stride, **kw), nn.BatchNorm2d(o), *([act()] if act else []))
 
@@ -93,12 +97,14 @@ class _ResidualBlock(nn.Module):
 # %% ../../nbs/training/04_models.ipynb #3b0ea708
 def _basic_block(i: int, width: int, stride: int) -> _ResidualBlock: # `width` channels out
     "Two 3x3 convolutions"
-    return _ResidualBlock(nn.Sequential(_conv_bn(i, width, 3, stride), _conv_bn(width, width, act=None)), i, width, stride)
+    return _ResidualBlock(nn.Sequential(_conv_bn(i, width, 3, stride), _conv_bn(width, width, act=None)),
+                          i, width, stride)
 
 
 def _bottleneck_block(i: int, width: int, stride: int) -> _ResidualBlock: # 4 * `width` channels out
     "Squeeze, convolve, widen"
-    branch = nn.Sequential(_conv_bn(i, width, 1), _conv_bn(width, width, 3, stride), _conv_bn(width, 4*width, 1, act=None))
+    branch = nn.Sequential(_conv_bn(i, width, 1), _conv_bn(width, width, 3, stride),
+                           _conv_bn(width, 4*width, 1, act=None))
     return _ResidualBlock(branch, i, 4*width, stride)
 
 # %% ../../nbs/training/04_models.ipynb #c2e4a731
@@ -120,7 +126,8 @@ def _build_stages(
 def _blocks_per_stage(depth: int, layers: int, rest: int) -> int:
     "How many blocks give this depth; a `ValueError` where no number of them does"
     n, left = divmod(depth - rest, layers)
-    check(n > 0 and not left, "depth", depth, f"{layers}n+{rest}, such as {layers + rest} or {2*layers + rest}")
+    check(n > 0 and not left, "depth", depth,
+          f"{layers}n+{rest}, such as {layers + rest} or {2*layers + rest}")
     return n
 
 
@@ -128,20 +135,25 @@ def _resnet(n_classes: int, in_channels: int, depth: int) -> Net:
     "ResNet of basic blocks for small images (He et al. 2016, section 4.2), projections as shortcuts"
     n = _blocks_per_stage(depth, 6, 2)
     plan = [(16, n, 1), (32, n, 2), (64, n, 2)]
-    return Net(nn.Sequential(_conv_bn(in_channels, 16), *_build_stages(_basic_block, 16, plan)), 64, n_classes)
+    return Net(nn.Sequential(_conv_bn(in_channels, 16), *_build_stages(_basic_block, 16, plan)),
+               64, n_classes)
 
 
 def _resnet_bottleneck(n_classes: int, in_channels: int, depth: int) -> Net:
     "The same of bottlenecks: 256 features"
     n = _blocks_per_stage(depth, 9, 2)
     plan = [(16, n, 1), (32, n, 2), (64, n, 2)]
-    return Net(nn.Sequential(_conv_bn(in_channels, 16), *_build_stages(_bottleneck_block, 16, plan, expand=4)), 256, n_classes)
+    return Net(nn.Sequential(_conv_bn(in_channels, 16),
+                             *_build_stages(_bottleneck_block, 16, plan, expand=4)),
+               256, n_classes)
 
 
 def _resnet50(n_classes: int, in_channels: int) -> Net:
     "The ImageNet net with a 3x3 stem and no pooling after it, so that a small image is not shrunk at once"
     plan = [(64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)]
-    return Net(nn.Sequential(_conv_bn(in_channels, 64), *_build_stages(_bottleneck_block, 64, plan, expand=4)), 2048, n_classes)
+    return Net(nn.Sequential(_conv_bn(in_channels, 64),
+                             *_build_stages(_bottleneck_block, 64, plan, expand=4)),
+               2048, n_classes)
 
 # %% ../../nbs/training/04_models.ipynb #59a6f47f
 class _WideBlock(nn.Module):
@@ -169,7 +181,8 @@ class _InvertedResidual(nn.Module):
     def __init__(self, i: int, o: int, stride: int, widen: int, bias: bool):
         super().__init__()
         w = widen*i
-        self.branch = nn.Sequential(_conv_bn(i, w, 1, act=nn.ReLU6, bias=bias), _conv_bn(w, w, 3, stride, act=nn.ReLU6, groups=w, bias=bias),
+        self.branch = nn.Sequential(_conv_bn(i, w, 1, act=nn.ReLU6, bias=bias),
+                                    _conv_bn(w, w, 3, stride, act=nn.ReLU6, groups=w, bias=bias),
                                     _conv_bn(w, o, 1, act=None, bias=bias))
         self.add = stride == 1 and i == o
 
@@ -182,7 +195,8 @@ def _mobilenet_v2(n_classes: int, in_channels: int, plain: bool = False) -> Net:
     stem = _conv_bn(in_channels, 32, act=nn.ReLU6) if plain else conv1(in_channels, 32, padding=1)
     plan = [(24, 2, 2), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 1), (320, 1, 1)]
     body = _build_stages(lambda i, o, stride: _InvertedResidual(i, o, stride, 6, not plain), 16, plan)
-    return Net(nn.Sequential(stem, _InvertedResidual(32, 16, 1, 1, not plain), *body, conv1(320, 1280)), 1280, n_classes)
+    return Net(nn.Sequential(stem, _InvertedResidual(32, 16, 1, 1, not plain), *body, conv1(320, 1280)),
+               1280, n_classes)
 
 
 def _mobilenet_v2_plain(n_classes: int, in_channels: int) -> Net:
@@ -217,7 +231,8 @@ def _torchvision_resnet(n_classes: int, in_channels: int, depth: int) -> nn.Modu
     return getattr(models, f"resnet{depth}")(num_classes=n_classes)
 
 # %% ../../nbs/training/04_models.ipynb #c7e19528
-MODELS = Registry("model", "kdc_nb.training.text") # constructors: (n_classes, in_channels, numbers of the name) to a net
+# constructors: (n_classes, in_channels, numbers of the name) to a net
+MODELS = Registry("model", "kdc_nb.training.text")
 MODELS.update({
     "resnet50": _resnet50,
     "resnet{depth}": _resnet,

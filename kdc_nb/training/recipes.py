@@ -28,17 +28,21 @@ class Recipe:
     live_teacher: bool = False # the teacher sees the augmented images; otherwise the plain ones, once
     keep: str = "last" # or "best": the weights of the epoch with the best validation accuracy
     optimizer: str | None = None # "adamw"; None: SGD with Nesterov momentum
-    warmup: float | None = None # share of training in which the rate rises linearly, to fall linearly after it; None: see `drops`
+    # share of training in which the rate rises linearly, to fall linearly after it; None: see `drops`
+    warmup: float | None = None
 
     def __post_init__(self):
-        check(isinstance(self.epochs, int) and self.epochs >= 1, "epochs", self.epochs, "an integer, at least 1")
-        check(isinstance(self.batch_size, int) and self.batch_size >= 2, "batch_size", self.batch_size, "an integer, at least 2 (BatchNorm needs two samples)")
+        check(isinstance(self.epochs, int) and self.epochs >= 1,
+              "epochs", self.epochs, "an integer, at least 1")
+        check(isinstance(self.batch_size, int) and self.batch_size >= 2, "batch_size",
+              self.batch_size, "an integer, at least 2 (BatchNorm needs two samples)")
         check(self.lr > 0, "lr", self.lr, "a learning rate above 0")
         check(self.keep in ("last", "best"), "keep", repr(self.keep), "'last' or 'best'")
         check(all(0 < d < 1 for d in self.drops), "drops", self.drops, "shares of training between 0 and 1")
         check_augmentations(self.augment)
         check(self.optimizer in (None, "adamw"), "optimizer", repr(self.optimizer), "None or 'adamw'")
-        check(self.warmup is None or 0 < self.warmup < 1 and not self.drops, "warmup", self.warmup, "a share of training between 0 and 1, and no drops beside it")
+        check(self.warmup is None or 0 < self.warmup < 1 and not self.drops, "warmup",
+              self.warmup, "a share of training between 0 and 1, and no drops beside it")
 
 # %% ../../nbs/training/10_recipes.ipynb #c0f8e394
 RECIPES: dict[str, Recipe] = {
@@ -47,7 +51,8 @@ RECIPES: dict[str, Recipe] = {
     "fast": Recipe(epochs=40, augment=("crop", "flip"), live_teacher=True),
     "fast_linear": Recipe(epochs=40, warmup=.1, augment=("crop", "flip"), live_teacher=True),
     "fast_512": Recipe(epochs=40, batch_size=512, lr=.4, augment=("crop", "flip"), live_teacher=True),
-    "paper": Recipe(epochs=160, weight_decay=1e-4, drops=(.5, .75), augment=("crop", "flip"), live_teacher=True, keep="best"),
+    "paper": Recipe(epochs=160, weight_decay=1e-4, drops=(.5, .75),
+                    augment=("crop", "flip"), live_teacher=True, keep="best"),
     "text": Recipe(epochs=4, batch_size=32, lr=5e-5, weight_decay=.01, optimizer="adamw", warmup=.1),
     "text_small": Recipe(epochs=20, batch_size=32, lr=2e-3, weight_decay=.01, optimizer="adamw", warmup=.1),
 }
@@ -73,11 +78,16 @@ def build_optimizer(
     "The optimizer of a recipe; AdamW leaves biases and the weights of normalisations undecayed"
     named = {k: p for k, p in net.named_parameters() if p.requires_grad}
     if recipe.optimizer == "adamw":
-        groups = [{"params": [p for p in named.values() if p.ndim > 1]}, {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.}]
-        opt = torch.optim.AdamW(groups, lr, (recipe.momentum, .999), weight_decay=recipe.weight_decay, fused=True, capturable=lr.device.type == "cuda")
-        for p in named.values(): opt.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        groups = [{"params": [p for p in named.values() if p.ndim > 1]},
+                  {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.}]
+        opt = torch.optim.AdamW(groups, lr, (recipe.momentum, .999), weight_decay=recipe.weight_decay,
+                                fused=True, capturable=lr.device.type == "cuda")
+        for p in named.values():
+            opt.state[p] = {"step": torch.zeros((), device=p.device),
+                            "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     else:
-        opt = torch.optim.SGD(named.values(), lr, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=recipe.momentum > 0, fused=True)
+        opt = torch.optim.SGD(named.values(), lr, recipe.momentum, weight_decay=recipe.weight_decay,
+                              nesterov=recipe.momentum > 0, fused=True)
         if recipe.momentum:
             for p in named.values(): opt.state[p] = {"momentum_buffer": torch.zeros_like(p)}
     return opt, {f"{k}.{part}": t for k, p in named.items() for part, t in opt.state[p].items()}

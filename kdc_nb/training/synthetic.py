@@ -69,7 +69,9 @@ def _synthetic_images(
     n_test: int = 10_000,
     seed: int = 0, # which world
 ) -> Dataset:
-    "Small RGB images of 20 classes in 4 groups, with the exact posterior of each; never augmented, since that would make it false"
+    """Small RGB images of 20 classes in 4 groups, with the exact posterior of each; never augmented,
+    since that would make it false
+    """
     check_split_sizes("known", n_train=n_train, n_valid=n_valid, n_test=n_test)
     train, valid, test = (_draw_synthetic_split(n, seed, i) for i, n in enumerate((n_train, n_valid, n_test)))
     group = tuple(c % _N_GROUPS for c in range(_N_CLASSES))

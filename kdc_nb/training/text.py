@@ -33,7 +33,8 @@ class MissingExtra(ValueError):
 
 def _check_text_extra() -> None:
     "Refuse to go on without the extra `text`"
-    if find_spec("transformers") is None: raise MissingExtra("text: got no library transformers, expected it, by pip install 'kdc_nb[text]'")
+    if find_spec("transformers") is None:
+        raise MissingExtra("text: got no library transformers, expected it, by pip install 'kdc_nb[text]'")
 
 # %% ../../nbs/training/05_text.ipynb #424c5f11
 @dataclass(frozen=True, eq=False)
@@ -86,9 +87,12 @@ def _train_tokenizer(
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=special, show_progress=False))
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer.normalizer, tokenizer.pre_tokenizer = (normalizers.BertNormalizer(),
+                                                     pre_tokenizers.BertPreTokenizer())
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=special,
+                                                             show_progress=False))
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]",
+                                                             special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     return tokenizer
 
 # %% ../../nbs/training/05_text.ipynb #1fe6e524
@@ -132,10 +136,13 @@ def _synthetic_topics(
     check_split_sizes("topics", n_train=n_train, n_valid=n_valid, n_test=n_test)
     tokenizer = _train_tokenizer(draw_topic_texts(500, seed, 3)[0], 300)
     parts = [draw_topic_texts(n, seed, i) for i, n in enumerate((n_train, n_valid, n_test))]
-    rows = _tokenise(tokenizer, [t for texts, _, _ in parts for t in texts], 512).split([n_train, n_valid, n_test])
+    rows = _tokenise(tokenizer, [t for texts, _, _ in parts for t in texts], 512).split(
+        [n_train, n_valid, n_test]
+    )
     splits = [Split(x, y, p) for x, (_, y, p) in zip(rows, parts)]
     group = tuple(c % 4 for c in range(12))
-    return TextDataset(*splits, tuple(f"{'ABCD'[g]}{c//4}" for c, g in enumerate(group)), group, tokens=_list_vocabulary(tokenizer))
+    return TextDataset(*splits, tuple(f"{'ABCD'[g]}{c//4}" for c, g in enumerate(group)),
+                       group, tokens=_list_vocabulary(tokenizer))
 
 # %% ../../nbs/training/05_text.ipynb #cb9654fb
 def _load_from_hub(
@@ -148,7 +155,9 @@ def _load_from_hub(
     except (OSError, ValueError): pass
     try: return load(name, **options)
     except (OSError, ValueError) as e:
-        raise ValueError(f"{name}: neither in the Hugging Face cache nor to be had from the hub ({str(e).splitlines()[0]}), expected after `hf download {name}` on a machine with a network, or a folder that has it") from e
+        raise ValueError(f"{name}: neither in the Hugging Face cache nor to be had from the hub "
+                         f"({str(e).splitlines()[0]}), expected after `hf download {name}` on a machine with "
+                         "a network, or a folder that has it") from e
 
 # %% ../../nbs/training/05_text.ipynb #2665f12c
 def _load_hub_tokenizer(
@@ -163,8 +172,12 @@ def _load_hub_tokenizer(
 def _load_newsgroup_texts(
     folder: Path, # the cache folder
     bare: bool, # without headers, signatures and quotes
-) -> tuple[list[str], Tensor, list[str], int]: # all texts, their labels, names of the classes, how many of the texts are for training
-    "The posts: from the cache file, or from scikit-learn, which makes it. A `ValueError` says where to put which file when they cannot be had"
+    # all texts, their labels, names of the classes, how many of the texts are for training
+) -> tuple[list[str], Tensor, list[str], int]:
+    """The posts: from the cache file, or from scikit-learn, which makes it.
+
+    A `ValueError` says where to put which file when they cannot be had
+    """
     from sklearn.datasets import fetch_20newsgroups
     path, archive = folder/f"newsgroups{'_bare'*bare}.safetensors", folder/"20news-bydate.tar.gz"
     if not path.exists():
@@ -172,10 +185,16 @@ def _load_newsgroup_texts(
             if archive.exists():
                 (Path(tmp)/"20news_home").mkdir()
                 (Path(tmp)/"20news_home"/archive.name).symlink_to(archive.resolve())
-            try: posts = fetch_20newsgroups(data_home=tmp, subset="all", shuffle=False, remove=("headers", "footers", "quotes") if bare else ())
-            except OSError as e: raise ValueError(f"newsgroups: got no archive ({e}), expected {archive.name} in {folder}") from e
+            try:
+                posts = fetch_20newsgroups(data_home=tmp, subset="all", shuffle=False,
+                                           remove=("headers", "footers", "quotes") if bare else ())
+            except OSError as e:
+                raise ValueError(
+                    f"newsgroups: got no archive ({e}), expected {archive.name} in {folder}"
+                ) from e
         n_train = sum("20news-bydate-train" in name for name in posts.filenames)
-        save_tensors(path, {"labels": torch.from_numpy(posts.target).long()}, texts=list(posts.data), classes=posts.target_names, n_train=n_train)
+        save_tensors(path, {"labels": torch.from_numpy(posts.target).long()},
+                     texts=list(posts.data), classes=posts.target_names, n_train=n_train)
     tensors, meta = load_tensors(path)
     return meta["texts"], tensors["labels"], meta["classes"], meta["n_train"]
 
@@ -193,10 +212,12 @@ def _newsgroups(
     check_split_sizes("newsgroups", 11_314, n_train=n_train, n_valid=n_valid)
     cutter = _load_hub_tokenizer(tokenizer)
     texts, labels, classes, n = _load_newsgroup_texts(cache_dir()/"data", bare)
-    rows, order = _tokenise(cutter, texts, length), torch.from_numpy(np.random.RandomState(seed).permutation(n))
+    rows, order = (_tokenise(cutter, texts, length),
+                   torch.from_numpy(np.random.RandomState(seed).permutation(n)))
     train, valid = (Split(rows[i], labels[i]) for i in (order[:n_train], order[n - n_valid:]))
     group = {first: k for k, first in enumerate(dict.fromkeys(c.split(".")[0] for c in classes))}
-    return TextDataset(train, valid, Split(rows[n:], labels[n:]), tuple(classes), tuple(group[c.split(".")[0]] for c in classes), tokens=_list_vocabulary(cutter))
+    return TextDataset(train, valid, Split(rows[n:], labels[n:]), tuple(classes),
+                       tuple(group[c.split(".")[0]] for c in classes), tokens=_list_vocabulary(cutter))
 
 # %% ../../nbs/training/05_text.ipynb #22fe2c7b
 def register_texts(
@@ -205,17 +226,24 @@ def register_texts(
     valid: InputsAndLabels, # chooses
     test: InputsAndLabels, # reports
     classes: Sequence[str] | None = None, # names; None: their numbers
-    tokenizer: str | None = None, # a model's on the hub, or a folder; None: one is learnt from the training texts
+    # a model's on the hub, or a folder; None: one is learnt from the training texts
+    tokenizer: str | None = None,
     length: int = 512, # tokens that are kept of each text, its first ones
 ) -> DataSpec: # the description of the data set
     "Keep texts of your own as a data set; a `ValueError` names what is wrong with them"
     pairs = {"train": train, "valid": valid, "test": test}
-    for k, (texts, _) in pairs.items(): check(isinstance(texts, (Sequence, np.ndarray)) and not isinstance(texts, str) and len(texts) > 0 and all(isinstance(t, str) for t in texts), k, f"a {type(texts).__name__}", "a row of texts")
+    for k, (texts, _) in pairs.items():
+        check(isinstance(texts, (Sequence, np.ndarray)) and not isinstance(texts, str)
+                  and len(texts) > 0 and all(isinstance(t, str) for t in texts),
+              k, f"a {type(texts).__name__}", "a row of texts")
     labels = {k: check_labels(k, y, len(texts)) for k, (texts, y) in pairs.items()}
     classes = check_class_names(labels, classes)
     cutter = _train_tokenizer(train[0]) if tokenizer is None else _load_hub_tokenizer(tokenizer)
-    rows = _tokenise(cutter, [t for texts, _ in pairs.values() for t in texts], length).split([len(y) for y in labels.values()])
-    tensors = {f"{k}/labels": y for k, y in labels.items()} | {f"{k}/inputs": x.clone() for k, x in zip(pairs, rows)}
+    rows = _tokenise(cutter, [t for texts, _ in pairs.values() for t in texts], length).split(
+        [len(y) for y in labels.values()]
+    )
+    tensors = ({f"{k}/labels": y for k, y in labels.items()}
+               | {f"{k}/inputs": x.clone() for k, x in zip(pairs, rows)})
     fingerprint = content_hash(tensors, f"{classes} {_list_vocabulary(cutter)}")[:16]
     save_tensors(registered_data_path(fingerprint), tensors, classes=classes, tokens=_list_vocabulary(cutter))
     return DataSpec("given_texts", title=title, fingerprint=fingerprint)
@@ -234,7 +262,8 @@ class TextClassifier(nn.Module):
 
     def __init__(self,
         net: nn.Module, # takes input_ids and attention_mask, gives logits
-        weights: str | None = None, # a model's name on the hub, or a folder, whose weights `pretrain` puts below the head
+        # a model's name on the hub, or a folder, whose weights `pretrain` puts below the head
+        weights: str | None = None,
     ):
         super().__init__()
         self.net, self.weights = net, weights
@@ -243,17 +272,24 @@ class TextClassifier(nn.Module):
         "Logits; a `ValueError` where texts are longer than the network takes"
         check(x.ndim == 2, "inputs", f"shape {tuple(x.shape)}", "texts (N, L)")
         most = self.net.config.max_position_embeddings
-        check(x.shape[1] <= most, "length", f"texts of {x.shape[1]} tokens", f"at most {most}, which {type(self.net).__name__} takes")
+        check(x.shape[1] <= most, "length", f"texts of {x.shape[1]} tokens",
+              f"at most {most}, which {type(self.net).__name__} takes")
         return self.net(input_ids=x.clamp_min(0), attention_mask=(x >= 0).long()).logits
 
     def pretrain(self, data: TextDataset) -> None:
-        "Put the pretrained weights below the head; a `ValueError` where they are of another tokenizer than the data"
+        """Put the pretrained weights below the head; a `ValueError` where they are of
+        another tokenizer than the data
+        """
         if self.weights is None: return
         from transformers import AutoModel
-        check(_list_vocabulary(_load_hub_tokenizer(self.weights)) == data.tokens, "model", f"{self.weights}, whose tokenizer has another vocabulary", "one of the data's tokenizer")
+        check(_list_vocabulary(_load_hub_tokenizer(self.weights)) == data.tokens, "model",
+              f"{self.weights}, whose tokenizer has another vocabulary", "one of the data's tokenizer")
         body = _load_from_hub(AutoModel.from_pretrained, self.weights, use_safetensors=True)
-        lost = getattr(self.net, self.net.base_model_prefix).load_state_dict(body.state_dict(), strict=False).missing_keys
-        check(not lost, "model", f"{self.weights} without {', '.join(lost[:3])}", "weights for all of the network but its head")
+        lost = getattr(self.net, self.net.base_model_prefix).load_state_dict(
+            body.state_dict(), strict=False
+        ).missing_keys
+        check(not lost, "model", f"{self.weights} without {', '.join(lost[:3])}",
+              "weights for all of the network but its head")
 
 # %% ../../nbs/training/05_text.ipynb #a1af5099
 def _build_transformer(
@@ -270,15 +306,19 @@ def _build_transformer(
 
 # %% ../../nbs/training/05_text.ipynb #4e60e78a
 def _bert(n_classes: int, in_channels: int, layers: int, width: int) -> TextClassifier:
-    "BERT of any size (Devlin et al., 2019): heads of 32, weights that begin as large for their width as BERT's"
-    return _build_transformer("Bert", n_classes, vocab_size=in_channels, hidden_size=width, num_hidden_layers=layers, num_attention_heads=_count_attention_heads(width),
-                      intermediate_size=4*width, initializer_range=.02*(768/width)**.5)
+    """BERT of any size (Devlin et al., 2019): heads of 32, weights that begin as large
+    for their width as BERT's
+    """
+    return _build_transformer("Bert", n_classes, vocab_size=in_channels, hidden_size=width,
+                              num_hidden_layers=layers, num_attention_heads=_count_attention_heads(width),
+                              intermediate_size=4*width, initializer_range=.02*(768/width)**.5)
 
 
 def _distilbert(n_classes: int, in_channels: int, layers: int, width: int) -> TextClassifier:
     "DistilBERT of any size (Sanh et al., 2019), likewise"
-    return _build_transformer("DistilBert", n_classes, vocab_size=in_channels, dim=width, n_layers=layers, n_heads=_count_attention_heads(width),
-                      hidden_dim=4*width, initializer_range=.02*(768/width)**.5)
+    return _build_transformer("DistilBert", n_classes, vocab_size=in_channels, dim=width,
+                              n_layers=layers, n_heads=_count_attention_heads(width),
+                              hidden_dim=4*width, initializer_range=.02*(768/width)**.5)
 
 
 def _count_attention_heads(width: int) -> int:
@@ -297,4 +337,5 @@ def _distilbert_base(n_classes: int, in_channels: int) -> TextClassifier:
     return _build_transformer("DistilBert", n_classes, "distilbert-base-uncased")
 
 
-MODELS.update({"bert-base-uncased": _bert_base, "distilbert-base-uncased": _distilbert_base, "bert_{layers}_{width}": _bert, "distilbert_{layers}_{width}": _distilbert})
+MODELS.update({"bert-base-uncased": _bert_base, "distilbert-base-uncased": _distilbert_base,
+               "bert_{layers}_{width}": _bert, "distilbert_{layers}_{width}": _distilbert})

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/calibrators.py --results nbs/results/calibrators_cost.json
 
-WRN-40-1, batch 128, 100 classes. Operations are those that torch is asked for by the loss, forward and backward; on CUDA the kernels too.
+WRN-40-1, batch 128, 100 classes. Operations are those that torch is asked for by the loss, forward and
+backward; on CUDA the kernels too.
 """
 import argparse
 import json
@@ -45,7 +46,8 @@ def loss_alone(method: TrainingMethod, device: torch.device):
     method.start(BATCH, C, 2)
     method.to(device)
     z, y = torch.randn(BATCH, C, device=device, requires_grad=True), torch.randint(C, (BATCH,), device=device)
-    index, epoch, said = torch.arange(BATCH, device=device), torch.ones((), dtype=torch.long, device=device), torch.randn(BATCH, C, device=device)
+    index, epoch, said = (torch.arange(BATCH, device=device), torch.ones((), dtype=torch.long, device=device),
+                          torch.randn(BATCH, C, device=device))
     targets = torch.randn(BATCH, C, device=device).softmax(1) if type(method).__name__ == "_MixUp" else y
     return lambda: torch.autograd.grad(method(TrainingStep(z, targets, index, epoch, said)), z)
 
@@ -53,7 +55,8 @@ def loss_alone(method: TrainingMethod, device: torch.device):
 def training_step(method: TrainingMethod, device: torch.device):
     "A whole step; a teacher's answers are at hand"
     teacher = (lambda x, index: said[index]) if isinstance(method, Distillation) else None
-    run = Trainer(build_model("wrn_40_1", C), images(BATCH), method, Recipe(2, BATCH, augment=("crop", "flip")), 0, device, teacher)
+    run = Trainer(build_model("wrn_40_1", C), images(BATCH), method,
+                  Recipe(2, BATCH, augment=("crop", "flip")), 0, device, teacher)
     said = torch.randn(BATCH, C, device=device)
     run.begin_epoch()
     step = run.capture()
@@ -86,7 +89,8 @@ def cost(method: TrainingMethod, plain, device: torch.device, rounds: int) -> di
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--results")
     args = parser.parse_args()
@@ -97,7 +101,10 @@ def main() -> None:
         print(name, rows[name], flush=True)
     print(format_text_table(["", *rows["nll"]], [[k, *map(str, r.values())] for k, r in rows.items()]))
     if args.results:
-        with atomic_write(args.results) as part: part.write_text(json.dumps({"environment": describe_environment(device), "rounds": args.rounds, "rows": rows}, indent=1) + "\n")
+        with atomic_write(args.results) as part:
+            part.write_text(json.dumps(
+                {"environment": describe_environment(device), "rounds": args.rounds, "rows": rows}, indent=1
+            ) + "\n")
 
 
 if __name__ == "__main__": main()

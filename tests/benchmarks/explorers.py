@@ -1,4 +1,7 @@
-"""From a control's callback to the PNG: every control of every explorer, moved over all it has. `python tests/benchmarks/explorers.py`"""
+"""From a control's callback to the PNG: every control of every explorer, moved over all it has.
+
+`python tests/benchmarks/explorers.py`
+"""
 import contextlib
 import io
 import statistics
@@ -49,17 +52,22 @@ def waits(explorer, name: str) -> list[float]:
 
 
 def explorers() -> dict[str, Explorer]:
-    looks = {s: l for s, l in read_features(RESULTS/"systematic_diffusion_cifar10.npz").items() if s.seed == 0}
-    return {"explore_theory": explore_theory(), "explore_transfer": explore_transfer(read_results(RESULTS/"transfer_curve.npz")),
+    looks = {s: l for s, l in read_features(RESULTS/"systematic_diffusion_cifar10.npz").items()
+             if s.seed == 0}
+    return {"explore_theory": explore_theory(),
+            "explore_transfer": explore_transfer(read_results(RESULTS/"transfer_curve.npz")),
             "explore_reliability, N = 10,000, C = 10": explore_reliability(*outputs(10_000, 10)),
-            "explore_reliability, N = 10,000, C = 100": explore_reliability(*outputs(10_000, 100)), "explore_classes": explore_classes(looks),
+            "explore_reliability, N = 10,000, C = 100": explore_reliability(*outputs(10_000, 100)),
+            "explore_classes": explore_classes(looks),
             **{f"explore_method, {f}": explore_method(f) for f in _METHOD_FAMILIES}}
 
 
 def main() -> None:
     print(f"{torch.get_num_threads()} threads; ms from callback to PNG")
     with contextlib.redirect_stdout(io.StringIO()): # without a kernel, ipywidgets clears its outputs there
-        found = {name: {k: waits(e, k) for k in e.controls if k != "images"} for name, e in explorers().items()} # images need their data set
+        # images need their data set
+        found = {name: {k: waits(e, k) for k in e.controls if k != "images"}
+                 for name, e in explorers().items()}
     for name, own in found.items():
         together = [t for v in own.values() for t in v]
         print(f"{name}: median {1000*statistics.median(together):.0f}, longest {1000*max(together):.0f}; " +

@@ -32,7 +32,8 @@ def main() -> None:
     top = seconds(lambda: calibration_estimates(logits, labels, ("ece", "ace", "mce", "ks"), n_boot=DRAWS))
     every = seconds(lambda: calibration_estimates(logits, labels, n_boot=DRAWS))
     print(f"N = {N:,}, C = {C}, {DRAWS:,} draws, {torch.get_num_threads()} threads")
-    for name, t in (("ECE by a plain bootstrap", usual), ("top-label metrics with intervals and null bands", top), ("all metrics", every)):
+    for name, t in (("ECE by a plain bootstrap", usual),
+                    ("top-label metrics with intervals and null bands", top), ("all metrics", every)):
         print(f"{name:50}{t:8.2f} s{usual/t:8.1f} x")
 
 

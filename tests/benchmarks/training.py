@@ -172,7 +172,8 @@ class Run:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         with torch.cuda.stream(self.stream): # None: nothing happens
             net = build_model(case.model, data.n_classes)
-            self.training = Trainer(net, data, method, recipe, 0, device, asked, use_cuda_graph=case.loop == "recorded")
+            self.training = Trainer(net, data, method, recipe, 0, device, asked,
+                                    use_cuda_graph=case.loop == "recorded")
             self.training.begin_epoch()
             self.fast = self.training.capture()
         synchronize(device)
