@@ -6,31 +6,31 @@
 __all__ = ['results_file', 'Table', 'format_html_table', 'compare', 'decompose_score', 'judge_claim', 'BLUE', 'COLORS', 'GREEN',
            'GREY', 'ORANGE', 'PINK', 'SKY', 'plot_differences', 'plot_reliability', 'plot_reliability_overlay',
            'debiased_contributions', 'estimate_difference', 'paired_difference', 'rank_intervals', 'spread_log_ratio',
-           'calibration_estimates', 'format_ece', 'evaluate', 'METRICS', 'Metric', 'ace', 'brier', 'classwise_ace',
-           'compute_outcomes', 'ece', 'kl_to_truth', 'ks', 'mce', 'nll', 'register_metric', 'sce', 'top1',
-           'true_calibration_error', 'unregister_metric', 'null_band', 'simulate_calibrated', 'Calibrator',
-           'fit_temperature', 'load_outputs', 'softmax64', 'DataSpec', 'Dataset', 'load_data', 'show_images',
-           'stratified_split', 'find_images', 'read_images', 'register_image_folder', 'register_images',
-           'plot_loss_field', 'prepare_loss_field', 'Method', 'TrainingMethod', 'with_penalty', 'MODELS', 'RECIPES',
-           'Recipe', 'draw_topic_texts', 'register_texts', 'fit', 'plan_sweep', 'read_specs', 'write_specs', 'plot_ece',
+           'calibration_estimates', 'evaluate', 'METRICS', 'Metric', 'ace', 'brier', 'classwise_ace', 'ece',
+           'kl_to_truth', 'ks', 'mce', 'nll', 'register_metric', 'sce', 'top1', 'true_calibration_error',
+           'unregister_metric', 'null_band', 'simulate_calibrated', 'compute_outcomes', 'Calibrator', 'fit_temperature',
+           'load_outputs', 'softmax64', 'format_ece', 'DataSpec', 'Dataset', 'load_data', 'show_images',
+           'stratified_split', 'find_images', 'read_images', 'register_images', 'plot_loss_field', 'prepare_loss_field',
+           'Method', 'TrainingMethod', 'with_penalty', 'MODELS', 'RECIPES', 'Recipe', 'register_image_folder',
+           'draw_topic_texts', 'register_texts', 'fit', 'plan_sweep', 'read_specs', 'write_specs', 'plot_ece',
            'plot_histories', 'plot_reliability_grid', 'plot_tradeoff', 'prepare_histories', 'group_by_seed',
-           'read_results', 'recalibrate', 'result_outcomes', 'write_results', 'RunContext', 'Store', 'all_results',
-           'clean_store', 'run', 'teacher_train_logits', 'Distil', 'RunSpec', 'lineage', 'method_label', 'run_label',
-           'self_distillation_chain', 'teacher_label', 'trace_generation', 'sweep', 'collect_by_row', 'results_table',
-           'summarise_seeds', 'Ensemble', 'OutOfFold', 'TemperatureScaled', 'TemperedPosterior', 'teacher_from_logits',
-           'plot_direct_and_distilled', 'plot_temperature_grid', 'plot_transfer', 'prepare_direct_and_distilled',
-           'prepare_temperature_grid', 'prepare_transfer', 'plot_class_matrix', 'plot_confidence_shift',
-           'prepare_agreement', 'prepare_class_similarity', 'prepare_confidence_shift', 'corrupt_images',
-           'register_corruption', 'GENERATION_MEASURES', 'MERGING_MEASURES', 'plot_generations', 'plot_merging',
-           'prepare_generations', 'prepare_merging', 'average_by_severity', 'evaluate_drift', 'plot_drift',
-           'read_drifts', 'write_drifts', 'similar_classes', 'fit_linear_student', 'tempered_probs', 'weight_hessian',
-           'compute_umap', 'plot_penultimate', 'plot_umap', 'calibration_gap', 'draw_linear_problem', 'fit_intercept',
-           'null_gap_bound', 'project_to_span', 'theorem1_cubic_term', 'theorem1_weights', 'extract_features',
-           'read_features', 'write_features', 'direct_counterpart', 'paper_progress_table', 'published_values',
-           'row_differences', 'table_claims', 'METHOD_GRID', 'as_hyperparameters', 'candidate_specs',
-           'candidates_table', 'select_on_validation', 'PAPER_EXPERIMENTS', 'PAPER_METHODS', 'SETTINGS', 'Setting',
-           'kd_label', 'paper_specs', 'table_specs', 'explore_classes', 'explore_method', 'explore_reliability',
-           'explore_theory', 'explore_transfer']
+           'read_results', 'recalibrate', 'result_outcomes', 'write_results', 'RunContext', 'run',
+           'teacher_train_logits', 'Distil', 'RunSpec', 'lineage', 'method_label', 'run_label',
+           'self_distillation_chain', 'teacher_label', 'trace_generation', 'Store', 'all_results', 'clean_store',
+           'sweep', 'collect_by_row', 'results_table', 'summarise_seeds', 'Ensemble', 'OutOfFold', 'TemperatureScaled',
+           'TemperedPosterior', 'teacher_from_logits', 'plot_direct_and_distilled', 'plot_temperature_grid',
+           'plot_transfer', 'prepare_direct_and_distilled', 'prepare_temperature_grid', 'prepare_transfer',
+           'plot_class_matrix', 'plot_confidence_shift', 'prepare_agreement', 'prepare_class_similarity',
+           'prepare_confidence_shift', 'corrupt_images', 'register_corruption', 'GENERATION_MEASURES',
+           'MERGING_MEASURES', 'plot_generations', 'plot_merging', 'prepare_generations', 'prepare_merging',
+           'average_by_severity', 'evaluate_drift', 'plot_drift', 'read_drifts', 'write_drifts', 'similar_classes',
+           'fit_linear_student', 'tempered_probs', 'weight_hessian', 'compute_umap', 'plot_penultimate', 'plot_umap',
+           'calibration_gap', 'draw_linear_problem', 'fit_intercept', 'null_gap_bound', 'project_to_span',
+           'theorem1_cubic_term', 'theorem1_weights', 'extract_features', 'read_features', 'write_features',
+           'direct_counterpart', 'paper_progress_table', 'published_values', 'row_differences', 'table_claims',
+           'METHOD_GRID', 'as_hyperparameters', 'candidate_specs', 'candidates_table', 'select_on_validation',
+           'PAPER_EXPERIMENTS', 'PAPER_METHODS', 'SETTINGS', 'Setting', 'kd_label', 'paper_specs', 'table_specs',
+           'explore_classes', 'explore_method', 'explore_reliability', 'explore_theory', 'explore_transfer']
 
 # %% ../nbs/all.ipynb #492b7cbd
 from .files import results_file
@@ -43,21 +43,24 @@ from kdc_nb.calibration.diagrams import (
 from kdc_nb.calibration.differences import (
     debiased_contributions, estimate_difference, paired_difference, rank_intervals, spread_log_ratio,
 )
-from .calibration.estimates import calibration_estimates, format_ece
+from .calibration.estimates import calibration_estimates
 from .calibration.evaluation import evaluate
 from kdc_nb.calibration.metrics import (
-    METRICS, Metric, ace, brier, classwise_ace, compute_outcomes, ece, kl_to_truth, ks, mce, nll,
-    register_metric, sce, top1, true_calibration_error, unregister_metric,
+    METRICS, Metric, ace, brier, classwise_ace, ece, kl_to_truth, ks, mce, nll, register_metric, sce,
+    top1, true_calibration_error, unregister_metric,
 )
 from .calibration.null_bands import null_band, simulate_calibrated
+from .calibration.outcomes import compute_outcomes
 from .calibration.posthoc import Calibrator, fit_temperature
 from .calibration.predictions import load_outputs, softmax64
+from .calibration.reliability import format_ece
 from .training.data import DataSpec, Dataset, load_data, show_images, stratified_split
-from .training.images import find_images, read_images, register_image_folder, register_images
+from .training.images import find_images, read_images, register_images
 from .training.loss_fields import plot_loss_field, prepare_loss_field
 from .training.methods import Method, TrainingMethod, with_penalty
 from .training.models import MODELS
 from .training.recipes import RECIPES, Recipe
+from .training.streams import register_image_folder
 from .training.text import draw_topic_texts, register_texts
 from .training.trainer import fit
 from .experiments.agenda import plan_sweep, read_specs, write_specs
@@ -67,11 +70,12 @@ from kdc_nb.experiments.panels import (
 from kdc_nb.experiments.results import (
     group_by_seed, read_results, recalibrate, result_outcomes, write_results,
 )
-from .experiments.runs import RunContext, Store, all_results, clean_store, run, teacher_train_logits
+from .experiments.runs import RunContext, run, teacher_train_logits
 from kdc_nb.experiments.specs import (
     Distil, RunSpec, lineage, method_label, run_label, self_distillation_chain, teacher_label,
     trace_generation,
 )
+from .experiments.store import Store, all_results, clean_store
 from .experiments.sweeps import sweep
 from .experiments.tables import collect_by_row, results_table, summarise_seeds
 from kdc_nb.experiments.teachers import (
@@ -117,31 +121,31 @@ _all_ = [
     'results_file', 'Table', 'format_html_table', 'compare', 'decompose_score', 'judge_claim', 'BLUE',
     'COLORS', 'GREEN', 'GREY', 'ORANGE', 'PINK', 'SKY', 'plot_differences', 'plot_reliability',
     'plot_reliability_overlay', 'debiased_contributions', 'estimate_difference', 'paired_difference',
-    'rank_intervals', 'spread_log_ratio', 'calibration_estimates', 'format_ece', 'evaluate', 'METRICS',
-    'Metric', 'ace', 'brier', 'classwise_ace', 'compute_outcomes', 'ece', 'kl_to_truth', 'ks', 'mce',
-    'nll', 'register_metric', 'sce', 'top1', 'true_calibration_error', 'unregister_metric', 'null_band',
-    'simulate_calibrated', 'Calibrator', 'fit_temperature', 'load_outputs', 'softmax64', 'DataSpec',
-    'Dataset', 'load_data', 'show_images', 'stratified_split', 'find_images', 'read_images',
-    'register_image_folder', 'register_images', 'plot_loss_field', 'prepare_loss_field', 'Method',
-    'TrainingMethod', 'with_penalty', 'MODELS', 'RECIPES', 'Recipe', 'draw_topic_texts', 'register_texts',
-    'fit', 'plan_sweep', 'read_specs', 'write_specs', 'plot_ece', 'plot_histories',
-    'plot_reliability_grid', 'plot_tradeoff', 'prepare_histories', 'group_by_seed', 'read_results',
-    'recalibrate', 'result_outcomes', 'write_results', 'RunContext', 'Store', 'all_results',
-    'clean_store', 'run', 'teacher_train_logits', 'Distil', 'RunSpec', 'lineage', 'method_label',
-    'run_label', 'self_distillation_chain', 'teacher_label', 'trace_generation', 'sweep',
-    'collect_by_row', 'results_table', 'summarise_seeds', 'Ensemble', 'OutOfFold', 'TemperatureScaled',
-    'TemperedPosterior', 'teacher_from_logits', 'plot_direct_and_distilled', 'plot_temperature_grid',
-    'plot_transfer', 'prepare_direct_and_distilled', 'prepare_temperature_grid', 'prepare_transfer',
-    'plot_class_matrix', 'plot_confidence_shift', 'prepare_agreement', 'prepare_class_similarity',
-    'prepare_confidence_shift', 'corrupt_images', 'register_corruption', 'GENERATION_MEASURES',
-    'MERGING_MEASURES', 'plot_generations', 'plot_merging', 'prepare_generations', 'prepare_merging',
-    'average_by_severity', 'evaluate_drift', 'plot_drift', 'read_drifts', 'write_drifts',
-    'similar_classes', 'fit_linear_student', 'tempered_probs', 'weight_hessian', 'compute_umap',
-    'plot_penultimate', 'plot_umap', 'calibration_gap', 'draw_linear_problem', 'fit_intercept',
-    'null_gap_bound', 'project_to_span', 'theorem1_cubic_term', 'theorem1_weights', 'extract_features',
-    'read_features', 'write_features', 'direct_counterpart', 'paper_progress_table', 'published_values',
-    'row_differences', 'table_claims', 'METHOD_GRID', 'as_hyperparameters', 'candidate_specs',
-    'candidates_table', 'select_on_validation', 'PAPER_EXPERIMENTS', 'PAPER_METHODS', 'SETTINGS',
-    'Setting', 'kd_label', 'paper_specs', 'table_specs', 'explore_classes', 'explore_method',
-    'explore_reliability', 'explore_theory', 'explore_transfer',
+    'rank_intervals', 'spread_log_ratio', 'calibration_estimates', 'evaluate', 'METRICS', 'Metric', 'ace',
+    'brier', 'classwise_ace', 'ece', 'kl_to_truth', 'ks', 'mce', 'nll', 'register_metric', 'sce', 'top1',
+    'true_calibration_error', 'unregister_metric', 'null_band', 'simulate_calibrated', 'compute_outcomes',
+    'Calibrator', 'fit_temperature', 'load_outputs', 'softmax64', 'format_ece', 'DataSpec', 'Dataset',
+    'load_data', 'show_images', 'stratified_split', 'find_images', 'read_images', 'register_images',
+    'plot_loss_field', 'prepare_loss_field', 'Method', 'TrainingMethod', 'with_penalty', 'MODELS',
+    'RECIPES', 'Recipe', 'register_image_folder', 'draw_topic_texts', 'register_texts', 'fit',
+    'plan_sweep', 'read_specs', 'write_specs', 'plot_ece', 'plot_histories', 'plot_reliability_grid',
+    'plot_tradeoff', 'prepare_histories', 'group_by_seed', 'read_results', 'recalibrate',
+    'result_outcomes', 'write_results', 'RunContext', 'run', 'teacher_train_logits', 'Distil', 'RunSpec',
+    'lineage', 'method_label', 'run_label', 'self_distillation_chain', 'teacher_label',
+    'trace_generation', 'Store', 'all_results', 'clean_store', 'sweep', 'collect_by_row', 'results_table',
+    'summarise_seeds', 'Ensemble', 'OutOfFold', 'TemperatureScaled', 'TemperedPosterior',
+    'teacher_from_logits', 'plot_direct_and_distilled', 'plot_temperature_grid', 'plot_transfer',
+    'prepare_direct_and_distilled', 'prepare_temperature_grid', 'prepare_transfer', 'plot_class_matrix',
+    'plot_confidence_shift', 'prepare_agreement', 'prepare_class_similarity', 'prepare_confidence_shift',
+    'corrupt_images', 'register_corruption', 'GENERATION_MEASURES', 'MERGING_MEASURES',
+    'plot_generations', 'plot_merging', 'prepare_generations', 'prepare_merging', 'average_by_severity',
+    'evaluate_drift', 'plot_drift', 'read_drifts', 'write_drifts', 'similar_classes',
+    'fit_linear_student', 'tempered_probs', 'weight_hessian', 'compute_umap', 'plot_penultimate',
+    'plot_umap', 'calibration_gap', 'draw_linear_problem', 'fit_intercept', 'null_gap_bound',
+    'project_to_span', 'theorem1_cubic_term', 'theorem1_weights', 'extract_features', 'read_features',
+    'write_features', 'direct_counterpart', 'paper_progress_table', 'published_values', 'row_differences',
+    'table_claims', 'METHOD_GRID', 'as_hyperparameters', 'candidate_specs', 'candidates_table',
+    'select_on_validation', 'PAPER_EXPERIMENTS', 'PAPER_METHODS', 'SETTINGS', 'Setting', 'kd_label',
+    'paper_specs', 'table_specs', 'explore_classes', 'explore_method', 'explore_reliability',
+    'explore_theory', 'explore_transfer',
 ]

@@ -134,7 +134,8 @@ def number_slider(low: float, high: float, value: float, step: float, name: str)
 _CSS = """<style>
 .kdc-picture { border-radius: 4px }
 .kdc-picture.kdc-stale { opacity: .3 }
-[data-jp-theme-light="false"] .kdc-explorer:not(:has(.kdc-photographs :checked)) .kdc-picture { filter: invert(.93) hue-rotate(180deg) }
+[data-jp-theme-light="false"] .kdc-explorer:not(:has(.kdc-photographs :checked)) .kdc-picture
+  { filter: invert(.93) hue-rotate(180deg) }
 </style>"""
 
 

@@ -80,9 +80,7 @@ class Registry(UserDict):
 
     def register(self, name: str) -> Callable: # a decorator
         "Enter a function or class under `name`"
-        def add(made):
-            self[name] = made
-            return made
+        def add(made): self[name] = made; return made
         return add
 
 # %% ../nbs/core.ipynb #7c4cf0c0

@@ -17,7 +17,7 @@ import numpy as np
 from .core import check, lookup
 from .calibration.predictions import check_outputs_and_labels
 from .calibration.posthoc import fit_temperature, to_logits
-from .calibration.estimates import format_ece
+from .calibration.reliability import format_ece
 from kdc_nb.calibration.diagrams import (
     SMALL_FONT, ReliabilityDiagram, TemperatureCurves, create_panels, evaluate_at_temperature,
 )

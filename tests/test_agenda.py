@@ -16,8 +16,9 @@ from kdc_nb.training.data import DataSpec
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.agenda import Scheduler
-from kdc_nb.experiments.runs import RunContext, Store
+from kdc_nb.experiments.runs import RunContext
 from kdc_nb.experiments.specs import Distil, RunSpec, lineage, run_label
+from kdc_nb.experiments.store import Store
 from kdc_nb.experiments.sweeps import sweep
 from kdc_nb.experiments.teachers import TemperatureScaled
 

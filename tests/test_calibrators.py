@@ -17,8 +17,9 @@ from kdc_nb.training.methods import Method, TrainingStep, _AdaFocal, _update_gam
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.trainer import fit
 from kdc_nb.experiments.results import recalibrate
-from kdc_nb.experiments.runs import Store, _build_net, run
+from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.specs import RunSpec
+from kdc_nb.experiments.store import Store, build_net
 from tests.conftest import made
 
 TINY = DataSpec("known", n_train=200, n_valid=100, n_test=300)
@@ -48,7 +49,7 @@ def test_it_trains_and_its_calibration_is_reported(tmp_path, name):
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, name):
     "State and random draws come back with the checkpoint."
     spec, recipe, data = RunSpec(TINY, "resnet8", name, Recipe(5, 50)), Recipe(5, 50), load_data(TINY)
-    through, stopped, method = _build_net(spec), _build_net(spec), Method(name).build()
+    through, stopped, method = build_net(spec), build_net(spec), Method(name).build()
     a = fit(through, data, method, recipe, device="cpu", progress=False)
 
     class Stops(type(method)):
@@ -56,7 +57,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, name):
             if epoch == 3: raise KeyboardInterrupt
             super().after_epoch(epoch, *valid)
     with pytest.raises(KeyboardInterrupt):
-        fit(_build_net(spec), data, Stops(), recipe, device="cpu",
+        fit(build_net(spec), data, Stops(), recipe, device="cpu",
             checkpoint=tmp_path/"x", checkpoint_every=0, progress=False)
     b = fit(stopped, data, Method(name).build(), recipe,
             device="cpu", checkpoint=tmp_path/"x", progress=False)

@@ -17,8 +17,9 @@ from kdc_nb.training.steps import GraphCaptureError
 from kdc_nb.training.trainer import Trainer
 from kdc_nb.experiments.agenda import write_specs
 from kdc_nb.experiments.results import read_results
-from kdc_nb.experiments.runs import Store, run
+from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.specs import RunSpec
+from kdc_nb.experiments.store import Store
 from kdc_nb.paper.commands import _ResultsFile
 from kdc_nb.paper.commands import main
 from tests.conftest import patch_name

@@ -13,7 +13,7 @@ from kdc_nb.calibration.differences import (
 )
 from kdc_nb.calibration.estimates import calibration_estimates
 from kdc_nb.calibration.evaluation import evaluate
-from kdc_nb.calibration.metrics import compute_outcomes, metrics_from_outcomes
+from kdc_nb.calibration.outcomes import compute_outcomes, metrics_from_outcomes
 from kdc_nb.calibration.posthoc import fit_temperature
 
 from .conftest import made

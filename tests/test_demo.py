@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kdc_nb.calibration.metrics import compute_outcomes
+from kdc_nb.calibration.outcomes import compute_outcomes
 from kdc_nb.training.data import DataSpec
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.trainer import Trainer

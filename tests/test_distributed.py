@@ -13,13 +13,14 @@ from PIL import Image
 
 from kdc_nb.files import load_tensors
 from kdc_nb.training.data import DataSpec, load_data
-from kdc_nb.training.images import find_images, register_image_folder
+from kdc_nb.training.images import find_images
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.steps import predict_logits
+from kdc_nb.training.streams import register_image_folder
 from kdc_nb.experiments.agenda import write_specs
-from kdc_nb.experiments.runs import Store
 from kdc_nb.experiments.specs import Distil, RunSpec
+from kdc_nb.experiments.store import Store
 
 PROGRAM = '''
 import sys
@@ -28,7 +29,8 @@ from torch import nn
 from kdc_nb.training.devices import distributed_session, rank_and_world
 from kdc_nb.training.models import MODELS
 from kdc_nb.experiments.agenda import read_specs
-from kdc_nb.experiments.runs import Store, run
+from kdc_nb.experiments.runs import run
+from kdc_nb.experiments.store import Store
 
 def plain(n_classes, in_channels):
     body = nn.Conv2d(in_channels, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten()

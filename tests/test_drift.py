@@ -20,8 +20,9 @@ from kdc_nb.core import decode, encode
 from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.experiments.runs import Store, run
+from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.specs import RunSpec
+from kdc_nb.experiments.store import Store
 from kdc_nb.analysis.corruptions import (
     CORRUPTIONS, corrupt_images, elastic_transform, fog, glass_blur, snow, zoom_blur,
 )

@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from kdc_nb.core import decode, encode
-from kdc_nb.calibration.estimates import (
-    Estimate, _chernoff_interval, calibration_estimates, reliability_bins, wilson_interval,
-)
+from kdc_nb.calibration.estimates import Estimate, _chernoff_interval, calibration_estimates, wilson_interval
 from kdc_nb.calibration.evaluation import Evaluation, _per_sample_estimate, evaluate
 from kdc_nb.calibration.metrics import METRICS, binned_error, brier, ece, nll
 from kdc_nb.calibration.null_bands import null_band, null_draws
 from kdc_nb.calibration.predictions import BinaryPredictions, top_label
+from kdc_nb.calibration.reliability import reliability_bins
 from kdc_nb.calibration import metrics
 
 from .conftest import made

@@ -20,8 +20,9 @@ from kdc_nb.training.data import DataSpec
 from kdc_nb.training.loss_fields import _batch_context
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.results import result_from_json, result_to_json
-from kdc_nb.experiments.runs import Store, run
+from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.specs import Distil, RunSpec
+from kdc_nb.experiments.store import Store
 from kdc_nb.experiments.teachers import TemperedPosterior
 from kdc_nb.experiments.transfer import TransferPlot, prepare_transfer
 from kdc_nb.analysis.views import extract_features

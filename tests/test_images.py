@@ -21,8 +21,9 @@ from kdc_nb.training.data import DataSpec, LeaveFoldOut, load_data
 from kdc_nb.training.methods import TrainingMethod
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.trainer import Trainer, fit
-from kdc_nb.experiments.runs import Store, _build_net, run
+from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.specs import Distil, RunSpec
+from kdc_nb.experiments.store import Store, build_net
 from kdc_nb.experiments.sweeps import sweep
 from kdc_nb.experiments.teachers import teacher_from_logits
 
@@ -243,7 +244,7 @@ def test_a_streamed_run_can_be_killed_and_its_teacher_may_see_what_it_sees(image
     assert result.evaluation.n == 9 and len(result.history) == 3
     d, part = load_data(data), tmp_path/"part"
     for left in (2, 1, 0): # killed in the sixth step of each call, twelve to do
-        net = _build_net(teacher)
+        net = build_net(teacher)
         with pytest.raises(KeyboardInterrupt) if left else nullcontext():
             fit(net, d, Killed(), recipe, 0, device="cpu",
                 checkpoint=part, checkpoint_every=0., progress=False)
@@ -260,9 +261,9 @@ def test_a_streamed_run_killed_after_the_last_step_of_an_epoch_goes_on(imagenet,
     def stop(*args): raise KeyboardInterrupt
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         m.setattr(Trainer, "end_epoch", stop)
-        go(_build_net(spec), checkpoint=part, checkpoint_every=0.)
+        go(build_net(spec), checkpoint=part, checkpoint_every=0.)
     assert load_tensors(part)[1]["epochs_done"] == 1 and not load_tensors(part)[1]["history"]
-    through, stopped = _build_net(spec), _build_net(spec)
+    through, stopped = build_net(spec), build_net(spec)
     assert go(through) == go(stopped, checkpoint=part)
     assert all(torch.equal(a, b)
                for a, b in zip(through.state_dict().values(), stopped.state_dict().values()))
@@ -338,10 +339,10 @@ def test_only_eight_bits_a_channel_are_read(tmp_path, mode, ok):
     image = (Image.fromarray((np.arange(256).reshape(16, 16)*257).astype(np.uint16)) if mode == "I;16"
              else Image.new("L", (16, 16), 77).convert(mode))
     image.save(tmp_path/"x.tiff")
-    if ok: assert ki._load_images([tmp_path/"x.tiff"], 16).shape == (1, 3, 16, 16)
+    if ok: assert ki.load_images([tmp_path/"x.tiff"], 16).shape == (1, 3, 16, 16)
     else:
         with pytest.raises(ValueError, match="x.tiff of mode [IF].*, expected 8 bits a channel"):
-            ki._load_images([tmp_path/"x.tiff"], 16)
+            ki.load_images([tmp_path/"x.tiff"], 16)
 
 
 def test_streamed_runs_go_in_parallel_and_by_folds(imagenet, tmp_path):

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from kdc_nb.calibration.estimates import reliability_bins
 from kdc_nb.calibration.metrics import (
     ace, brier, classwise_ace, ece, kl_to_truth, ks, mce, nll, sce, top1, true_calibration_error,
 )
@@ -16,6 +15,7 @@ from kdc_nb.calibration.posthoc import fit_temperature
 from kdc_nb.calibration.predictions import (
     check_outputs_and_labels, equal_mass_bins, equal_width_bins, load_outputs, softmax64,
 )
+from kdc_nb.calibration.reliability import reliability_bins
 
 from .conftest import made
 

@@ -126,8 +126,9 @@ def test_torchvisions_resnets_train_on_larger_images_and_show_their_penultimate_
     from kdc_nb.training.data import load_data
     from kdc_nb.training.images import register_images
     from kdc_nb.training.recipes import Recipe
-    from kdc_nb.experiments.runs import Store, run
+    from kdc_nb.experiments.runs import run
     from kdc_nb.experiments.specs import RunSpec
+    from kdc_nb.experiments.store import Store
     from kdc_nb.analysis.views import extract_features
     monkeypatch.setenv("KDC_CACHE", str(tmp_path))
     pair = torch.randint(0, 256, (12, 3, 64, 64), dtype=torch.uint8), torch.arange(12) % 3

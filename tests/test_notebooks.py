@@ -103,10 +103,10 @@ def test_calibration_stands_alone():
 import sys
 class Gone:
     def find_spec(self, name, *args):
-        if name.split(".")[0] in gone or name.startswith("kdc_nb.") and name.split(".")[1] not in ("core", "files", "tables", "calibration"):
-            raise ImportError(f"{{name}} is not there")
+        above = name.startswith("kdc_nb.") and name.split(".")[1] not in {FLOORS[:4]}
+        if above or name.split(".")[0] in gone: raise ImportError(f"{{name}} is not there")
 sys.meta_path.insert(0, Gone())
-gone = {{"matplotlib", "pandas", "tqdm", "seaborn", "sklearn", "joblib", "torchvision", "ipywidgets", "nbdev", "fastcore"}}
+gone = {{"matplotlib", "pandas", "tqdm", "seaborn", "sklearn", "joblib", "torchvision"}}
 for room in {rooms[:-1]}: __import__(f"kdc_nb.{{room}}")
 gone -= {{"matplotlib"}}
 import kdc_nb.calibration.diagrams

@@ -16,10 +16,11 @@ from kdc_nb.calibration.differences import (
 from kdc_nb.calibration.estimates import calibration_estimates
 from kdc_nb.calibration.evaluation import evaluate, format_metric, metric_label, metric_unit
 from kdc_nb.calibration.metrics import (
-    BUILT_IN, METRICS, Metric, binned_error, compute_outcomes, ece, label_moments, metrics_from_outcomes,
-    register_metric, select_metrics, unregister_metric,
+    BUILT_IN, METRICS, Metric, binned_error, ece, label_moments, register_metric, select_metrics,
+    unregister_metric,
 )
 from kdc_nb.calibration.null_bands import null_band, null_draws
+from kdc_nb.calibration.outcomes import compute_outcomes, metrics_from_outcomes
 from kdc_nb.calibration.predictions import (
     BinaryPredictions, classwise, equal_mass_bins, equal_width_bins, l1_norm, to_log_probs, to_probs,
     top_label, unique_bins,

@@ -12,8 +12,9 @@ from kdc_nb.training.data import DataSpec
 from kdc_nb.training.models import MODELS, build_model
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.agenda import format_plan, plan_sweep
-from kdc_nb.experiments.runs import Store, all_results, run
+from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.specs import RunSpec, _check_model
+from kdc_nb.experiments.store import Store, all_results
 from tests.conftest import patch_name
 
 SPINS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")

@@ -15,10 +15,11 @@ from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import RECIPES, Recipe
 from kdc_nb.experiments.agenda import _runs_teachers_first, write_specs
 from kdc_nb.experiments.results import read_results, result_outcomes, write_results
-from kdc_nb.experiments.runs import Store, run
+from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.specs import (
     Distil, RunSpec, lineage, run_label, self_distillation_chain, trace_generation,
 )
+from kdc_nb.experiments.store import Store
 from kdc_nb.experiments.sweeps import sweep
 from kdc_nb.experiments.tables import collect_by_row, results_table
 from kdc_nb.experiments.teachers import TemperatureScaled

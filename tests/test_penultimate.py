@@ -9,8 +9,8 @@ from kdc_nb.files import DamagedFile
 from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.trainer import Trainer
-from kdc_nb.experiments.runs import Store
 from kdc_nb.experiments.specs import RunSpec
+from kdc_nb.experiments.store import Store
 from kdc_nb.analysis.geometry import (
     _centroid_distances, _distance_ratio, _one_hot_float, _summarise_merging, class_geometry,
     measure_merging, similar_classes, similar_triples,

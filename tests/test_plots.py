@@ -10,14 +10,15 @@ from kdc_nb.calibration.diagrams import (
     BLUE, GREY, ORANGE, ReliabilityDiagram, plot_differences, plot_reliability, plot_reliability_overlay,
 )
 from kdc_nb.calibration.differences import estimate_difference
-from kdc_nb.calibration.estimates import prepare_diagram, reliability_bins
 from kdc_nb.calibration.metrics import ece
+from kdc_nb.calibration.reliability import prepare_diagram, reliability_bins
 from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.panels import plot_tradeoff, prepare_histories
-from kdc_nb.experiments.runs import Store, run
+from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.specs import Distil, RunSpec
+from kdc_nb.experiments.store import Store
 from kdc_nb.experiments.tables import results_table, summarise_seeds
 from kdc_nb.experiments.teachers import TemperatureScaled
 from kdc_nb.experiments.transfer import (

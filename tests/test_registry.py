@@ -16,8 +16,9 @@ from kdc_nb.training.losses import cross_entropy
 from kdc_nb.training.methods import Method
 from kdc_nb.training.models import MODELS
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.experiments.runs import Store, run
+from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.specs import Distil, RunSpec, run_id
+from kdc_nb.experiments.store import Store
 
 TINY = DataSpec("known", n_train=100, n_valid=60, n_test=80)
 OWN = '''
@@ -154,7 +155,8 @@ def test_what_a_fingerprint_holds():
 def test_a_scripts_own_method_network_and_data_in_two_processes(tmp_path):
     "Defined in the script itself: trained by two workers, and found again by a second call"
     (tmp_path/"script.py").write_text(OWN.format(factor=1.) + SPECS + '''
-from kdc_nb.experiments.runs import Store, all_results, run
+from kdc_nb.experiments.runs import run
+from kdc_nb.experiments.store import Store, all_results
 from kdc_nb.experiments.sweeps import sweep
 if __name__ == "__main__":
     store = Store("store")

@@ -13,7 +13,8 @@ from hypothesis import given, strategies as st
 import kdc_nb.experiments.runs as kr
 from kdc_nb.core import encode
 from kdc_nb.files import DamagedFile, load_npz, load_tensors, save_npz
-from kdc_nb.calibration.metrics import compute_outcomes, metrics_from_outcomes, nll
+from kdc_nb.calibration.metrics import nll
+from kdc_nb.calibration.outcomes import compute_outcomes, metrics_from_outcomes
 from kdc_nb.calibration.posthoc import fit_temperature
 from kdc_nb.calibration.predictions import equal_width_bins
 from kdc_nb.training.data import DataSpec
@@ -23,8 +24,9 @@ from kdc_nb.training.trainer import Trainer
 from kdc_nb.experiments.results import (
     _compress_outcomes, _decompress_outcomes, read_results, recalibrate, result_outcomes, write_results,
 )
-from kdc_nb.experiments.runs import RunContext, Store, all_results, clean_store, run, teacher_train_logits
+from kdc_nb.experiments.runs import RunContext, run, teacher_train_logits
 from kdc_nb.experiments.specs import Distil, RunSpec, lineage, run_id, run_label
+from kdc_nb.experiments.store import Store, all_results, clean_store
 from kdc_nb.experiments.teachers import TemperatureScaled, TemperedPosterior
 from tests.conftest import patch_name
 

@@ -24,9 +24,10 @@ from kdc_nb.training.models import MODELS
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.steps import GraphCaptureError
 from kdc_nb.training.trainer import Trainer
-from kdc_nb.experiments.runs import Store, all_results, run
+from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.side_by_side import SideBySideRunner, TeacherCachePool
 from kdc_nb.experiments.specs import Distil, RunSpec
+from kdc_nb.experiments.store import Store, all_results
 from kdc_nb.experiments.sweeps import sweep
 from kdc_nb.experiments.teachers import TemperatureScaled
 from tests.conftest import patch_name
@@ -300,7 +301,7 @@ ORPHANS = """
 import sys, kdc_nb
 from dataclasses import replace
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.experiments.runs import Store
+from kdc_nb.experiments.store import Store
 from kdc_nb.experiments.sweeps import sweep
 from tests.test_side_by_side import TEACHER
 specs = [replace(TEACHER, recipe=Recipe(5000, 50), seed=s) for s in range(2)]

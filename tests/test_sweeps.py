@@ -22,8 +22,9 @@ from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.agenda import _runs_teachers_first, plan_sweep, read_specs, write_specs
 from kdc_nb.experiments.results import read_results
-from kdc_nb.experiments.runs import Store, all_results, clean_store, explain_interrupt, run
+from kdc_nb.experiments.runs import explain_interrupt, run
 from kdc_nb.experiments.specs import Distil, RunSpec, run_label
+from kdc_nb.experiments.store import Store, all_results, clean_store
 from kdc_nb.experiments.sweeps import sweep
 from kdc_nb.experiments.teachers import TemperatureScaled
 from kdc_nb.paper.commands import main
@@ -259,7 +260,7 @@ def test_killed_thirty_times_at_random(tmp_path):
 SCRIPT = """
 import sys
 from kdc_nb import DataSpec, Distil, Recipe, RunSpec, run, sweep
-from kdc_nb.experiments.runs import Store
+from kdc_nb.experiments.store import Store
 teacher = RunSpec(DataSpec("known", n_train=200, n_valid=50, n_test=100), "resnet8", "nll", Recipe(1, 50))
 specs = [RunSpec(teacher.data, "resnet8", Distil(teacher), Recipe(4000, 50), s) for s in range(2)]
 if sys.argv[2] == "run": run(specs[0], Store(sys.argv[1]), "cpu", progress=False)

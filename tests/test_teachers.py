@@ -17,8 +17,9 @@ from kdc_nb.training.data import DataSpec, LeaveFoldOut, load_data
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.agenda import read_specs, write_specs
-from kdc_nb.experiments.runs import RunContext, Store, has_live_teacher, run, teacher_train_logits
+from kdc_nb.experiments.runs import RunContext, has_live_teacher, run, teacher_train_logits
 from kdc_nb.experiments.specs import Distil, RunSpec, lineage, teacher_label, with_seed
+from kdc_nb.experiments.store import Store
 from kdc_nb.experiments.sweeps import sweep
 from kdc_nb.experiments.teachers import (
     Ensemble, OutOfFold, StoredLogits, TemperatureScaled, TemperedPosterior, log_mean_probs,

@@ -23,8 +23,9 @@ from kdc_nb.training.recipes import Recipe, learning_rate
 from kdc_nb.training.steps import draw_epoch_plan
 from kdc_nb.training.trainer import fit
 from kdc_nb.experiments.results import read_results
-from kdc_nb.experiments.runs import Store, _build_net, run
+from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.specs import RunSpec, _check_model
+from kdc_nb.experiments.store import Store, build_net
 from tests.conftest import patch_name
 
 TINY = DataSpec("topics", n_train=40, n_valid=20, n_test=30)
@@ -143,7 +144,7 @@ def test_a_pretrained_network_begins_with_its_weights_and_a_head_of_the_seed(tmp
     name = bpe_folder(tmp_path/"bert", texts)
     data = text_room.register_texts("mine", *[(texts, labels)]*3, tokenizer=name)
     body = own_bert(tmp_path/"bert", load_data(data))
-    nets = [_build_net(RunSpec(data, "own_bert", "nll", RECIPE, s)) for s in (0, 0, 1)]
+    nets = [build_net(RunSpec(data, "own_bert", "nll", RECIPE, s)) for s in (0, 0, 1)]
     assert all(torch.equal(a, b) for net in nets
                for a, b in zip(net.net.bert.state_dict().values(), body.state_dict().values()))
     heads = [net.net.classifier.weight for net in nets]
@@ -157,7 +158,7 @@ def test_a_pretrained_network_begins_with_its_weights_and_a_head_of_the_seed(tmp
     other = text_room.register_texts("mine", *[(["other words", "than those"]*4, labels)]*3)
     own_bert(tmp_path/"bert", load_data(data))
     with pytest.raises(ValueError, match="whose tokenizer has another vocabulary"):
-        _build_net(RunSpec(other, "own_bert", "nll", RECIPE))
+        build_net(RunSpec(other, "own_bert", "nll", RECIPE))
 
 
 def test_weights_of_another_network_are_refused(tmp_path, monkeypatch):
@@ -173,7 +174,7 @@ def test_weights_of_another_network_are_refused(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match="model: got .*bert without .*, expected weights for all of the network but its head"
     ):
-        _build_net(RunSpec(data, "own_bert", "nll", RECIPE))
+        build_net(RunSpec(data, "own_bert", "nll", RECIPE))
 
 
 def test_images_and_texts_are_not_taken_for_each_other(tmp_path):
@@ -199,7 +200,7 @@ def test_pickled_weights_are_never_read(tmp_path, monkeypatch):
                                     tokenizer=bpe_folder(tmp_path/"bert", texts))
     own_bert(tmp_path/"bert", load_data(data), pickled=True)
     with pytest.raises(ValueError, match="neither in the Hugging Face cache"):
-        _build_net(RunSpec(data, "own_bert", "nll", RECIPE))
+        build_net(RunSpec(data, "own_bert", "nll", RECIPE))
 
 
 class Killed(TrainingMethod):
@@ -214,11 +215,11 @@ class Killed(TrainingMethod):
 def test_dropout_resumes_exactly_and_leaves_the_users_numbers_alone(tmp_path):
     spec, d = RunSpec(TINY, "bert_1_32", "nll", RECIPE), load_data(TINY)
     before = torch.random.get_rng_state()
-    whole, again = _build_net(spec), _build_net(spec)
+    whole, again = build_net(spec), build_net(spec)
     for net in (whole, again): fit(net, d, TrainingMethod(), RECIPE, 0, device="cpu", progress=False)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
     for left in (2, 1, 0): # four steps, in the second epoch, four, in the third, and the last of nine
-        net = _build_net(spec)
+        net = build_net(spec)
         try:
             fit(net, d, Killed(), RECIPE, 0, device="cpu",
                 checkpoint=tmp_path/"part", checkpoint_every=0., progress=False)

@@ -25,8 +25,8 @@ from kdc_nb.training.steps import (
     GraphCaptureError, TeacherCache, _epoch_generator, match_grad_strides, predict_logits,
 )
 from kdc_nb.training.trainer import OutOfTime, Trainer, fit
-from kdc_nb.experiments.runs import Store, _build_net, clean_store
 from kdc_nb.experiments.specs import Distil, RunSpec, run_id
+from kdc_nb.experiments.store import Store, build_net, clean_store
 from kdc_nb.experiments.teachers import TemperedPosterior
 from tests.conftest import patch_name
 
@@ -109,7 +109,7 @@ class Counts(TrainingMethod):
 def test_state_and_best_weights_survive_a_stop(tmp_path, keep):
     "A method with state per sample, and the best weights so far, come back with the checkpoint."
     data, recipe, path = load_data(TINY), Recipe(6, 32, keep=keep), tmp_path/"x"
-    through, stopped = _build_net(SPEC), _build_net(SPEC)
+    through, stopped = build_net(SPEC), build_net(SPEC)
     a = fit(through, data, Counts(), recipe, device="cpu", progress=False).history
 
     class Stops(Counts):
@@ -117,7 +117,7 @@ def test_state_and_best_weights_survive_a_stop(tmp_path, keep):
             super().after_epoch(epoch, *valid)
             if epoch == 3: raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt):
-        fit(_build_net(SPEC), data, Stops(), recipe, device="cpu",
+        fit(build_net(SPEC), data, Stops(), recipe, device="cpu",
             checkpoint=path, checkpoint_every=0, progress=False)
     rest = Counts()
     b = fit(stopped, data, rest, recipe, device="cpu", checkpoint=path, progress=False).history
@@ -142,7 +142,7 @@ def interrupt_at(monkeypatch, n):
 
 
 @pytest.mark.parametrize("net, method",
-                         [*((lambda: _build_net(SPEC), m)
+                         [*((lambda: build_net(SPEC), m)
                             for m in ("nll", "crl", "pskd", "adafocal", "mixup")), (dropping, "nll")],
                          ids=["nll", "crl", "pskd", "adafocal", "mixup", "drop-out"])
 @pytest.mark.parametrize("n", [1, 7, 12]) # in the first epoch, at its end, in the second
@@ -188,15 +188,15 @@ def test_an_epoch_longer_than_ten_seconds_is_saved_within(tmp_path, monkeypatch)
     saved = []
     patch_name(monkeypatch, "save_tensors",
                lambda path, tensors, **meta: saved.append((meta["epochs_done"], meta["seconds"])))
-    fit(_build_net(SPEC), load_data(TINY), TrainingMethod(), Recipe(1, 32),
+    fit(build_net(SPEC), load_data(TINY), TrainingMethod(), Recipe(1, 32),
         device="cpu", checkpoint=tmp_path/"x", progress=False)
     assert saved == [(pytest.approx(k/7), 6*k) for k in (2, 4, 6)]
 
 
 def test_an_epoch_of_which_a_resumed_student_cached_a_part_does_not_count_as_cached(tmp_path, monkeypatch):
     "Another student of the same teacher queries it again in the epoch that the first began elsewhere"
-    data, path, cache, net = load_data(TINY), tmp_path/"x", TeacherCache(), _build_net(SPEC).eval()
-    student = lambda cache: Trainer(_build_net(SPEC), data, Distillation(), Recipe(3, 32), 0,
+    data, path, cache, net = load_data(TINY), tmp_path/"x", TeacherCache(), build_net(SPEC).eval()
+    student = lambda cache: Trainer(build_net(SPEC), data, Distillation(), Recipe(3, 32), 0,
                                     torch.device("cpu"), lambda x, index: net(x), teacher_cache=cache)
     go = lambda cache=None, **kw: student(cache).run(progress=False, **kw)
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
@@ -207,7 +207,7 @@ def test_an_epoch_of_which_a_resumed_student_cached_a_part_does_not_count_as_cac
 
 
 def test_best_keeps_the_epoch_with_the_best_validation_accuracy():
-    data, net = load_data(TINY), _build_net(SPEC)
+    data, net = load_data(TINY), build_net(SPEC)
     history = fit(net, data, Method("nll").build(), Recipe(6, 32, keep="best"),
                   device="cpu", progress=False).history
     accuracy = float((predict_logits(net, data, data.valid.inputs).argmax(1) == data.valid.labels).float()
@@ -218,7 +218,7 @@ def test_best_keeps_the_epoch_with_the_best_validation_accuracy():
 @pytest.mark.parametrize("n, size", [(200, 32), (64, 64), (5, 32)])
 def test_every_image_is_seen_in_batches_of_one_size(n, size):
     data = load_data(DataSpec("known", n_train=n, n_valid=5, n_test=5))
-    trainer = Trainer(_build_net(SPEC), data, TrainingMethod(), Recipe(1, size), 0, torch.device("cpu"))
+    trainer = Trainer(build_net(SPEC), data, TrainingMethod(), Recipe(1, size), 0, torch.device("cpu"))
     trainer.begin_epoch()
     index, shift, flip, *_ = trainer.epoch_plan
     assert index.shape == flip.shape == shift.shape[:2] and index.shape[1] == min(n, size)
@@ -240,7 +240,7 @@ def test_the_teacher_is_asked_for_the_right_samples():
         def forward(self, step):
             assert torch.equal(step.teacher.argmax(1), step.targets)
             return super().forward(step)
-    fit(_build_net(SPEC), data, Looks(), Recipe(1, 32), teacher=teacher, device="cpu", progress=False)
+    fit(build_net(SPEC), data, Looks(), Recipe(1, 32), teacher=teacher, device="cpu", progress=False)
     assert len(seen) == 1 + 7 # the check at the door, and seven batches
 
 
@@ -248,7 +248,7 @@ def test_nan_names_the_step():
     class Breaks(TrainingMethod):
         def forward(self, step): return super().forward(step)*(float("nan") if step.epoch == 1 else 1.)
     with pytest.raises(FloatingPointError, match="loss: got nan at step 0 of epoch 1"):
-        fit(_build_net(SPEC), load_data(TINY), Breaks(), Recipe(3, 32), device="cpu", progress=False)
+        fit(build_net(SPEC), load_data(TINY), Breaks(), Recipe(3, 32), device="cpu", progress=False)
 
 
 class Watch(TorchDispatchMode):
@@ -272,10 +272,10 @@ def test_a_step_reads_nothing_back_from_the_device(method, recording):
     """What a CUDA graph cannot record: reading a value back, making a tensor from one of Python's,
     sizes that depend on values
     """
-    net = _build_net(SPEC).eval()
+    net = build_net(SPEC).eval()
     teacher = (lambda x, index: net(x)) if isinstance(method, Distillation) else None
     cache = None if recording is None else TeacherCache()
-    trainer = Trainer(_build_net(SPEC), load_data(TINY), method, Recipe(2, 32),
+    trainer = Trainer(build_net(SPEC), load_data(TINY), method, Recipe(2, 32),
                       0, torch.device("cpu"), teacher, 1.5, cache)
     trainer.recording = bool(recording)
     trainer.begin_epoch()
@@ -300,12 +300,12 @@ def test_a_step_reads_nothing_back_from_the_device(method, recording):
 def test_a_checkpoint_of_another_version_is_named_and_left(tmp_path, spoil):
     data, path = load_data(TINY), tmp_path/"x"
     with pytest.raises(OutOfTime):
-        fit(_build_net(SPEC), data, Late(), Recipe(9, 32), device="cpu", checkpoint=path,
+        fit(build_net(SPEC), data, Late(), Recipe(9, 32), device="cpu", checkpoint=path,
             checkpoint_every=0, deadline=time.time() + 1, progress=False)
     tensors, meta = spoil(*load_tensors(path))
     save_tensors(path, tensors, **meta)
     with pytest.warns(UserWarning, match="got a checkpoint of another version.*starting again"):
-        done = fit(_build_net(SPEC), data, TrainingMethod(), Recipe(2, 32),
+        done = fit(build_net(SPEC), data, TrainingMethod(), Recipe(2, 32),
                    device="cpu", checkpoint=path, progress=False)
     assert len(done.history) == 2
 
@@ -319,7 +319,7 @@ def test_a_full_device_is_not_taken_for_a_step_that_cannot_be_recorded(pretended
     def full(g, stream): raise torch.OutOfMemoryError("full")
     monkeypatch.setattr(torch.cuda, "graph", full)
     with pytest.raises(torch.OutOfMemoryError):
-        pretended_cuda(Trainer(_build_net(SPEC), load_data(TINY), TrainingMethod(),
+        pretended_cuda(Trainer(build_net(SPEC), load_data(TINY), TrainingMethod(),
                                Recipe(2, 32), 0, torch.device("cpu")))
 
 
@@ -328,9 +328,9 @@ def test_pieces_of_time_shorter_than_an_epoch_add_up(tmp_path):
     data, path = load_data(TINY), tmp_path/"x"
     class Slow(TrainingMethod):
         def forward(self, step): time.sleep(.1); return super().forward(step)
-    go = lambda **kw: fit(_build_net(SPEC), data, Slow(), Recipe(2, 32),
+    go = lambda **kw: fit(build_net(SPEC), data, Slow(), Recipe(2, 32),
                           device="cpu", checkpoint=path, progress=False, **kw).history
-    through = fit(_build_net(SPEC), data, TrainingMethod(),
+    through = fit(build_net(SPEC), data, TrainingMethod(),
                   Recipe(2, 32), device="cpu", progress=False).history
     done = [0.]
     while True:
@@ -341,13 +341,13 @@ def test_pieces_of_time_shorter_than_an_epoch_add_up(tmp_path):
 
 def test_time_that_is_over_stops_a_run(tmp_path):
     with pytest.raises(OutOfTime, match="0 of 3"):
-        fit(_build_net(SPEC), load_data(TINY), TrainingMethod(), Recipe(3, 32),
+        fit(build_net(SPEC), load_data(TINY), TrainingMethod(), Recipe(3, 32),
             device="cpu", deadline=time.time() - 1, progress=False)
     path = tmp_path/"x"
     class Slow(TrainingMethod):
         def after_epoch(self, epoch, *valid): time.sleep(.3)
     with pytest.raises(OutOfTime):
-        fit(_build_net(SPEC), load_data(TINY), Slow(), Recipe(40, 32),
+        fit(build_net(SPEC), load_data(TINY), Slow(), Recipe(40, 32),
             device="cpu", checkpoint=path, deadline=time.time() + 2, progress=False)
     _, meta = load_tensors(path)
     assert (0 < meta["epochs_done"] <= len(meta["history"]) + 1 <= 40
@@ -381,7 +381,7 @@ def test_recording_leaves_no_trace(pretended_cuda):
     """Warm-up steps and the recording itself change weights, momentum and BatchNorm: all of it is
     put back, to the same places
     """
-    plain, recording = (Trainer(_build_net(SPEC), load_data(TINY), Method("mdca").build(),
+    plain, recording = (Trainer(build_net(SPEC), load_data(TINY), Method("mdca").build(),
                                 Recipe(2, 32), 0, torch.device("cpu")) for _ in range(2))
     before = {k: (t.data_ptr(), t.clone()) for k, t in recording.state_dict().items()}
     recording.run_step = pretended_cuda(recording)
@@ -396,7 +396,7 @@ def test_what_cannot_be_recorded_ends_in_a_sentence_unless_nobody_wants_it_recor
 ):
     def refuse(g, stream): raise RuntimeError("operation not permitted when stream is capturing")
     monkeypatch.setattr(torch.cuda, "graph", refuse)
-    make = lambda **kw: Trainer(_build_net(SPEC), load_data(TINY), TrainingMethod(),
+    make = lambda **kw: Trainer(build_net(SPEC), load_data(TINY), TrainingMethod(),
                                 Recipe(2, 32), 0, torch.device("cpu"), **kw)
     with pytest.raises(GraphCaptureError, match="cannot be recorded as a CUDA graph.*not permitted"):
         pretended_cuda(make())
@@ -410,7 +410,7 @@ def test_what_is_wrong_with_a_step_is_no_matter_of_recording(pretended_cuda):
     class Breaks(TrainingMethod):
         def forward(self, step): raise RuntimeError("shapes do not fit")
     with pytest.raises(RuntimeError, match="shapes do not fit") as error:
-        pretended_cuda(Trainer(_build_net(SPEC), load_data(TINY), Breaks(),
+        pretended_cuda(Trainer(build_net(SPEC), load_data(TINY), Breaks(),
                                Recipe(2, 32), 0, torch.device("cpu")))
     assert not isinstance(error.value, GraphCaptureError)
 
@@ -428,7 +428,7 @@ def test_logits_keep_their_precision_where_the_body_is_in_16_bits():
 
 
 def test_logits_of_a_scaled_teacher_are_divided_by_its_temperature_whichever_student_cached_them():
-    data, net = load_data(TINY), _build_net(SPEC).eval()
+    data, net = load_data(TINY), build_net(SPEC).eval()
     cache = TeacherCache()
     class Looks(Distillation):
         seen = []
@@ -436,7 +436,7 @@ def test_logits_of_a_scaled_teacher_are_divided_by_its_temperature_whichever_stu
             self.seen.append(step.teacher.clone())
             return super().forward(step)
     for T in (1., 4.):
-        Trainer(_build_net(SPEC), data, Looks(), Recipe(1, 100), 0,
+        Trainer(build_net(SPEC), data, Looks(), Recipe(1, 100), 0,
                 torch.device("cpu"), lambda x, i: net(x), T, cache).run(progress=False)
     first, second, again_first, again_second = Looks.seen # two steps of each
     assert torch.equal(again_first, first/4) and torch.equal(again_second, second/4)
@@ -447,7 +447,7 @@ def test_a_finished_run_keeps_no_memory():
     gc.collect()
     gc.disable()
     try:
-        run = Trainer(_build_net(SPEC), load_data(TINY), TrainingMethod(),
+        run = Trainer(build_net(SPEC), load_data(TINY), TrainingMethod(),
                       Recipe(1, 100), 0, torch.device("cpu"))
         run.run(progress=False)
         alive = weakref.ref(run)

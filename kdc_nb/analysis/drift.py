@@ -27,7 +27,8 @@ from ..training.devices import best_device
 from ..training.steps import predict_logits
 from ..experiments.specs import RunSpec, run_label
 from ..experiments.results import round_numbers
-from ..experiments.runs import RunContext, Store
+from ..experiments.store import Store
+from ..experiments.runs import RunContext
 from .corruptions import CORRUPTIONS, check_severity, corrupt_images
 
 # %% ../../nbs/analysis/08_drift.ipynb #0bb2694d

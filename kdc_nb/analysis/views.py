@@ -22,7 +22,8 @@ from ..training.devices import best_device
 from ..training.steps import predict_logits
 from ..experiments.specs import RunSpec
 from ..experiments.results import Result, compact_json, result_from_json, result_to_json, round_numbers
-from ..experiments.runs import RunContext, Store, run
+from ..experiments.store import Store
+from ..experiments.runs import RunContext, run
 from .features import FeatureExtractor, head_weights
 from .geometry import class_geometry, measure_merging, similar_classes, similar_triples
 

@@ -5,21 +5,20 @@
 # %% auto #0
 __all__ = ['METRICS', 'TRUTH_LABELS', 'BUILT_IN', 'Metric', 'register_metric', 'unregister_metric', 'label_moments',
            'select_metrics', 'binned_error', 'calibration_error', 'ece', 'ace', 'mce', 'ks', 'sce', 'classwise_ace',
-           'nll', 'brier', 'top1', 'true_calibration_error', 'kl_to_truth', 'Outcomes', 'compute_outcomes',
-           'metrics_from_outcomes']
+           'nll', 'brier', 'top1', 'true_calibration_error', 'kl_to_truth']
 
 # %% ../../nbs/calibration/01_metrics.ipynb #a3ed7ce3
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core import Registry, check, is_built_in, lookup
 from kdc_nb.calibration.predictions import (
-    BinaryPredictions, bin_gaps, check_bins_and_draws, check_outputs, check_outputs_and_labels, classwise,
+    BinaryPredictions, check_bins_and_draws, check_outputs, check_outputs_and_labels, classwise,
     equal_mass_bins, equal_width_bins, gaps_and_shares, ks_norm, l1_norm, max_norm, to_log_probs,
     to_probs, top_label, unique_bins,
 )
@@ -263,42 +262,3 @@ def _check_probs_and_posterior(probs: Any, posterior: Any) -> tuple[Tensor, Tens
     check(p.shape == truth.shape, "posterior",
           f"shape {tuple(truth.shape)}", f"that of probs, {tuple(p.shape)}")
     return p, truth
-
-# %% ../../nbs/calibration/01_metrics.ipynb #eb3a9315
-class Outcomes(NamedTuple):
-    "How a model fares on each of N images"
-    top: Tensor # (N,) int64, the label it predicts
-    hit: Tensor # (N,) float64, 1 where that is correct
-    log_odds: Tensor # (N,) float64, log(p/(1 - p)) of its confidence p
-    nll: Tensor # (N,) float64, in nats
-    gaps: Tensor # (C, n_bins) float64, the class-wise gaps of SCE: sum of p - hit over N
-
-    @property
-    def per_sample(self) -> dict[str, Tensor]: return {"nll": self.nll, "top1": self.hit} # (N,) by metric
-
-    @property
-    def claims(self) -> BinaryPredictions:
-        return BinaryPredictions(self.log_odds.sigmoid()[:, None], self.hit[:, None])
-
-
-def compute_outcomes(
-    logits: Any, # (N, C)
-    labels: Any, # (N,) integers from 0 to C-1
-    n_bins: int = 15, # of SCE
-) -> Outcomes:
-    "What is kept of a model's outputs"
-    x, y = check_outputs_and_labels(logits, labels)
-    top = x.argmax(1, keepdim=True)
-    odds = x.gather(1, top) - x.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True)
-    gaps = bin_gaps(every := classwise(x, y, "logits"), equal_width_bins(every.p, n_bins), n_bins)
-    hit, loss = (METRICS[k].per_sample(x, y, "logits") for k in ("top1", "nll"))
-    return Outcomes(top.squeeze(1), hit, odds.squeeze(1), loss, gaps)
-
-# %% ../../nbs/calibration/01_metrics.ipynb #b9326545
-def metrics_from_outcomes(
-    o: Outcomes,
-    n_bins: int = 15, # for the top label
-) -> dict[str, float]: # by name
-    "The metrics that follow from outcomes: all but Brier score and class-wise ACE"
-    top = {k: binned_error(m, o.claims, n_bins) for k, m in METRICS.items() if m.predictions is top_label}
-    return {k: float(v.mean()) for k, v in o.per_sample.items()} | top | {"sce": float(l1_norm(o.gaps, None))}

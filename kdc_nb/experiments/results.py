@@ -22,11 +22,10 @@ from ..core import check, decode, encode
 from ..files import load_npz, save_npz
 from ..tables import Table
 from ..calibration.predictions import equal_width_bins, softmax64
-from kdc_nb.calibration.metrics import (
-    Outcomes, compute_outcomes, ece, kl_to_truth, nll, top1, true_calibration_error,
-)
+from ..calibration.metrics import ece, kl_to_truth, nll, top1, true_calibration_error
+from ..calibration.outcomes import Outcomes, compute_outcomes
 from ..calibration.posthoc import Calibrator
-from ..calibration.estimates import DiagramData, ReliabilityBins, reliability_bins
+from ..calibration.reliability import DiagramData, ReliabilityBins, reliability_bins
 from ..calibration.evaluation import Evaluation, evaluate, format_metric, metric_label
 from ..training.data import load_data
 from .specs import RunSpec, run_label, with_seed

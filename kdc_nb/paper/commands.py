@@ -23,7 +23,7 @@ from ..training.devices import best_device, distributed_session, rank_and_world
 from ..training.recipes import RECIPES
 from ..experiments.specs import RunSpec
 from ..experiments.results import Result, read_results, result_outcomes, write_results
-from ..experiments.runs import Store
+from ..experiments.store import Store
 from ..experiments.agenda import format_plan, parse_duration, plan_sweep, read_specs
 from ..experiments.sweeps import check_parallelism, sweep
 from ..experiments.tables import collect_by_row
@@ -35,9 +35,9 @@ from .claims import paper_progress_table, published_values
 from .selfcheck import print_device_check
 
 # %% ../../nbs/paper/05_commands.ipynb #b0000005
-_EXIT_STATUS_HELP = """Exit status: 0 all is done; 75 there was not time enough, the same command goes on (0 under torchrun, which takes all
-else for a fault); 130 stopped by Ctrl-C, the same command goes on; 2 bad input; 1 a run failed, or a check.
-Shares in tables are percent, NLL is in nats."""
+_EXIT_STATUS_HELP = """Exit status: 0 all is done; 75 there was not time enough, the same command goes on (0
+under torchrun, which takes all else for a fault); 130 stopped by Ctrl-C, the same command goes on; 2 bad input;
+1 a run failed, or a check. Shares in tables are percent, NLL is in nats."""
 
 # %% ../../nbs/paper/05_commands.ipynb #e457df97
 def _build_parser() -> argparse.ArgumentParser:

@@ -27,7 +27,7 @@ from ..training.recipes import RECIPES, Recipe
 from ..experiments.specs import Distil, RunSpec
 from ..experiments.teachers import TemperedPosterior
 from ..experiments.results import Result
-from ..experiments.runs import Store
+from ..experiments.store import Store
 from ..experiments.sweeps import sweep
 from kdc_nb.experiments.tables import (
     SeedSummary, collect_by_row, format_seed_count, results_table, summarise_seeds,
@@ -147,10 +147,13 @@ def _run_part(
 
 # %% ../../nbs/paper/03_demo.ipynb #58d50ecc
 _PAGE_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kdc_nb: demo</title>
-<style>body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}
-td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}td:first-child{text-align:left}img{max-width:100%}</style>
+<style>body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
+table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}
+td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:right;
+white-space:nowrap}td:first-child{text-align:left}img{max-width:100%}</style>
 <h1>Calibration passing from teacher to student</h1>
-<p>Means over seeds, with their standard deviation, in percent (NLL in nats). The interval is that of one run's ECE on its test images;
+<p>Means over seeds, with their standard deviation, in percent (NLL in nats). The interval is that of one
+run's ECE on its test images;
 the null band is where a perfectly calibrated model with the same confidences would lie.</p>"""
 
 # %% ../../nbs/paper/03_demo.ipynb #40b723b3

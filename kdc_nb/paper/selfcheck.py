@@ -22,7 +22,8 @@ from ..training.recipes import Recipe
 from ..training.trainer import Trainer
 from ..experiments.specs import Distil, RunSpec
 from ..experiments.teachers import TemperatureScaled
-from ..experiments.runs import Store, describe_environment
+from ..experiments.store import Store
+from ..experiments.runs import describe_environment
 from ..experiments.sweeps import sweep
 from .settings import PAPER_METHODS
 

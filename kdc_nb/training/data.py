@@ -91,7 +91,7 @@ class Dataset:
 
 # %% ../../nbs/training/00_data.ipynb #24617b45
 class DataSpec(NamedSpec, rooms=[f"kdc_nb.training.{room}"
-                                 for room in ("synthetic", "cifar", "images", "text")]):
+                                 for room in ("synthetic", "cifar", "images", "streams", "text")]):
     "A data set by name, such as `DataSpec('cifar10', n_train=5000)`"
 
     @property
