@@ -90,9 +90,10 @@ def is_built_in(made: Any) -> bool:
 
 
 def _is_defined_again(old: Any, made: Any) -> bool:
-    "Whether a cell was run again that defined `old`; of the kit's own, only with the very same code"
-    same_name = getattr(old, "__qualname__", "<lambda>") == getattr(made, "__qualname__", None)
-    return same_name and (not is_built_in(old) or _byte_code(old) == _byte_code(made))
+    "Whether a cell was run again that defined `old`; of the kit's own, only the same"
+    if getattr(old, "__qualname__", "<lambda>") != getattr(made, "__qualname__", None): return False
+    mentions = "co_names", "co_varnames" # byte code itself also depends on where lines are broken
+    return not is_built_in(old) or _byte_code(old, *mentions) == _byte_code(made, *mentions)
 
 # %% ../nbs/core.ipynb #19cd2670
 def own_entries() -> list[tuple[str, str, Any]]: # kind, name, function or class
@@ -139,18 +140,18 @@ def _source(thing: Any) -> str:
     "The source of a function or class; where there is none, its byte code"
     try: return textwrap.dedent(inspect.getsource(thing))
     except (OSError, TypeError): pass
-    if not inspect.isclass(thing): return _byte_code(thing)
+    if not inspect.isclass(thing): return _byte_code(thing, "co_code", "co_names")
     bases = [b.__qualname__ for b in thing.__bases__]
     constants = {k: v for k, v in vars(thing).items()
                  if isinstance(v, (bool, int, float, str, tuple)) and not k.startswith("__")}
     return repr([thing.__qualname__, bases, constants, *map(_source, _functions(thing))])
 
 
-def _byte_code(thing: Any) -> str:
+def _byte_code(thing: Any, *fields: str) -> str: # of code objects, beside their constants
     "What a function or class does, without the place where it was written"
     def parts(code):
-        return [code.co_code, code.co_names,
-                *(parts(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts)]
+        constants = [parts(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+        return [*(getattr(code, f) for f in fields), *constants]
     return repr([parts(f.__code__) for f in _functions(thing)])
 
 

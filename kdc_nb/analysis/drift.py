@@ -47,7 +47,7 @@ def _open_npy(
     check(isinstance(array, np.ndarray) and fits(array), "folder", f"{path} with {got}", expected)
     return array
 
-
+# %% ../../nbs/analysis/08_drift.ipynb #4c9551dd
 def read_corrupted_images(
     folder: Path | str, # where the .npy files are
     name: str, # of a corruption: a file's name without .npy
@@ -167,7 +167,7 @@ def write_drifts(
     save_npz(path, {}, drifts=[{k: v if k == "spec" else round_numbers(v) for k, v in encode(d).items()}
                                for d in drifts])
 
-
+# %% ../../nbs/analysis/08_drift.ipynb #2abcd075
 def read_drifts(
     path: Path | str, # written by `write_drifts`
 ) -> dict[RunSpec, DriftResult]:

@@ -23,12 +23,12 @@ def _one_hot_float(
     "Which image is of which class"
     return torch.nn.functional.one_hot(labels.long()).to(like)
 
-
+# %% ../../nbs/analysis/01_geometry.ipynb #e80ed1fa
 def _squared_distances(x: Tensor, centroid: Tensor) -> Tensor: # (N, C)
     "Squared distance of each image (N, F) to each centroid (C, F)"
     return (x.square().sum(1, keepdim=True) - 2*x@centroid.T + centroid.square().sum(1)).clamp(min=0)
 
-
+# %% ../../nbs/analysis/01_geometry.ipynb #6f1f5e33
 def _centroid_distances(
     x: Tensor, # (N, F) features
     member: Tensor, # (N, C) how often each image counts for each class: at least two for each class
@@ -52,7 +52,7 @@ def _misassigned(
     own = (member*to*(n/(n - 1)).square()).sum(1, keepdim=True)
     return (to < own).to(x)*(1 - member)
 
-
+# %% ../../nbs/analysis/01_geometry.ipynb #40db76f8
 def _class_overlaps(member: Tensor, nearer: Tensor) -> Tensor: # (C, C)
     "The share of two classes' images that lie nearer to the other's centroid"
     n, wrong = member.sum(0), member.T@nearer
@@ -68,7 +68,7 @@ def _centre_features(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
           "a class with fewer than two images", "two or more of each class")
     return x - x.mean(0), member
 
-
+# %% ../../nbs/analysis/01_geometry.ipynb #7d8ed385
 def class_geometry(
     features: Tensor, # (N, F)
     labels: Tensor, # (N,) each class at least twice
@@ -95,7 +95,7 @@ def similar_triples(
     other = ~similar & ~torch.eye(len(similar), dtype=torch.bool)
     return similar.triu()[:, :, None] & other[:, None] & other[None]
 
-
+# %% ../../nbs/analysis/01_geometry.ipynb #d3a409e4
 def _distance_ratio(
     distance: Tensor, # (C, C)
     chosen: Tensor, # (C, C, C) bool, of a, b and c
@@ -114,7 +114,7 @@ def _summarise_merging(distance: Tensor, overlap: Tensor, similar: Tensor) -> Te
     return torch.stack([_distance_ratio(distance, similar_triples(similar)),
                         overlap[similar].mean(), overlap[other].mean()])
 
-
+# %% ../../nbs/analysis/01_geometry.ipynb #5506991f
 def measure_merging(
     features: Tensor, # (N, F)
     labels: Tensor, # (N,) each class at least twice

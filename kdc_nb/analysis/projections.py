@@ -39,7 +39,7 @@ def _class_space_basis(
           "rows that lie in one plane", "three independent ones")
     return q*r.diagonal().sign()
 
-
+# %% ../../nbs/analysis/03_projections.ipynb #3b89a8a4
 def _project_to_classes(
     features: Tensor, # (N, F)
     head: Tensor, # (C, F + 1)
@@ -57,7 +57,7 @@ class _Projection(NamedTuple):
     def __call__(self, points: Tensor) -> Tensor: # (N, 3) to (N, 2)
         return (points - self.mean)@self.directions
 
-
+# %% ../../nbs/analysis/03_projections.ipynb #3293e8e9
 def _principal_plane(
     points: Tensor, # (N, 3)
 ) -> _Projection:
@@ -81,7 +81,7 @@ def _prepare_penultimate(
     return [[flat(_project_to_classes(l.features[split][l.kept[split] == c], l.head, classes)).numpy()
              for c in classes] for l in looks]
 
-
+# %% ../../nbs/analysis/03_projections.ipynb #422f0cfe
 class _PenultimatePlot:
     "Clusters of three classes; `show` gives it others"
 
@@ -108,7 +108,7 @@ class _PenultimatePlot:
         self.title.set_text(title)
         return self
 
-
+# %% ../../nbs/analysis/03_projections.ipynb #795a4009
 def _axis_limits(
     clusters: Iterable[np.ndarray], # (n, 2) each
 ) -> tuple[float, float, float, float]: # left, right, lower, upper
@@ -154,7 +154,7 @@ def compute_umap(
         try: return umap.UMAP(n_neighbors=15, random_state=0).fit_transform(features.numpy())
         finally: torch.set_num_threads(threads)
 
-
+# %% ../../nbs/analysis/03_projections.ipynb #2531b95d
 def plot_umap(
     xy: np.ndarray, # (N, 2) from `compute_umap`
     look: FeatureView, # whose test images they are
@@ -214,7 +214,7 @@ class ClassClusters:
         self.images.set_visible(images is not None)
         if images is not None: self.images.set_data(_paste_images(np.concatenate(clusters), images, colors))
 
-
+# %% ../../nbs/analysis/03_projections.ipynb #4df11627
 def unit_square_clusters(looks: Sequence[FeatureView], classes: Sequence[int],
                          split: str) -> list[list[np.ndarray]]:
     "What `_prepare_penultimate` gives, as shares of the way from the lower to the upper limit of all"
@@ -223,7 +223,7 @@ def unit_square_clusters(looks: Sequence[FeatureView], classes: Sequence[int],
     low, high = np.array(limits[::2]), np.array(limits[1::2])
     return [[(xy - low)/(high - low) for xy in own] for own in clusters]
 
-
+# %% ../../nbs/analysis/03_projections.ipynb #c480b2fa
 def format_merging(look: FeatureView, classes: Sequence[int]) -> str:
     "How far the first two of three classes have merged"
     d, (a, b, c) = look.distance, classes

@@ -39,7 +39,7 @@ def wilson_interval(
     half = z*(hits*(n - hits)/n + z*z/4)**.5/(n + z*z)
     return middle - half, middle + half
 
-
+# %% ../../nbs/calibration/05_estimates.ipynb #40d2c59c
 def _top1_interval(values: Tensor, level: float) -> tuple[float, float]:
     "The interval of a mean of zeros and ones (N,)"
     return wilson_interval(float(values.sum()), len(values), level)
@@ -65,7 +65,7 @@ def _shrink_gaps(law: NoiseModel, gaps: Tensor) -> Tensor: # (K, B)
     rest = gaps*(1 - noise/power.clamp(min=1e-300)).clamp(min=0)
     return rest if rest.any() else gaps
 
-
+# %% ../../nbs/calibration/05_estimates.ipynb #68ac6544
 def _tail_probs(law: NoiseModel, unit: Tensor, thetas: Sequence[float],
                 seen: float) -> tuple[np.ndarray, np.ndarray]: # (len(thetas),) each
     """How often the score is at least, and at most, the one seen, if the true gaps have a given
@@ -78,7 +78,7 @@ def _tail_probs(law: NoiseModel, unit: Tensor, thetas: Sequence[float],
     below = [float((d <= seen*(1 + TIE_TOLERANCE)).double().mean()) for d in draws]
     return np.maximum.accumulate(above), np.minimum.accumulate(below)
 
-
+# %% ../../nbs/calibration/05_estimates.ipynb #557eb4d8
 def _invert_test(
     law: NoiseModel, # with two hypotheses: the model is calibrated; its gaps are those observed
     gaps: Tensor, # (K, B) the observed gaps
@@ -114,7 +114,7 @@ def _chernoff_interval(
         return outside
     return bisect(fraction, torch.zeros_like(fraction)), bisect(fraction, torch.ones_like(fraction))
 
-
+# %% ../../nbs/calibration/05_estimates.ipynb #1464a74e
 def _mce_bounds(
     claims: BinaryPredictions, # of the top label
     bins: Tensor, # (N, 1) the bin of each
@@ -159,7 +159,7 @@ class Estimate:
         "Whether the value lies outside its interval"
         return self.low is not None and not self.low <= self.value <= self.high
 
-
+# %% ../../nbs/calibration/05_estimates.ipynb #225951d9
 def check_value(metric: str, value: float) -> None:
     "A `ValueError` where a metric's value is no number, or lies outside its limits"
     low, high = METRICS[metric].limits
@@ -188,7 +188,7 @@ def _estimate_from_noise(
     low, middle, high = (rule.clip(scale*e) for e in (low, middle, high))
     return Estimate(value, low, high, middle, *null)
 
-
+# %% ../../nbs/calibration/05_estimates.ipynb #19b47f42
 def calibration_estimates(
     outputs: Any, # (N, C) logits or probabilities
     labels: Any, # (N,) integers from 0 to C-1
@@ -211,7 +211,7 @@ def calibration_estimates(
         found |= {k: _estimate_from_noise(k, law, every, n_bins, level) for k, law in laws.items()}
     return found
 
-
+# %% ../../nbs/calibration/05_estimates.ipynb #6e87489c
 def top_label_estimates(
     names: Sequence[str], # of metrics of the top label
     claims: BinaryPredictions, # (N, 1)

@@ -86,7 +86,7 @@ def result_to_json(result: Result) -> dict[str, Any]:
     return {f.name: encode(getattr(result, f.name))
             for f in fields(Result) if f.name not in ("images", "logits")}
 
-
+# %% ../../nbs/experiments/02_results.ipynb #8e65f14f
 def result_from_json(light: dict[str, Any], **more: Any) -> Result: # `images` or `logits`
     "The inverse of `result_to_json`"
     parts = {k: decode(v) for k, v in light.items()}
@@ -128,13 +128,13 @@ def evaluate_splits(
         "truth": _distances_to_truth(test, posterior, evaluation.T),
     }
 
-
+# %% ../../nbs/experiments/02_results.ipynb #de284f2e
 def load_evaluation_inputs(spec: RunSpec, logits: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
     "What `evaluate_splits` looks at"
     data = load_data(spec.data)
     return logits["valid"], data.valid.labels, logits["test"], data.test.labels, data.test.posterior
 
-
+# %% ../../nbs/experiments/02_results.ipynb #169278aa
 def make_result(
     spec: RunSpec,
     logits: dict[str, Tensor], # "valid" and "test", (N, C)
@@ -187,17 +187,17 @@ def _quantise(x: Tensor) -> Tensor:
     "Numbers as integers of 1/128 that fit into 16 bits"
     return (128*x).round().clamp(-2**15, 2**15 - 1)
 
-
+# %% ../../nbs/experiments/02_results.ipynb #77ac08d2
 def _ece_bin_of_odds(odds: Tensor) -> Tensor:
     "The bin of ECE that each log-odds is in"
     return equal_width_bins(odds.sigmoid(), 15)
 
-
+# %% ../../nbs/experiments/02_results.ipynb #bc41533a
 def _to_byte_planes(steps: Tensor) -> Tensor: # (N,) to (2, N)
     "Integers of 16 bits as their low and their high bytes"
     return steps.to(torch.int16).view(torch.uint8).view(-1, 2).T.contiguous()
 
-
+# %% ../../nbs/experiments/02_results.ipynb #bb3b47ef
 def _from_byte_planes(planes: Tensor) -> Tensor: # (2, N) to (N,)
     "The numbers behind the bytes"
     return planes.T.contiguous().view(torch.int16).flatten().double()/128
@@ -228,19 +228,19 @@ def write_results(
     save_npz(path, {f"{i}/{k}": t for i, p in enumerate(parts) for k, t in p.items()},
              runs=[compact_json(r) for r in results])
 
-
+# %% ../../nbs/experiments/02_results.ipynb #92c8ae3c
 def compact_json(result: Result) -> dict[str, Any]:
     "The light part, numbers to 6 digits, but for the description, which must stay what it is"
     return {k: v if k == "spec" else round_numbers(v) for k, v in result_to_json(result).items()}
 
-
+# %% ../../nbs/experiments/02_results.ipynb #82b43d8c
 def round_numbers(o: Any) -> Any:
     "Plain JSON with its numbers to 6 digits"
     if isinstance(o, float): return float(f"{o:.6g}")
     if isinstance(o, dict): return {k: round_numbers(v) for k, v in o.items()}
     return [round_numbers(v) for v in o] if isinstance(o, list) else o
 
-
+# %% ../../nbs/experiments/02_results.ipynb #b8af1cf6
 def read_results(
     path: Path | str, # written by `write_results`
 ) -> dict[RunSpec, Result]: # without logits

@@ -68,7 +68,7 @@ def build_net(spec: RunSpec) -> nn.Module:
         with seeded_rng(spec.seed): net.pretrain(load_data(spec.data))
     return net
 
-
+# %% ../../nbs/experiments/03_store.ipynb #031a4043
 def init_net(spec: RunSpec) -> nn.Module:
     "A network of a run's kind, its weights drawn by the seed"
     data = load_data(spec.data)
@@ -85,7 +85,7 @@ def all_results(
     paths = sorted(store.folder.glob("*.run"), key=lambda p: p.stat().st_mtime)
     return [r for p in paths if (r := store.read(p, "left out"))]
 
-
+# %% ../../nbs/experiments/03_store.ipynb #cb08deb2
 def clean_store(
     store: Store | None = None, # None: the one in the cache folder
 ) -> list[Path]: # what was removed

@@ -35,7 +35,7 @@ class _CalibrationPoint(NamedTuple):
     ece: float
     gap: float # mean confidence less accuracy: above 0 is overconfident
 
-
+# %% ../../nbs/experiments/10_transfer.ipynb #9871f0a9
 class _TransferPair(NamedTuple):
     "A student beside its teacher"
     spec: RunSpec # of the student
@@ -51,7 +51,7 @@ def _result_calibration(result: Result, which: str = "raw") -> _CalibrationPoint
     table = getattr(result.evaluation, which)
     return _CalibrationPoint(table["ece"].value, result.confidence[which] - table["top1"].value)
 
-
+# %% ../../nbs/experiments/10_transfer.ipynb #9299866d
 @lru_cache(maxsize=64)
 def _posterior_calibration(data: DataSpec, tau: float) -> _CalibrationPoint:
     "ECE and gap of the tempered posterior of a data set"
@@ -72,7 +72,7 @@ def _teacher_calibration(
         case run if run in results: return _result_calibration(results[run])
     return None
 
-
+# %% ../../nbs/experiments/10_transfer.ipynb #14a4c2ec
 def prepare_transfer(
     results: Mapping[RunSpec, Result], # students, and the runs that taught them
     # in the order of `results`; students whose teacher's result is not there are left out
@@ -135,7 +135,7 @@ class TransferPlot:
         self.title.set_text(f"T = {T:g}, alpha = {alpha:g}" + f" (N = {rows[0].n:,})"*bool(rows))
         return self
 
-
+# %% ../../nbs/experiments/10_transfer.ipynb #55aa2efd
 def plot_transfer(
     pairs: Iterable[_TransferPair], # from `prepare_transfer`
     T: float, # temperature of distillation
@@ -172,7 +172,7 @@ def prepare_direct_and_distilled(
                                             summarise_results("KD", groups[s], "raw"))
     return out
 
-
+# %% ../../nbs/experiments/10_transfer.ipynb #af5a86b3
 def plot_direct_and_distilled(
     pairs: Mapping[str, tuple[SeedSummary, SeedSummary]], # from `prepare_direct_and_distilled`
     ax: Axes | None = None, # None: a new one

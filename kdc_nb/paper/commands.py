@@ -36,8 +36,8 @@ from .selfcheck import print_device_check
 
 # %% ../../nbs/paper/05_commands.ipynb #b0000005
 _EXIT_STATUS_HELP = """Exit status: 0 all is done; 75 there was not time enough, the same command goes on (0
-under torchrun, which takes all else for a fault); 130 stopped by Ctrl-C, the same command goes on; 2 bad input;
-1 a run failed, or a check. Shares in tables are percent, NLL is in nats."""
+under torchrun, which takes all else for a fault); 130 stopped by Ctrl-C, the same command goes on;
+2 bad input; 1 a run failed, or a check. Shares in tables are percent, NLL is in nats."""
 
 # %% ../../nbs/paper/05_commands.ipynb #e457df97
 def _build_parser() -> argparse.ArgumentParser:

@@ -73,14 +73,14 @@ def _bert(n_classes: int, in_channels: int, layers: int, width: int) -> TextClas
                               num_hidden_layers=layers, num_attention_heads=_count_attention_heads(width),
                               intermediate_size=4*width, initializer_range=.02*(768/width)**.5)
 
-
+# %% ../../nbs/training/07_text_models.ipynb #be148b18
 def _distilbert(n_classes: int, in_channels: int, layers: int, width: int) -> TextClassifier:
     "DistilBERT of any size (Sanh et al., 2019), likewise"
     return _build_transformer("DistilBert", n_classes, vocab_size=in_channels, dim=width,
                               n_layers=layers, n_heads=_count_attention_heads(width),
                               hidden_dim=4*width, initializer_range=.02*(768/width)**.5)
 
-
+# %% ../../nbs/training/07_text_models.ipynb #aaea75a4
 def _count_attention_heads(width: int) -> int:
     "Attention heads of 32 numbers each"
     check(width % 32 == 0, "width", width, "a multiple of 32")
@@ -91,7 +91,7 @@ def _bert_base(n_classes: int, in_channels: int) -> TextClassifier:
     "bert-base-uncased: the paper's teacher of Table 3"
     return _build_transformer("Bert", n_classes, "bert-base-uncased")
 
-
+# %% ../../nbs/training/07_text_models.ipynb #7b5f2743
 def _distilbert_base(n_classes: int, in_channels: int) -> TextClassifier:
     "distilbert-base-uncased: its student"
     return _build_transformer("DistilBert", n_classes, "distilbert-base-uncased")
