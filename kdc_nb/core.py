@@ -55,7 +55,7 @@ class Registry(UserDict):
     ):
         super().__init__()
         self.kind, self.rooms = kind, rooms
-        self.by_kind[kind] = self
+        self.by_kind.setdefault(kind, self)
 
     def load(self) -> None:
         "Import the rooms"
@@ -74,9 +74,9 @@ class Registry(UserDict):
     def __setitem__(self, name, made):
         if not is_built_in(made): self.load()
         old = self.data.get(name)
-        check(old is None or _is_defined_again(old, made),
-              self.kind, repr(name), "a name that is not taken yet")
-        self.data[name] = made
+        again = _is_defined_again(old, made)
+        check(old is None or again, self.kind, repr(name), "a name that is not taken yet")
+        if not (again and is_built_in(old)): self.data[name] = made # a page of the kit runs: its module is there
 
     def register(self, name: str) -> Callable: # a decorator
         "Enter a function or class under `name`"
