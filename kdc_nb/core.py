@@ -76,7 +76,7 @@ class Registry(UserDict):
         old = self.data.get(name)
         again = _is_defined_again(old, made)
         check(old is None or again, self.kind, repr(name), "a name that is not taken yet")
-        if not (again and is_built_in(old)): self.data[name] = made # a page of the kit runs: its module is there
+        if not (again and is_built_in(old)): self.data[name] = made # a kit's page has its module
 
     def register(self, name: str) -> Callable: # a decorator
         "Enter a function or class under `name`"

@@ -207,7 +207,7 @@ def call_with_own_code(packed: tuple[int, bytes], f: Callable, *args: Any) -> An
         import cloudpickle
         entries, fingerprints = cloudpickle.loads(code)
         KNOWN_FINGERPRINTS.update(fingerprints)
-        for kind, name, made in entries: Registry.by_kind[kind].data[name] = made
+        for kind, name, made in entries: (Registry.by_kind.get(kind) or Registry(kind)).data[name] = made
     return f(*args)
 
 
