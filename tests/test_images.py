@@ -16,6 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import kdc_nb.training.images as ki
+from kdc_nb.training import streams
 from kdc_nb.files import cache_dir, load_tensors
 from kdc_nb.training.data import DataSpec, LeaveFoldOut, load_data
 from kdc_nb.training.methods import TrainingMethod
@@ -144,7 +145,7 @@ def tiny(tmp_path):
 
 
 def test_tiny_imagenet_is_read_in_its_official_layout(tiny):
-    d = load_data(ki.register_tiny_imagenet(tiny))
+    d = load_data(streams.register_tiny_imagenet(tiny))
     assert ((d.classes, len(d.train), len(d.valid), d.test.labels.tolist(), d.test.inputs.shape)
             == (("n01", "n02", "n03"), 27, 3, [2, 0, 0, 1], (4, 3, 64, 64)))
     assert torch.equal(d.test.inputs[2], torch.from_numpy(
@@ -163,7 +164,7 @@ def test_tiny_imagenet_is_read_in_its_official_layout(tiny):
     (lambda r: (r/"train/n01/images/n01_3.JPEG").write_bytes(b"x"), "n01_3.JPEG, which cannot be read")])
 def test_a_damaged_tiny_imagenet_is_named(tiny, fault, message):
     fault(tiny)
-    with pytest.raises(ValueError, match=message): ki.register_tiny_imagenet(tiny)
+    with pytest.raises(ValueError, match=message): streams.register_tiny_imagenet(tiny)
 
 
 @pytest.fixture
@@ -178,7 +179,7 @@ def imagenet(tmp_path):
 
 
 def test_imagenet_100_is_a_folder_and_a_list_of_classes(imagenet):
-    data = ki.register_imagenet100(imagenet, imagenet.parent/"list.txt", size=32)
+    data = streams.register_imagenet100(imagenet, imagenet.parent/"list.txt", size=32)
     d = load_data(data)
     assert ((data.title, d.classes, len(d.train), len(d.valid), len(d.test), d.in_channels)
             == ("imagenet-2", ("n01", "n03"), 18, 2, 6, 3))
@@ -186,9 +187,9 @@ def test_imagenet_100_is_a_folder_and_a_list_of_classes(imagenet):
             and set(d.train.inputs.names.tolist()).isdisjoint(d.valid.inputs.names.tolist()))
     assert all(d.classes[y] in n for s in (d.train, d.valid, d.test)
                for n, y in zip(s.inputs.names, s.labels))
-    assert (ki.register_imagenet100(imagenet, ["n01", "n03"], 32) == data
-            and ki.register_imagenet100(imagenet, ["n01", "n02"], 32) != data)
-    kept = load_data(ki.register_imagenet100(imagenet, ["n03", "n01"], 32, in_memory=True))
+    assert (streams.register_imagenet100(imagenet, ["n01", "n03"], 32) == data
+            and streams.register_imagenet100(imagenet, ["n01", "n02"], 32) != data)
+    kept = load_data(streams.register_imagenet100(imagenet, ["n03", "n01"], 32, in_memory=True))
     assert (torch.equal(kept.valid.inputs, d.valid.inputs.to("cpu"))
             and torch.equal(kept.train.labels, d.train.labels)
             and (kept.classes, kept.augment) == (d.classes, d.augment))
@@ -197,13 +198,13 @@ def test_imagenet_100_is_a_folder_and_a_list_of_classes(imagenet):
     with pytest.raises(ValueError,
                        match="data: got imagenet-2, whose .*JPEG is gone, expected the files that"):
         load_data(data)
-    assert ki.register_imagenet100(moved, ["n01", "n03"], 32) == data, (
+    assert streams.register_imagenet100(moved, ["n01", "n03"], 32) == data, (
         "the same files elsewhere are the same data set"
     )
 
 
 def test_what_is_only_looked_at_is_scaled_and_cut_to_the_middle(imagenet):
-    files = load_data(ki.register_imagenet100(imagenet, ["n01", "n02", "n03"], 28)).test.inputs
+    files = load_data(streams.register_imagenet100(imagenet, ["n01", "n02", "n03"], 28)).test.inputs
     seen = files.to("cpu")
     for x, name in zip(seen, files.names):
         image = Image.open(imagenet/name).convert("RGB")
@@ -220,7 +221,7 @@ def test_what_is_only_looked_at_is_scaled_and_cut_to_the_middle(imagenet):
 
 
 def test_what_is_done_to_an_image_does_not_depend_on_who_reads_it(imagenet, monkeypatch):
-    files = load_data(ki.register_imagenet100(imagenet, ["n01", "n03"], 24)).train.inputs
+    files = load_data(streams.register_imagenet100(imagenet, ["n01", "n03"], 24)).train.inputs
     index, seen, before = torch.arange(18).view(3, 6), {}, torch.random.get_rng_state()
     for workers in (1, 2):
         monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(workers))
@@ -236,7 +237,7 @@ def test_what_is_done_to_an_image_does_not_depend_on_who_reads_it(imagenet, monk
 
 
 def test_a_streamed_run_can_be_killed_and_its_teacher_may_see_what_it_sees(imagenet, tmp_path):
-    data = ki.register_imagenet100(imagenet, ["n01", "n02", "n03"], 32)
+    data = streams.register_imagenet100(imagenet, ["n01", "n02", "n03"], 32)
     recipe = Recipe(3, 8, lr=.01, augment=("crop", "flip"), live_teacher=True)
     teacher = RunSpec(data, "resnet8", "nll", recipe)
     student, store = RunSpec(data, "torchvision_resnet18", Distil(teacher), recipe), Store(tmp_path/"s")
@@ -254,7 +255,7 @@ def test_a_streamed_run_can_be_killed_and_its_teacher_may_see_what_it_sees(image
 
 def test_a_streamed_run_killed_after_the_last_step_of_an_epoch_goes_on(imagenet, tmp_path, monkeypatch):
     "The checkpoint of that step leaves no image of the epoch to read"
-    d, part = load_data(ki.register_imagenet100(imagenet, ["n01", "n02", "n03"], 32)), tmp_path/"part"
+    d, part = load_data(streams.register_imagenet100(imagenet, ["n01", "n02", "n03"], 32)), tmp_path/"part"
     spec = RunSpec(DataSpec("known"), "resnet8", "nll", Recipe(2, 8)) # for its network
     go = (lambda net, **kw:
               fit(net, d, TrainingMethod(), spec.recipe, device="cpu", progress=False, **kw).history)
@@ -287,12 +288,12 @@ class Killed(TrainingMethod):
 def test_a_damaged_imagenet_is_named(imagenet, fault, message):
     fault(imagenet)
     with pytest.raises(ValueError, match=message):
-        ki.register_imagenet100(imagenet, imagenet.parent/"list.txt", 32)
+        streams.register_imagenet100(imagenet, imagenet.parent/"list.txt", 32)
     assert not cache_dir().exists()
 
 
 def test_an_image_that_breaks_later_is_named_too(imagenet):
-    data = ki.register_imagenet100(imagenet, ["n01", "n03"], 32)
+    data = streams.register_imagenet100(imagenet, ["n01", "n03"], 32)
     path = imagenet/"train/n01/n01_4.JPEG"
     files = load_data(data).train.inputs
     path.write_bytes(path.read_bytes()[:300])
@@ -305,7 +306,7 @@ def test_an_image_that_breaks_later_is_named_too(imagenet):
 
 def test_ctrl_c_is_left_to_the_process_that_reads(imagenet):
     "A terminal sends it to all; workers that end by it would turn it into an error of torch's"
-    files = load_data(ki.register_imagenet100(imagenet, ["n01", "n02", "n03"], 32)).train.inputs
+    files = load_data(streams.register_imagenet100(imagenet, ["n01", "n02", "n03"], 32)).train.inputs
     batches = files.split(1)
     first = next(batches)
     for worker in multiprocessing.active_children(): os.kill(worker.pid, signal.SIGINT)
@@ -322,15 +323,15 @@ def test_images_of_one_size_in_bytes_are_told_apart(tmp_path):
                     tmp_path/folder/c/f"{k}.bmp"
                 )
         names, labels, classes = ki.find_images(tmp_path/folder)
-        given.append(ki.register_image_folder("mine", tmp_path/folder, *[(names, labels)]*3, classes, 8))
+        given.append(streams.register_image_folder("mine", tmp_path/folder, *[(names, labels)]*3, classes, 8))
     assert given[0] != given[1]
     for bad, message in (("../b/x/0.bmp", "names: got"), (str(tmp_path/"b/x/0.bmp"), "names: got")):
         with pytest.raises(ValueError, match=message):
-            ki.register_image_folder("mine", tmp_path/"a", ([bad, *names[1:]], labels),
+            streams.register_image_folder("mine", tmp_path/"a", ([bad, *names[1:]], labels),
                                      (names, labels), (names, labels), classes, 8)
     for size in (0, -3, "32", 7.5, None):
         with pytest.raises(ValueError, match="size: got"):
-            ki.register_image_folder("mine", tmp_path/"a", *[(names, labels)]*3, classes, size)
+            streams.register_image_folder("mine", tmp_path/"a", *[(names, labels)]*3, classes, size)
 
 
 @pytest.mark.parametrize("mode, ok", [("L", True), ("P", True), ("1", True), ("RGBA", True),
@@ -346,7 +347,7 @@ def test_only_eight_bits_a_channel_are_read(tmp_path, mode, ok):
 
 
 def test_streamed_runs_go_in_parallel_and_by_folds(imagenet, tmp_path):
-    data = ki.register_imagenet100(imagenet, ["n01", "n02", "n03"], 16)
+    data = streams.register_imagenet100(imagenet, ["n01", "n02", "n03"], 16)
     runs = [RunSpec(data, "resnet8", "nll", Recipe(1, 8, augment=("flip",)), s) for s in (0, 1)]
     pooled, alone = (sweep(runs, Store(tmp_path/"a"), "cpu", jobs=2, progress=False),
                      sweep(runs, Store(tmp_path/"b"), "cpu", progress=False))

@@ -222,8 +222,8 @@ def test_the_theorems_follow_the_hand(page, shots):
 
 def test_your_own_logits_follow_the_hand(page, shots):
     run_all(page, "nbs/explorers.ipynb", shots)
-    page.locator(".noUi-handle").nth(1).scroll_into_view_if_needed()
-    for nth, by in ((1, 60), (2, 40)): drag_slider(page, nth, by, picture=1)
+    page.locator(".noUi-handle").first.scroll_into_view_if_needed()
+    for nth, by in ((0, 60), (1, 40)): drag_slider(page, nth, by, picture=0)
     screenshot(page, shots, "reliability_explorer")
 
 

@@ -14,6 +14,7 @@ import torch
 from scipy import stats
 
 import kdc_nb.training.text as text_room
+from kdc_nb.training import text_models
 from kdc_nb.core import derive_seed
 from kdc_nb.files import cache_dir
 from kdc_nb.training.data import DataSpec, load_data
@@ -133,7 +134,7 @@ def own_bert(folder, data, pickled=False):
     config.num_labels = data.n_classes
     @MODELS.register("own_bert")
     def build(n_classes, in_channels):
-        return text_room.TextClassifier(BertForSequenceClassification(config), str(folder))
+        return text_models.TextClassifier(BertForSequenceClassification(config), str(folder))
     return body
 
 
