@@ -201,7 +201,7 @@ def kit(case: Case, data: Dataset, device: torch.device) -> Loop:
             run.renew()
             run.advance(run.fast)
     one = runs[0]
-    return Loop(step, lambda: one.advance(one.slow), one.training.size, one.renew)
+    return Loop(step, lambda: one.advance(one.slow), one.training.batch_size, one.renew)
 
 
 def prediction(case: Case, data: Dataset, device: torch.device) -> Loop:
