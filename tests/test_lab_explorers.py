@@ -23,7 +23,7 @@ from kdc_nb.explorers import explore_classes, explore_method, explore_reliabilit
 logits, labels = 3*torch.randn(2000, 10, generator=torch.Generator().manual_seed(0)), torch.arange(2000) % 10
 logits[torch.arange(2000), labels] += 4""",
          "explore_reliability(logits, labels)",
-         "explore_classes(read_looks(results_file('self_distillation_0.npz')))",
+         "explore_classes(read_features(results_file('self_distillation_0.npz')))",
          "explore_theory()", "explore_method('batches')"]
 RELIABILITY, CLASSES, THEORY, METHOD = range(4) # explorers of the page
 DIRTY = "() => jupyterapp.shell.currentWidget.context.model.dirty"
