@@ -5,6 +5,7 @@ and on disk, and of texts.
 import os
 import subprocess
 import sys
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -25,19 +26,23 @@ from kdc_nb.experiments.store import Store
 PROGRAM = '''
 import sys
 from pathlib import Path
-from torch import nn
+from plain_net import plain # which registers itself
 from kdc_nb.training.devices import distributed_session, rank_and_world
-from kdc_nb.training.models import MODELS
 from kdc_nb.experiments.agenda import read_specs
 from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.store import Store
 
+with distributed_session("cpu"):
+    for spec in read_specs(sys.argv[1]): run(spec, Store(sys.argv[2]), "cpu", progress=False)
+'''
+NET = '''
+from torch import nn
+from kdc_nb.training.models import MODELS
+
+@MODELS.register("plain")
 def plain(n_classes, in_channels):
     body = nn.Conv2d(in_channels, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(3), nn.Flatten()
     return nn.Sequential(*body, nn.Linear(72, n_classes))
-MODELS["plain"] = plain
-with distributed_session("cpu"):
-    for spec in read_specs(sys.argv[1]): run(spec, Store(sys.argv[2]), "cpu", progress=False)
 '''
 DATA = DataSpec("known", n_train=90, n_valid=31, n_test=203)
 RECIPE = Recipe(2, 32, lr=.05)
@@ -61,8 +66,10 @@ def both(tmp_path, specs):
 
 
 def specs(tmp_path, monkeypatch):
-    from kdc_nb.training.models import MODELS
-    monkeypatch.setitem(MODELS, "plain", lambda n_classes, in_channels: torch.nn.Linear(1, 1))
+    "Runs with a network of one's own, whose source is in their ids: both programs and this one import it"
+    (tmp_path/"plain_net.py").write_text(NET)
+    monkeypatch.syspath_prepend(tmp_path)
+    import_module("plain_net")
     rng = np.random.default_rng(0)
     for c in "ab":
         (tmp_path/"images"/c).mkdir(parents=True)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kdc_nb.core import Registry, own_entries, source_fingerprint, spec_hash
+from kdc_nb.core import Registry, source_fingerprint, spec_hash
 from kdc_nb.calibration.posthoc import Calibrator
 from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.losses import cross_entropy
