@@ -39,17 +39,18 @@ from .controls import Explorer, NumberControl, dropdown, number_slider, value_sl
 def explore_reliability(
     outputs: Any, # a result with its logits, or (N, C) logits or probabilities
     labels: Any = None, # (N,) of logits or probabilities
-    kind: str = "logits", # what they are: "logits" or "probs"
+    from_logits: bool = True, # False: they are probabilities
 ) -> Explorer:
     "Sliders for temperature and bins over the reliability diagram of a run or of your own outputs"
     if isinstance(outputs, Result):
         check(labels is None, "labels", "some", "none beside a result, which has its own")
         check(bool(outputs.logits), "outputs", "a result from a light file, without logits",
               "one from a store, such as run(spec)")
-        outputs, labels, kind = outputs.logits["test"], load_data(outputs.spec.data).test.labels, "logits"
+        outputs, labels, from_logits = (outputs.logits["test"],
+                                        load_data(outputs.spec.data).test.labels, "logits")
     check(labels is not None, "labels", "none", "one for each row of the outputs")
-    x, y = check_outputs_and_labels(outputs, labels, kind)
-    z = to_logits(x, kind)
+    x, y = check_outputs_and_labels(outputs, labels, from_logits)
+    z = to_logits(x, from_logits)
     fitted = fit_temperature(z, y)
     figure, (left, right) = create_panels(2, 3.8)
     diagram, curves = ReliabilityDiagram(left, animated=True), TemperatureCurves(z, y, fitted, right)
@@ -84,7 +85,7 @@ def explore_transfer(
         r = results[spec]
         transfer.show(pairs, spec.method.T, spec.method.alpha, chosen=spec)
         title = f"Student of {_trace_first_teacher(spec)[0]}, seed {spec.seed}, N = {r.evaluation.n:,}"
-        diagram.show(r.diagram().bins, f"{title}\n{format_ece(r.evaluation.raw['ece'])}")
+        diagram.show(r.diagram().bins, f"{title}\n{format_ece(r.raw.metrics['ece'])}")
 
     return Explorer(figure, show, _student_controls(students), "transfer")
 
@@ -155,23 +156,23 @@ def _student_controls(students: Mapping[_StudentChoice, RunSpec]) -> dict[str, w
 # %% ../nbs/explorers.ipynb #745a3c18
 @plt.rc_context(SMALL_FONT | {"font.size": 8})
 def explore_classes(
-    looks: Mapping[RunSpec, FeatureView], # students over T and alpha, and their teachers
+    views: Mapping[RunSpec, FeatureView], # students over T and alpha, and their teachers
 ) -> Explorer:
     "Controls for T, alpha, teacher, seed and three classes over penultimate layer and reliability"
-    found = [s for s in looks if isinstance(s.method, Distil) and s.method.teacher in looks]
-    check(len(found) > 0, "looks", "no student beside its teacher",
+    found = [s for s in views if isinstance(s.method, Distil) and s.method.teacher in views]
+    check(len(found) > 0, "views", "no student beside its teacher",
           "looks at students and at the networks that taught them")
     kinds = {(s.data, s.model) for s in found}
-    check(len(kinds) == 1, "looks", f"{len(kinds)} kinds of students", "one student network on one data set")
-    names, students = looks[found[0]].classes, _index_students(found)
-    check(len(names) >= 3, "looks", f"{len(names)} classes", "three or more")
+    check(len(kinds) == 1, "views", f"{len(kinds)} kinds of students", "one student network on one data set")
+    names, students = views[found[0]].classes, _index_students(found)
+    check(len(names) >= 3, "views", f"{len(names)} classes", "three or more")
     figure, axs = create_panels(3, 3.3)
     panels, diagram = ((ClassClusters(axs[0]), ClassClusters(axs[1], legend=False)),
                        ReliabilityDiagram(axs[2], animated=True))
 
     @lru_cache(64)
     def placed(specs, classes, split):
-        return dict(zip(specs, unit_square_clusters([looks[s] for s in specs], classes, split)))
+        return dict(zip(specs, unit_square_clusters([views[s] for s in specs], classes, split)))
 
     def show(a, b, c, split, images, **values):
         spec, classes = _find_student(students, **values), (a, b, c)
@@ -181,13 +182,13 @@ def explore_classes(
                  (spec, own, f"Student, T = {spec.method.T:g}, alpha = {spec.method.alpha:g}"))
         for panel, (s, together, role) in zip(panels, roles):
             points, shown = (placed(together, classes, split)[s],
-                             feature_images(looks[s], classes, split) if images else None)
+                             feature_images(views[s], classes, split) if images else None)
             panel.show(points, [names[k] for k in classes],
-                       f"{role}: some {split} samples\n{format_merging(looks[s], classes)}", shown)
-        diagram.show(looks[spec].result.diagram().bins, _format_student(looks[spec].result))
+                       f"{role}: some {split} samples\n{format_merging(views[s], classes)}", shown)
+        diagram.show(views[spec].result.diagram().bins, _format_student(views[spec].result))
 
     controls = {**_student_controls(students),
-                **_class_controls(names, most_confused_triple(looks[found[0].method.teacher]))}
+                **_class_controls(names, most_confused_triple(views[found[0].method.teacher]))}
     return Explorer(figure, show, controls, "classes")
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from kdc_nb.core import Registry, is_built_in
 from tests.shards import write_photos
 
 settings.register_profile("kit", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -39,6 +40,15 @@ def patch_name(monkeypatch, name, value):
 def own_cache(tmp_path, monkeypatch):
     "No test reads or writes the user's cache."
     monkeypatch.setenv("KDC_CACHE", str(tmp_path/"cache"))
+
+
+@pytest.fixture(autouse=True)
+def own_entries_stay_in_their_test():
+    "What a test registers is gone afterwards"
+    before = {k: dict(r.data) for k, r in Registry.by_kind.items()}
+    yield
+    for k, r in Registry.by_kind.items():
+        r.data = {n: made for n, made in r.data.items() if is_built_in(made)} | before.get(k, {})
 
 
 @pytest.fixture(scope="session")

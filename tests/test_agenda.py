@@ -50,14 +50,14 @@ def agenda(folder, rows, until, places=1, **seconds):
     return made
 
 
-def finish(made, run, seconds): made.done(SimpleNamespace(spec=run, facts={"seconds": seconds}))
+def finish(made, run, seconds): made.mark_done(SimpleNamespace(spec=run, facts={"seconds": seconds}))
 
 
 def test_a_row_is_begun_only_if_its_student_can_be_finished(tmp_path, clock):
     "Teacher 10 s, student 5"
     rows = [STUDENT, OTHER, replace(STUDENT, seed=3)]
     left = lambda until, places=1: [
-        run_label(r) for r in agenda(tmp_path, rows, until, places, resnet14=10., resnet8=5.).admitted()
+        run_label(r) for r in agenda(tmp_path, rows, until, places, resnet14=10., resnet8=5.).start_times()
     ]
     assert left(14.9) == []
     assert left(15) == [run_label(r) for r in (TEACHER, STUDENT)]
@@ -71,8 +71,8 @@ def test_a_row_is_begun_only_if_its_student_can_be_finished(tmp_path, clock):
 def test_a_teacher_that_is_a_row_too_comes_only_with_its_student(tmp_path, clock):
     "Fifteen seconds for both; the teacher alone would fit into twelve"
     rows = [STUDENT, TEACHER]
-    assert agenda(tmp_path, rows, 12., resnet14=10., resnet8=5.).admitted() == {}
-    assert list(agenda(tmp_path, rows[::-1], 15., resnet14=10., resnet8=5.).admitted()) == lineage(STUDENT)
+    assert agenda(tmp_path, rows, 12., resnet14=10., resnet8=5.).start_times() == {}
+    assert list(agenda(tmp_path, rows[::-1], 15., resnet14=10., resnet8=5.).start_times()) == lineage(STUDENT)
 
 
 def test_what_is_running_takes_its_place_and_its_time(tmp_path, clock):
@@ -93,7 +93,7 @@ def test_a_place_is_free_as_soon_as_its_run_only_waits_for_its_evaluation(tmp_pa
     made = agenda(tmp_path, rows, 100., resnet14=10.)
     assert made.next() == rows[0] and made.next() is None
     clock.now = 10.
-    made.trained(rows[0])
+    made.mark_trained(rows[0])
     assert made.next() == rows[1]
     clock.now = 13.
     finish(made, rows[0], 10.)
@@ -133,18 +133,18 @@ def test_a_checkpoint_tells_what_is_left(tmp_path, clock):
 
 
 def test_without_a_pace_runs_are_begun_and_what_is_unlike_others_counts_as_the_slowest(tmp_path, clock):
-    assert (agenda(tmp_path, [STUDENT, OTHER], 5.).admitted()
+    assert (agenda(tmp_path, [STUDENT, OTHER], 5.).start_times()
             == dict.fromkeys([*lineage(STUDENT), *lineage(OTHER)], 0.))
-    assert agenda(tmp_path, [STUDENT, OTHER], 19., resnet14=10.).admitted() == {}
-    assert agenda(tmp_path, [STUDENT, OTHER], 20., resnet14=10.).admitted() == {TEACHER: 0., STUDENT: 10.}
+    assert agenda(tmp_path, [STUDENT, OTHER], 19., resnet14=10.).start_times() == {}
+    assert agenda(tmp_path, [STUDENT, OTHER], 20., resnet14=10.).start_times() == {TEACHER: 0., STUDENT: 10.}
 
 
 def test_a_run_in_which_the_laptop_slept_is_forgotten(tmp_path, clock):
     made = agenda(tmp_path, [STUDENT, OTHER], 100.)
     kind = (TINY.name, "resnet8", 50)
     for seconds in (3600., 5., 5.): made.pace.add(SimpleNamespace(spec=STUDENT, facts={"seconds": seconds}))
-    assert (made.pace.of(kind) == 5/200 == made.pace.slowest()
-            and made.pace.of(("known", "resnet20", 50)) is None)
+    assert (made.pace.seconds_per_image(kind) == 5/200 == made.pace.slowest_seconds_per_image()
+            and made.pace.seconds_per_image(("known", "resnet20", 50)) is None)
 
 
 def test_a_teacher_whose_weights_were_removed_is_a_run_like_any_other(tmp_path, monkeypatch):
@@ -185,7 +185,7 @@ def test_what_is_admitted_is_finished_in_time(tmp_path, data, places, until):
     agenda_room.time = clock
     try:
         made, running, done = agenda(tmp_path, rows, until, places, **took), {}, []
-        first = made.admitted()
+        first = made.start_times()
         while True:
             while len(running) < places and (run := made.next()):
                 assert not set(lineage(run)[:-1]) - set(done), "its teachers are done"
@@ -223,5 +223,5 @@ def test_numbers_that_mean_nothing_are_refused(tmp_path, bad):
 def test_the_budget_of_scaled_teachers(tmp_path, clock):
     "A student of the scaled teacher needs that teacher only"
     rows = [STUDENT, replace(STUDENT, method=Distil(TemperatureScaled(TEACHER)))]
-    assert (agenda(tmp_path, rows, 20., resnet14=10., resnet8=5.).admitted()
+    assert (agenda(tmp_path, rows, 20., resnet14=10., resnet8=5.).start_times()
             == {TEACHER: 0., rows[0]: 10., rows[1]: 15.})

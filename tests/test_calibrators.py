@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdc_nb.core import encode, spec_hash
+from kdc_nb.values import encode, spec_hash
 from kdc_nb.calibration.metrics import nll, top1
 from kdc_nb.calibration.posthoc import Calibrator
 from kdc_nb.calibration.predictions import softmax64
@@ -24,8 +24,8 @@ from tests.conftest import made
 
 TINY = DataSpec("known", n_train=200, n_valid=100, n_test=300)
 METHODS = sorted(Method.registry)
-SWITCHES = [Method("ls", others=True), Method("mmce", ported=True),
-            Method("acls", published=True), Method("mdca", gamma=2)]
+SWITCHES = [Method("ls", exclude_target=True), Method("mmce", double_normalised=True),
+            Method("acls", as_published=True), Method("mdca", gamma=2)]
 
 
 def test_all_of_the_papers_methods_are_there():
@@ -42,7 +42,7 @@ def test_it_trains_and_its_calibration_is_reported(tmp_path, name):
     assert raw["top1"].value > .2 and result.history[-1]["loss"] < result.history[0]["loss"]
     assert all(np.isfinite([e.value, e.low, e.high, e.null_low, e.null_high]).all()
                for e in (*raw.values(), *scaled.values()))
-    assert 0 <= result.truth["error"] <= 1
+    assert 0 <= result.raw.metrics["error"].value <= 1
 
 
 @pytest.mark.parametrize("name", ["pskd", "crl", "adafocal", "mixup"])
@@ -84,9 +84,10 @@ def test_the_edges(method, right, B, C):
     looking back does not fail.
     """
     own, (z, y) = method.build(), batch(B, C, right)
-    own.start(B, C, epochs=2)
+    own.before_fit(B, C, epochs=2)
     for epoch in range(2):
-        _, targets = own.mix(torch.randn(B, 3, 8, 8), y, own.draw(1, torch.Generator().manual_seed(epoch))[0])
+        _, targets = own.mix_batch(torch.randn(B, 3, 8, 8), y,
+                                   own.draw_epoch(1, torch.Generator().manual_seed(epoch))[0])
         loss = own(TrainingStep(z, targets, torch.arange(B), torch.tensor(epoch)))
         gradient, = torch.autograd.grad(loss, z)
         assert loss.isfinite() and gradient.isfinite().all()
@@ -97,9 +98,9 @@ def test_the_edges(method, right, B, C):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_nan_is_told_and_not_crashed_on(name):
     own, (z, y) = Method(name).build(), batch(6, 5, "some")
-    own.start(6, 5, epochs=2)
+    own.before_fit(6, 5, epochs=2)
     z = z.detach().index_fill(0, torch.tensor([2]), float("nan"))
-    _, targets = own.mix(torch.randn(6, 3, 8, 8), y, own.draw(1, torch.Generator())[0])
+    _, targets = own.mix_batch(torch.randn(6, 3, 8, 8), y, own.draw_epoch(1, torch.Generator())[0])
     assert own(TrainingStep(z, targets, torch.arange(6), torch.tensor(0))).isnan()
     own.after_epoch(0, z, y)
 
@@ -110,7 +111,8 @@ def test_a_nan_is_told_and_not_crashed_on(name):
     (dict(name="mbls", margin=-1), "margin: got -1.0"),
     (dict(name="cpc", exclusion=-1), "exclusion: got -1.0"), (dict(name="mixup", a=0), "a: got 0.0"),
     (dict(name="adafocal", rate=0), "rate: got 0.0"), (dict(name="pskd", alpha=1.1), "alpha: got 1.1"),
-    (dict(name="crl", beta=-1), "beta: got -1.0"), (dict(name="mmce", ported=3), "ported: got 3"),
+    (dict(name="crl", beta=-1), "beta: got -1.0"),
+    (dict(name="mmce", double_normalised=3), "double_normalised: got 3"),
 ])
 def test_a_description_refuses_strengths_that_mean_nothing(bad, words):
     with pytest.raises(ValueError, match=words): RunSpec("known", "resnet8", Method(**bad))
@@ -118,7 +120,7 @@ def test_a_description_refuses_strengths_that_mean_nothing(bad, words):
 
 def test_switches_that_are_off_leave_old_descriptions_as_they_were():
     assert encode(Method("ls")) == {"kind": "Method", "name": "ls", "eps": .05}
-    assert spec_hash(Method("ls", others=True)) != spec_hash(Method("ls"))
+    assert spec_hash(Method("ls", exclude_target=True)) != spec_hash(Method("ls"))
 
 
 @settings(max_examples=30)
@@ -127,7 +129,7 @@ def test_adafocal_looks_back_as_a_plain_loop_does(seed, n, C):
     rng = np.random.default_rng(seed)
     z, y = 3*rng.normal(size=(n, C)), rng.integers(C, size=n)
     own = _AdaFocal(rate=2.)
-    own.start(n, C, epochs=1)
+    own.before_fit(n, C, epochs=1)
     before = torch.from_numpy(rng.choice([-1.5, -.25, .25, 1., 19.5], 15)).float()
     own.gamma.copy_(before)
     own.after_epoch(0, torch.from_numpy(z).float(), torch.from_numpy(y))
@@ -155,7 +157,7 @@ def test_adafocals_strengths_stay_in_range_and_off_zero(gamma, gap, rate):
 @given(st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 5))
 def test_crl_counts_as_a_plain_loop_does(seed, n, epochs):
     rng, own = np.random.default_rng(seed), Method("crl").build()
-    own.start(n, 3, epochs)
+    own.before_fit(n, 3, epochs)
     times = [0]*n
     for epoch in range(epochs):
         y, z = rng.integers(3, size=n), rng.normal(size=(n, 3))
@@ -171,7 +173,7 @@ def test_progressive_distillation_learns_from_what_was_said_an_epoch_ago():
     "By a loop over images, in NumPy."
     g = torch.Generator().manual_seed(0)
     method = Method("pskd", alpha=.6).build()
-    method.start(6, 3, epochs=3)
+    method.before_fit(6, 3, epochs=3)
     y, said = torch.tensor([0, 1, 2, 0, 1, 2]), {}
     for epoch in range(3):
         now = {}
@@ -193,12 +195,12 @@ def test_progressive_distillation_learns_from_what_was_said_an_epoch_ago():
 def test_mixup_shares(a, seed):
     "From 0 to 1, the same for the same generator; images and targets are blended alike."
     own = Method("mixup", a=a).build()
-    own.start(4, 3, epochs=1)
-    first, again = (own.draw(50, torch.Generator().manual_seed(seed)) for _ in range(2))
+    own.before_fit(4, 3, epochs=1)
+    first, again = (own.draw_epoch(50, torch.Generator().manual_seed(seed)) for _ in range(2))
     assert torch.equal(first, again) and ((first >= 0) & (first <= 1)).all()
     labels = torch.tensor([0, 1, 2, 0])
     x = torch.eye(3)[labels]
-    mixed, targets = own.mix(x, labels, first[0])
+    mixed, targets = own.mix_batch(x, labels, first[0])
     assert torch.equal(mixed, targets)
 
 

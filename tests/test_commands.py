@@ -93,15 +93,16 @@ def test_results_are_written_while_runs_go_on(tmp_path):
     first, second = (run(RunSpec(TINY.data, "resnet8", Method(m), TINY.recipe), store, "cpu", progress=False)
                      for m in ("nll", "ls"))
     _ResultsFile(None, True).add(first) # nowhere to write to
-    file = _ResultsFile(str(path), images=True, every=0.)
+    file = _ResultsFile(str(path), keep_outcomes=True, every=0.)
     file.add(first)
     assert set(read_results(path)) == {first.spec}
-    later = _ResultsFile(str(path), images=False)
+    later = _ResultsFile(str(path), keep_outcomes=False)
     later.add(second)
     assert set(read_results(path)) == {first.spec}
     later.close()
     kept = read_results(path)
-    assert set(kept) == {first.spec, second.spec} and kept[first.spec].images and not kept[second.spec].images
+    assert (set(kept) == {first.spec, second.spec} and kept[first.spec].raw.outcomes
+            and not kept[second.spec].raw.outcomes)
     before = path.stat().st_mtime_ns
     later.close()
     assert path.stat().st_mtime_ns == before, "there was nothing new"
@@ -111,7 +112,7 @@ def test_two_commands_share_a_file(tmp_path):
     store, path = Store(tmp_path/"store"), str(tmp_path/"deeper"/"r.npz")
     results = [run(RunSpec(TINY.data, "resnet8", Method(m), TINY.recipe), store, "cpu", progress=False)
                for m in ("nll", "ls")]
-    files = [_ResultsFile(path, images=True) for _ in results]
+    files = [_ResultsFile(path, keep_outcomes=True) for _ in results]
     for file, r in zip(files, results): file.add(r)
     for file in files: file.close()
     assert set(read_results(path)) == {r.spec for r in results}

@@ -72,7 +72,7 @@ def test_exact_differences_and_none():
     same, off = estimate_difference(np.zeros((3, 4))), estimate_difference(np.ones((3, 4)))
     assert (same.p, same.low, same.high) == (1, 0, 0) and off.p == pytest.approx(1e-30) and off.low == 1
     for bad in (np.ones((1, 1)), np.ones(3), np.array([[np.nan], [1.]])):
-        with pytest.raises(ValueError, match="d: got shape"): estimate_difference(bad)
+        with pytest.raises(ValueError, match="differences: got shape"): estimate_difference(bad)
 
 
 def test_other_images_are_refused():
@@ -81,7 +81,7 @@ def test_other_images_are_refused():
     z, y = torch.randn(50, 3), torch.arange(50) % 3
     with pytest.raises(ValueError, match="images: got some with other labels"):
         rank_intervals({"a": [compute_outcomes(z, y)], "b": [compute_outcomes(z, y.roll(1))]}, "nll")
-    with pytest.raises(ValueError, match="rows: got rows with other numbers of seeds"):
+    with pytest.raises(ValueError, match="outcomes_by_name: got rows with other numbers of seeds"):
         rank_intervals({"a": [seen(0)], "b": [seen(0)]*3}, "nll")
     with pytest.raises(ValueError, match="b: got 0 seeds"): paired_difference([], [], "ece")
 
@@ -112,7 +112,7 @@ def test_compare_by_hand():
     scores and paired t tests
     """
     p = np.array([[.8, .2]]*4), np.array([[.6, .4]]*4)
-    c = compare(*p, [0, 0, 0, 1], kind="probs")
+    c = compare(*p, [0, 0, 0, 1], from_logits=False)
     nll = np.log([[.6/.8]*3 + [.4/.2]]).squeeze()
     assert (c.raw["nll"].difference.mean == pytest.approx(nll.mean())
             and c.raw["nll"].difference.p == pytest.approx(ttest_1samp(nll, 0).pvalue))
@@ -144,7 +144,7 @@ def test_any_framework_and_both_kinds():
                          (pd.DataFrame(a.numpy()), b.numpy(), pd.Series(y.numpy()))):
         for k, m in compare(x, z, labels).raw.items():
             assert m.a == pytest.approx(first.raw[k].a, abs=1e-4), k
-    for k, m in compare(a.softmax(1), b.softmax(1), y, kind="probs").raw.items():
+    for k, m in compare(a.softmax(1), b.softmax(1), y, from_logits=False).raw.items():
         assert m[:2] == pytest.approx(first.raw[k][:2]), k
 
 
@@ -189,7 +189,7 @@ def test_a_comparison_goes_to_pandas_in_its_unit():
 
 def test_an_infinite_nll_is_not_tested():
     p = np.array([[1., 0.], [0., 1.], [.7, .3], [.4, .6]])
-    c = compare(p, np.full((4, 2), .5), [0, 0, 0, 1], kind="probs")
+    c = compare(p, np.full((4, 2), .5), [0, 0, 0, 1], from_logits=False)
     assert (c.raw["nll"] == (np.inf, pytest.approx(np.log(2)), None, None, None)
             and c.raw["brier"].difference is not None)
     assert "infinite" in repr(c) and "nan" not in repr(c) and "for 5 comparisons" in repr(c)
@@ -210,9 +210,9 @@ a, b, y = two(60)
     (lambda: compare(a, b, y + .5), "labels: got numbers with a fraction"),
     (lambda: compare(a, b, y + 1), "labels: got 1 to 5, expected 0 to 4"),
     (lambda: compare(a, b.clone().fill_(np.nan), y), "logits_b: got NaN or infinity"),
-    (lambda: compare(a.softmax(1), b, y, kind="probs"),
+    (lambda: compare(a.softmax(1), b, y, from_logits=False),
      "logits_b: got numbers that are none, expected numbers between 0 and 1"),
-    (lambda: compare(a, b, y, kind="prob"), "kind: got 'prob'"),
+    (lambda: compare(a, b, y, from_logits="prob"), "from_logits: got 'prob'"),
     (lambda: compare("a.npz", b, y), "logits_a: got a str that is no table of numbers"),
     (lambda: compare([a, a], [b], y), "logits_b: got 1 seeds, expected 2, as logits_a has"),
     (lambda: compare([a, a[:50]], [b, b], y), "logits_a: got 50 images"),
@@ -228,7 +228,7 @@ a, b, y = two(60)
     (lambda: compare(a, b, y, names=("x", "x")), "names: got"),
     (lambda: compare(a, b, y, names=(1, 2)), r"names: got \(1, 2\), expected two texts"),
     (lambda: compare(a, b, y, names=None), "names: got None"),
-    (lambda: compare(a, b, y, kind="("), r"kind: got '\('"),
+    (lambda: compare(a, b, y, from_logits="("), r"from_logits: got '\('"),
     (lambda: compare(a[None][:0], b[None][:0], y), r"logits_a: got shape \(0, 60, 5\)"),
 ])
 def test_compare_names_what_is_wrong(call, message):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdc_nb.core import decode, encode, spec_hash
+from kdc_nb.values import decode, encode, spec_hash
 from kdc_nb.files import DamagedFile, atomic_write, load_tensors, save_tensors
 from kdc_nb.training.data import DataSpec
 from kdc_nb.training.methods import Method

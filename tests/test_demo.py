@@ -29,7 +29,7 @@ def small(monkeypatch):
 
 
 def test_tables_figures_and_a_page(small, tmp_path, monkeypatch):
-    text = run_demo(seeds=2, folder=tmp_path, device="cpu", progress=False)
+    text = run_demo(n_seeds=2, folder=tmp_path, device="cpu", progress=False)
     assert (text.count("KD(C), from NLL after TS") >= 2
             and "Images whose truth is known" in text and "2 seeds" in text)
     assert (sorted(p.name for p in tmp_path.glob("*.png"))
@@ -37,7 +37,7 @@ def test_tables_figures_and_a_page(small, tmp_path, monkeypatch):
     page = (tmp_path/"index.html").read_text()
     assert page.count("<img") == 4 and page.count("<table>") == 2 and "http" not in page
     monkeypatch.setattr(Trainer, "train_epoch", lambda trainer: pytest.fail("trained again"))
-    assert run_demo(seeds=2, folder=tmp_path, device="cpu", progress=False) == text
+    assert run_demo(n_seeds=2, folder=tmp_path, device="cpu", progress=False) == text
 
 
 def test_every_run_of_the_demo_is_another():
@@ -77,6 +77,7 @@ def test_the_verdict_is_beyond_chance(monkeypatch, better, said):
     "The student of a calibrated teacher may be better calibrated, or made of the same outputs as the other"
     z, y, _ = made(2000, 10, 2.)
     of = lambda logits: [SimpleNamespace(spec=SimpleNamespace(seed=0, data="made"),
-                                         images={"raw": compute_outcomes(logits, y)})]
+                                         raw=SimpleNamespace(outcomes=compute_outcomes(logits, y)),
+                                         scaled=SimpleNamespace(outcomes=None))]
     results = {"KD(UC), from NLL": of(z), "KD(C), from NLL after TS": of(z/2 if better else z)}
     assert _format_verdict(results).startswith(said)

@@ -59,6 +59,7 @@ def both(tmp_path, specs):
     "Stores of runs done by one process and by two"
     write_specs(specs, tmp_path/"runs.json")
     (tmp_path/"program.py").write_text(PROGRAM)
+    (tmp_path/"plain_net.py").write_text(NET)
     for n in (1, 2):
         done = launch(tmp_path, n, "program.py", "runs.json", f"store{n}")
         assert done.returncode == 0, done.stderr[-3000:]
@@ -109,7 +110,7 @@ def test_with_batch_statistics_each_process_normalises_its_own_part(tmp_path):
     one, two = both(tmp_path, [spec])
     said, data = two.get(spec).logits["test"], load_data(DATA)
     assert float((one.get(spec).logits["test"] - said).abs().max()) > 1e-3
-    assert torch.allclose(predict_logits(two.net(spec), data, data.test.inputs), said,
+    assert torch.allclose(predict_logits(two.load_net(spec), data, data.test.inputs), said,
                           atol=1e-5), "what was judged is the network that was kept"
 
 
@@ -129,6 +130,7 @@ def test_what_cannot_be_shared_is_refused(tmp_path):
     write_specs([RunSpec(DATA, "resnet8", "nll", Recipe(1, 33))], tmp_path/"runs.json")
     assert "batch_size: got 33, expected a multiple of 2" in launch(tmp_path, 2, *args).stderr
     stores = ("program.py", "runs.json", "own")
+    (tmp_path/"plain_net.py").write_text(NET)
     (tmp_path/"program.py").write_text(PROGRAM.replace("sys.argv[2]",
                                                        "sys.argv[2] + str(rank_and_world()[0])"))
     write_specs([RunSpec(DATA, "resnet8", "nll", Recipe(1, 32))], tmp_path/"runs.json")

@@ -16,7 +16,7 @@ from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 from PIL import Image
 from scipy import ndimage
 
-from kdc_nb.core import decode, encode
+from kdc_nb.values import decode, encode
 from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
@@ -90,8 +90,8 @@ def assert_cut(got, wanted):
 # The numbers
 
 def test_strengths_are_the_published_ones():
-    assert {k: list(c.strengths) for k, c in CORRUPTIONS.items()} == STRENGTHS
-    assert {k: c.spoil.__name__ for k, c in CORRUPTIONS.items()} == {k: k for k in STRENGTHS}
+    assert {k: list(c.by_severity) for k, c in CORRUPTIONS.items()} == STRENGTHS
+    assert {k: c.apply.__name__ for k, c in CORRUPTIONS.items()} == {k: k for k in STRENGTHS}
 
 
 @given(st.integers(105, 140), st.sampled_from([1, 3]), st.integers(1, 5))
@@ -480,7 +480,7 @@ def by_hand(z, y, n_bins=15):
 
 
 def test_rows_are_those_of_the_network_and_the_temperature_that_of_clean_images(store):
-    found, data, net = go(store, ("contrast", "gaussian_noise"), n=50), load_data(TINY), store.net(NET)
+    found, data, net = go(store, ("contrast", "gaussian_noise"), n=50), load_data(TINY), store.load_net(NET)
     assert (list(found.rows) == ["clean", "contrast/1", "contrast/5", "gaussian_noise/1", "gaussian_noise/5"]
             and not found.published)
     assert found.T == store.get(NET).evaluation.T != 1 and found.n == 50
@@ -555,7 +555,7 @@ def test_json(store, tmp_path):
         for which in row: assert read[NET].rows[key][which] == pytest.approx(row[which], rel=1e-5)
     nll = [d.rows["clean"]["raw"]["nll"] for d in (read[NET], ours)]
     assert nll[0] == float(f"{nll[1]:.6g}") != nll[1]
-    with pytest.raises(ValueError, match="drifts: got two of one run"):
+    with pytest.raises(ValueError, match="drift_results: got two of one run"):
         write_drifts([ours, replace(ours, published=True)], tmp_path/"e.npz")
     assert not (tmp_path/"e.npz").exists()
 
@@ -568,7 +568,7 @@ def test_means_by_severity():
             == pytest.approx([.1, np.nan, .5, np.nan, np.nan, .9], nan_ok=True))
     assert (average_by_severity(found, "scaled")["ece"]
             == pytest.approx([.45, np.nan, .25, np.nan, np.nan, .05], nan_ok=True))
-    with pytest.raises(ValueError, match="which: got 'both', expected 'raw' or 'scaled'"):
+    with pytest.raises(ValueError, match="output: got 'both', expected 'raw' or 'scaled'"):
         average_by_severity(found, "both")
 
 

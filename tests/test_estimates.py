@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdc_nb.core import decode, encode
+from kdc_nb.values import decode, encode
 from kdc_nb.calibration.estimates import Estimate, _chernoff_interval, calibration_estimates, wilson_interval
 from kdc_nb.calibration.evaluation import Evaluation, _per_sample_estimate, evaluate
 from kdc_nb.calibration.metrics import METRICS, binned_error, brier, ece, nll
@@ -156,7 +156,7 @@ def test_evaluation_is_a_value():
     e = evaluate(z, y, n_boot=30)
     assert decode(json.loads(json.dumps(encode(e), allow_nan=False))) == e
     assert isinstance(e, Evaluation) and isinstance(e.raw["ece"], Estimate)
-    daggers = any(v.outside() for t in (e.raw, e.scaled) for v in t.values())
+    daggers = any(v.is_outside_interval() for t in (e.raw, e.scaled) for v in t.values())
     assert "classwise ACE, %" in repr(e) and e._repr_html_().count("<tr>") == 1 + 2*len(METRICS) + daggers
     assert max(map(len, repr(e).splitlines())) <= 80, "a terminal's width"
     assert evaluate(z[:4], y[:4], n_boot=30).scaled is None
@@ -219,7 +219,7 @@ def test_a_frame_holds_every_estimate_in_its_unit(tmp_path):
 
 
 def test_an_infinite_nll_is_shown_as_that():
-    e = evaluate([[1., 0.]]*6, [0, 1]*3, n_boot=5, kind="probs")
+    e = evaluate([[1., 0.]]*6, [0, 1]*3, n_boot=5, from_logits=False)
     assert (e.table(["nll"]).rows[0][1:3] == ["infinite", ""]
             and e.to_frame().query("metric == 'nll' and output == 'raw'").value.item() == np.inf)
 
@@ -229,7 +229,7 @@ def test_means_have_the_promised_null_band():
     for seed in range(60):
         z, y, _ = made(200, 4, seed=seed)
         for k in MEANS:
-            e = _per_sample_estimate(k, z, y, "logits", .95)
+            e = _per_sample_estimate(k, z, y, True, .95)
             inside[k] += e.null_low <= e.value <= e.null_high
     assert min(inside.values()) >= 51, inside
 
@@ -246,7 +246,7 @@ def test_bad_input():
 def test_certain_outputs_and_tiny_sets_are_defined(n):
     p = torch.eye(3, dtype=torch.float64)[:n % 3 + 1].repeat(n, 1)[:n]
     for wrong in (False, True):
-        e = evaluate(p, (p.argmax(1) + wrong) % 3, n_boot=20, kind="probs")
+        e = evaluate(p, (p.argmax(1) + wrong) % 3, n_boot=20, from_logits=False)
         assert all(v.low <= v.high for v in e.raw.values() if v.low is not None)
         assert "nan" not in repr(e)
         json.dumps(encode(e), allow_nan=False)

@@ -84,7 +84,8 @@ def test_nothing_is_computed_twice(outputs, monkeypatch):
 
 def test_reliability_of_probabilities_is_that_of_their_logits(outputs):
     logits, labels = outputs
-    a, b = explore_reliability(logits, labels), explore_reliability(logits.softmax(1), labels, kind="probs")
+    a, b = (explore_reliability(logits, labels),
+            explore_reliability(logits.softmax(1), labels, from_logits=False))
     for e in (a, b): e.controls["T"].value = 2.
     assert bytes(a.image.value) == bytes(b.image.value)
 
@@ -102,7 +103,7 @@ def test_reliability_of_a_run(results, monkeypatch):
     (lambda z, y: (z[:, 0], y), r"logits: got shape \(500,\)"),
     (lambda z, y: (z.index_fill(0, torch.tensor([3]), float("nan")), y), "logits: got NaN"),
     (lambda z, y: (z, y + 1), "labels: got 1 to 5, expected 0 to 4"),
-    (lambda z, y: (z, y, "odds"), "kind: got 'odds'"),
+    (lambda z, y: (z, y, "odds"), "from_logits: got 'odds'"),
     (lambda z, y: (z, y.float() + .5), "labels: got numbers with a fraction"),
 ])
 def test_bad_outputs_are_told(outputs, spoil, message):
@@ -173,7 +174,7 @@ def test_a_seed_is_chosen_where_there_are_several(results, looks, monkeypatch):
 
 def test_looks_at_several_networks_are_refused(looks):
     other = {replace(s, model="resnet14"): l for s, l in looks.items() if s != TEACHER}
-    with pytest.raises(ValueError, match="looks: got 2 kinds of students, expected one"):
+    with pytest.raises(ValueError, match="views: got 2 kinds of students, expected one"):
         explore_classes({**looks, **other})
 
 

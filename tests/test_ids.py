@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kdc_nb.core import decode, encode, spec_hash
+from kdc_nb.values import decode, encode, spec_hash
 from kdc_nb.files import load_npz
 from kdc_nb.experiments.results import read_results
 from kdc_nb.experiments.specs import run_id

@@ -16,7 +16,6 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 import kdc_nb.training.images as ki
-from kdc_nb.training import streams
 from kdc_nb.files import cache_dir, load_tensors
 from kdc_nb.training.data import DataSpec, LeaveFoldOut, load_data
 from kdc_nb.training.methods import TrainingMethod
@@ -27,6 +26,7 @@ from kdc_nb.experiments.specs import Distil, RunSpec
 from kdc_nb.experiments.store import Store, build_net
 from kdc_nb.experiments.sweeps import sweep
 from kdc_nb.experiments.teachers import teacher_from_logits
+from kdc_nb.training import streams
 
 
 @pytest.fixture(autouse=True)
@@ -225,15 +225,15 @@ def test_what_is_done_to_an_image_does_not_depend_on_who_reads_it(imagenet, monk
     index, seen, before = torch.arange(18).view(3, 6), {}, torch.random.get_rng_state()
     for workers in (1, 2):
         monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(workers))
-        seen[workers] = torch.cat(list(files.views(index, ("crop", "flip"), (7, 1))))
+        seen[workers] = torch.cat(list(files.read_augmented(index, ("crop", "flip"), (7, 1))))
     assert torch.equal(seen[1], seen[2]) and torch.equal(before, torch.random.get_rng_state())
-    backwards = (torch.cat(list(files.views(index.flip(0), ("crop", "flip"), (7, 1))))
+    backwards = (torch.cat(list(files.read_augmented(index.flip(0), ("crop", "flip"), (7, 1))))
                  .unflatten(0, (3, 6)).flip(0).flatten(0, 1))
     assert torch.equal(backwards, seen[1])
-    assert not torch.equal(seen[1], torch.cat(list(files.views(index, ("crop", "flip"), (7, 2))))), (
+    assert not torch.equal(seen[1], torch.cat(list(files.read_augmented(index, ("crop", "flip"), (7, 2))))), (
         "another epoch is another view"
     )
-    assert torch.equal(torch.cat(list(files.views(index, (), (7, 1)))), files.to("cpu"))
+    assert torch.equal(torch.cat(list(files.read_augmented(index, (), (7, 1)))), files.to("cpu"))
 
 
 def test_a_streamed_run_can_be_killed_and_its_teacher_may_see_what_it_sees(imagenet, tmp_path):
@@ -250,7 +250,7 @@ def test_a_streamed_run_can_be_killed_and_its_teacher_may_see_what_it_sees(image
             fit(net, d, Killed(), recipe, 0, device="cpu",
                 checkpoint=part, checkpoint_every=0., progress=False)
     assert all(torch.equal(a, b)
-               for a, b in zip(net.state_dict().values(), store.net(teacher).state_dict().values()))
+               for a, b in zip(net.state_dict().values(), store.load_net(teacher).state_dict().values()))
 
 
 def test_a_streamed_run_killed_after_the_last_step_of_an_epoch_goes_on(imagenet, tmp_path, monkeypatch):

@@ -115,7 +115,7 @@ CASES = {
     "cross_entropy": (lambda z, o: cross_entropy(z, o.y), lambda z, o: slow_smoothing(z, o.y, 0)),
     "label_smoothing": (lambda z, o: label_smoothing(z, o.y, o.share),
                         lambda z, o: slow_smoothing(z, o.y, o.share)),
-    "label_smoothing others": (lambda z, o: label_smoothing(z, o.y, most(z, o.share), others=True),
+    "label_smoothing others": (lambda z, o: label_smoothing(z, o.y, most(z, o.share), exclude_target=True),
                                lambda z, o: slow_smoothing(z, o.y, most(z, o.share), others=True)),
     "distillation": (lambda z, o: distillation(z, o.y, o.t, o.T, o.share),
                      lambda z, o: slow_distillation(z, o.y, o.t, o.T, o.share)),
@@ -126,10 +126,11 @@ CASES = {
     "mdca": (lambda z, o: mdca(z, o.y), lambda z, o: slow_mdca(z, o.y)),
     "dca": (lambda z, o: dca(z, o.y), lambda z, o: slow_dca(z, o.y)),
     "mmce": (lambda z, o: mmce(z, o.y), lambda z, o: slow_mmce(z, o.y)),
-    "mmce ported": (lambda z, o: mmce(z, o.y, ported=True), lambda z, o: slow_mmce(z, o.y, ported=True)),
+    "mmce ported": (lambda z, o: mmce(z, o.y, double_normalised=True),
+                    lambda z, o: slow_mmce(z, o.y, ported=True)),
     "mbls": (lambda z, o: mbls(z, o.margin), lambda z, o: slow_mbls(z, o.margin)),
     "acls": (lambda z, o: acls(z, o.margin), lambda z, o: slow_acls(z, o.margin, False, o.still)),
-    "acls published": (lambda z, o: acls(z, o.margin, published=True),
+    "acls published": (lambda z, o: acls(z, o.margin, as_published=True),
                        lambda z, o: slow_acls(z, o.margin, True, o.still)),
     "bdc": (lambda z, o: bdc(z, o.y), lambda z, o: slow_bdc(z, o.y)),
     "bec": (lambda z, o: bec(z, o.y), lambda z, o: slow_bec(z, o.y)),
@@ -180,9 +181,9 @@ def test_mmce_divides_by_the_number_of_pairs_once_and_the_ports_twice():
     """
     z, y = rows(.75, .25, .75), torch.tensor([0, 0, 1])
     assert (mmce(z, y).item() == pytest.approx(1/2, abs=1e-8)
-            and mmce(z, y, ported=True).item() == pytest.approx(1/8, abs=1e-8))
+            and mmce(z, y, double_normalised=True).item() == pytest.approx(1/8, abs=1e-8))
     for right in (z.argmax(1), 1 - z.argmax(1)):
-        assert mmce(z, right).item() == mmce(z, right, ported=True).item() == 0
+        assert mmce(z, right).item() == mmce(z, right, double_normalised=True).item() == 0
 
 
 def test_the_kernel_of_mmce_halves_over_a_distance_of_two_fifths_of_ln_2():
@@ -228,7 +229,7 @@ def test_mbls_and_acls_beyond_the_margin():
     z = torch.tensor([[3., 0., -1.]], dtype=torch.float64)
     assert mbls(z, 2.).item() == close((1 + 2)/3)
     assert (acls(z, 2.).item() == close(1 + .1*(1 + 4)/2)
-            and acls(z, 2., published=True).item() == close(4 + .1*(1 + 4)/2))
+            and acls(z, 2., as_published=True).item() == close(4 + .1*(1 + 4)/2))
 
 
 @each_loss
@@ -329,7 +330,7 @@ def test_focal_at_zero_is_the_cross_entropy():
 def test_the_two_conventions_of_label_smoothing_differ_by_a_factor_of_eps():
     for C, eps in product((2, 3, 10), (0., .05, .3)):
         Z, O = tensors(*problem(4, 6, C))
-        assert (label_smoothing(Z, O.y, eps, others=True).item()
+        assert (label_smoothing(Z, O.y, eps, exclude_target=True).item()
                 == close(label_smoothing(Z, O.y, eps*C/(C - 1)).item()))
 
 

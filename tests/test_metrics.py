@@ -34,24 +34,26 @@ def binary(conf, right):
 
 def test_two_bins_by_hand():
     p, y = binary([.9, .9, .9, .9, .6, .6], [1, 1, 0, 0, 1, 1])
-    assert ece(p, y, kind="probs") == pytest.approx(4/6*.4 + 2/6*.4)
-    assert mce(p, y, kind="probs") == pytest.approx(.4)
-    assert ks(p, y, kind="probs") == pytest.approx(.8/6) # -.8/6 after the two .6, +.8/6 at the end
-    assert sce(p, y, kind="probs") == pytest.approx(ece(p, y, kind="probs")) # two classes mirror each other
-    assert top1(p, y, kind="probs") == pytest.approx(4/6)
-    assert brier(p, y, kind="probs") == pytest.approx(2*(2*.01 + 2*.81 + 2*.16)/6)
-    assert nll(p, y, kind="probs") == pytest.approx(-(2*math.log(.9) + 2*math.log(.1) + 2*math.log(.6))/6)
+    assert ece(p, y, from_logits=False) == pytest.approx(4/6*.4 + 2/6*.4)
+    assert mce(p, y, from_logits=False) == pytest.approx(.4)
+    assert ks(p, y, from_logits=False) == pytest.approx(.8/6) # -.8/6 after the two .6, +.8/6 at the end
+    # two classes mirror each other
+    assert sce(p, y, from_logits=False) == pytest.approx(ece(p, y, from_logits=False))
+    assert top1(p, y, from_logits=False) == pytest.approx(4/6)
+    assert brier(p, y, from_logits=False) == pytest.approx(2*(2*.01 + 2*.81 + 2*.16)/6)
+    assert (nll(p, y, from_logits=False)
+            == pytest.approx(-(2*math.log(.9) + 2*math.log(.1) + 2*math.log(.6))/6))
 
 
 def test_ace_by_hand():
     p, y = binary([.6, .7, .8, .9], [0, 1, 1, 1])
-    assert ace(p, y, n_bins=2, kind="probs") == pytest.approx(abs(1.3 - 1)/4 + abs(1.7 - 2)/4)
-    assert ace(p, y, n_bins=4, kind="probs") == pytest.approx((.6 + .3 + .2 + .1)/4)
+    assert ace(p, y, n_bins=2, from_logits=False) == pytest.approx(abs(1.3 - 1)/4 + abs(1.7 - 2)/4)
+    assert ace(p, y, n_bins=4, from_logits=False) == pytest.approx((.6 + .3 + .2 + .1)/4)
 
 
 def test_sce_averages_over_absent_classes():
     p, y = [[.9, .1, 0.], [.2, .8, 0.]], [0, 1]
-    assert sce(p, y, kind="probs") == pytest.approx(((.1 + .2) + (.1 + .2) + 0)/2/3)
+    assert sce(p, y, from_logits=False) == pytest.approx(((.1 + .2) + (.1 + .2) + 0)/2/3)
 
 
 # -- bins ---------------------------------------------------------------------
@@ -70,7 +72,7 @@ def test_mass_bins_differ_by_one_at_most_and_drop_none(n):
 
 def test_the_smallest_confidence_counts():
     p, y = binary([.7], [0])
-    assert ace(p, y, kind="probs") == ece(p, y, kind="probs") == pytest.approx(.7)
+    assert ace(p, y, from_logits=False) == ece(p, y, from_logits=False) == pytest.approx(.7)
 
 
 @settings(max_examples=30, deadline=None)
@@ -82,7 +84,7 @@ def test_order_of_images_does_not_matter_with_ties(images, rng):
     rng.shuffle(shuffled)
     one, two = (binary(*zip(*i)) for i in (images, shuffled))
     for name, f in ALL.items():
-        a, b = f(*one, kind="probs"), f(*two, kind="probs")
+        a, b = f(*one, from_logits=False), f(*two, from_logits=False)
         assert a == b or a == pytest.approx(b, abs=1e-12), name
 
 
@@ -106,7 +108,7 @@ def test_properties(data, n_bins):
     assert 0 <= brier(z, y) <= 2
     assert ece(z, y, 1) == pytest.approx(gap, abs=1e-12)
     for k, f in BINNED.items(): # logits or their probabilities
-        assert f(z.softmax(1), y, n_bins, kind="probs") == pytest.approx(scores[k], abs=1e-9)
+        assert f(z.softmax(1), y, n_bins, from_logits=False) == pytest.approx(scores[k], abs=1e-9)
 
 
 @settings(max_examples=20, deadline=None)
@@ -125,10 +127,10 @@ def test_certain_outputs_and_tiny_sets_are_defined(n):
     for wrong in (False, True):
         y = (p.argmax(1) + wrong) % 3
         for name in BINNED | {"ks": ks}:
-            assert ALL[name](p, y, kind="probs") == pytest.approx(
+            assert ALL[name](p, y, from_logits=False) == pytest.approx(
                 0 if not wrong else {"sce": 2/3, "classwise_ace": 2/3}.get(name, 1)
             ), name
-        assert nll(p, y, kind="probs") == (math.inf if wrong else 0)
+        assert nll(p, y, from_logits=False) == (math.inf if wrong else 0)
 
 
 def test_extreme_logits_are_finite():
@@ -139,25 +141,25 @@ def test_extreme_logits_are_finite():
     assert .01 <= fit_temperature(z, y) <= 100
 
 
-@pytest.mark.parametrize("x, y, kind, says", [
-    ([[1., 2.]], [0, 1], "logits", "labels: got 2 of them, expected 1"),
-    (np.zeros((0, 3)), [], "logits", "shape (0, 3)"),
-    ([[1.]], [0], "logits", "C of at least 2"),
-    ([1., 2.], [0], "logits", "shape (2,)"),
-    ([[1., math.inf]], [0], "logits", "NaN or infinity"),
-    ([[math.nan, 0.]], [0], "probs", "NaN or infinity"),
-    ([[.5, .6]], [0], "probs", "sum 1 within 1e-4"),
-    ([[1.5, -.5]], [0], "probs", "between 0 and 1"),
-    ([[1., 2.]], [-1], "logits", "labels: got -1 to -1, expected 0 to 1"),
-    ([[1., 2.]], [.5], "logits", "integers"),
-    ([[1., 2.]], [math.nan], "logits", "integers"),
-    ([[1., 2.]], [[0]], "logits", "labels: got shape (1, 1)"),
-    ([["a", "b"]], [0], "logits", "no table of numbers"),
-    ([[1., 2.], [1.]], [0, 0], "logits", "no table of numbers"),
-    ([[1., 2.]], [0], "odds", "kind: got 'odds'"),
+@pytest.mark.parametrize("x, y, from_logits, says", [
+    ([[1., 2.]], [0, 1], True, "labels: got 2 of them, expected 1"),
+    (np.zeros((0, 3)), [], True, "shape (0, 3)"),
+    ([[1.]], [0], True, "C of at least 2"),
+    ([1., 2.], [0], True, "shape (2,)"),
+    ([[1., math.inf]], [0], True, "NaN or infinity"),
+    ([[math.nan, 0.]], [0], False, "NaN or infinity"),
+    ([[.5, .6]], [0], False, "sum 1 within 1e-4"),
+    ([[1.5, -.5]], [0], False, "between 0 and 1"),
+    ([[1., 2.]], [-1], True, "labels: got -1 to -1, expected 0 to 1"),
+    ([[1., 2.]], [.5], True, "integers"),
+    ([[1., 2.]], [math.nan], True, "integers"),
+    ([[1., 2.]], [[0]], True, "labels: got shape (1, 1)"),
+    ([["a", "b"]], [0], True, "no table of numbers"),
+    ([[1., 2.], [1.]], [0, 0], True, "no table of numbers"),
+    ([[1., 2.]], [0], "odds", "from_logits: got 'odds'"),
 ])
-def test_bad_input_is_refused_in_words(x, y, kind, says):
-    with pytest.raises(ValueError) as error: check_outputs_and_labels(x, y, kind=kind)
+def test_bad_input_is_refused_in_words(x, y, from_logits, says):
+    with pytest.raises(ValueError) as error: check_outputs_and_labels(x, y, from_logits)
     assert says in str(error.value)
 
 
@@ -168,7 +170,7 @@ def test_other_bad_input():
 
 
 def test_probabilities_read_as_logits_are_warned_of():
-    with pytest.warns(UserWarning, match="kind='probs'"): ece([[.9, .1]], [0])
+    with pytest.warns(UserWarning, match="from_logits=False"): ece([[.9, .1]], [0])
 
 
 @pytest.mark.parametrize("as_type", [np.asarray, lambda t: t.tolist(), lambda t: t.float(),
@@ -202,7 +204,7 @@ def test_torchmetrics_cuts_at_the_other_side():
     conf, right = [.7, .75, .8, 1.], [1, 0, 1, 0]
     p, y = binary(conf, right)
     theirs = float(ref(2, n_bins=4, norm="l1")(torch.tensor(p), torch.tensor(y)))
-    assert ece(p, y, 4, kind="probs") == pytest.approx((abs(1.45 - 1) + abs(1.8 - 1))/4)
+    assert ece(p, y, 4, from_logits=False) == pytest.approx((abs(1.45 - 1) + abs(1.8 - 1))/4)
     assert theirs == pytest.approx((.3 + abs(1.55 - 1) + 1.)/4, abs=1e-6)
 
 
@@ -259,7 +261,7 @@ def test_temperature_is_the_minimum(factor):
     assert nll(z/T, y) <= found.fun + 1e-15
     assert fit_temperature(z/T, y) == pytest.approx(1, rel=1e-12)
     assert top1(z/T, y) == top1(z, y)
-    assert fit_temperature(z.softmax(1), y, kind="probs") == pytest.approx(T, rel=1e-9)
+    assert fit_temperature(z.softmax(1), y, from_logits=False) == pytest.approx(T, rel=1e-9)
 
 
 def test_temperature_at_the_ends():

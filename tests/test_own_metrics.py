@@ -32,8 +32,8 @@ from .conftest import made
 def rms_norm(gaps, share): return (gaps.square()/share.clamp(min=1e-30)).sum(-1).sqrt().mean(-1)
 
 
-def spherical(x, y, kind):
-    p = to_probs(x, kind)
+def spherical(x, y, from_logits):
+    p = to_probs(x, from_logits)
     return p.gather(1, y[:, None]).squeeze(1)/p.norm(dim=1)
 
 
@@ -63,10 +63,10 @@ def test_own_metrics_are_in_evaluate_its_table_and_its_frame():
     assert [r[0] for r in e.table().rows[::2]] == ["Top-1, %", "ECE, %", "l2 ECE, %", "spherical score"]
     frame = e.to_frame().set_index(["metric", "output"])
     assert frame.value["l2_ece", "raw"] == pytest.approx(100*e.raw["l2_ece"].value)
-    assert frame.value["spherical", "raw"] == pytest.approx(float(spherical(z, y, "logits").mean()))
+    assert frame.value["spherical", "raw"] == pytest.approx(float(spherical(z, y, True).mean()))
     assert (frame.unit["l2_ece", "raw"], frame.unit["spherical", "raw"]) == ("%", "")
-    b = equal_width_bins(top_label(z, y, "logits").p, 15)[:, 0]
-    p, hit = (t[:, 0] for t in top_label(z, y, "logits"))
+    b = equal_width_bins(top_label(z, y, True).confidence, 15)[:, 0]
+    p, hit = (t[:, 0] for t in top_label(z, y, True))
     by_hand = math.sqrt(sum(float((b == k).double().mean()*(p - hit)[b == k].mean()**2) for k in b.unique()))
     assert e.raw["l2_ece"].value == pytest.approx(by_hand)
     assert e.raw["ece"] == evaluate(z, y, n_boot=50).raw["ece"] # whatever else is asked
@@ -123,7 +123,7 @@ def test_more_bins_than_asked_for_are_all_counted():
     d = null_draws(z, "unbinned", n_boot=200)["unbinned"]
     g = torch.Generator().manual_seed(1)
     labels = [z.softmax(1).multinomial(1, generator=g)[:, 0] for _ in range(200)]
-    slow = [binned_error(METRICS["unbinned"], top_label(z, y, "logits"), 15) for y in labels]
+    slow = [binned_error(METRICS["unbinned"], top_label(z, y, True), 15) for y in labels]
     assert float(d.mean()) == pytest.approx(np.mean(slow), rel=.03)
     e = evaluate(z, y, n_boot=100, metrics="unbinned").raw["unbinned"]
     assert e.null_low <= e.value <= e.null_high and e.low <= e.debiased <= e.high
@@ -131,14 +131,15 @@ def test_more_bins_than_asked_for_are_all_counted():
 
 def test_a_score_below_zero_keeps_its_ends_in_order():
     "Minus the NLL: more is better, it may be minus infinity, and nothing is cut at 0"
-    def log_score(x, y, kind): return to_log_probs(x, kind).gather(1, y[:, None])[:, 0]
+    def log_score(x, y, from_logits): return to_log_probs(x, from_logits).gather(1, y[:, None])[:, 0]
     register_metric("log_score", label="log score", unit="nats", higher_is_better=True, per_sample=log_score)
     z, y, _ = made(300)
     own, nll = (evaluate(z, y, n_boot=2, metrics=k).raw[k] for k in ("log_score", "nll"))
     assert own.low < own.value < own.high < 0 and own.null_low < own.null_high < 0
     assert [own.value, own.low, own.high] == pytest.approx([-nll.value, -nll.high, -nll.low])
     assert [own.null_low, own.null_high] == pytest.approx([-nll.null_high, -nll.null_low])
-    frame = evaluate([[1., 0.]]*6, [0, 1]*3, n_boot=2, kind="probs", metrics=["nll", "log_score"]).to_frame()
+    frame = (evaluate([[1., 0.]]*6, [0, 1]*3, n_boot=2, from_logits=False, metrics=["nll", "log_score"])
+             .to_frame())
     assert frame[frame.output == "raw"].value.tolist() == [math.inf, -math.inf]
 
 
@@ -148,8 +149,8 @@ def test_null_bands_have_their_level():
     inside = dict.fromkeys(("l2_ece", "spherical"), 0)
     for seed in range(200):
         z, y, _ = made(300, 4, seed=seed)
-        error = binned_error(METRICS["l2_ece"], top_label(z, y, "logits"), 15)
-        values = error, spherical(z, y, "logits").mean()
+        error = binned_error(METRICS["l2_ece"], top_label(z, y, True), 15)
+        values = error, spherical(z, y, True).mean()
         for (k, b), v in zip(null_band(z, list(inside), n_boot=200, seed=seed).items(), values):
             inside[k] += b.low <= float(v) <= b.high
     assert min(inside.values()) >= 182, inside # at 95% fewer have a chance of 1% each
@@ -172,7 +173,7 @@ def test_the_l2_errors_interval_covers_the_truth(factor):
 @pytest.mark.parametrize("factor", [1., 2.])
 def test_the_spherical_scores_interval_covers_the_truth(factor):
     z, _, p = made(200_000, 4, factor, seed=99)
-    values = torch.stack([spherical(z, torch.full((len(z),), c), "logits") for c in range(4)], 1)
+    values = torch.stack([spherical(z, torch.full((len(z),), c), True) for c in range(4)], 1)
     truth = float((p*values).sum(1).mean()) # of all images there could be
     def found(seed):
         z, y, _ = made(300, 4, factor, seed=seed)
@@ -201,9 +202,9 @@ def test_the_comparisons_interval_covers_the_truth_and_equals_are_seldom_told_ap
        st.sampled_from(("nll", "brier", "top1")))
 def test_closed_null_moments_are_those_summed_over_the_labels(seed, n, c, scale, name):
     x = made(n, c, scale, seed=seed)[0]
-    for kind, outputs in (("logits", x), ("probs", x.softmax(1))):
+    for from_logits, outputs in ((True, x), (False, x.softmax(1))):
         both = METRICS[name], replace(METRICS[name], moments=None)
-        closed, summed = (label_moments(m, outputs, kind) for m in both)
+        closed, summed = (label_moments(m, outputs, from_logits) for m in both)
         for a, b in zip(closed, summed): assert torch.allclose(a, b, atol=1e-9)
 
 
@@ -214,7 +215,7 @@ def test_null_moments_are_what_they_were():
                 "brier": (1 - square, 4*((p**3).sum(1) - square.square())),
                 "top1": (p.amax(1), p.amax(1)*(1 - p.amax(1)))}
     for k, two in expected.items():
-        assert all(map(torch.equal, label_moments(METRICS[k], p, "probs"), two))
+        assert all(map(torch.equal, label_moments(METRICS[k], p, False), two))
 
 
 @given(st.integers(0, 999), st.integers(1, 200), st.sampled_from((.3, 1., 3.)),
@@ -222,7 +223,7 @@ def test_null_moments_are_what_they_were():
 def test_slopes_of_a_norm_give_it_back(seed, n, factor, name, n_bins):
     "What images contribute has the metric as its mean, for every norm (Euler)"
     z, y, _ = made(n, 4, factor, seed=seed)
-    claims = top_label(z, y, "logits")
+    claims = top_label(z, y, True)
     error = binned_error(METRICS[name], claims, n_bins)
     assert float(signed_gaps(claims, name, n_bins).mean()) == pytest.approx(error, abs=1e-9)
 
@@ -256,11 +257,12 @@ def test_a_taken_name_is_refused(name):
 
 
 def test_a_cell_may_be_run_again_and_another_function_may_not_take_the_name():
-    def scaled(x, y, kind): return spherical(x, y, kind)/2
+    def scaled(x, y, from_logits): return spherical(x, y, from_logits)/2
     register_metric("halved", **SPHERICAL | dict(per_sample=scaled))
-    def scaled(x, y, kind): return spherical(x, y, kind)/3
+    def scaled(x, y, from_logits): return spherical(x, y, from_logits)/3
     register_metric("halved", **SPHERICAL | dict(per_sample=scaled))
-    for other in (SPHERICAL, SPHERICAL | dict(per_sample=lambda x, y, kind: scaled(x, y, kind)), L2):
+    for other in (SPHERICAL,
+                  SPHERICAL | dict(per_sample=lambda x, y, from_logits: scaled(x, y, from_logits)), L2):
         with pytest.raises(ValueError, match="metric: got 'halved', expected a name that is not taken"):
             register_metric("halved", **other)
     register_metric("sum", **L2 | dict(norm=l1_norm))
@@ -275,7 +277,7 @@ def test_only_ones_own_are_taken_out(name):
         unregister_metric(name)
 
 
-def plain(x, y, kind): return x.softmax(1).gather(1, y[:, None]).squeeze(1)
+def plain(x, y, from_logits): return x.softmax(1).gather(1, y[:, None]).squeeze(1)
 
 
 @pytest.mark.parametrize("declared, says", [
@@ -287,16 +289,16 @@ def plain(x, y, kind): return x.softmax(1).gather(1, y[:, None]).squeeze(1)
     (dict(label="neither"), "kind: got both, none or a part"),
     (SPHERICAL | L2, "kind: got both, none or a part"),
     (dict(label="a part", predictions=top_label, norm=rms_norm), "kind: got both, none or a part"),
-    (SPHERICAL | dict(per_sample=lambda x, y, kind: spherical(x, y, kind).mean()),
+    (SPHERICAL | dict(per_sample=lambda x, y, from_logits: spherical(x, y, from_logits).mean()),
      r"per_sample: got torch.float64 \(\), expected a float for each"),
-    (SPHERICAL | dict(per_sample=lambda x, y, kind: x.argmax(1) == y), "per_sample: got torch.bool"),
+    (SPHERICAL | dict(per_sample=lambda x, y, from_logits: x.argmax(1) == y), "per_sample: got torch.bool"),
     (SPHERICAL | dict(per_sample=plain), "per_sample: got not from logits"),
     (SPHERICAL | dict(moments=lambda p: (p.amax(1), p.amax(1))), "moments: got"),
     (L2 | dict(norm=lambda gaps, share: gaps.square().sum((-2, -1))), "norm: got"),
     (L2 | dict(norm=lambda gaps, share: gaps.sum((-2, -1)).abs().sum()), "norm: got"),
     (L2 | dict(bins=lambda p, n_bins: n_bins - 1 - equal_width_bins(p, n_bins)), "bins: got"),
     (L2 | dict(bins=lambda p, n_bins: p*n_bins), "bins: got"),
-    (L2 | dict(predictions=lambda x, y, kind: top_label(x, y, kind)), "predictions: got"),
+    (L2 | dict(predictions=lambda x, y, from_logits: top_label(x, y, from_logits)), "predictions: got"),
     (L2 | dict(predictions=classwise, walk=lambda w: w.abs().amax(1)), "walk: got class-wise"),
 ])
 def test_a_declaration_that_would_give_wrong_numbers_is_refused(declared, says):
@@ -306,7 +308,8 @@ def test_a_declaration_that_would_give_wrong_numbers_is_refused(declared, says):
 
 
 def test_a_value_beyond_its_limits_is_an_error_and_no_odd_interval():
-    register_metric("doubled", **SPHERICAL | dict(per_sample=lambda x, y, kind: 2*spherical(x, y, kind)))
+    register_metric("doubled",
+                    **SPHERICAL | dict(per_sample=lambda x, y, from_logits: 2*spherical(x, y, from_logits)))
     with pytest.raises(ValueError, match="metric 'doubled': got 1.* within its limits, 0 to 1"):
         evaluate(*made(50, 2, 9.)[:2], n_boot=2, metrics="doubled")
 

@@ -83,7 +83,7 @@ def test_a_chain_begins_where_a_network_was_not_taught_by_a_network():
 @given(st.integers(0, 10**6), st.floats(.2, 1), st.integers(2, 5))
 def test_generations_at_alpha_are_one_at_its_power(seed, alpha, t):
     "The exact law at T = 1, for a linear student with an intercept."
-    p = draw_linear_problem(N=300, d=4, scale=1., angle=40, overconfidence=2, base=.3, seed=seed)
+    p = draw_linear_problem(N=300, d=4, scale=1., angle=40, overconfidence=2, intercept=.3, seed=seed)
     first = z = p.X.T@p.W_t
     for _ in range(t): z = p.X.T@fit_linear_student(p.X, p.y, z, 1., alpha).W
     assert z == pytest.approx(p.X.T@fit_linear_student(p.X, p.y, first, 1., alpha**t).W, abs=1e-5)
@@ -111,14 +111,14 @@ def test_generations_are_measured_from_what_they_say(looks):
     expected = z[2].softmax(1).amax(1).mean() - rows[2].values["top1"].value
     assert e.value == pytest.approx(float(expected), abs=1e-4) and e.low < e.value < e.high
     assert (rows[2].values["kl"].value
-            == pytest.approx(run(chain[2], store, "cpu", progress=False).truth["kl"], rel=1e-4))
+            == pytest.approx(run(chain[2], store, "cpu", progress=False).raw.metrics["kl"].value, rel=1e-4))
 
 
 def test_a_chain_without_its_first_is_refused(looks):
     found = dict(list(looks[0].items())[1:3])
-    with pytest.raises(ValueError, match="looks: got no known resnet8 nll, seed 0, expected generation zero"):
+    with pytest.raises(ValueError, match="views: got no known resnet8 nll, seed 0, expected generation zero"):
         prepare_generations(found)
-    with pytest.raises(ValueError, match="looks: got no student"): prepare_generations({})
+    with pytest.raises(ValueError, match="views: got no student"): prepare_generations({})
 
 
 def test_only_chains_of_one_kind_are_measured(looks):
@@ -126,7 +126,7 @@ def test_only_chains_of_one_kind_are_measured(looks):
     first, second, _ = list(looks[0])[:3]
     l = looks[0][second]
     hot = replace(second, method=Distil(second, 4., .9))
-    with pytest.raises(ValueError, match="looks: got .*expected chains as"):
+    with pytest.raises(ValueError, match="views: got .*expected chains as"):
         prepare_generations({first: l, second: l, hot: l})
     larger = replace(second, model="resnet14")
     with pytest.raises(ValueError, match="expected chains as"): prepare_generations({first: l, larger: l})
@@ -269,8 +269,10 @@ def test_rows_are_compared_seed_by_seed_over_the_seeds_that_both_have(table, tmp
         assert (ours.each == {"KD(C), from NLL after TS less Direct, NLL + TS": theirs}
                 and ours.mean == theirs and len(theirs.each) == 2)
     (truth,) = row_differences(named, [(a, b)], "kl").each.values()
-    assert truth.each == pytest.approx([results[r[a[0]]].truth["kl"] - results[r[b[0]]].truth["scaled_kl"]
-                                        for r in seeds[:2]]) and truth.n == 1
+    assert truth.each == pytest.approx(
+        [results[r[a[0]]].raw.metrics["kl"].value - results[r[b[0]]].scaled.metrics["kl"].value
+         for r in seeds[:2]]
+    ) and truth.n == 1
     write_results(results.values(), tmp_path/"x.npz")
     kept = row_differences(collect_by_row(seeds, read_results(tmp_path/"x.npz")), [(a, b)], "ece").mean
     assert kept.mean == pytest.approx(row_differences(named, [(a, b)], "ece").mean.mean,
@@ -299,7 +301,7 @@ def test_claims_pair_each_student_with_its_own_calibrator(table):
     for claim, pairs in claims.items():
         assert len(row_differences(named, pairs, "ece").each) == len(pairs) > 0, claim
         assert (row_differences({}, pairs, "ece")
-                == row_differences(named, pairs, "ece", least=4) == ({}, None))
+                == row_differences(named, pairs, "ece", min_seeds=4) == ({}, None))
     assert (direct_counterpart("KD(C), from NLL after TS") == ("Direct, NLL", "scaled")
             and direct_counterpart("KD(UC), from NLL") == ("Direct, NLL", "raw"))
 
@@ -315,10 +317,11 @@ def test_a_comparison_refuses_in_a_sentence(table):
         (lambda: _contributions_of_row(named, ("Direct, NLL", "row"), "nll"), "row: got .*row"),
         (lambda: _contributions_of_row({"a": [replace(results[seeds[0]["Direct, NLL"]], truth=None)]},
                                        ("a", "raw"), "kl"), "metric: got 'kl' of a"),
-        (lambda: row_differences({k: own[:1] for k, own in named.items()}, [(a, b)], "kl"), "d: got shape"),
-        (lambda: row_differences(other, [(a, b)], "nll"), "named: got rows on 2 data sets"),
-        (lambda: collect_by_row([], {}), "seeds: got none"),
-        (lambda: paper_progress_table({}, {}), "named: got no rows")
+        (lambda: row_differences({k: own[:1] for k, own in named.items()}, [(a, b)], "kl"),
+         "differences: got shape"),
+        (lambda: row_differences(other, [(a, b)], "nll"), "results_by_name: got rows on 2 data sets"),
+        (lambda: collect_by_row([], {}), "specs_by_seed: got none"),
+        (lambda: paper_progress_table({}, {}), "results_by_name: got no rows")
     ):
         with pytest.raises(ValueError, match=message): call()
 
@@ -378,7 +381,7 @@ def test_validation_stands_in_the_light_part(table, tmp_path):
     result = next(iter(table[1].values()))
     z, labels = result.logits["valid"], load_data(result.spec.data).valid.labels
     assert result.valid == {"nll": nll(z, labels), "top1": top1(z, labels), "ece": ece(z, labels)}
-    write_results([result], tmp_path/"x.npz", images=False)
+    write_results([result], tmp_path/"x.npz", keep_outcomes=False)
     assert read_results(tmp_path/"x.npz")[result.spec].valid == pytest.approx(result.valid, rel=1e-5)
 
 

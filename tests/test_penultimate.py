@@ -116,8 +116,8 @@ def test_classes_that_are_one_give_numbers():
 @pytest.mark.parametrize("spoil, message", [
     (lambda x, y, s: (x.index_fill(0, torch.tensor([0]), float("nan")), y, s), "features: got NaN"),
     (lambda x, y, s: (x[:-3], y[:-3], s), "labels: got a class with fewer than two images"),
-    (lambda x, y, s: (x, y, s | True), "similar: got a matrix without a triple"),
-    (lambda x, y, s: (x, y, s[:3, :3]), "similar: got a matrix without a triple"),
+    (lambda x, y, s: (x, y, s | True), "similar_mask: got a matrix without a triple"),
+    (lambda x, y, s: (x, y, s[:3, :3]), "similar_mask: got a matrix without a triple"),
 ])
 def test_what_cannot_be_measured_is_told(spoil, message):
     with pytest.raises(ValueError, match=message): measure_merging(*spoil(*clouds(4), SIMILAR), n_boot=2)
@@ -152,11 +152,11 @@ def test_a_look_keeps_what_its_pictures_need(seen):
     data = load_data(known.result.spec.data)
     assert (known.classes == data.classes and known.superclass == data.superclass
             and digits.superclass is digits.merging is None)
-    assert (torch.equal(data.test.labels[known.index["test"]], known.kept["test"])
-            and known.kept["test"].bincount().tolist() == [3]*20)
-    assert (float((known.top == known.labels).float().mean())
+    assert (torch.equal(data.test.labels[known.feature_index["test"]], known.feature_labels["test"])
+            and known.feature_labels["test"].bincount().tolist() == [3]*20)
+    assert (float((known.pred == known.labels).float().mean())
             == pytest.approx(known.result.evaluation.raw["top1"].value))
-    assert float(known.confidence.mean()) == pytest.approx(known.result.confidence["raw"], abs=1e-6)
+    assert float(known.confidence.mean()) == pytest.approx(known.result.raw.confidence, abs=1e-6)
     with pytest.raises(ValueError, match="data: got one without super-classes"): similar_classes(digits)
 
 
@@ -176,11 +176,11 @@ def test_looks_survive_the_disk(seen, tmp_path):
         for k in ("confidence", "head", "distance", "overlap"):
             assert torch.allclose(getattr(back, k), getattr(one, k), atol=1e-3, rtol=1e-3)
         for k in ("train", "test"):
-            assert (torch.equal(back.index[k], one.index[k])
+            assert (torch.equal(back.feature_index[k], one.feature_index[k])
                     and torch.allclose(back.features[k], one.features[k], atol=1e-3, rtol=1e-3))
         assert (back.classes == one.classes and back.superclass == one.superclass
                 and (back.merging is None) == (one.merging is None))
-    with pytest.raises(ValueError, match="looks: got 2 data sets"):
+    with pytest.raises(ValueError, match="views: got 2 data sets"):
         write_features([known, digits], tmp_path/"both.npz")
     assert not (tmp_path/"both.npz").exists()
 
@@ -194,7 +194,7 @@ def test_a_damaged_file_of_looks_is_named(seen, tmp_path):
 
 def test_looks_at_different_images_are_not_mixed(seen, tmp_path):
     store, (known, _) = seen
-    with pytest.raises(ValueError, match="looks: got features of different images"):
+    with pytest.raises(ValueError, match="views: got features of different images"):
         write_features([known, extract_features(known.result.spec, store, "cpu", per_class=2)],
                        tmp_path/"two.npz")
 
@@ -203,11 +203,11 @@ def test_where_an_explorer_begins(seen):
     _, (known, digits) = seen
     a, b, c = most_confused_triple(known)
     assert known.superclass[a] == known.superclass[b] != known.superclass[c]
-    assert known.overlap[a, b] == known.overlap[similar_classes(known)].max()
+    assert known.class_overlaps[a, b] == known.class_overlaps[similar_classes(known)].max()
     assert most_confused_triple(digits) == (0, 1, 2)
     data = load_data(known.result.spec.data)
     assert torch.equal(feature_images(known, (c, a), "train")[:3],
-                       data.train.inputs[known.index["train"][known.kept["train"] == c]])
+                       data.train.inputs[known.feature_index["train"][known.feature_labels["train"] == c]])
 
 
 def test_first_of_each_takes_what_there_is():

@@ -105,7 +105,7 @@ def test_a_table_has_the_columns_that_its_rows_speak_of(results):
                                                              [net(Distil(net("nll", model="resnet14")))]))
     head, (a, b) = results_table({"direct": direct, "KD": student})
     row = dict(zip(head, a))
-    mean = np.mean([r.truth["scaled_kl"] for r in direct])
+    mean = np.mean([r.scaled.metrics["kl"].value for r in direct])
     assert (summarise_seeds({"a": direct}, "scaled")[0].mean["kl"] == pytest.approx(mean)
             and (row["T"], dict(zip(head, b))["T"]) == ("", "1"))
     seen = np.array([r.evaluation.raw["ece"].value for r in direct])
@@ -129,10 +129,10 @@ def test_rows_refuse_what_is_not_there(results):
 def test_overlays_are_few(results):
     b = reliability_bins(results[net("nll")].logits["test"], torch.arange(300) % 20)
     assert len(plot_reliability_overlay({"one": b, "two": b}).get_legend().get_texts()) == 2
-    with pytest.raises(ValueError, match="named: got 0 models"): plot_reliability_overlay({})
+    with pytest.raises(ValueError, match="outputs_by_name: got 0 models"): plot_reliability_overlay({})
     with pytest.raises(ValueError, match="labels: got none, expected one for each row"):
         plot_reliability_overlay({"one": torch.zeros(3, 2)})
-    with pytest.raises(ValueError, match="named: got 8 models, expected 1 to 7"):
+    with pytest.raises(ValueError, match="outputs_by_name: got 8 models, expected 1 to 7"):
         plot_reliability_overlay({str(k): b for k in range(8)})
 
 
@@ -198,7 +198,8 @@ def test_clusters_share_the_axes_of_the_first(looks):
     both, alone = (_prepare_penultimate([teacher, student], (0, 4, 1)),
                    _prepare_penultimate([student], (0, 4, 1)))
     assert ([len(xy) for own in both for xy in own]
-            == [len(student.kept["test"][student.kept["test"] == c]) for _ in range(2) for c in (0, 4, 1)])
+            == [len(student.feature_labels["test"][student.feature_labels["test"] == c])
+                for _ in range(2) for c in (0, 4, 1)])
     np.testing.assert_allclose(_prepare_penultimate([teacher], (0, 4, 1))[0][0], both[0][0])
     assert not np.allclose(alone[0][0], both[1][0])
     fig = plot_penultimate(dict(zip("ab", looks.values())), (0, 4, 1), columns=2)
@@ -206,7 +207,7 @@ def test_clusters_share_the_axes_of_the_first(looks):
             and [ax.get_title() for ax in fig.axes] == ["a", "b"])
     stars = np.concatenate([line.get_xydata() for line in fig.axes[0].lines if line.get_marker() == "*"])
     np.testing.assert_allclose(stars, [xy.mean(0) for xy in both[0]], rtol=1e-6)
-    with pytest.raises(ValueError, match="looks: got none"): plot_penultimate({}, (0, 4, 1))
+    with pytest.raises(ValueError, match="views: got none"): plot_penultimate({}, (0, 4, 1))
 
 
 def test_limits_hold_everything():
@@ -226,13 +227,13 @@ def test_merging_is_drawn_as_measured(looks, results):
         assert (ax.collections[0].get_segments()[0][:, 1].tolist()
                 == [rows[0].values[key].low, rows[0].values[key].high])
     with pytest.raises(ValueError, match="alpha: got 0.5, expected one of 0.9"): plot_merging(rows, .5)
-    with pytest.raises(ValueError, match="keys: got 'mean'"): plot_merging(rows, .9, ("ratio", "mean"))
+    with pytest.raises(ValueError, match="measures: got 'mean'"): plot_merging(rows, .9, ("ratio", "mean"))
 
 
 def test_merging_needs_groups_and_one_kind_of_student(looks):
     teacher, student = looks
-    with pytest.raises(ValueError, match="looks: got no students"): prepare_merging({teacher: looks[teacher]})
-    with pytest.raises(ValueError, match="looks: got a data set without super-classes"):
+    with pytest.raises(ValueError, match="views: got no students"): prepare_merging({teacher: looks[teacher]})
+    with pytest.raises(ValueError, match="views: got a data set without super-classes"):
         prepare_merging({student: replace(looks[student], merging=None)})
 
 
@@ -295,5 +296,5 @@ def test_drift_is_drawn_as_means_over_corruptions_and_seeds(results, store):
     assert ax.lines[0].get_ydata()[1:] == pytest.approx(by_hand) and ax.lines[0].get_label() == "direct"
     for call, message in ((lambda: plot_drift({}), "drifts: got none"),
                           (lambda: plot_drift({"a": own}, "sce"), "metric: got 'sce'"),
-                          (lambda: plot_drift({"a": own}, "ece", "x"), "which: got 'x'")):
+                          (lambda: plot_drift({"a": own}, "ece", "x"), "output: got 'x'")):
         with pytest.raises(ValueError, match=message): call()

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kdc_nb.core import Registry, source_fingerprint, spec_hash
+from kdc_nb.core import own_entries, source_fingerprint
+from kdc_nb.values import spec_hash
 from kdc_nb.calibration.posthoc import Calibrator
 from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.losses import cross_entropy
@@ -61,14 +62,6 @@ specs = [teacher, student, RunSpec(data, "own_net_5", Method("own_penalty"), rec
 '''
 
 
-@pytest.fixture
-def clean():
-    "What a test registers is gone afterwards"
-    before = {k: dict(r.data) for k, r in Registry.by_kind.items()}
-    yield
-    for k, r in Registry.by_kind.items(): r.data = before.get(k, r.data)
-
-
 def register(factor: float = 1., layer: str = "ReLU") -> None:
     "What a script or notebook registers, with a constant of a helper and a layer of the network"
     exec(compile(OWN.format(factor=factor).replace("ReLU", layer), "<own>", "exec"), {"__name__": "__main__"})
@@ -82,7 +75,7 @@ SPEC = RunSpec(TINY, "resnet8", "nll", Recipe(1, 50))
     (MODELS, "resnet{depth}"), (MODELS, "bert-base-uncased"),
     (DataSpec.registry, "known"), (DataSpec.registry, "cifar10"), (Calibrator.registry, "ts"),
 ])
-def test_a_taken_name_is_refused(registry, name, clean):
+def test_a_taken_name_is_refused(registry, name):
     def another(): pass
     before = registry[name]
     with pytest.raises(ValueError, match=f"{registry.kind}: got '.*', expected a name that is not taken"):
@@ -91,14 +84,14 @@ def test_a_taken_name_is_refused(registry, name, clean):
     assert registry[name] is before
 
 
-def test_a_cell_run_again_is_no_other_entry(clean):
+def test_a_cell_run_again_is_no_other_entry():
     for value in (1, 2):
         @Method.register("again")
         def again(x=value): return x
     assert Method("again").x == 2
 
 
-def test_a_parameter_without_default_is_refused_where_it_is_registered(clean):
+def test_a_parameter_without_default_is_refused_where_it_is_registered():
     with pytest.raises(ValueError, match=r"Method\('bare'\): got parameters \['beta'\] without default"):
         @Method.register("bare")
         def bare(beta): pass
@@ -114,7 +107,7 @@ def test_the_kits_own_runs_have_no_code_in_their_id():
             and run_id(spec) == spec_hash(spec, schema=1, data=[load_data(TINY).fingerprint]))
 
 
-def test_changed_code_is_another_run(clean):
+def test_changed_code_is_another_run():
     """The constant of a method's helper, a layer of a network: each is another id, also of a student,
     and the same again the same
     """
@@ -130,7 +123,7 @@ def test_changed_code_is_another_run(clean):
     assert ids() == plain
 
 
-def test_a_result_of_other_code_is_not_taken(clean, tmp_path):
+def test_a_result_of_other_code_is_not_taken(tmp_path):
     "A method whose penalty was multiplied by -9 under the same name is trained, not looked up"
     results = []
     for factor in (1., -9.):

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, strategies as st
 
 import kdc_nb.experiments.runs as kr
-from kdc_nb.core import encode
+from kdc_nb.values import encode
 from kdc_nb.files import DamagedFile, load_npz, load_tensors, save_npz
 from kdc_nb.calibration.metrics import nll
 from kdc_nb.calibration.outcomes import compute_outcomes, metrics_from_outcomes
@@ -60,8 +60,8 @@ def test_a_result_is_shown_in_short(store):
                                     "ECE, %", "  after TS", "true error, %",
                                     "  after TS", "KL to truth, nats", "  after TS"]
     by = {(rows[i - i % 2][0], ("raw", "after TS")[i % 2]): value for i, (_, value, *_) in enumerate(rows)}
-    assert (by["true error, %", "after TS"] == f"{100*result.truth['scaled_error']:.2f}"
-            and by["KL to truth, nats", "raw"] == f"{result.truth['kl']:.3f}")
+    assert (by["true error, %", "after TS"] == f"{100*result.scaled.metrics['error'].value:.2f}"
+            and by["KL to truth, nats", "raw"] == f"{result.raw.metrics['kl'].value:.3f}")
     assert by["NLL, nats", "after TS"] == f"{result.evaluation.scaled['nll'].value:.3f}"
     title, facts = str(result).splitlines()[:2]
     assert (title == run_label(STUDENT) and facts.startswith("80 images")
@@ -157,10 +157,11 @@ def test_light_files_come_back_equal(store, tmp_path):
     r = go(STUDENT, store)
     write_results([r], tmp_path/"x.npz")
     back = read_results(tmp_path/"x.npz")[STUDENT]
-    assert back.spec == STUDENT and back.truth["error"] == pytest.approx(r.truth["error"], rel=1e-5)
+    assert (back.spec == STUDENT
+            and back.raw.metrics["error"].value == pytest.approx(r.raw.metrics["error"].value, rel=1e-5))
     assert [h["loss"] for h in back.history] == pytest.approx([h["loss"] for h in r.history], rel=1e-5)
-    assert (torch.equal(back.images["scaled"].hit, result_outcomes(r)["scaled"].hit)
-            and result_outcomes(back) is back.images)
+    assert (torch.equal(back.scaled.outcomes.correct, result_outcomes(r)["scaled"].correct)
+            and result_outcomes(back)["raw"] is back.raw.outcomes)
 
 
 @given(n=st.integers(1, 300), c=st.sampled_from((2, 10, 300)),
@@ -171,8 +172,9 @@ def test_what_light_files_keep_of_images_is_near_and_in_its_bin(n, c, scale, see
     before = {"raw": compute_outcomes(z, y), "scaled": compute_outcomes(z/2.5, y)}
     for which, o in _decompress_outcomes(_compress_outcomes(before)).items():
         b = before[which]
-        assert torch.equal(o.top, b.top) and torch.equal(o.hit, b.hit)
-        assert torch.equal(equal_width_bins(o.claims.p, 15), equal_width_bins(b.claims.p, 15))
+        assert torch.equal(o.pred, b.pred) and torch.equal(o.correct, b.correct)
+        bins = [equal_width_bins(x.predictions.confidence, 15) for x in (o, b)]
+        assert torch.equal(*bins)
         assert ((o.log_odds - b.log_odds.clamp(-256, 256)).abs().max() <= 1.5/128 + 1e-9
                 and (o.nll - b.nll.clamp(max=256)).abs().max() <= 1.5/128 + 1e-9)
         old, new = metrics_from_outcomes(b), metrics_from_outcomes(o)
@@ -252,7 +254,8 @@ def test_real_photographs_train_and_are_judged(photos, store):
     "Sixty images and one epoch teach little, and every part turns: the cache, flips, 10,000 test images."
     r = go(RunSpec(DataSpec("cifar10", n_train=60, n_valid=60), "resnet8",
                    "nll", Recipe(1, 30, augment=("flip",))), store)
-    assert r.evaluation.n == 10_000 and r.truth is None and 0 < r.evaluation.raw["top1"].value < .5
+    assert (r.evaluation.n == 10_000 and "error" not in r.raw.metrics
+            and 0 < r.evaluation.raw["top1"].value < .5)
 
 
 def test_a_copy_is_told_its_commit(monkeypatch):

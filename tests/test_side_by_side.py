@@ -111,7 +111,7 @@ def device(monkeypatch):
     class Pretended(SideBySideRunner):
         def __init__(self, agenda, *rest):
             super().__init__(agenda, *rest)
-            self.streams = [f"stream {k}" for k in range(agenda.context.at_once)]
+            self.streams = [f"stream {k}" for k in range(agenda.context.n_parallel)]
     patch_name(monkeypatch, "SideBySideRunner", Pretended)
     monkeypatch.setattr(torch.cuda, "stream", it.on)
     patch_name(monkeypatch, "_record_event", it.mark)

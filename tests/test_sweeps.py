@@ -4,6 +4,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ import kdc_nb.training.steps as steps_room
 import kdc_nb.experiments.sweeps as sweeps_room
 from kdc_nb.files import save_tensors
 from kdc_nb.training.data import DataSpec
+from kdc_nb.training.devices import worker_processes
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.agenda import _runs_teachers_first, plan_sweep, read_specs, write_specs
@@ -286,6 +288,17 @@ def test_ctrl_c_is_told_in_a_sentence(tmp_path, how, kill):
     assert "torch" not in said and said.count("Traceback") == 1, said
 
 
+def test_a_pool_that_is_stopped_begins_nothing_more(monkeypatch):
+    "What waited is given up without a word: no thread of the pool fails over it"
+    seen = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: seen.append(args.exc_value))
+    with pytest.raises(KeyboardInterrupt), worker_processes(1) as pool:
+        pool.submit(int).result() # it has started
+        for _ in range(6): last = pool.submit(time.sleep, 60)
+        raise KeyboardInterrupt
+    assert last.done() and seen == []
+
+
 def workers_of(pid: int) -> int:
     "How many processes of a pool a process has started"
     found = subprocess.run(["pgrep", "-P", str(pid), "-f", "popen_loky"], capture_output=True, text=True)
@@ -354,7 +367,7 @@ def test_real_photographs_with_a_live_teacher(photos, store):
     """CIFAR-100, cropped and mirrored, the teacher by MDCA asked about every view, the epoch
     with the best validation kept
     """
-    recipe = Recipe(2, 50, augment=("crop", "flip"), live_teacher=True, keep="best")
+    recipe = Recipe(2, 50, augment=("crop", "flip"), live_teacher=True, select="best")
     teacher = RunSpec(DataSpec("cifar100", n_train=100, n_valid=100),
                       "resnet8", Method("mdca", beta=5), recipe)
     for r in go([replace(teacher, method=Distil(teacher, T, .9)) for T in (1, 4)], store):

@@ -225,4 +225,4 @@ def test_votes_of_people_teach(photos, store, tmp_path, monkeypatch):
     assert (len(test) == 9880 and .98 < agree < 1
             and torch.allclose(test.posterior.sum(1), torch.ones(len(test)), atol=1e-6))
     result = go(RunSpec(data, "resnet8", Distil(TemperedPosterior(), alpha=1), Recipe(1, 30)), store)
-    assert 0 < result.truth["kl"] < 10
+    assert 0 < result.raw.metrics["kl"].value < 10

@@ -14,8 +14,7 @@ import torch
 from scipy import stats
 
 import kdc_nb.training.text as text_room
-from kdc_nb.training import text_models
-from kdc_nb.core import derive_seed
+from kdc_nb.values import derive_seed
 from kdc_nb.files import cache_dir
 from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.methods import TrainingMethod
@@ -27,6 +26,7 @@ from kdc_nb.experiments.results import read_results
 from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.specs import RunSpec, _check_model
 from kdc_nb.experiments.store import Store, build_net
+from kdc_nb.training import text_models
 from tests.conftest import patch_name
 
 TINY = DataSpec("topics", n_train=40, n_valid=20, n_test=30)
@@ -153,7 +153,7 @@ def test_a_pretrained_network_begins_with_its_weights_and_a_head_of_the_seed(tmp
     spec, store = RunSpec(data, "own_bert", "nll", RECIPE), Store(tmp_path/"s")
     run(spec, store, "cpu", progress=False)
     (tmp_path/"bert"/"model.safetensors").unlink()
-    assert store.net(spec) is not None, "a trained network needs no pretrained weights"
+    assert store.load_net(spec) is not None, "a trained network needs no pretrained weights"
     said = capfd.readouterr()
     assert "unexpected" not in (said.out + said.err).lower()
     other = text_room.register_texts("mine", *[(["other words", "than those"]*4, labels)]*3)
@@ -276,11 +276,11 @@ def test_without_its_libraries_text_is_refused_and_images_are_not(monkeypatch):
 @pytest.mark.parametrize("change, message", [
     (dict(optimizer="adam"), "optimizer: got 'adam', expected None or 'adamw'"),
     (dict(warmup=0.), "warmup: got 0.0"), (dict(warmup=1.), "warmup: got 1.0"),
-    (dict(warmup=.1, drops=(.5,)), "warmup: got 0.1, expected .* no drops")])
+    (dict(warmup=.1, milestones=(.5,)), "warmup: got 0.1, expected .* no milestones")])
 def test_recipes_that_mean_nothing(change, message):
     with pytest.raises(ValueError, match=message): Recipe(1, **change)
 
 
 def test_old_descriptions_keep_their_ids():
-    from kdc_nb.core import encode
+    from kdc_nb.values import encode
     assert {"optimizer", "warmup"}.isdisjoint(encode(Recipe(1)))

@@ -139,7 +139,8 @@ def test_the_shift_that_balances(problem):
     assert expit(z_t + fit_intercept(z_t, y)).sum() == pytest.approx(y.sum(), rel=1e-9)
 
 
-def draw(seed=0): return draw_linear_problem(N=300, d=5, angle=50., overconfidence=2., base=.7, seed=seed)
+def draw(seed=0):
+    return draw_linear_problem(N=300, d=5, angle=50., overconfidence=2., intercept=.7, seed=seed)
 
 
 def test_labels_alone_against_scikit_learn():

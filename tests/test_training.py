@@ -72,8 +72,8 @@ def check_killed(tmp_path, kills, seed):
     killed_until_done(broken.folder, kills, random.Random(seed))
     got = broken.get(SPEC)
     assert torch.equal(got.logits["test"], expected.logits["test"]) and got.history == expected.history
-    assert all(torch.equal(a, b)
-               for a, b in zip(broken.net(SPEC).state_dict().values(), whole.net(SPEC).state_dict().values()))
+    weights = [s.load_net(SPEC).state_dict().values() for s in (broken, whole)]
+    assert all(torch.equal(a, b) for a, b in zip(*weights))
     assert {
         p.suffix for p in broken.folder.iterdir() if not p.name.startswith(".tmp")
     } <= {".run", ".net", ".part"}, "but for what safetensors was writing"
@@ -92,7 +92,7 @@ class Counts(TrainingMethod):
     "A method with state: how often each sample was correct; the loss depends on it."
     needs_valid = True
 
-    def start(self, n_train, n_classes, epochs):
+    def before_fit(self, n_train, n_classes, epochs):
         self.register_buffer("right", torch.zeros(n_train)); self.register_buffer("valid", torch.zeros(()))
 
     def forward(self, step: TrainingStep):
@@ -108,7 +108,7 @@ class Counts(TrainingMethod):
 @pytest.mark.parametrize("keep", ["last", "best"])
 def test_state_and_best_weights_survive_a_stop(tmp_path, keep):
     "A method with state per sample, and the best weights so far, come back with the checkpoint."
-    data, recipe, path = load_data(TINY), Recipe(6, 32, keep=keep), tmp_path/"x"
+    data, recipe, path = load_data(TINY), Recipe(6, 32, select=keep), tmp_path/"x"
     through, stopped = build_net(SPEC), build_net(SPEC)
     a = fit(through, data, Counts(), recipe, device="cpu", progress=False).history
 
@@ -208,7 +208,7 @@ def test_an_epoch_of_which_a_resumed_student_cached_a_part_does_not_count_as_cac
 
 def test_best_keeps_the_epoch_with_the_best_validation_accuracy():
     data, net = load_data(TINY), build_net(SPEC)
-    history = fit(net, data, Method("nll").build(), Recipe(6, 32, keep="best"),
+    history = fit(net, data, Method("nll").build(), Recipe(6, 32, select="best"),
                   device="cpu", progress=False).history
     accuracy = float((predict_logits(net, data, data.valid.inputs).argmax(1) == data.valid.labels).float()
                      .mean())
@@ -238,7 +238,7 @@ def test_the_teacher_is_asked_for_the_right_samples():
 
     class Looks(Distillation):
         def forward(self, step):
-            assert torch.equal(step.teacher.argmax(1), step.targets)
+            assert torch.equal(step.teacher_logits.argmax(1), step.targets)
             return super().forward(step)
     fit(build_net(SPEC), data, Looks(), Recipe(1, 32), teacher=teacher, device="cpu", progress=False)
     assert len(seen) == 1 + 7 # the check at the door, and seven batches
@@ -433,7 +433,7 @@ def test_logits_of_a_scaled_teacher_are_divided_by_its_temperature_whichever_stu
     class Looks(Distillation):
         seen = []
         def forward(self, step):
-            self.seen.append(step.teacher.clone())
+            self.seen.append(step.teacher_logits.clone())
             return super().forward(step)
     for T in (1., 4.):
         Trainer(build_net(SPEC), data, Looks(), Recipe(1, 100), 0,

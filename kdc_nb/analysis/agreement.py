@@ -78,7 +78,7 @@ def prepare_confidence_shift(teacher: FeatureView, student: FeatureView) -> _Con
     "How confidence changes from a teacher to its student"
     check(torch.equal(teacher.labels, student.labels), "student", "other test images", "those of the teacher")
     return _ConfidenceShift(teacher.confidence.numpy(), student.confidence.numpy(),
-                            (student.top == student.labels).numpy())
+                            (student.pred == student.labels).numpy())
 
 
 def plot_confidence_shift(

@@ -60,19 +60,19 @@ def _check_image_batch(inputs: Tensor) -> None:
 
 def corrupt_images(
     inputs: Tensor, # (N, C, H, W) uint8, 1 or 3 channels, 8 pixels or more a side; it is left as it is
-    name: str, # as in `CORRUPTIONS`
+    corruption: str, # as in `CORRUPTIONS`
     severity: int, # 1 to 5
     seed: int = 0, # of the noise, from 0; each corruption and severity has noise of its own
 ) -> Tensor: # (N, C, H, W) uint8
     """Images under a corruption in the style of CIFAR-C (Hendrycks and Dietterich 2019); a
     `ValueError` says what is wrong
     """
-    how = lookup(CORRUPTIONS, name, "name")
+    how = lookup(CORRUPTIONS, corruption, "corruption")
     check_severity(severity)
     _check_image_batch(inputs)
     check(isinstance(seed, int) and seed >= 0, "seed", repr(seed), "an integer from 0")
-    rng = np.random.default_rng([seed, zlib.crc32(name.encode()), severity])
-    parts = (how.spoil(x.numpy()/np.float32(255), how.strengths[severity - 1], rng)
+    rng = np.random.default_rng([seed, zlib.crc32(corruption.encode()), severity])
+    parts = (how.apply(x.numpy()/np.float32(255), how.by_severity[severity - 1], rng)
              for x in inputs.cpu().split(500))
     return torch.cat([torch.from_numpy((np.clip(x, 0, 1)*255 + 1e-3).astype(np.uint8)) for x in parts])
 

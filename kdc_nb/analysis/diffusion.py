@@ -35,15 +35,15 @@ class _MeasuredStudent(NamedTuple):
 
 # %% ../../nbs/analysis/04_diffusion.ipynb #01d25d30
 def prepare_merging(
-    looks: Mapping[RunSpec, FeatureView], # among them students of trained teachers
+    views: Mapping[RunSpec, FeatureView], # among them students of trained teachers
 ) -> list[_MeasuredStudent]:
     "What was measured of the students, in their order"
-    students = {s: l for s, l in looks.items()
+    students = {s: l for s, l in views.items()
                 if isinstance(s.method, Distil) and s.method.teacher.first_run()}
     kinds = {(s.data, s.model) for s in students}
-    check(len(kinds) == 1, "looks", ", ".join(f"{m} on {d}" for d, m in kinds) or "no students",
+    check(len(kinds) == 1, "views", ", ".join(f"{m} on {d}" for d, m in kinds) or "no students",
           "one student network on one data set")
-    check(all(l.merging for l in students.values()), "looks",
+    check(all(l.merging for l in students.values()), "views",
           "a data set without super-classes", "one whose similar classes are known")
     return [_MeasuredStudent(teacher_label(s.method), s.method, s.seed, l.result.evaluation.n,
                              l.merging | l.result.evaluation.raw) for s, l in students.items()]
@@ -55,20 +55,21 @@ MERGING_MEASURES = {"ratio": "distance of similar over others", "similar": "over
 
 
 def plot_merging(
-    rows: list[_MeasuredStudent], # from `prepare_merging`
+    students: list[_MeasuredStudent], # from `prepare_merging`
     alpha: float, # weight of the teacher
-    keys: Sequence[str] = ("ratio", "similar", "dissimilar"), # of MEASURES
+    measures: Sequence[str] = ("ratio", "similar", "dissimilar"), # of MEASURES
 ) -> Figure:
     """What was measured over the temperature, a line for each teacher and seed; the
     null band of the ECE in grey
     """
-    own = [r for r in rows if r.method.alpha == alpha]
+    own = [r for r in students if r.method.alpha == alpha]
     check(bool(own), "alpha", alpha,
-          "one of " + ", ".join(f"{a:g}" for a in sorted({r.method.alpha for r in rows})))
-    titles = [lookup(MERGING_MEASURES, key, "keys") for key in keys]
-    fig, axs = plt.subplots(1, len(keys), figsize=(3.7*len(keys), 3.6), layout="constrained", squeeze=False)
+          "one of " + ", ".join(f"{a:g}" for a in sorted({r.method.alpha for r in students})))
+    titles = [lookup(MERGING_MEASURES, key, "measures") for key in measures]
+    fig, axs = plt.subplots(1, len(measures), figsize=(3.7*len(measures), 3.6),
+                            layout="constrained", squeeze=False)
     names, Ts = sorted({r.teacher for r in own}), sorted({r.method.T for r in own})
-    for ax, key, title in zip(axs[0], keys, titles):
+    for ax, key, title in zip(axs[0], measures, titles):
         for k, name in enumerate(names):
             for seed in sorted({r.seed for r in own if r.teacher == name}):
                 line = sorted((r.method.T*1.06**(k - 1), r.values[key])
@@ -111,28 +112,27 @@ def _estimate_mean(
 
 # %% ../../nbs/analysis/04_diffusion.ipynb #d0c9193b
 def prepare_generations(
-    looks: Mapping[RunSpec, FeatureView], # chains of students, generation zero among them
+    views: Mapping[RunSpec, FeatureView], # chains of students, generation zero among them
 ) -> list[_MeasuredGeneration]: # a chain for each T and alpha, generation by generation
     "Chains of self-distillation, and what was measured of each network"
     chains = {}
-    for s in looks:
+    for s in views:
         first, number = trace_generation(s)
         if not number: continue
         check(s == self_distillation_chain(first, number, s.method.T, s.method.alpha)[-1],
-              "looks", run_label(s), "chains as `self_distillation_chain` makes them")
-        chains.setdefault((first, s.method.T, s.method.alpha), {})[number] = looks[s]
+              "views", run_label(s), "chains as `self_distillation_chain` makes them")
+        chains.setdefault((first, s.method.T, s.method.alpha), {})[number] = views[s]
     kinds = {(first.data, first.model, first.recipe) for first, _, _ in chains}
-    check(len(kinds) == 1, "looks", ", ".join(f"{m} on {d}" for d, m, _ in kinds)
+    check(len(kinds) == 1, "views", ", ".join(f"{m} on {d}" for d, m, _ in kinds)
                                     or "no student of a network", "chains of one network on one data set")
     rows = []
     for (first, T, alpha), later in chains.items():
-        check(first in looks, "looks", f"no {run_label(first)}", "generation zero of each chain")
-        for number, l in sorted(({0: looks[first]} | later).items()):
-            truth = {k: Estimate(v) for k, v in (l.result.truth or {}).items()}
-            own = {"gap": _estimate_mean(l.confidence - (l.top == l.labels).float()),
-                   "agreement": _estimate_mean((l.top == looks[first].top).float())}
+        check(first in views, "views", f"no {run_label(first)}", "generation zero of each chain")
+        for number, l in sorted(({0: views[first]} | later).items()):
+            own = {"gap": _estimate_mean(l.confidence - (l.pred == l.labels).float()),
+                   "agreement": _estimate_mean((l.pred == views[first].pred).float())}
             rows.append(_MeasuredGeneration(method_label(first.method), T, alpha, first.seed, number,
-                                            len(l.labels), l.result.evaluation.raw | truth | own))
+                                            len(l.labels), l.result.raw.metrics | own))
     return rows
 
 # %% ../../nbs/analysis/04_diffusion.ipynb #94f6b804
@@ -142,23 +142,24 @@ GENERATION_MEASURES = {k: MERGING_MEASURES[k] for k in ("top1", "ece", "nll")} |
 
 
 def plot_generations(
-    rows: list[_MeasuredGeneration], # from `prepare_generations`
+    generations: list[_MeasuredGeneration], # from `prepare_generations`
     T: float, # of the chains to draw
     alpha: float, # likewise
-    keys: Sequence[str] = ("top1", "ece", "nll", "agreement"), # of CHAIN_MEASURES
+    measures: Sequence[str] = ("top1", "ece", "nll", "agreement"), # of CHAIN_MEASURES
     # the gap of a network that learns from labels alone, to which theory lets a chain
     # go; None: that is not drawn
-    end: float | None = None,
+    label_only_gap: float | None = None,
 ) -> Figure:
     """What was measured by generation: the mean over seeds, the seeds as dots, the ECE's null band in grey,
     and for the gap, dotted, what theory expects
     """
-    own = [r for r in rows if (r.T, r.alpha) == (T, alpha)]
+    own = [r for r in generations if (r.T, r.alpha) == (T, alpha)]
     check(bool(own), "T, alpha", f"{T:g}, {alpha:g}",
-          "one of " + "; ".join(sorted({f"{r.T:g}, {r.alpha:g}" for r in rows})))
-    titles = [lookup(GENERATION_MEASURES, key, "keys") for key in keys]
-    fig, axs = plt.subplots(1, len(keys), figsize=(3.3*len(keys), 3.6), layout="constrained", squeeze=False)
-    for ax, key, title in zip(axs[0], keys, titles):
+          "one of " + "; ".join(sorted({f"{r.T:g}, {r.alpha:g}" for r in generations})))
+    titles = [lookup(GENERATION_MEASURES, key, "measures") for key in measures]
+    fig, axs = plt.subplots(1, len(measures), figsize=(3.3*len(measures), 3.6),
+                            layout="constrained", squeeze=False)
+    for ax, key, title in zip(axs[0], measures, titles):
         for name, c in zip(dict.fromkeys(r.first for r in own), COLORS):
             by = {g: [r.values[key] for r in own if (r.first, r.number) == (name, g)]
                   for g in sorted({r.number for r in own if r.first == name})}
@@ -169,9 +170,10 @@ def plot_generations(
                 null = ([np.mean([getattr(e, k) for e in v]) for v in by.values()]
                         for k in ("null_low", "null_high"))
                 ax.fill_between(list(by), *null, color=GREY, alpha=.2, lw=0)
-            if key == "gap" and end is not None:
-                ax.plot(list(by), [end + (means[0] - end)*alpha**g for g in by], ":", c=c)
-        if key == "gap" and end is not None: ax.axhline(end, c=GREY, lw=1)
+            if key == "gap" and label_only_gap is not None:
+                ax.plot(list(by),
+                        [label_only_gap + (means[0] - label_only_gap)*alpha**g for g in by], ":", c=c)
+        if key == "gap" and label_only_gap is not None: ax.axhline(label_only_gap, c=GREY, lw=1)
         if key in ("ece", "error", "kl"): ax.set_ylim(bottom=0)
         ax.set(xlabel="generation t", title=title)
         if "%" in title: format_percent_axes(ax, "y")

@@ -16,7 +16,8 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from ..core import check, decode, encode, frozen_spec
+from ..core import check
+from ..values import decode, encode, frozen_spec
 from ..files import load_npz, save_npz
 from ..calibration.predictions import check_outputs_and_labels, top_label
 from ..calibration.metrics import nll, top1
@@ -50,7 +51,7 @@ def _open_npy(
 # %% ../../nbs/analysis/08_drift.ipynb #4c9551dd
 def read_corrupted_images(
     folder: Path | str, # where the .npy files are
-    name: str, # of a corruption: a file's name without .npy
+    corruption: str, # of a corruption: a file's name without .npy
     severity: int, # 1 to 5
     # inputs (N, 3, H, W) uint8 and labels (N,) int64; 10,000 of 32 x 32 in the published files
 ) -> tuple[Tensor, Tensor]:
@@ -58,7 +59,7 @@ def read_corrupted_images(
     and what is wrong with it
     """
     check_severity(severity)
-    images = _open_npy(Path(folder)/f"{name}.npy",
+    images = _open_npy(Path(folder)/f"{corruption}.npy",
                        lambda a: a.dtype == np.uint8 and a.ndim == 4
                                  and a.shape[3] == 3 and a.size and len(a) % 5 == 0,
                        "uint8 of shape (5 N, H, W, 3)")
@@ -80,7 +81,7 @@ def _evaluate_with_noise(
 ) -> dict[str, float]:
     "Accuracy, NLL and ECE with its interval and null band, from 200 draws"
     x, y = check_outputs_and_labels(logits, labels)
-    e = top_label_estimates(["ece"], top_label(x, y, "logits"), n_boot=200)["ece"]
+    e = top_label_estimates(["ece"], top_label(x, y, True), n_boot=200)["ece"]
     return {"top1": top1(x, y), "nll": nll(x, y), "ece": e.value, "low": e.low,
             "high": e.high, "null_low": e.null_low, "null_high": e.null_high}
 
@@ -143,29 +144,30 @@ def evaluate_drift(
 # %% ../../nbs/analysis/08_drift.ipynb #5843350e
 def average_by_severity(
     drift: DriftResult,
-    which: str, # "raw" or "scaled"
+    output: str, # "raw" or "scaled"
     # (6,) for each number of a `_evaluate_with_noise`: clean images first, then severity 1 to 5; NaN
     # where none were asked about
 ) -> dict[str, np.ndarray]:
     """Figures averaged over the corruptions at each severity; the ends of intervals and bands too, so they
     are those of one kind of images
     """
-    check(which in ("raw", "scaled"), "which", repr(which), "'raw' or 'scaled'")
-    at = [[row[which] for key, row in drift.rows.items() if key.endswith(end)]
+    check(output in ("raw", "scaled"), "output", repr(output), "'raw' or 'scaled'")
+    at = [[row[output] for key, row in drift.rows.items() if key.endswith(end)]
           for end in ("clean", "/1", "/2", "/3", "/4", "/5")]
     return {k: np.array([np.mean([r[k] for r in rows]) if rows else np.nan for rows in at])
-            for k in drift.rows["clean"][which]}
+            for k in drift.rows["clean"][output]}
 
 # %% ../../nbs/analysis/08_drift.ipynb #8e39fa8e
 def write_drifts(
-    drifts: Iterable[DriftResult], # of different runs
+    drift_results: Iterable[DriftResult], # of different runs
     path: Path | str, # of an .npz file
 ) -> None:
     "Keep drifts, numbers to 6 digits but for the descriptions"
-    drifts = list(drifts)
-    check(len({d.spec for d in drifts}) == len(drifts), "drifts", "two of one run", "one of each")
+    drift_results = list(drift_results)
+    check(len({d.spec for d in drift_results}) == len(drift_results),
+          "drift_results", "two of one run", "one of each")
     save_npz(path, {}, drifts=[{k: v if k == "spec" else round_numbers(v) for k, v in encode(d).items()}
-                               for d in drifts])
+                               for d in drift_results])
 
 # %% ../../nbs/analysis/08_drift.ipynb #2abcd075
 def read_drifts(
@@ -178,7 +180,7 @@ def read_drifts(
 def plot_drift(
     drifts: Mapping[str, Sequence[DriftResult]], # seeds of each row
     metric: str = "ece", # "ece", "nll" or "top1"
-    which: str = "raw", # or "scaled", by the temperature of the clean validation images
+    output: str = "raw", # or "scaled", by the temperature of the clean validation images
     ax: Axes | None = None, # None: a new one
 ) -> Axes:
     "A metric against the severity of corruptions, a line for each row"
@@ -187,15 +189,15 @@ def plot_drift(
     ax = ax or plt.subplots(figsize=(4.6, 3.4), layout="constrained")[1]
     scale = 1 if metric == "nll" else 100
     for k, (name, own) in enumerate(drifts.items()):
-        each = scale*np.stack([average_by_severity(d, which)[metric] for d in own])
+        each = scale*np.stack([average_by_severity(d, output)[metric] for d in own])
         ax.plot(each.mean(0), "o-", c=COLORS[k % len(COLORS)], ms=4, label=name)
         ax.plot(each.T, ".", c=COLORS[k % len(COLORS)], ms=3, alpha=.6)
     if metric == "ece":
         ax.plot(100*np.mean(
-            [average_by_severity(d, which)["null_high"] for own in drifts.values() for d in own], 0
+            [average_by_severity(d, output)["null_high"] for own in drifts.values() for d in own], 0
         ), c=GREY, ls=":", label="upper end of the null band")
     one = next(iter(drifts.values()))
     ax.set(xlabel="severity (0: clean)",
            ylabel=f"{axis_label(metric)}{' in %'*(scale > 1)} (N = {one[0].n:,} a corruption)",
-           title=("as they are", "after TS on clean images")[which == "scaled"])
+           title=("as they are", "after TS on clean images")[output == "scaled"])
     return ax

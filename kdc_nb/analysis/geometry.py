@@ -118,13 +118,14 @@ def _summarise_merging(distance: Tensor, overlap: Tensor, similar: Tensor) -> Te
 def measure_merging(
     features: Tensor, # (N, F)
     labels: Tensor, # (N,) each class at least twice
-    similar: Tensor, # (C, C) bool
+    similar_mask: Tensor, # (C, C) bool
     n_boot: int = 200, # draws
     seed: int = 0, # of the draws
 ) -> dict[str, Estimate]: # "ratio" of triples, "similar" and "dissimilar" overlap
     "How far similar classes have merged, with 95% bootstrap intervals"
     x, member = _centre_features(features, labels)
-    check(similar.shape == (member.shape[1],)*2 and bool(similar_triples(similar).any()), "similar",
+    check(similar_mask.shape == (member.shape[1],)*2 and bool(similar_triples(similar_mask).any()),
+          "similar_mask",
           "a matrix without a triple of these classes", "(C, C) with two alike and one not")
     rng, nearer = np.random.default_rng(seed), _misassigned(x, member)
     order, n = labels.argsort().numpy(), member.sum(0).long()
@@ -133,8 +134,9 @@ def measure_merging(
     def drawn():
         times = np.bincount(order[first + (rng.random(len(order))*size).astype(int)], minlength=len(order))
         w = member*torch.from_numpy(times)[:, None]
-        return _summarise_merging(_centroid_distances(x, w, samples=2), _class_overlaps(w, nearer), similar)
-    seen = _summarise_merging(*class_geometry(features, labels), similar).tolist()
+        return _summarise_merging(_centroid_distances(x, w, samples=2),
+                                  _class_overlaps(w, nearer), similar_mask)
+    seen = _summarise_merging(*class_geometry(features, labels), similar_mask).tolist()
     ends = (torch.stack([drawn() for _ in range(n_boot)]).float()
             .quantile(torch.tensor([.025, .975]), dim=0).T.tolist())
     return {k: Estimate(v, *e) for k, v, e in zip(("ratio", "similar", "dissimilar"), seen, ends)}

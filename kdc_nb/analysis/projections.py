@@ -69,17 +69,18 @@ def _principal_plane(
 
 # %% ../../nbs/analysis/03_projections.ipynb #11f81c57
 def _prepare_penultimate(
-    looks: Sequence[FeatureView], # networks to compare; the first gives the axes
+    views: Sequence[FeatureView], # networks to compare; the first gives the axes
     classes: Sequence[int], # three: two similar ones and another
     split: str = "test", # or "train"
 ) -> list[list[np.ndarray]]: # for each network and class (n, 2)
     "Penultimate features of three classes in two dimensions, the same for all networks"
     check(split in ("train", "test"), "split", repr(split), "'train' or 'test'")
-    first = looks[0]
-    of_classes = torch.isin(first.kept["train"], torch.tensor(classes))
+    first = views[0]
+    of_classes = torch.isin(first.feature_labels["train"], torch.tensor(classes))
     flat = _principal_plane(_project_to_classes(first.features["train"][of_classes], first.head, classes))
-    return [[flat(_project_to_classes(l.features[split][l.kept[split] == c], l.head, classes)).numpy()
-             for c in classes] for l in looks]
+    return [[flat(_project_to_classes(l.features[split][l.feature_labels[split] == c],
+                                      l.head_weights, classes)).numpy()
+             for c in classes] for l in views]
 
 # %% ../../nbs/analysis/03_projections.ipynb #422f0cfe
 class _PenultimatePlot:
@@ -120,23 +121,23 @@ def _axis_limits(
 
 # %% ../../nbs/analysis/03_projections.ipynb #8876bdb7
 def plot_penultimate(
-    looks: Mapping[str, FeatureView], # by title, in the order of the panels
+    views: Mapping[str, FeatureView], # by title, in the order of the panels
     classes: Sequence[int], # three: two similar ones and another
     split: str = "test", # or "train"
     columns: int = 3,
 ) -> Figure:
     "The clusters of three classes in several networks, on the same axes (the paper's Fig. 5)"
-    check(len(looks) > 0, "looks", "none", "at least one")
-    clusters = _prepare_penultimate(list(looks.values()), classes, split)
+    check(len(views) > 0, "views", "none", "at least one")
+    clusters = _prepare_penultimate(list(views.values()), classes, split)
     limits, names = (_axis_limits(xy for own in clusters for xy in own),
-                     [next(iter(looks.values())).classes[c] for c in classes])
-    rows = -(-len(looks)//columns)
+                     [next(iter(views.values())).classes[c] for c in classes])
+    rows = -(-len(views)//columns)
     fig, axs = plt.subplots(rows, columns, figsize=(3.4*columns, 3.1*rows),
                             layout="constrained", sharex=True, sharey=True, squeeze=False)
     pictures = [_PenultimatePlot(names, limits, ax).show(own, title)
-                for ax, title, own in zip(axs.flat, looks, clusters)]
+                for ax, title, own in zip(axs.flat, views, clusters)]
     fig.legend(handles=pictures[0].dots, loc="outside lower center", ncols=3)
-    for ax in axs.flat[len(looks):]: ax.axis("off")
+    for ax in axs.flat[len(views):]: ax.axis("off")
     return fig
 
 # %% ../../nbs/analysis/03_projections.ipynb #84880f07
@@ -157,7 +158,7 @@ def compute_umap(
 # %% ../../nbs/analysis/03_projections.ipynb #2531b95d
 def plot_umap(
     xy: np.ndarray, # (N, 2) from `compute_umap`
-    look: FeatureView, # whose test images they are
+    view: FeatureView, # whose test images they are
     ax: Axes | None = None, # None: a new one
     title: str = "UMAP of the penultimate layer",
 ) -> Axes:
@@ -165,12 +166,12 @@ def plot_umap(
     class where there are none
     """
     ax = ax or plt.subplots(figsize=(6, 5), layout="constrained")[1]
-    labels = look.kept["test"].numpy()
-    group = np.array(look.superclass or range(len(look.classes)))
+    labels = view.feature_labels["test"].numpy()
+    group = np.array(view.superclass or range(len(view.classes)))
     ax.scatter(*xy.T, c=group[labels], cmap="tab10" if group.max() < 10 else "nipy_spectral", s=9)
     box = dict(fc="white", ec="none", alpha=.7, pad=1)
     for c in np.unique(labels):
-        ax.text(*np.median(xy[labels == c], 0), look.classes[c],
+        ax.text(*np.median(xy[labels == c], 0), view.classes[c],
                 ha="center", va="center", fontsize=8, bbox=box)
     ax.set(title=f"{title} (N = {len(xy):,})", xticks=[], yticks=[])
     return ax
@@ -226,6 +227,6 @@ def unit_square_clusters(looks: Sequence[FeatureView], classes: Sequence[int],
 # %% ../../nbs/analysis/03_projections.ipynb #c480b2fa
 def format_merging(look: FeatureView, classes: Sequence[int]) -> str:
     "How far the first two of three classes have merged"
-    d, (a, b, c) = look.distance, classes
+    d, (a, b, c) = look.centroid_distances, classes
     return (f"distance ab over ac, bc {2*d[a, b]/(d[a, c] + d[b, c]):.2f}\n"
-            f"overlap of a and b {100*look.overlap[a, b]:.0f}% (N = {len(look.labels):,})")
+            f"overlap of a and b {100*look.class_overlaps[a, b]:.0f}% (N = {len(look.labels):,})")

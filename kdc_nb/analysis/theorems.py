@@ -120,7 +120,7 @@ def draw_linear_problem(
     angle: float = 0., # between teacher and truth, in degrees
     overconfidence: float = 1., # the teacher's logits are larger than the truth's by this factor
     # the truth's intercept, appended to `W` with a row of ones in `X`; None: no intercept
-    base: float | None = None,
+    intercept: float | None = None,
     seed: int = 0,
 ) -> _LinearProblem:
     "A linear problem of distillation"
@@ -133,7 +133,8 @@ def draw_linear_problem(
     W = rng.normal(size=d)
     check((X.T@W).any(), "N, d", (N, d), f"more points or features: all drawn {features} features are 0")
     W, W_t = scaled(W), scaled(_rotate(W, angle, rng) if d > 1 else W)
-    if base is not None: X, W, W_t = np.vstack([X, np.ones(N)]), np.append(W, base), np.append(W_t, base)
+    if intercept is not None:
+        X, W, W_t = np.vstack([X, np.ones(N)]), np.append(W, intercept), np.append(W_t, intercept)
     return _LinearProblem(X, (rng.random(N) < tempered_probs(X.T@W)).astype(float), W, overconfidence*W_t)
 
 # %% ../../nbs/analysis/10_theorems.ipynb #e4cdefb5
@@ -160,7 +161,7 @@ def prepare_linear_view(
     **problem, # N, d, scale, features, angle, overconfidence: see `draw_linear_problem`
 ) -> _LinearView:
     "A problem, its student at `alpha` and the gaps along all weights"
-    X, y, _, W_t = draw_linear_problem(**problem, base=1.)
+    X, y, _, W_t = draw_linear_problem(**problem, intercept=1.)
     if not intercept: X, W_t = X[:-1], W_t[:-1]
     z_t, formula = X.T@W_t, theorem1_weights(X, y, W_t, alpha)
     exact = fit_linear_student(X, y, z_t, T, alpha).W

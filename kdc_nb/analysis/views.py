@@ -6,14 +6,15 @@
 __all__ = ['FeatureView', 'extract_features', 'feature_images', 'most_confused_triple', 'write_features', 'read_features']
 
 # %% ../../nbs/analysis/02_views.ipynb #56ade571
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..core import check, decode, encode
+from ..core import check
+from ..values import decode, encode
 from ..files import load_npz, save_npz
 from ..calibration.predictions import softmax64
 from ..calibration.estimates import Estimate
@@ -35,14 +36,14 @@ class FeatureView:
     classes: tuple[str, ...] # their names
     superclass: tuple[int, ...] | None # the group of similar classes that each is in
     labels: Tensor # (N,) of all test images
-    top: Tensor # (N,) the top label of each
+    pred: Tensor # (N,) the top label of each
     confidence: Tensor # (N,) and its probability
-    index: dict[str, Tensor] # "train" and "test": which images' features are kept, (n,) each
-    kept: dict[str, Tensor] # their labels (n,)
+    feature_index: dict[str, Tensor] # "train" and "test": which images' features are kept, (n,) each
+    feature_labels: dict[str, Tensor] # their labels (n,)
     features: dict[str, Tensor] # and features (n, F)
-    head: Tensor # (C, F + 1)
-    distance: Tensor # (C, C) of the centroids of all test images
-    overlap: Tensor # (C, C) likewise
+    head_weights: Tensor # (C, F + 1)
+    centroid_distances: Tensor # (C, C) of the centroids of all test images
+    class_overlaps: Tensor # (C, C) likewise
     merging: dict[str, Estimate] | None # None where the data set has no super-classes
 
 # %% ../../nbs/analysis/02_views.ipynb #5e4b2290
@@ -75,83 +76,91 @@ def extract_features(
     merged = data.superclass and measure_merging(every["test"], labels, similar_classes(data))
     distance, overlap = class_geometry(every["test"], labels)
     return FeatureView(result=result_from_json(result_to_json(result)), classes=data.classes,
-                       superclass=data.superclass, labels=labels, top=top,
-                       confidence=confidence.float(), index=index,
-                       kept={k: getattr(data, k).labels[i] for k, i in index.items()},
+                       superclass=data.superclass, labels=labels, pred=top,
+                       confidence=confidence.float(), feature_index=index,
+                       feature_labels={k: getattr(data, k).labels[i] for k, i in index.items()},
                        features={k: every[k][i] for k, i in index.items()},
-                       head=head_weights(net), distance=distance, overlap=overlap, merging=merged)
+                       head_weights=head_weights(net), centroid_distances=distance,
+                       class_overlaps=overlap, merging=merged)
 
 # %% ../../nbs/analysis/02_views.ipynb #bf5e7f53
 def feature_images(
-    look: FeatureView,
+    view: FeatureView,
     classes: Sequence[int],
     split: str, # "train" or "test"
 ) -> Tensor: # (n, channels, H, W) uint8
     "The images whose features were kept, class by class; a `ValueError` where the data set is not to be had"
-    inputs = getattr(load_data(look.result.spec.data), split).inputs
+    inputs = getattr(load_data(view.result.spec.data), split).inputs
     check(len(inputs.shape) == 4, "images", "a data set of texts", "one of images")
-    return inputs[torch.cat([look.index[split][look.kept[split] == c] for c in classes])].to("cpu")
+    return inputs[torch.cat([view.feature_index[split][view.feature_labels[split] == c]
+                             for c in classes])].to("cpu")
 
 # %% ../../nbs/analysis/02_views.ipynb #9c7f4a11
-def most_confused_triple(look: FeatureView) -> tuple[int, int, int]:
+def most_confused_triple(view: FeatureView) -> tuple[int, int, int]:
     """The two similar classes that overlap most in a network, and the class of another
     group that overlaps them least
     """
-    similar = similar_classes(look) if look.superclass else torch.zeros_like(look.overlap).bool()
+    similar = similar_classes(view) if view.superclass else torch.zeros_like(view.class_overlaps).bool()
     if not similar_triples(similar).any(): return 0, 1, 2
-    a, b = divmod(int((look.overlap - 9*(~similar).float()).argmax()), len(similar))
-    far = (look.overlap[a] + look.overlap[b] + 9*(similar[a] | similar[b])).index_fill(
+    a, b = divmod(int((view.class_overlaps - 9*(~similar).float()).argmax()), len(similar))
+    far = (view.class_overlaps[a] + view.class_overlaps[b] + 9*(similar[a] | similar[b])).index_fill(
         0, torch.tensor([a, b]), 9
     )
     return a, b, int(far.argmin())
 
 # %% ../../nbs/analysis/02_views.ipynb #59a29d2a
-# of all looks at one data set, of each look
-_SHARED_FIELDS, _VIEW_FIELDS = (("labels", "index", "kept"),
-                                ("top", "confidence", "features", "head", "distance", "overlap"))
+# what is written of all views of one data set together, and of each view: field -> its name in a file
+_SHARED_FIELDS = {"labels": "labels", "feature_index": "index", "feature_labels": "kept"}
+_VIEW_FIELDS = {"pred": "top", "confidence": "confidence", "features": "features", "head_weights": "head",
+                "centroid_distances": "distance", "class_overlaps": "overlap"}
 
 
-def _compress_views(looks: Sequence[FeatureView]) -> dict[str, Tensor]:
-    "The tensors of looks at one data set, by name, small"
+def _compress_views(views: Sequence[FeatureView]) -> dict[str, Tensor]:
+    "The tensors of views of one data set, by name, small"
     def small(name, t):
         if name == "confidence": return (t.double()*65_535).round().to(torch.uint16)
         return t.half() if t.is_floating_point() else t.to(torch.uint8 if int(t.max()) < 256 else torch.int32)
-    def named(prefix, obj, names):
-        for k in names:
-            v = getattr(obj, k)
+    def named(prefix, view, fields):
+        for k, written in fields.items():
+            v = getattr(view, k)
             for part, t in v.items() if isinstance(v, dict) else [("", v)]:
-                yield f"{prefix}.{k}.{part}", small(k, t)
-    return (dict(named("all", looks[0], _SHARED_FIELDS))
-            | {k: t for i, l in enumerate(looks) for k, t in named(i, l, _VIEW_FIELDS)})
+                yield f"{prefix}.{written}.{part}", small(k, t)
+    return (dict(named("all", views[0], _SHARED_FIELDS))
+            | {k: t for i, view in enumerate(views) for k, t in named(i, view, _VIEW_FIELDS)})
 
 # %% ../../nbs/analysis/02_views.ipynb #44a37d2a
-def _decompress_views(tensors: dict[str, Tensor], prefix: str,
-                      names: Iterable[str]) -> dict[str, Tensor | dict[str, Tensor]]:
-    "The fields `names` of what was packed under a prefix"
+def _decompress_views(
+    tensors: Mapping[str, Tensor],
+    prefix: str,
+    fields: Mapping[str, str], # the name in the file, by field
+) -> dict[str, Tensor | dict[str, Tensor]]:
+    "The fields of what was packed under a prefix"
     def large(name, t):
         if name == "confidence": return t.float()/65_535
         return t.float() if t.is_floating_point() else t.long()
     out = {}
-    for k in names:
-        parts = {p.split(".")[2]: large(k, t) for p, t in tensors.items() if p.startswith(f"{prefix}.{k}.")}
+    for k, written in fields.items():
+        parts = {p.split(".")[2]: large(k, t) for p, t in tensors.items()
+                 if p.startswith(f"{prefix}.{written}.")}
         out[k] = parts.get("", parts)
     return out
 
 # %% ../../nbs/analysis/02_views.ipynb #bffa8eb6
 def write_features(
-    looks: Iterable[FeatureView], # of one data set
+    views: Iterable[FeatureView], # of one data set
     path: Path | str, # of an .npz file
 ) -> None:
     "Keep looks, small"
-    looks = list(looks)
-    data = {l.result.spec.data for l in looks}
-    check(len(data) == 1, "looks", f"{len(data)} data sets", "looks at one data set")
-    same = all(torch.equal(l.index[k], looks[0].index[k]) for l in looks for k in l.index)
-    check(same, "looks", "features of different images", "looks with the same per_class")
-    save_npz(path, _compress_views(looks),
+    views = list(views)
+    data = {l.result.spec.data for l in views}
+    check(len(data) == 1, "views", f"{len(data)} data sets", "looks at one data set")
+    same = all(torch.equal(l.feature_index[k], views[0].feature_index[k])
+               for l in views for k in l.feature_index)
+    check(same, "views", "features of different images", "looks with the same per_class")
+    save_npz(path, _compress_views(views),
              runs=[{"result": compact_json(l.result), "merging": round_numbers(encode(l.merging))}
-                   for l in looks],
-             classes=looks[0].classes, superclass=looks[0].superclass)
+                   for l in views],
+             classes=views[0].classes, superclass=views[0].superclass)
 
 # %% ../../nbs/analysis/02_views.ipynb #68ff278b
 def read_features(

@@ -111,7 +111,7 @@ def _comparison_notes(c: Comparison) -> list[str]:
 # %% ../../nbs/calibration/09_comparisons.ipynb #a9ec9837
 def _check_two_models(
     a: Any, b: Any, labels: Any, # as `compare` takes them
-    kind: str, # "logits" or "probs"
+    from_logits: bool, # False: probabilities
     prefix: str = "", # of the arguments' names
 ) -> tuple[list[Tensor], list[Tensor], Tensor]: # each model's outputs (N, C) by seed, labels (N,)
     "Checked outputs of two models on the same images"
@@ -121,9 +121,9 @@ def _check_two_models(
     for x, name in [*((x, first) for x in a), *((x, second) for x in b)]:
         got, expected = ("{} images, {} classes".format(*t.shape) for t in (x, a[0]))
         check(got == expected, name, got, f"{expected}, as {first} has")
-        try: y = check_outputs_and_labels(x, labels, kind)[1]
+        try: y = check_outputs_and_labels(x, labels, from_logits)[1]
         except ValueError as e:
-            said = re.sub(f"^{kind}:", f"{name}:", str(e))
+            said = re.sub("^(logits|probs):", f"{name}:", str(e))
             raise ValueError(re.sub("^labels:", f"{prefix}labels:", said)) from None
     return a, b, y
 
@@ -142,27 +142,27 @@ def _split_by_seed(logits: Any, argument: str) -> list[Tensor]: # (N, C) each
 def _scale_by_temperature(
     a: Sequence[Tensor], b: Sequence[Tensor], # outputs of each seed
     valid: Sequence[Any], # outputs of both on validation images, labels
-    kind: str, # "logits" or "probs"
+    from_logits: bool, # False: probabilities
 ) -> list[list[Tensor]]: # logits of both, by seed
     "Each seed's outputs, divided by the temperature of its validation outputs"
     three = "valid_logits_a, valid_logits_b and valid_labels"
     check(all(v is not None for v in valid), "valid_labels", f"not all of {three}", "all three or none")
-    *held, y = _check_two_models(*valid, kind, "valid_")
+    *held, y = _check_two_models(*valid, from_logits, "valid_")
     got, expected = (f"{len(m)} seeds, {m[0].shape[1]} classes" for m in (held[0], a))
     check(got == expected, "valid_logits_a", got, f"{expected}, as logits_a has")
-    def scaled(x, v): return to_logits(x, kind)/fit_temperature(v, y, kind)
+    def scaled(x, v): return to_logits(x, from_logits)/fit_temperature(v, y, from_logits)
     return [[scaled(x, v) for x, v in zip(*pair)] for pair in zip((a, b), held)]
 
 # %% ../../nbs/calibration/09_comparisons.ipynb #96885557
 def _contributions_by_metric(
     seeds: Sequence[Tensor], y: Tensor, # outputs (N, C) of each seed, labels (N,)
-    kind: str, # "logits" or "probs"
+    from_logits: bool, # False: probabilities
     names: Sequence[str], # of paired metrics
 ) -> dict[str, np.ndarray]: # (seeds, images)
     "What each image of each seed contributes to each metric"
     def row(m, k, x):
-        if m.per_sample: return m.per_sample(x, y, kind)
-        claims = m.predictions(x, y, kind)
+        if m.per_sample: return m.per_sample(x, y, from_logits)
+        claims = m.predictions(x, y, from_logits)
         return shift_to_debiased(signed_gaps(claims, k), claims, k)
     return {k: torch.stack([row(METRICS[k], k, x) for x in seeds]).numpy() for k in names}
 
@@ -188,7 +188,7 @@ def compare(
     valid_logits_a: Any = None, # (M, C) of validation images, to compare after temperature scaling, too
     valid_logits_b: Any = None, # the same of the second model
     valid_labels: Any = None, # (M,)
-    kind: str = "logits", # what all outputs are: "logits" or "probs"
+    from_logits: bool = True, # False: they are probabilities
     names: tuple[str, str] = ("a", "b"), # of the two models, for the table
     metrics: str | Sequence[str] | None = None, # names; None: accuracy, NLL, Brier, ECE, ACE and KS
 ) -> Comparison:
@@ -201,17 +201,16 @@ def compare(
     """
     texts = isinstance(names, (list, tuple)) and len(names) == 2 and all(isinstance(n, str) for n in names)
     check(texts and names[0] != names[1], "names", names, "two texts that differ")
-    check(kind in ("logits", "probs"), "kind", repr(kind), "'logits' or 'probs'")
-    a, b, y = _check_two_models(logits_a, logits_b, labels, kind)
+    a, b, y = _check_two_models(logits_a, logits_b, labels, from_logits)
     check(len(y) > 1, "labels", f"{len(y)} of them", "two images or more")
     chosen = select_metrics(metrics, lambda m: m.paired)
     asked = table_order(chosen) if metrics is None else [*chosen]
-    outputs, valid = {"raw": (a, b, kind)}, (valid_logits_a, valid_logits_b, valid_labels)
+    outputs, valid = {"raw": (a, b, from_logits)}, (valid_logits_a, valid_logits_b, valid_labels)
     if any(v is not None for v in valid):
-        outputs["scaled"] = *_scale_by_temperature(a, b, valid, kind), "logits"
+        outputs["scaled"] = *_scale_by_temperature(a, b, valid, from_logits), True
     pairs = {}
-    for which, (*two, how) in outputs.items():
-        one, other = (_contributions_by_metric(model, y, how, asked) for model in two)
+    for which, (*two, as_logits) in outputs.items():
+        one, other = (_contributions_by_metric(model, y, as_logits, asked) for model in two)
         pairs |= {(which, k): (one[k], other[k]) for k in one if which == "raw" or not chosen[k].rank_only}
     found = _compare_metrics(pairs)
     raw, scaled = ({k: m for (of, k), m in found.items() if of == which} for which in ("raw", "scaled"))

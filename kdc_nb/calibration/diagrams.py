@@ -86,12 +86,12 @@ class ReliabilityDiagram:
 def plot_reliability(
     outputs: Any, # (N, C) logits or probabilities of any framework; or a `Result`, or `ReliabilityBins`
     labels: Any = None, # (N,) integers from 0 to C-1; None beside a result or bins
-    kind: str = "logits", # what the outputs are: "logits" or "probs"
+    from_logits: bool = True, # False: they are probabilities
     ax: Axes | None = None, # None: a new one
     title: str = "Reliability", # N and ECE are added
 ) -> Axes:
     "A reliability diagram with N and ECE in its title"
-    d = prepare_diagram(outputs, labels, kind)
+    d = prepare_diagram(outputs, labels, from_logits)
     return ReliabilityDiagram(ax).show(d.bins, f"{title} (N = {d.n:,})\n{d.error}").ax
 
 # %% ../../nbs/calibration/10_diagrams.ipynb #e7d82571
@@ -100,16 +100,17 @@ COLORS = (BLUE, ORANGE, GREEN, PINK, SKY, "#E69F00", GREY)
 
 def plot_reliability_overlay(
     # up to seven: (N, C) outputs of any framework, or a `Result`, or `ReliabilityBins`
-    named: Mapping[str, Any],
+    outputs_by_name: Mapping[str, Any],
     labels: Any = None, # (N,) integers from 0 to C-1, the same for all; None beside results or bins
-    kind: str = "logits", # what the outputs are: "logits" or "probs"
+    from_logits: bool = True, # False: they are probabilities
     ax: Axes | None = None, # None: a new one
     title: str = "Reliability", # N is added
 ) -> Axes:
     "Reliability diagrams of several models over one another, with the ECE of each"
-    check(1 <= len(named) <= len(COLORS), "named", f"{len(named)} models", f"1 to {len(COLORS)}")
+    check(1 <= len(outputs_by_name) <= len(COLORS), "outputs_by_name",
+          f"{len(outputs_by_name)} models", f"1 to {len(COLORS)}")
     ax = ax or plt.subplots(figsize=(5.2, 5), layout="constrained")[1]
-    diagrams = {name: prepare_diagram(x, labels, kind) for name, x in named.items()}
+    diagrams = {name: prepare_diagram(x, labels, from_logits) for name, x in outputs_by_name.items()}
     most = max(d.bins.count.max()/d.n for d in diagrams.values())
     ax.plot([0, 1], [0, 1], c=GREY, lw=1)
     for color, (name, d) in zip(COLORS, diagrams.items()):

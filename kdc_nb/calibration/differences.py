@@ -30,17 +30,17 @@ def _contributions_per_image(
     "What each image contributes to a metric"
     known = [k for k in table_order(METRICS) if k in o.per_sample or METRICS[k].norm and METRICS[k].paired]
     check(metric in known, "metric", repr(metric), f"{', '.join(known)}: what is known of each image")
-    return o.per_sample[metric] if metric in o.per_sample else signed_gaps(o.claims, metric, n_bins)
+    return o.per_sample[metric] if metric in o.per_sample else signed_gaps(o.predictions, metric, n_bins)
 
 
 def signed_gaps(claims: BinaryPredictions, metric: str, n_bins: int = 15) -> Tensor: # (N,)
     "The gap p - hit of each image times the norm's slope in its bin: their mean is the calibration error"
     rule = METRICS[metric]
-    bins = rule.bins(claims.p, n_bins)
+    bins = rule.bins(claims.confidence, n_bins)
     with torch.inference_mode(False), torch.enable_grad():
         gaps, share = gaps_and_shares(claims, bins, n_bins)
         slope = torch.autograd.grad(rule.norm(gaps.requires_grad_(), share), gaps)[0].nan_to_num(0.)
-    return (slope.T.gather(0, bins)*(claims.p - claims.hit)).sum(1)
+    return (slope.T.gather(0, bins)*(claims.confidence - claims.correct)).sum(1)
 
 # %% ../../nbs/calibration/08_differences.ipynb #c8527136
 class Difference(NamedTuple):
@@ -54,21 +54,24 @@ class Difference(NamedTuple):
 
 # %% ../../nbs/calibration/08_differences.ipynb #c16f7eb9
 def estimate_difference(
-    d: np.ndarray, # (seeds, images) differences; one column where only each seed's metric is known
+    differences: np.ndarray, # (seeds, images) differences; one column where only each seed's metric is known
 ) -> Difference:
     """The mean of a table of differences, with what other seeds and other images would do to it
     (after Zou and Donner 2008)
     """
     from scipy.optimize import brentq
     from scipy.stats import t
-    check(d.ndim == 2 and max(d.shape) > 1 and bool(np.isfinite(d).all()), "d",
-          f"shape {d.shape}, or numbers that are none", "finite numbers of two seeds or two images at least")
-    parts = [(d.mean(1 - k).var(ddof=1)/m, m - 1) for k, m in enumerate(d.shape) if m > 1]
+    check(differences.ndim == 2 and max(differences.shape) > 1 and bool(np.isfinite(differences).all()),
+          "differences",
+          f"shape {differences.shape}, or numbers that are none",
+          "finite numbers of two seeds or two images at least")
+    parts = [(differences.mean(1 - k).var(ddof=1)/m, m - 1) for k, m in enumerate(differences.shape) if m > 1]
     def reach(tail): return sum(v*t.isf(tail/2, df)**2 for v, df in parts)**.5
-    mean, half = float(d.mean()), float(reach(.05))
+    mean, half = float(differences.mean()), float(reach(.05))
     p = (brentq(lambda x: reach(10**x) - abs(mean), -30, 0) if mean and reach(1e-30) > abs(mean)
          else -30*(mean != 0))
-    return Difference(mean, mean - half, mean + half, 10.**p, tuple(d.mean(1).tolist()), d.shape[1])
+    return Difference(mean, mean - half, mean + half, 10.**p,
+                      tuple(differences.mean(1).tolist()), differences.shape[1])
 
 # %% ../../nbs/calibration/08_differences.ipynb #7cb500a9
 def debiased_contributions(
@@ -79,7 +82,8 @@ def debiased_contributions(
     mean is the debiased estimate
     """
     rows = [_contributions_per_image(o, metric) for o in seeds]
-    if METRICS[metric].norm: rows = [shift_to_debiased(row, o.claims, metric) for row, o in zip(rows, seeds)]
+    if METRICS[metric].norm:
+        rows = [shift_to_debiased(row, o.predictions, metric) for row, o in zip(rows, seeds)]
     return torch.stack(rows).numpy()
 
 
@@ -109,14 +113,16 @@ def _check_outcomes(several: Sequence[Any], argument: str) -> None:
     check(not other, argument, f"{(other or [None])[0]} in place of Outcomes", expected)
 
 # %% ../../nbs/calibration/08_differences.ipynb #ca5a7459
-def _check_same_images(several: Sequence[Outcomes]) -> None:
+def _check_same_images(outcomes: Sequence[Outcomes]) -> None:
     "Refuse outcomes on other images, as far as number and predictions tell"
-    first = several[0]
-    for o in several:
-        check(len(o.hit) == len(first.hit), "images",
-              f"{len(first.hit)} and {len(o.hit)} of them", "the same test images for all")
-        alike = o.top == first.top # then both are correct or both are wrong; otherwise one at most is correct
-        check(torch.equal(o.hit[alike], first.hit[alike]) and not (o.hit*first.hit)[~alike].any(),
+    first = outcomes[0]
+    for o in outcomes:
+        check(len(o.correct) == len(first.correct), "images",
+              f"{len(first.correct)} and {len(o.correct)} of them", "the same test images for all")
+        # then both are correct or both are wrong; otherwise one at most is correct
+        alike = o.pred == first.pred
+        check(torch.equal(o.correct[alike], first.correct[alike])
+                  and not (o.correct*first.correct)[~alike].any(),
               "images", "some with other labels", "the same test images for all")
 
 # %% ../../nbs/calibration/08_differences.ipynb #c47bf8ca
@@ -131,22 +137,22 @@ def holm(
 
 # %% ../../nbs/calibration/08_differences.ipynb #768ac877
 def rank_intervals(
-    rows: Mapping[str, Sequence[Outcomes]], # by name, seeds in the same order
+    outcomes_by_name: Mapping[str, Sequence[Outcomes]], # by name, seeds in the same order
     metric: str, # as `paired_difference` takes it
 ) -> dict[str, tuple[int, int]]: # best and worst rank of each, from 1
     """The ranks that a row may have, 95% for each row, from its corrected comparisons with all
     others (Mogstad et al. 2024)
     """
-    _check_outcomes([o for own in rows.values() for o in own], "rows")
-    check(len({len(own) for own in rows.values()}) == 1, "rows",
+    _check_outcomes([o for own in outcomes_by_name.values() for o in own], "rows")
+    check(len({len(own) for own in outcomes_by_name.values()}) == 1, "outcomes_by_name",
           "rows with other numbers of seeds", "the same seeds for all")
-    _check_same_images([o for own in rows.values() for o in own])
-    each = {name: debiased_contributions(own, metric) for name, own in rows.items()}
+    _check_same_images([o for own in outcomes_by_name.values() for o in own])
+    each = {name: debiased_contributions(own, metric) for name, own in outcomes_by_name.items()}
     sign, ranks = -1 if METRICS[metric].higher_is_better else 1, {}
     for name, own in each.items():
         others = [estimate_difference(own - b) for k, b in each.items() if k != name]
         sure = [sign*d.mean for d, p in zip(others, holm([d.p for d in others])) if p < .05]
-        ranks[name] = (1 + sum(m > 0 for m in sure), len(rows) - sum(m < 0 for m in sure))
+        ranks[name] = (1 + sum(m > 0 for m in sure), len(outcomes_by_name) - sum(m < 0 for m in sure))
     return ranks
 
 # %% ../../nbs/calibration/08_differences.ipynb #b7844df6

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import check, frozen_spec
+from ..core import check
+from ..values import frozen_spec
 from kdc_nb.calibration.predictions import (
     BinaryPredictions, bin_gaps, bin_sums, check_bins_and_draws, check_outputs_and_labels, classwise,
     equal_mass_bins, top_label,
@@ -29,14 +30,14 @@ from kdc_nb.calibration.null_bands import (
 
 # %% ../../nbs/calibration/05_estimates.ipynb #ab061699
 def wilson_interval(
-    hits: Any, # how many were correct
+    n_correct: Any, # how many were correct
     n: Any, # of how many, above 0
     level: float = .95,
 ) -> tuple: # low, high: numbers, or arrays where those come in
     "Wilson's interval for a fraction (Wilson 1927)"
     z = NormalDist().inv_cdf((1 + level)/2)
-    middle = (hits + z*z/2)/(n + z*z)
-    half = z*(hits*(n - hits)/n + z*z/4)**.5/(n + z*z)
+    middle = (n_correct + z*z/2)/(n + z*z)
+    half = z*(n_correct*(n - n_correct)/n + z*z/4)**.5/(n + z*z)
     return middle - half, middle + half
 
 # %% ../../nbs/calibration/05_estimates.ipynb #40d2c59c
@@ -52,11 +53,11 @@ def _recalibrated_probs(claims: BinaryPredictions, n_bins: int) -> Tensor: # (N,
     """The claims less the mean gap of their equal-mass bin, which counts as if the bin held
     one more image without a gap
     """
-    bins = equal_mass_bins(claims.p, n_bins)
-    sums, counts = (bin_sums(claims.p - claims.hit, bins, n_bins),
-                    bin_sums(torch.ones_like(claims.p), bins, n_bins))
+    bins = equal_mass_bins(claims.confidence, n_bins)
+    sums, counts = (bin_sums(claims.confidence - claims.correct, bins, n_bins),
+                    bin_sums(torch.ones_like(claims.confidence), bins, n_bins))
     gaps = (sums/(counts + 1)).T.gather(0, bins)
-    return (claims.p - gaps).clamp(0, 1)
+    return (claims.confidence - gaps).clamp(0, 1)
 
 # %% ../../nbs/calibration/05_estimates.ipynb #be6bd445
 def _shrink_gaps(law: NoiseModel, gaps: Tensor) -> Tensor: # (K, B)
@@ -100,12 +101,12 @@ def _invert_test(
 def _chernoff_interval(
     fraction: Tensor, # (B,) observed fractions
     counts: Tensor, # (B,) of how many, above 0
-    tail: float, # chance of missing, on each side
+    tail_prob: float, # chance of missing, on each side
 ) -> tuple[Tensor, Tensor]: # (B,), (B,) low, high
     "Bounds for the chance behind a fraction: where n KL(fraction || chance) = log(1/tail) (Chernoff 1952)"
     def too_far(a):
         return (counts*(torch.xlogy(fraction, fraction/a) + torch.xlogy(1 - fraction, (1 - fraction)/(1 - a)))
-                > -math.log(tail))
+                > -math.log(tail_prob))
     def bisect(inside, outside):
         for _ in range(50):
             middle = (inside + outside)/2
@@ -122,7 +123,8 @@ def _mce_bounds(
 ) -> tuple[float, float]: # low, high
     "Bounds for the largest true gap of any bin that holds images"
     n_bins = int(bins.max()) + 1
-    counts, p, hit = (bin_sums(t, bins, n_bins).flatten() for t in (torch.ones_like(claims.p), *claims))
+    counts, p, hit = (bin_sums(t, bins, n_bins).flatten()
+                      for t in (torch.ones_like(claims.confidence), *claims))
     used = counts > 0
     conf, acc, counts, tail = (p/counts)[used], (hit/counts)[used], counts[used], (1 - level)/2
     low, high = _chernoff_interval(acc, counts, tail/len(counts))
@@ -155,7 +157,7 @@ class Estimate:
     null_low: float = None # lower end of the null band
     null_high: float = None # its upper end
 
-    def outside(self) -> bool:
+    def is_outside_interval(self) -> bool:
         "Whether the value lies outside its interval"
         return self.low is not None and not self.low <= self.value <= self.high
 
@@ -179,7 +181,7 @@ def _estimate_from_noise(
     value, null = binned_error(rule, claims, n_bins), central_range(law.peak, level)
     check_value(name, value)
     if rule.bounds:
-        return Estimate(value, *rule.bounds(claims, rule.bins(claims.p, n_bins), level), None, *null)
+        return Estimate(value, *rule.bounds(claims, rule.bins(claims.confidence, n_bins), level), None, *null)
     gaps = bin_gaps(claims, *noise_bins(rule, claims, n_bins))
     seen = float(law.length(gaps))
     scale = value/seen if seen else 1.
@@ -197,30 +199,32 @@ def calibration_estimates(
     n_boot: int = 1000, # draws
     level: float = .95, # of the interval and of the null band
     seed: int = 0, # of the draws
-    kind: str = "logits", # what the outputs are: "logits" or "probs"
+    from_logits: bool = True, # False: they are probabilities
 ) -> dict[str, Estimate]: # for each metric
     "Calibration metrics with interval, median-unbiased estimate and null band"
     check_bins_and_draws(n_bins, n_boot)
     tops, classes = split_metric_names(metrics)
-    x, y = check_outputs_and_labels(outputs, labels, kind)
-    found = top_label_estimates(tops, top_label(x, y, kind), n_bins, n_boot, level, seed) if tops else {}
+    x, y = check_outputs_and_labels(outputs, labels, from_logits)
+    found = (top_label_estimates(tops, top_label(x, y, from_logits), n_bins, n_boot, level, seed)
+             if tops else {})
     if classes:
-        every = classwise(x, y, kind)
+        every = classwise(x, y, from_logits)
         q = _recalibrated_probs(every, n_bins)
-        laws = classwise_noise(classes, every, [every.p, q/q.sum(1, keepdim=True)], n_bins, n_boot, seed)
+        laws = classwise_noise(classes, every, [every.confidence, q/q.sum(1, keepdim=True)],
+                               n_bins, n_boot, seed)
         found |= {k: _estimate_from_noise(k, law, every, n_bins, level) for k, law in laws.items()}
     return found
 
 # %% ../../nbs/calibration/05_estimates.ipynb #6e87489c
 def top_label_estimates(
     names: Sequence[str], # of metrics of the top label
-    claims: BinaryPredictions, # (N, 1)
+    predictions: BinaryPredictions, # (N, 1)
     n_bins: int = 15,
     n_boot: int = 1000, # draws
     level: float = .95, # of the interval and the null band
     seed: int = 0, # of the draws
 ) -> dict[str, Estimate]: # by metric
     "The same from the claims about the top label, for metrics that need no more"
-    chances = torch.cat([claims.p, _recalibrated_probs(claims, n_bins)], 1).T
-    laws = top_label_noise(names, claims, chances, n_bins, n_boot, seed)
-    return {k: _estimate_from_noise(k, law, claims, n_bins, level) for k, law in laws.items()}
+    chances = torch.cat([predictions.confidence, _recalibrated_probs(predictions, n_bins)], 1).T
+    laws = top_label_noise(names, predictions, chances, n_bins, n_boot, seed)
+    return {k: _estimate_from_noise(k, law, predictions, n_bins, level) for k, law in laws.items()}

@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core import check, frozen_spec, lookup
+from ..core import check, lookup
+from ..values import frozen_spec
 from ..tables import Table
 from .predictions import check_bins_and_draws, check_outputs_and_labels
 from .metrics import METRICS, TRUTH_LABELS, select_metrics
@@ -23,10 +24,10 @@ from .null_bands import null_band_of_mean
 from .estimates import Estimate, calibration_estimates, check_value
 
 # %% ../../nbs/calibration/07_evaluation.ipynb #d4a31c69
-def _per_sample_estimate(name: str, x: Tensor, y: Tensor, kind: str, level: float) -> Estimate:
+def _per_sample_estimate(name: str, x: Tensor, y: Tensor, from_logits: bool, level: float) -> Estimate:
     "A metric that is a mean over images, with its interval and null band"
     m, n = METRICS[name], len(y)
-    each, null = m.per_sample(x, y, kind), null_band_of_mean(m, x, kind, level)
+    each, null = m.per_sample(x, y, from_logits), null_band_of_mean(m, x, from_logits, level)
     z = NormalDist().inv_cdf((1 + level)/2)
     value, half = float(each.mean()), z*float(each.std(unbiased=n > 1))/n**.5
     check_value(name, value)
@@ -35,11 +36,12 @@ def _per_sample_estimate(name: str, x: Tensor, y: Tensor, kind: str, level: floa
     return Estimate(value, low, high, None, null.low, null.high)
 
 # %% ../../nbs/calibration/07_evaluation.ipynb #4d153a5f
-def _estimates(x: Tensor, y: Tensor, kind: str, names: Sequence[str], **draws: int) -> dict[str, Estimate]:
+def _estimates(x: Tensor, y: Tensor, from_logits: bool,
+               names: Sequence[str], **draws: int) -> dict[str, Estimate]:
     "Metrics of checked outputs, by name; `draws`: n_bins, n_boot and seed"
-    found = {k: _per_sample_estimate(k, x, y, kind, .95) for k in names if METRICS[k].per_sample}
+    found = {k: _per_sample_estimate(k, x, y, from_logits, .95) for k in names if METRICS[k].per_sample}
     binned = [k for k in names if k not in found]
-    if binned: found |= calibration_estimates(x, y, binned, kind=kind, **draws)
+    if binned: found |= calibration_estimates(x, y, binned, from_logits=from_logits, **draws)
     return {k: found[k] for k in names}
 
 # %% ../../nbs/calibration/07_evaluation.ipynb #0fa3d640
@@ -63,9 +65,9 @@ def table_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=["top1", "nll", "brier", "ece", "ace", "ks", *METRICS, *names].index)
 
 
-def to_display_unit(metric: str, value: float) -> float: # in the metric's unit
+def to_display_unit(metric: str, fraction: float) -> float: # in the metric's unit
     "A metric as it is shown: shares in percent"
-    return 100*value if metric_unit(metric) == "%" else value
+    return 100*fraction if metric_unit(metric) == "%" else fraction
 
 
 def format_metric(
@@ -105,7 +107,7 @@ class Evaluation:
         name = {"raw": metric_label, "scaled": lambda k: "  after TS"}
         rows = [[name[which](k), *_format_estimate(k, e)] for k, which, e in shown]
         return Table(_EVALUATION_HEAD, rows, self.caption(),
-                     [OUTSIDE_NOTE]*any(e.outside() for *_, e in shown))
+                     [OUTSIDE_NOTE]*any(e.is_outside_interval() for *_, e in shown))
 
     def to_frame(
         self
@@ -140,19 +142,19 @@ def _format_estimate(metric: str, e: Estimate) -> tuple[str, ...]: # value, inte
     "An estimate as the texts of a row; a dagger beside a value outside its interval"
     number = lambda v: "" if v is None else format_metric(metric, v)
     span = lambda a, b: "" if a is None else f"{number(a)} to {number(b)}"
-    value = "infinite" if e.value is None else number(e.value) + DAGGER*e.outside()
+    value = "infinite" if e.value is None else number(e.value) + DAGGER*e.is_outside_interval()
     return value, span(e.low, e.high), number(e.debiased), span(e.null_low, e.null_high)
 
 # %% ../../nbs/calibration/07_evaluation.ipynb #ccfc6da0
 def evaluate(
-    logits: Any, # (N, C) logits of the test set, or probabilities where `kind` says so
+    logits: Any, # (N, C) logits of the test set, or probabilities, with `from_logits=False`
     labels: Any, # (N,) integers from 0 to C-1
     valid_logits: Any = None, # (M, C) the same of a validation set, for the temperature
     valid_labels: Any = None, # (M,)
     n_bins: int = 15,
     n_boot: int = 1000, # draws behind intervals and null bands
     seed: int = 0, # of the draws and folds
-    kind: str = "logits", # what the outputs are: "logits" or "probs"
+    from_logits: bool = True, # False: they are probabilities
     metrics: str | Sequence[str] | None = None, # names in `METRICS`; None: the built-in ones
 ) -> Evaluation:
     """Metrics with intervals and null bands, before and after temperature scaling.
@@ -163,19 +165,21 @@ def evaluate(
     whose rows do not sum to 1; labels that are not N integers from 0 to C-1 (one-hot labels: take their
     argmax); a metric that is not registered.
     """
-    x, y = check_outputs_and_labels(logits, labels, kind)
+    x, y = check_outputs_and_labels(logits, labels, from_logits)
     check_bins_and_draws(n_bins, n_boot)
     names = [*select_metrics(metrics)]
     given = [v is not None for v in (valid_logits, valid_labels)]
     one = "only one of valid_logits and valid_labels"
     check(all(given) == any(given), "valid_labels", one, "both or none")
-    valid = (x, y) if valid_logits is None else check_outputs_and_labels(valid_logits, valid_labels, kind)
+    valid = ((x, y) if valid_logits is None
+             else check_outputs_and_labels(valid_logits, valid_labels, from_logits))
     check(valid[0].shape[1] == x.shape[1], "valid_logits",
           f"{valid[0].shape[1]} classes", f"{x.shape[1]}, as in the test set")
     crossed = valid_logits is None and len(y) >= 5
-    T = None if valid_logits is None and not crossed else fit_temperature(*valid, kind)
-    scaled = (None if T is None else cross_fit_temperature(x, y, kind, seed) if crossed
-              else to_logits(x, kind)/T)
-    def table(z, kind): return _estimates(z, y, kind, names, n_bins=n_bins, n_boot=n_boot, seed=seed)
-    both = table(x, kind), None if scaled is None else table(scaled, "logits")
+    T = None if valid_logits is None and not crossed else fit_temperature(*valid, from_logits)
+    scaled = (None if T is None else cross_fit_temperature(x, y, from_logits, seed) if crossed
+              else to_logits(x, from_logits)/T)
+    def table(z, from_logits):
+        return _estimates(z, y, from_logits, names, n_bins=n_bins, n_boot=n_boot, seed=seed)
+    both = table(x, from_logits), None if scaled is None else table(scaled, True)
     return Evaluation(len(y), x.shape[1], n_bins, n_boot, *both, T, crossed)

@@ -24,18 +24,18 @@ from kdc_nb.calibration.predictions import (
 )
 
 # %% ../../nbs/calibration/01_metrics.ipynb #87f3aeab
-def _per_sample_nll(x: Tensor, y: Tensor, kind: str) -> Tensor:
+def _per_sample_nll(x: Tensor, y: Tensor, from_logits: bool) -> Tensor:
     "Minus log-probability of the true class, (N,), in nats"
-    return -to_log_probs(x, kind).gather(1, y[:, None]).squeeze(1)
+    return -to_log_probs(x, from_logits).gather(1, y[:, None]).squeeze(1)
 
 
-def _per_sample_brier(x: Tensor, y: Tensor, kind: str) -> Tensor:
+def _per_sample_brier(x: Tensor, y: Tensor, from_logits: bool) -> Tensor:
     "Squared distance of the probabilities to the one-hot truth, (N,), from 0 to 2"
-    claims = classwise(x, y, kind)
-    return (claims.p - claims.hit).square().sum(1)
+    claims = classwise(x, y, from_logits)
+    return (claims.confidence - claims.correct).square().sum(1)
 
 
-def _per_sample_top1(x: Tensor, y: Tensor, kind: str) -> Tensor:
+def _per_sample_top1(x: Tensor, y: Tensor, from_logits: bool) -> Tensor:
     "1 where the top label is correct, (N,)"
     return (x.argmax(1) == y).double()
 
@@ -66,7 +66,7 @@ class Metric:
     limits: tuple[float, float] = (-math.inf, math.inf) # of its values; intervals and null bands end there
     rank_only: bool = False # whether it sees the order of the classes alone, which no temperature changes
     axis: str = "" # what an axis calls it; "": its label
-    per_sample: Callable | None = None # outputs (N, C), labels (N,), "logits" or "probs" -> values (N,)
+    per_sample: Callable | None = None # outputs (N, C), labels (N,), from_logits -> values (N,)
     moments: Callable | None = None # probabilities (N, C) -> null mean and variance (N,); None: by labels
     predictions: Callable | None = None # `top_label` or `classwise`
     bins: Callable | None = None # p (N, K), n_bins -> bins (N, K), from 0; a higher p has no lower bin
@@ -120,11 +120,11 @@ def _check_metric(argument: str, m: Metric) -> None:
     need(one_kind, "kind", "both, none or a part of one", "either per_sample, or predictions, bins and norm")
     if m.per_sample:
         z, y = torch.tensor([[2., 0., -1.], [0., 1., .5]], dtype=torch.float64), torch.tensor([0, 2])
-        a, b = m.per_sample(z, y, "logits"), m.per_sample(z.softmax(1), y, "probs")
+        a, b = m.per_sample(z, y, True), m.per_sample(z.softmax(1), y, False)
         ok = a.shape == y.shape and a.is_floating_point()
         need(ok, "per_sample", f"{a.dtype} {tuple(a.shape)}", "a float for each image, (N,)")
         need(torch.allclose(a, b), "per_sample", "not from logits what comes from probabilities", "the same")
-        ours, theirs = (label_moments(r, z, "logits") for r in (replace(m, moments=None), m))
+        ours, theirs = (label_moments(r, z, True) for r in (replace(m, moments=None), m))
         need(all(map(torch.allclose, ours, theirs)), "moments", theirs, f"those over the labels, {ours}")
         return
     need(m.predictions in (top_label, classwise), "predictions", m.predictions, "top_label or classwise")
@@ -139,11 +139,11 @@ def _check_metric(argument: str, m: Metric) -> None:
     need(not m.walk or m.predictions is top_label, "walk", "class-wise predictions", "those of the top label")
 
 
-def label_moments(m: Metric, x: Tensor, kind: str) -> tuple[Tensor, Tensor]: # (N,), (N,)
+def label_moments(m: Metric, x: Tensor, from_logits: bool) -> tuple[Tensor, Tensor]: # (N,), (N,)
     "Mean and variance of each image's value if its label were drawn from the model's own probabilities"
-    p = to_probs(x, kind)
+    p = to_probs(x, from_logits)
     if m.moments: return m.moments(p)
-    each = [m.per_sample(x, torch.full((len(x),), c), kind) for c in range(p.shape[1])]
+    each = [m.per_sample(x, torch.full((len(x),), c), from_logits) for c in range(p.shape[1])]
     each = torch.where(p > 0, torch.stack(each, 1), 0.)
     mean = (p*each).sum(1)
     return mean, (p*(each - mean[:, None]).square()).sum(1)
@@ -176,64 +176,68 @@ def select_metrics(
     return {k: lookup(known, k, "metrics") for k in ([names] if isinstance(names, str) else names)}
 
 # %% ../../nbs/calibration/01_metrics.ipynb #85d342d2
-def binned_error(rule: Metric, claims: BinaryPredictions, n_bins: int) -> float: # in the metric's own scale
-    "The calibration metric `rule` of these claims"
-    return float(rule.norm(*gaps_and_shares(claims, rule.bins(claims.p, n_bins), n_bins)))
+def binned_error(metric: Metric, predictions: BinaryPredictions,
+                 n_bins: int) -> float: # in the metric's own scale
+    "The calibration metric of these predictions"
+    return float(metric.norm(*gaps_and_shares(predictions,
+                                              metric.bins(predictions.confidence, n_bins), n_bins)))
 
 # %% ../../nbs/calibration/01_metrics.ipynb #a42168ef
-def calibration_error(name: str, outputs: Any, labels: Any, n_bins: int, kind: str) -> float:
+def calibration_error(name: str, outputs: Any, labels: Any, n_bins: int, from_logits: bool) -> float:
     "The calibration metric `name` of these outputs"
     check_bins_and_draws(n_bins)
     rule = select_metrics(name, lambda m: m.norm)[name]
-    x, y = check_outputs_and_labels(outputs, labels, kind)
-    return binned_error(rule, rule.predictions(x, y, kind), n_bins)
+    x, y = check_outputs_and_labels(outputs, labels, from_logits)
+    return binned_error(rule, rule.predictions(x, y, from_logits), n_bins)
 
 
-def ece(outputs: Any, labels: Any, n_bins: int = 15, kind: str = "logits") -> float:
+def ece(outputs: Any, labels: Any, n_bins: int = 15, from_logits: bool = True) -> float:
     "Expected calibration error of the top label, bins (lo, hi] of equal width (Guo et al. 2017)"
-    return calibration_error("ece", outputs, labels, n_bins, kind)
+    return calibration_error("ece", outputs, labels, n_bins, from_logits)
 
 
-def ace(outputs: Any, labels: Any, n_bins: int = 15, kind: str = "logits") -> float:
+def ace(outputs: Any, labels: Any, n_bins: int = 15, from_logits: bool = True) -> float:
     "Calibration error of the TOP LABEL in bins of equal mass, also called AdaECE (Nguyen and O'Connor 2015)"
-    return calibration_error("ace", outputs, labels, n_bins, kind)
+    return calibration_error("ace", outputs, labels, n_bins, from_logits)
 
 
-def mce(outputs: Any, labels: Any, n_bins: int = 15, kind: str = "logits") -> float:
+def mce(outputs: Any, labels: Any, n_bins: int = 15, from_logits: bool = True) -> float:
     "Maximum calibration error: the worst bin of ECE (Naeini et al. 2015)"
-    return calibration_error("mce", outputs, labels, n_bins, kind)
+    return calibration_error("mce", outputs, labels, n_bins, from_logits)
 
 
-def ks(outputs: Any, labels: Any, kind: str = "logits") -> float:
+def ks(outputs: Any, labels: Any, from_logits: bool = True) -> float:
     "Kolmogorov-Smirnov calibration error of the top label, without bins (Gupta et al. 2021)"
-    return calibration_error("ks", outputs, labels, 1, kind)
+    return calibration_error("ks", outputs, labels, 1, from_logits)
 
 
-def sce(outputs: Any, labels: Any, n_bins: int = 15, kind: str = "logits") -> float:
+def sce(outputs: Any, labels: Any, n_bins: int = 15, from_logits: bool = True) -> float:
     "Static calibration error: class-wise, bins of equal width, mean over all C classes (Nixon et al. 2019)"
-    return calibration_error("sce", outputs, labels, n_bins, kind)
+    return calibration_error("sce", outputs, labels, n_bins, from_logits)
 
 
-def classwise_ace(outputs: Any, labels: Any, n_bins: int = 15, kind: str = "logits") -> float:
+def classwise_ace(outputs: Any, labels: Any, n_bins: int = 15, from_logits: bool = True) -> float:
     """Adaptive calibration error of ALL classes, bins of equal mass in each class, mean over
     classes (Nixon et al. 2019)
     """
-    return calibration_error("classwise_ace", outputs, labels, n_bins, kind)
+    return calibration_error("classwise_ace", outputs, labels, n_bins, from_logits)
 
 # %% ../../nbs/calibration/01_metrics.ipynb #a3648c25
-def nll(outputs: Any, labels: Any, kind: str = "logits") -> float:
+def nll(outputs: Any, labels: Any, from_logits: bool = True) -> float:
     "Mean negative log-likelihood, in nats; infinite where a true class has probability 0"
-    return float(_per_sample_nll(*check_outputs_and_labels(outputs, labels, kind), kind).mean())
+    return float(_per_sample_nll(*check_outputs_and_labels(outputs, labels, from_logits), from_logits).mean())
 
 
-def brier(outputs: Any, labels: Any, kind: str = "logits") -> float:
+def brier(outputs: Any, labels: Any, from_logits: bool = True) -> float:
     "Brier score: mean squared distance to the one-hot truth, SUMMED over classes, from 0 to 2 (Brier 1950)"
-    return float(_per_sample_brier(*check_outputs_and_labels(outputs, labels, kind), kind).mean())
+    return float(_per_sample_brier(*check_outputs_and_labels(outputs, labels, from_logits), from_logits)
+                 .mean())
 
 
-def top1(outputs: Any, labels: Any, kind: str = "logits") -> float:
+def top1(outputs: Any, labels: Any, from_logits: bool = True) -> float:
     "Fraction of images whose top label is correct"
-    return float(_per_sample_top1(*check_outputs_and_labels(outputs, labels, kind), kind).mean())
+    return float(_per_sample_top1(*check_outputs_and_labels(outputs, labels, from_logits), from_logits)
+                 .mean())
 
 # %% ../../nbs/calibration/01_metrics.ipynb #5d0f983d
 def true_calibration_error(
@@ -258,7 +262,7 @@ def kl_to_truth(
 
 def _check_probs_and_posterior(probs: Any, posterior: Any) -> tuple[Tensor, Tensor]:
     "Both as checked probabilities of one shape"
-    p, truth = check_outputs(probs, "probs"), check_outputs(posterior, "probs")
+    p, truth = check_outputs(probs, False), check_outputs(posterior, False)
     check(p.shape == truth.shape, "posterior",
           f"shape {tuple(truth.shape)}", f"that of probs, {tuple(p.shape)}")
     return p, truth

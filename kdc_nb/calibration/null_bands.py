@@ -90,29 +90,30 @@ class NoiseModel(NamedTuple):
 # %% ../../nbs/calibration/04_null_bands.ipynb #37f2ead9
 def noise_bins(rule: Metric, claims: BinaryPredictions, n_bins: int) -> tuple[Tensor, int]: # (N, K), how many
     "The bins in which a metric's noise is simulated: its own, or 256 slices for one that has none"
-    if rule.walk: return equal_mass_bins(claims.p, 256), 256
-    bins = rule.bins(claims.p, n_bins)
+    if rule.walk: return equal_mass_bins(claims.confidence, 256), 256
+    bins = rule.bins(claims.confidence, n_bins)
     return bins, max(n_bins, int(bins.max()) + 1)
 
 # %% ../../nbs/calibration/04_null_bands.ipynb #35cb1db4
 def top_label_noise(
     names: Sequence[str], # metrics of the top label
-    claims: BinaryPredictions, # (N, 1)
-    chances: Tensor, # (H, N) that the top labels are correct, one row a hypothesis
+    predictions: BinaryPredictions, # (N, 1)
+    label_probs: Tensor, # (H, N) that the top labels are correct, one row a hypothesis
     n_bins: int,
     n_boot: int, # draws
     seed: int, # of the draws
 ) -> dict[str, NoiseModel]: # by metric
     "The noise of metrics of the top label"
-    conf, order = claims.p.squeeze(1).sort()
+    conf, order = predictions.confidence.squeeze(1).sort()
     steps = torch.cat([conf[1:] > conf[:-1], torch.tensor([True])]).float()
     rules = [METRICS[k] for k in names]
-    bins = [(b.squeeze(1)[order].contiguous(), m) for b, m in (noise_bins(r, claims, n_bins) for r in rules)]
+    bins = [(b.squeeze(1)[order].contiguous(), m)
+            for b, m in (noise_bins(r, predictions, n_bins) for r in rules)]
     ends = [torch.searchsorted(b, torch.arange(m), right=True) for b, m in bins]
     walks = [r.walk for r in rules if r.walk]
-    chances, places = chances[:, order], torch.cat(ends).clamp(min=1)
-    hits, peaks = _simulate_top_label(chances, steps, places, n_boot, seed, walks)
-    sums = chances.cumsum(1)
+    label_probs, places = label_probs[:, order], torch.cat(ends).clamp(min=1)
+    hits, peaks = _simulate_top_label(label_probs, steps, places, n_boot, seed, walks)
+    sums = label_probs.cumsum(1)
     laws = {}
     for k, r, e, h in zip(names, rules, ends, hits.split([len(e) for e in ends], -1)):
         walk = (sums[:, None, e.clamp(min=1) - 1] - h)*(e > 0)/len(conf)
@@ -124,18 +125,18 @@ def top_label_noise(
 # %% ../../nbs/calibration/04_null_bands.ipynb #d1b9baa0
 def classwise_noise(
     names: Sequence[str], # class-wise metrics
-    claims: BinaryPredictions, # (N, C)
+    predictions: BinaryPredictions, # (N, C)
     probs: Sequence[Tensor], # (N, C) probabilities of the labels, one table a hypothesis
     n_bins: int,
     n_boot: int, # draws
     seed: int, # of the draws
 ) -> dict[str, NoiseModel]: # by metric
     "The noise of class-wise metrics"
-    bins, many = zip(*(noise_bins(METRICS[k], claims, n_bins) for k in names))
+    bins, many = zip(*(noise_bins(METRICS[k], predictions, n_bins) for k in names))
     noise = zip(*[_simulate_classwise(q, bins, many, n_boot, seed) for q in probs])
     laws = {}
     for k, b, m, parts in zip(names, bins, many, noise):
-        share = bin_sums(torch.ones_like(claims.p), b, m)/len(b)
+        share = bin_sums(torch.ones_like(predictions.confidence), b, m)/len(b)
         laws[k] = NoiseModel(METRICS[k].norm, share, torch.stack(parts), METRICS[k].norm(parts[0], share))
     return laws
 
@@ -152,14 +153,14 @@ def null_draws(
     n_bins: int = 15,
     n_boot: int = 1000, # draws
     seed: int = 0, # of the draws
-    kind: str = "logits", # what the outputs are: "logits" or "probs"
+    from_logits: bool = True, # False: they are probabilities
 ) -> dict[str, Tensor]: # (n_boot,) scores for each metric
     "Scores of a perfectly calibrated model with these very probabilities: labels are drawn from them"
     check_bins_and_draws(n_bins, n_boot)
     tops, classes = split_metric_names(metrics)
-    p = to_probs(check_outputs(outputs, kind), kind)
+    p = to_probs(check_outputs(outputs, from_logits), from_logits)
     laws, top = {}, BinaryPredictions(p.amax(1, keepdim=True), None)
-    if tops: laws |= top_label_noise(tops, top, top.p.T, n_bins, n_boot, seed)
+    if tops: laws |= top_label_noise(tops, top, top.confidence.T, n_bins, n_boot, seed)
     if classes: laws |= classwise_noise(classes, BinaryPredictions(p, None), [p], n_bins, n_boot, seed)
     return {k: law.peak.double() for k, law in laws.items()}
 
@@ -171,10 +172,10 @@ class NullBand(NamedTuple):
     high: float # its upper end
 
 # %% ../../nbs/calibration/04_null_bands.ipynb #3fa08291
-def null_band_of_mean(m: Metric, x: Tensor, kind: str, level: float) -> NullBand:
+def null_band_of_mean(m: Metric, x: Tensor, from_logits: bool, level: float) -> NullBand:
     "The same of a mean over images, of checked outputs"
     check(0 < level < 1, "level", level, "a number between 0 and 1")
-    expected, variance = label_moments(m, x, kind)
+    expected, variance = label_moments(m, x, from_logits)
     centre = float(expected.mean())
     spread = NormalDist().inv_cdf((1 + level)/2)*float(variance.clamp(min=0).sum())**.5/len(x)
     return NullBand(m.clip(centre - spread), centre, m.clip(centre + spread))
@@ -198,14 +199,14 @@ def null_band(
     n_boot: int = 1000, # draws
     level: float = .95, # the part of the draws inside the band
     seed: int = 0, # of the draws
-    kind: str = "logits", # what the outputs are: "logits" or "probs"
+    from_logits: bool = True, # False: they are probabilities
 ) -> dict[str, NullBand]: # for each metric
     "The central part of what a perfectly calibrated model with these very probabilities would score"
     rules = select_metrics(metrics, bool if metrics is not None else lambda m: m.norm)
-    binned, x = [k for k, m in rules.items() if m.norm], check_outputs(outputs, kind)
-    draws = null_draws(x, binned, n_bins, n_boot, seed, kind) if binned else {}
+    binned, x = [k for k, m in rules.items() if m.norm], check_outputs(outputs, from_logits)
+    draws = null_draws(x, binned, n_bins, n_boot, seed, from_logits) if binned else {}
     def band(k, m):
-        if k not in draws: return null_band_of_mean(m, x, kind, level)
+        if k not in draws: return null_band_of_mean(m, x, from_logits, level)
         low, high = central_range(draws[k], level)
         return NullBand(low, float(draws[k].mean()), high)
     return {k: band(k, m) for k, m in rules.items()}

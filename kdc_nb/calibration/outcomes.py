@@ -19,18 +19,18 @@ from .metrics import METRICS, binned_error
 # %% ../../nbs/calibration/02_outcomes.ipynb #eb3a9315
 class Outcomes(NamedTuple):
     "How a model fares on each of N images"
-    top: Tensor # (N,) int64, the label it predicts
-    hit: Tensor # (N,) float64, 1 where that is correct
+    pred: Tensor # (N,) int64, the label it predicts
+    correct: Tensor # (N,) float64, 1 where that is correct
     log_odds: Tensor # (N,) float64, log(p/(1 - p)) of its confidence p
     nll: Tensor # (N,) float64, in nats
-    gaps: Tensor # (C, n_bins) float64, the class-wise gaps of SCE: sum of p - hit over N
+    classwise_gaps: Tensor # (C, n_bins) float64, the class-wise gaps of SCE: sum of p - hit over N
 
     @property
-    def per_sample(self) -> dict[str, Tensor]: return {"nll": self.nll, "top1": self.hit} # (N,) by metric
+    def per_sample(self) -> dict[str, Tensor]: return {"nll": self.nll, "top1": self.correct} # (N,) by metric
 
     @property
-    def claims(self) -> BinaryPredictions:
-        return BinaryPredictions(self.log_odds.sigmoid()[:, None], self.hit[:, None])
+    def predictions(self) -> BinaryPredictions:
+        return BinaryPredictions(self.log_odds.sigmoid()[:, None], self.correct[:, None])
 
 
 def compute_outcomes(
@@ -42,8 +42,8 @@ def compute_outcomes(
     x, y = check_outputs_and_labels(logits, labels)
     top = x.argmax(1, keepdim=True)
     odds = x.gather(1, top) - x.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True)
-    gaps = bin_gaps(every := classwise(x, y, "logits"), equal_width_bins(every.p, n_bins), n_bins)
-    hit, loss = (METRICS[k].per_sample(x, y, "logits") for k in ("top1", "nll"))
+    gaps = bin_gaps(every := classwise(x, y, True), equal_width_bins(every.confidence, n_bins), n_bins)
+    hit, loss = (METRICS[k].per_sample(x, y, True) for k in ("top1", "nll"))
     return Outcomes(top.squeeze(1), hit, odds.squeeze(1), loss, gaps)
 
 # %% ../../nbs/calibration/02_outcomes.ipynb #b9326545
@@ -52,5 +52,7 @@ def metrics_from_outcomes(
     n_bins: int = 15, # for the top label
 ) -> dict[str, float]: # by name
     "The metrics that follow from outcomes: all but Brier score and class-wise ACE"
-    top = {k: binned_error(m, o.claims, n_bins) for k, m in METRICS.items() if m.predictions is top_label}
-    return {k: float(v.mean()) for k, v in o.per_sample.items()} | top | {"sce": float(l1_norm(o.gaps, None))}
+    top = {k: binned_error(m, o.predictions, n_bins)
+           for k, m in METRICS.items() if m.predictions is top_label}
+    return ({k: float(v.mean()) for k, v in o.per_sample.items()}
+            | top | {"sce": float(l1_norm(o.classwise_gaps, None))})

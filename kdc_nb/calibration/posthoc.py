@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import NamedSpec, check
+from ..core import check
+from ..values import NamedSpec
 from .predictions import check_outputs_and_labels, softmax64
 
 # %% ../../nbs/calibration/03_posthoc.ipynb #8f63ed45
@@ -30,13 +31,13 @@ def _nll_derivatives(d: Tensor, u: float) -> tuple[float, float]:
 def fit_temperature(
     outputs: Any, # (N, C) logits or probabilities, of images the model was not trained on
     labels: Any, # (N,) integers from 0 to C-1
-    kind: str = "logits", # what the outputs are; a probability of 0 counts as 2e-308
+    from_logits: bool = True, # False: they are probabilities; one of 0 counts as 2e-308
 ) -> float: # T, from 0.01 to 100
     """The T that minimises the NLL of softmax(z/T), to machine precision (Guo et al. 2017); an end of the
     range where the minimum lies beyond it
     """
-    x, y = check_outputs_and_labels(outputs, labels, kind)
-    z = to_logits(x, kind)
+    x, y = check_outputs_and_labels(outputs, labels, from_logits)
+    z = to_logits(x, from_logits)
     d = z - z.gather(1, y[:, None])
     low, high = 1/_T_RANGE[1], 1/_T_RANGE[0]
     if _nll_derivatives(d, low)[0] >= 0: return _T_RANGE[1]
@@ -52,17 +53,17 @@ def fit_temperature(
     return 1/u
 
 
-def to_logits(x: Tensor, kind: str) -> Tensor:
+def to_logits(x: Tensor, from_logits: bool) -> Tensor:
     "Logits that can be divided by a temperature: those given, or the logs of probabilities"
-    return x.clamp(min=torch.finfo(x.dtype).tiny).log() if kind == "probs" else x
+    return x.clamp(min=torch.finfo(x.dtype).tiny).log() if not from_logits else x
 
 # %% ../../nbs/calibration/03_posthoc.ipynb #8a8aee65
-def cross_fit_temperature(x: Tensor, y: Tensor, kind: str, seed: int) -> Tensor: # (N, C) logits
+def cross_fit_temperature(x: Tensor, y: Tensor, from_logits: bool, seed: int) -> Tensor: # (N, C) logits
     "Each fifth of the images divided by the temperature fitted on the other four"
     fold = torch.from_numpy(np.random.default_rng(seed).permutation(len(y)) % 5)
-    T = torch.tensor([fit_temperature(x[fold != k], y[fold != k], kind) for k in range(5)],
+    T = torch.tensor([fit_temperature(x[fold != k], y[fold != k], from_logits) for k in range(5)],
                      dtype=torch.float64)
-    return to_logits(x, kind)/T[fold][:, None]
+    return to_logits(x, from_logits)/T[fold][:, None]
 
 # %% ../../nbs/calibration/03_posthoc.ipynb #287c295d
 class Calibrator(NamedSpec, n_given=2):
@@ -82,7 +83,7 @@ def _temperature_scaling(logits: Any, labels: Any) -> Callable[[Tensor], Tensor]
 def _vector_scaling(logits: Any, labels: Any) -> Callable[[Tensor], Tensor]:
     "Vector scaling (Guo et al., 2017); a `ValueError` where a class has no image, and so no finite offset"
     from scipy.optimize import minimize
-    z, y = check_outputs_and_labels(logits, labels, "logits")
+    z, y = check_outputs_and_labels(logits, labels, True)
     C = z.shape[1]
     missing = sorted(set(range(C)) - set(y.tolist()))
     check(not missing, "labels", f"no image of class {missing[:1]}", f"all of {C} classes")
@@ -100,7 +101,7 @@ def _vector_scaling(logits: Any, labels: Any) -> Callable[[Tensor], Tensor]:
 def _isotonic_regression(logits: Any, labels: Any) -> Callable[[Tensor], Tensor]:
     "Isotonic regression, one class against the rest (Zadrozny and Elkan, 2002)"
     from sklearn.isotonic import IsotonicRegression
-    z, y = check_outputs_and_labels(logits, labels, "logits")
+    z, y = check_outputs_and_labels(logits, labels, True)
     least = 1/(len(y) + 2)
     steps = [IsotonicRegression(y_min=least, y_max=1 - least, out_of_bounds="clip").fit(p, y == c)
              for c, p in enumerate(softmax64(z).T)]

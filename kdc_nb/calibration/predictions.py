@@ -33,25 +33,26 @@ def as_float64(x: Any, argument: str) -> Tensor: # float64, on the CPU
 # %% ../../nbs/calibration/00_predictions.ipynb #19377b7d
 def check_outputs(
     outputs: Any, # (N, C) logits or probabilities
-    kind: str = "logits", # what they are: "logits" or "probs"
-) -> Tensor: # (N, C) float64, of the same kind
+    from_logits: bool = True, # False: they are probabilities
+) -> Tensor: # (N, C) float64, logits or probabilities as before
     """Check outputs: finite, two or more classes, probabilities that sum to 1 within 1e-4; a
     `ValueError` says what is wrong
     """
-    check(kind in ("logits", "probs"), "kind", repr(kind), "'logits' or 'probs'")
-    x = as_float64(outputs, kind)
-    check(x.ndim == 2 and x.shape[0] > 0 and x.shape[1] > 1, kind,
+    check(isinstance(from_logits, bool), "from_logits", repr(from_logits), "True, or False for probabilities")
+    what = "logits" if from_logits else "probs"
+    x = as_float64(outputs, what)
+    check(x.ndim == 2 and x.shape[0] > 0 and x.shape[1] > 1, what,
           f"shape {tuple(x.shape)}", "(N, C) with N of at least 1 and C of at least 2")
-    check(bool(x.isfinite().all()), kind, "NaN or infinity", "finite numbers")
+    check(bool(x.isfinite().all()), what, "NaN or infinity", "finite numbers")
     in_range = float(x.min()) >= -1e-6 and float(x.max()) <= 1 + 1e-6
     in_sum = in_range and float((x.sum(1) - 1).abs().max()) <= 1e-4
-    if kind == "probs":
-        check(in_sum, kind, "numbers that are none",
+    if not from_logits:
+        check(in_sum, what, "numbers that are none",
               "numbers between 0 and 1, each row with sum 1 within 1e-4")
         return x.clamp(0, 1)
     if in_sum:
         warnings.warn(
-            "every row has sum 1 and is read as logits: if these are probabilities, say kind='probs'",
+            "every row has sum 1 and is read as logits: if these are probabilities, say from_logits=False",
             stacklevel=2
         )
     return x
@@ -60,10 +61,10 @@ def check_outputs(
 def check_outputs_and_labels(
     outputs: Any, # (N, C) logits or probabilities
     labels: Any, # (N,) integers from 0 to C-1
-    kind: str = "logits", # what the outputs are: "logits" or "probs"
+    from_logits: bool = True, # False: they are probabilities
 ) -> tuple[Tensor, Tensor]: # outputs (N, C) float64, labels (N,) int64
     "Check outputs and labels and make them tensors; a `ValueError` says what is wrong"
-    x, y = check_outputs(outputs, kind), as_float64(labels, "labels")
+    x, y = check_outputs(outputs, from_logits), as_float64(labels, "labels")
     check(y.ndim == 1, "labels", f"shape {tuple(y.shape)}", "(N,)")
     check(len(y) == len(x), "labels", f"{len(y)} of them", f"{len(x)}, one for each row of the outputs")
     check(bool((y == y.round()).all()), "labels", "numbers with a fraction, or NaN", "integers")
@@ -85,14 +86,14 @@ def softmax64(
     return check_outputs(logits).softmax(1)
 
 
-def to_probs(x: Tensor, kind: str) -> Tensor:
+def to_probs(x: Tensor, from_logits: bool) -> Tensor:
     "Checked outputs of either kind as probabilities"
-    return x if kind == "probs" else x.softmax(1)
+    return x if not from_logits else x.softmax(1)
 
 
-def to_log_probs(x: Tensor, kind: str) -> Tensor:
+def to_log_probs(x: Tensor, from_logits: bool) -> Tensor:
     "Checked outputs of either kind as log-probabilities, -inf for a probability of 0"
-    return x.log() if kind == "probs" else x.log_softmax(1)
+    return x.log() if not from_logits else x.log_softmax(1)
 
 # %% ../../nbs/calibration/00_predictions.ipynb #f9b64a29
 def _read_outputs_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -128,19 +129,19 @@ def load_outputs(
 # %% ../../nbs/calibration/00_predictions.ipynb #15dbe6db
 class BinaryPredictions(NamedTuple):
     "N images with K claims each: K = 1 for the top label, K = C for all classes"
-    p: Tensor # (N, K) claimed probability
-    hit: Tensor # (N, K) 1 where it came true, 0 where not (or the chance that it does)
+    confidence: Tensor # (N, K) claimed probability
+    correct: Tensor # (N, K) 1 where it came true, 0 where not (or the chance that it does)
 
 
-def top_label(x: Tensor, y: Tensor, kind: str) -> BinaryPredictions:
+def top_label(x: Tensor, y: Tensor, from_logits: bool) -> BinaryPredictions:
     "The claim about the top label: its probability (the confidence), and whether the label was it"
     top = x.argmax(1, keepdim=True)
-    return BinaryPredictions(to_probs(x, kind).gather(1, top), (top == y[:, None]).double())
+    return BinaryPredictions(to_probs(x, from_logits).gather(1, top), (top == y[:, None]).double())
 
 
-def classwise(x: Tensor, y: Tensor, kind: str) -> BinaryPredictions:
+def classwise(x: Tensor, y: Tensor, from_logits: bool) -> BinaryPredictions:
     "The claims about every class"
-    return BinaryPredictions(to_probs(x, kind), torch.nn.functional.one_hot(y, x.shape[1]).double())
+    return BinaryPredictions(to_probs(x, from_logits), torch.nn.functional.one_hot(y, x.shape[1]).double())
 
 # %% ../../nbs/calibration/00_predictions.ipynb #9b59e7b2
 def equal_width_bins(
@@ -174,12 +175,12 @@ def unique_bins(
 
 # %% ../../nbs/calibration/00_predictions.ipynb #cedc977c
 def bin_gaps(
-    claims: BinaryPredictions, # N images, K claims
+    predictions: BinaryPredictions, # N images, K claims
     bins: Tensor, # (N, K) the bin of each claim
     n_bins: int, # how many there are
 ) -> Tensor: # (K, n_bins) sum of p - hit in each bin, over N
     "The gaps of all bins, weighted by the bins' shares of the images"
-    return bin_sums(claims.p - claims.hit, bins, n_bins)/len(bins)
+    return bin_sums(predictions.confidence - predictions.correct, bins, n_bins)/len(bins)
 
 
 def bin_sums(x: Tensor, bins: Tensor, n_bins: int) -> Tensor:
@@ -192,7 +193,8 @@ def bin_sums(x: Tensor, bins: Tensor, n_bins: int) -> Tensor:
 def gaps_and_shares(claims: BinaryPredictions, bins: Tensor, n_bins: int) -> tuple[Tensor, Tensor]:
     "Gaps and shares of the images, (K, B) each, of at least `n_bins` bins; more where `bins` (N, K) has more"
     n_bins = max(n_bins, int(bins.max()) + 1)
-    return bin_gaps(claims, bins, n_bins), bin_sums(torch.ones_like(claims.p), bins, n_bins)/len(bins)
+    return (bin_gaps(claims, bins, n_bins),
+            bin_sums(torch.ones_like(claims.confidence), bins, n_bins)/len(bins))
 
 # %% ../../nbs/calibration/00_predictions.ipynb #d71a1abf
 def l1_norm(gaps: Tensor, share: Tensor) -> Tensor:

@@ -42,24 +42,25 @@ def reliability_bins(
     labels: Any, # (N,) integers from 0 to C-1
     n_bins: int = 15, # bins of equal width
     n_boot: int = 1000, # draws for the null band
-    level: float = .95, # of the interval and the band
+    confidence_level: float = .95, # of the interval and the band
     seed: int = 0, # of the draws
-    kind: str = "logits", # what the outputs are: "logits" or "probs"
+    from_logits: bool = True, # False: they are probabilities
 ) -> ReliabilityBins:
     "What a reliability diagram shows: the bins of ECE"
     check_bins_and_draws(n_bins, n_boot)
-    return bins_from_predictions(top_label(*check_outputs_and_labels(outputs, labels, kind), kind),
-                                 n_bins, n_boot, level, seed)
+    return bins_from_predictions(top_label(*check_outputs_and_labels(outputs, labels, from_logits),
+                                           from_logits),
+                                 n_bins, n_boot, confidence_level, seed)
 
 
-def bins_from_predictions(claims: BinaryPredictions, n_bins: int = 15, n_boot: int = 1000,
+def bins_from_predictions(predictions: BinaryPredictions, n_bins: int = 15, n_boot: int = 1000,
                           level: float = .95, seed: int = 0) -> ReliabilityBins:
     "The same from the claims about the top label"
-    law = top_label_noise(["ece"], claims, claims.p.T, n_bins, n_boot, seed)["ece"]
-    count, p, hit = (bin_sums(t, equal_width_bins(claims.p, n_bins), n_bins)[0].numpy()
-                     for t in (torch.ones_like(claims.p), *claims))
+    law = top_label_noise(["ece"], predictions, predictions.confidence.T, n_bins, n_boot, seed)["ece"]
+    count, p, hit = (bin_sums(t, equal_width_bins(predictions.confidence, n_bins), n_bins)[0].numpy()
+                     for t in (torch.ones_like(predictions.confidence), *predictions))
     ends = torch.tensor([(1 - level)/2, (1 + level)/2])
-    noise = torch.quantile(law.noise[0, :, 0], ends, dim=0).double().numpy()*len(claims.p)
+    noise = torch.quantile(law.noise[0, :, 0], ends, dim=0).double().numpy()*len(predictions.confidence)
     edges = np.arange(n_bins + 1)/n_bins
     with np.errstate(invalid="ignore", divide="ignore"):
         low, high = wilson_interval(hit, count, level)
@@ -94,13 +95,13 @@ def prepare_diagram(
     # (N, C) logits or probabilities of any framework; or what has a `diagram()`: a result, `ReliabilityBins`
     outputs: Any,
     labels: Any = None, # (N,) integers from 0 to C-1; None beside a result or bins
-    kind: str = "logits", # what the outputs are: "logits" or "probs"
+    from_logits: bool = True, # False: they are probabilities
 ) -> DiagramData:
     "Bins, N and ECE of a model; a `ValueError` says what is wrong with outputs and labels"
     if hasattr(outputs, "diagram"):
         check(labels is None, "labels", "some", "none beside a result or bins, which have their own")
         return outputs.diagram()
     check(labels is not None, "labels", "none", "one for each row of the outputs")
-    x, y = check_outputs_and_labels(outputs, labels, kind)
-    return DiagramData(reliability_bins(x, y, kind=kind), len(y),
-                       calibration_estimates(x, y, "ece", kind=kind)["ece"])
+    x, y = check_outputs_and_labels(outputs, labels, from_logits)
+    return DiagramData(reliability_bins(x, y, from_logits=from_logits), len(y),
+                       calibration_estimates(x, y, "ece", from_logits=from_logits)["ece"])

@@ -21,7 +21,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..core import check, decode, encode
+from ..core import check
+from ..values import decode, encode
 from ..files import DamagedFile, atomic_write, cache_dir, load_meta
 from ..training.data import load_data
 from ..training.cifar import pending_download
@@ -73,9 +74,9 @@ def _timing_key(spec: RunSpec) -> tuple: # equal for runs that take the same tim
 class _TrainingPace:
     "Seconds of training for an image, as measured on this device with as many runs at once"
 
-    def __init__(self, store: Store, device: str | None, at_once: int = 1):
+    def __init__(self, store: Store, device: str | None, n_parallel: int = 1):
         self.store, self.latest = store, {} # seconds for an image, by kind, of up to nine runs
-        here = describe_environment(best_device(device))["name"], at_once
+        here = describe_environment(best_device(device))["name"], n_parallel
         for r in all_results(store):
             measured = r.facts["name"], r.facts.get("at_once", 1)
             if measured == here and not pending_download(full_data(r.spec.data)): self.add(r)
@@ -85,17 +86,17 @@ class _TrainingPace:
         latest = self.latest.setdefault(_timing_key(result.spec), deque(maxlen=9))
         latest.append(result.facts["seconds"]/count_training_images(result.spec))
 
-    def of(self, kind: tuple) -> float | None:
+    def seconds_per_image(self, kind: tuple) -> float | None:
         """Seconds for an image by the latest runs of a kind: their median, as a laptop
         may have slept during one
         """
         return median_low(self.latest[kind]) if kind in self.latest else None
 
-    def slowest(self) -> float:
+    def slowest_seconds_per_image(self) -> float:
         "Of all kinds; 0 where nothing was measured"
         return max(map(median_low, self.latest.values()), default=0.)
 
-    def planned(self, spec: RunSpec) -> _PlannedRun:
+    def plan_run(self, spec: RunSpec) -> _PlannedRun:
         "The plan for a run that is not done, from its checkpoint or the pace of others"
         if pending_download(full_data(spec.data)): return _PlannedRun(spec, spec.recipe.epochs, None)
         try: meta = load_meta(self.store.path(spec, "part"))
@@ -104,7 +105,7 @@ class _TrainingPace:
         done = meta.get("epochs_done", 0.)
         left, epoch = spec.recipe.epochs - done, count_training_images(spec)/spec.recipe.epochs
         if done: return _PlannedRun(spec, math.ceil(left), left*meta["seconds"]/done)
-        pace = self.of(_timing_key(spec))
+        pace = self.seconds_per_image(_timing_key(spec))
         return _PlannedRun(spec, math.ceil(left), None if pace is None else left*epoch*pace)
 
 
@@ -112,13 +113,13 @@ def plan_sweep(
     specs: Iterable[RunSpec],
     store: Store | None = None, # None: the one in the cache folder
     device: str | None = None, # None: the fastest there is
-    at_once: int = 1, # by the pace of runs that were measured with as many at a time
+    n_parallel: int = 1, # by the pace of runs that were measured with as many at a time
 ) -> list[_PlannedRun]: # teachers first
     "What `sweep` would do, and how long it would take one by one; nothing is fetched for it"
-    pace = _TrainingPace(store or Store(), device, at_once)
+    pace = _TrainingPace(store or Store(), device, n_parallel)
     def planned(r):
         fetched = not pending_download(full_data(r.data)) # before that nobody knows its id
-        return _PlannedRun(r, 0, 0.) if fetched and pace.store.path(r, "run").exists() else pace.planned(r)
+        return _PlannedRun(r, 0, 0.) if fetched and pace.store.path(r, "run").exists() else pace.plan_run(r)
     return [planned(r) for r in _runs_teachers_first(specs)]
 
 # %% ../../nbs/experiments/05_agenda.ipynb #bcda93dc
@@ -163,27 +164,30 @@ class Scheduler:
     def __init__(self,
         specs: Iterable[RunSpec], # the most telling first
         context: RunContext,
-        until: float | None, # when to stop, as `time.time()` tells it; None: when all is done
-        unrecorded: Iterable[RunSpec] = (), # whose steps cannot be recorded
+        deadline: float | None, # when to stop, as `time.time()` tells it; None: when all is done
+        uncaptured: Iterable[RunSpec] = (), # whose steps cannot be recorded
     ):
-        self.context, self.until, self.unrecorded = context, until, set(unrecorded)
+        self.context, self.deadline, self.uncaptured = context, deadline, set(uncaptured)
         rows = [lineage(s) for s in dict.fromkeys(specs) if context.store.get(s) is None]
         teaching = {t for *teachers, _ in rows for t in teachers} # they come with their students
         self.rows = [[*(t for t in teachers if not has_result_and_weights(t, context)), s]
                      for *teachers, s in rows if s not in teaching]
         self.order = list(dict.fromkeys(r for row in self.rows for r in row))
         # not in the store; trained, but not in the store
-        self.missing, self.evaluated = set(self.order), set()
+        self.not_stored, self.awaiting_evaluation = set(self.order), set()
         self.running, self.left_out, self.any_begun = {}, {}, False # when each began; why
-        self.pace = None if until is None else _TrainingPace(context.store, context.device, context.at_once)
+        self.pace = (None if deadline is None
+                     else _TrainingPace(context.store, context.device, context.n_parallel))
         # seconds of the latest runs beside their training; first ones wait for imports
         self.overhead = deque([0.], maxlen=4)
 
     def next(self, can_begin: Callable[[RunSpec], bool] = lambda run: True) -> RunSpec | None:
         "The first run that can begin now, if there is one"
-        runs = [r for r, wait in self.admitted().items() if wait <= 0]
-        if self.pace and not self.any_begun and not runs and time.time() < self.until: runs = self.order[:1]
-        ready = lambda r: r not in self.running and not set(lineage(r)[:-1]) & self.missing and can_begin(r)
+        runs = [r for r, wait in self.start_times().items() if wait <= 0]
+        if self.pace and not self.any_begun and not runs and time.time() < self.deadline:
+            runs = self.order[:1]
+        ready = (lambda r: r not in self.running
+                           and not set(lineage(r)[:-1]) & self.not_stored and can_begin(r))
         first = next((self.order.index(r) for r in runs if ready(r)), -1)
         # processes that share each run must not differ
         first = broadcast_int(first, best_device(self.context.device))
@@ -191,14 +195,14 @@ class Scheduler:
         self.running[self.order[first]], self.any_begun = time.time(), True
         return self.order[first]
 
-    def admitted(self) -> dict[RunSpec, float]: # seconds from now until it can begin
+    def start_times(self) -> dict[RunSpec, float]: # seconds from now until it can begin
         "The runs of all rows that can be finished in time on as many places as there are"
-        rows = [[r for r in row if r in self.missing] for row in self.rows]
+        rows = [[r for r in row if r in self.not_stored] for row in self.rows]
         rows = [row for row in rows if row and not self.left_out.keys() & row]
         if not self.pace: return {r: 0. for row in rows for r in row}
         ends, out = {r: self.seconds(r) for r in self.running}, {}
-        busy = [end for r, end in ends.items() if r not in self.evaluated]
-        free = busy + [0.]*(self.context.at_once - len(busy)) # when each place is
+        busy = [end for r, end in ends.items() if r not in self.awaiting_evaluation]
+        free = busy + [0.]*(self.context.n_parallel - len(busy)) # when each place is
         for row in rows:
             then, places, begins = dict(ends), free.copy(), {}
             for r in row:
@@ -209,7 +213,7 @@ class Scheduler:
                 begins[r] = max(since, ready)
                 then[r] = begins[r] + self.seconds(r)
                 places[places.index(since)] = then[r]
-            if time.time() + max(then[r] for r in row) > self.until: continue
+            if time.time() + max(then[r] for r in row) > self.deadline: continue
             ends, free, out = then, places, out | begins
         return out
 
@@ -217,23 +221,23 @@ class Scheduler:
         """How long a run will take, or what is left of it; if nothing is like it, as long as by
         the slowest measured pace
         """
-        known = self.pace.planned(run).seconds
-        total = max(self.overhead) + (count_training_images(run)*self.pace.slowest()
+        known = self.pace.plan_run(run).seconds
+        total = max(self.overhead) + (count_training_images(run)*self.pace.slowest_seconds_per_image()
                                       if known is None else known)
         if run not in self.running: return total
         try: saved = self.context.store.path(run, "part").stat().st_mtime
         except FileNotFoundError: saved = 0.
         return max(0., total - (time.time() - max(self.running[run], saved))) # what is known is from then
 
-    def trained(self, run: RunSpec) -> None:
+    def mark_trained(self, run: RunSpec) -> None:
         "Note that a run needs its place no longer, only its evaluation"
-        self.evaluated.add(run)
+        self.awaiting_evaluation.add(run)
 
-    def done(self, result: Result) -> None:
+    def mark_done(self, result: Result) -> None:
         "Note that a run is finished"
         began = self.running.pop(result.spec)
-        self.missing.remove(result.spec)
-        self.evaluated.discard(result.spec)
+        self.not_stored.remove(result.spec)
+        self.awaiting_evaluation.discard(result.spec)
         if not self.pace: return
         self.pace.add(result)
         beside = time.time() - began - result.facts["seconds"]
@@ -243,22 +247,22 @@ class Scheduler:
     def leave_out(self, run: RunSpec, why: Exception) -> None:
         "Note that a run failed or ran out of time: neither it nor its students are tried again"
         self.running.pop(run, None)
-        self.evaluated.discard(run)
+        self.awaiting_evaluation.discard(run)
         self.left_out[run] = why
         why.add_note(f"This was {run_label(run)}.")
         traceback.clear_frames(why.__traceback__) # which hold the memory of all that went wrong
 
-    def again(self) -> None:
+    def restart_running(self) -> None:
         "Begin those anew that were running"
-        self.running, self.evaluated = {}, set()
+        self.running, self.awaiting_evaluation = {}, set()
 
-    def halve(self) -> None:
+    def halve_parallel(self) -> None:
         "As many runs at a time are too many: begin those anew that found the device full, too"
         self.left_out = {r: e for r, e in self.left_out.items() if not isinstance(e, torch.OutOfMemoryError)}
-        self.context = self.context._replace(at_once=self.context.at_once//2)
-        left = f"{len(self.missing)} runs start again, {self.context.at_once} at a time"
+        self.context = self.context._replace(at_once=self.context.n_parallel//2)
+        left = f"{len(self.not_stored)} runs start again, {self.context.n_parallel} at a time"
         warnings.warn(f"the device is out of memory; {left}")
-        self.again()
+        self.restart_running()
 
 # %% ../../nbs/experiments/05_agenda.ipynb #fb0deb05
 def write_specs(

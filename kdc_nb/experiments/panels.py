@@ -44,17 +44,17 @@ def plot_ece(
 
 # %% ../../nbs/experiments/09_panels.ipynb #16d8bbe1
 def plot_reliability_grid(
-    named: Mapping[str, Result],
+    results_by_name: Mapping[str, Result],
     columns: int = 4,
 ) -> Figure:
     "The reliability diagrams of several runs, each with its ECE"
-    check(bool(named), "named", "no results", "one or more")
-    columns = min(columns, len(named))
-    lines = -(-len(named)//columns)
+    check(bool(results_by_name), "results_by_name", "no results", "one or more")
+    columns = min(columns, len(results_by_name))
+    lines = -(-len(results_by_name)//columns)
     fig, axs = plt.subplots(lines, columns, figsize=(3.6*columns, 3.5*lines),
                             layout="constrained", squeeze=False)
-    for ax in axs.flat[len(named):]: ax.axis("off")
-    for ax, (name, r) in zip(axs.flat, named.items()): plot_reliability(r, ax=ax, title=name)
+    for ax in axs.flat[len(results_by_name):]: ax.axis("off")
+    for ax, (name, r) in zip(axs.flat, results_by_name.items()): plot_reliability(r, ax=ax, title=name)
     return fig
 
 # %% ../../nbs/experiments/09_panels.ipynb #e6069e0e
@@ -89,11 +89,11 @@ def plot_tradeoff(
 
 # %% ../../nbs/experiments/09_panels.ipynb #ca76a847
 def prepare_histories(
-    named: Mapping[str, list[Result]], # seeds of each row
+    results_by_name: Mapping[str, list[Result]], # seeds of each row
 ) -> "pandas.DataFrame": # columns run, seed, epoch, and what the histories hold
     "Histories as one table, a row for each epoch of each run"
     import pandas as pd
-    rows = [(name, r.spec.seed, e, row) for name, own in named.items()
+    rows = [(name, r.spec.seed, e, row) for name, own in results_by_name.items()
             for r in own for e, row in enumerate(r.history, 1)]
     return pd.DataFrame([{"run": name, "seed": seed, "epoch": e} | row for name, seed, e, row in rows])
 

@@ -48,13 +48,14 @@ def strip_scaling(teacher: Teacher) -> Teacher:
 
 def teacher_train_logits(
     teacher: Teacher,
-    data: DataSpec | LeaveFoldOut,
+    data_spec: DataSpec | LeaveFoldOut,
     context: "RunContext",
 ) -> Tensor: # (N, C) on the device
     "A teacher's logits of the plain training images"
-    predict, d, on, (rank, world) = (teacher.predictor(data, context), load_data(data),
+    predict, d, on, (rank, world) = (teacher.predictor(data_spec, context), load_data(data_spec),
                                      best_device(context.device), rank_and_world())
-    own = zip(*(rows[rank::world].split(d.at_once) for rows in (d.train.inputs, torch.arange(len(d.train)))))
+    own = zip(*(rows[rank::world].split(d.eval_batch_size)
+                for rows in (d.train.inputs, torch.arange(len(d.train)))))
     with torch.inference_mode():
         logits = [predict(d.normalise(x.to(on)), i.to(on)) for x, i in own]
         return gather_strided(torch.cat(logits), len(d.train))
@@ -81,8 +82,8 @@ class RunContext(NamedTuple):
     "Where a run takes place, and beside what"
     store: Store
     device: str | None = None # None: the fastest there is
-    at_once: int = 1 # runs at a time, which share the devices
-    record: bool = True # on CUDA, turn the step into a graph
+    n_parallel: int = 1 # runs at a time, which share the devices
+    use_cuda_graph: bool = True # on CUDA, turn the step into a graph
 
     def find_result(self, spec: RunSpec) -> Result | None:
         "The stored result, or None; a `ValueError` where processes share the work and not the store"
@@ -95,12 +96,12 @@ class RunContext(NamedTuple):
 
     def trained_net(self, spec: RunSpec) -> nn.Module: # on the CPU, in evaluation mode
         "The network of a finished run; one without weights is trained, with a warning"
-        if (net := self.store.net(spec)) is not None: return net
+        if (net := self.store.load_net(spec)) is not None: return net
         if not self.store.path(spec, "net").exists():
             warnings.warn(f"no weights of {run_label(spec)} in {self.store.folder}; it is trained again",
                           stacklevel=2)
         train_run(spec, self, progress=False)
-        return self.store.net(spec)
+        return self.store.load_net(spec)
 
 
 class TrainedRun(NamedTuple):
@@ -115,26 +116,26 @@ class TrainedRun(NamedTuple):
 def build_trainer(
     spec: RunSpec,
     context: RunContext,
-    heard: TeacherCache | None = None, # what other students of its teacher heard
+    teacher_cache: TeacherCache | None = None, # what other students of its teacher heard
 ) -> Trainer:
     "A run before its first step"
     net, method, device = build_net(spec), spec.method.build(), best_device(context.device)
     teacher, T = _build_teacher(spec, context)
     return Trainer(net, load_data(spec.data), method, spec.recipe,
-                   spec.seed, device, teacher, T, heard, context.record)
+                   spec.seed, device, teacher, T, teacher_cache, context.use_cuda_graph)
 
 
-def collect_trained_run(spec: RunSpec, context: RunContext, training: Trainer) -> TrainedRun: # that is over
+def collect_trained_run(spec: RunSpec, context: RunContext, trainer: Trainer) -> TrainedRun: # that is over
     "A trained network and its logits"
-    data = training.data
-    logits = {k: predict_logits(training.net, data, getattr(data, k).inputs) for k in ("valid", "test")}
+    data = trainer.data
+    logits = {k: predict_logits(trainer.net, data, getattr(data, k).inputs) for k in ("valid", "test")}
     if not all(z.isfinite().all() for z in logits.values()):
         raise FloatingPointError(
             f"logits: not all are numbers after training; try a smaller lr than {spec.recipe.lr}"
         )
-    facts = describe_environment(training.device) | {"seconds": round(training.seconds, 2)}
-    if context.at_once > 1: facts["at_once"] = context.at_once
-    return TrainedRun(spec, training.net.cpu(), logits, training.history, facts)
+    facts = describe_environment(trainer.device) | {"seconds": round(trainer.seconds, 2)}
+    if context.n_parallel > 1: facts["at_once"] = context.n_parallel
+    return TrainedRun(spec, trainer.net.cpu(), logits, trainer.history, facts)
 
 
 def store_result(
@@ -150,18 +151,18 @@ def store_result(
     return result
 
 
-def train_run(spec: RunSpec, context: RunContext, progress: bool, until: float | None = None) -> Result:
+def train_run(spec: RunSpec, context: RunContext, progress: bool, deadline: float | None = None) -> Result:
     """Train a run, from its checkpoint if there is one; where its step cannot be recorded, in a
     fresh process and without
     """
-    if cuda_is_broken(): return call_in_fresh_process(train_run, spec, context, progress, until)
+    if cuda_is_broken(): return call_in_fresh_process(train_run, spec, context, progress, deadline)
     try:
         training = build_trainer(spec, context).run(context.store.path(spec, "part"),
-                                                    deadline=until, progress=progress)
+                                                    deadline=deadline, progress=progress)
     except GraphCaptureError as e:
         warnings.warn(f"{run_label(spec)}: {e}; it is trained without, which costs speed, in a fresh process",
                       stacklevel=2)
-        return call_in_fresh_process(train_run, spec, context._replace(record=False), progress, until)
+        return call_in_fresh_process(train_run, spec, context._replace(record=False), progress, deadline)
     return store_result(collect_trained_run(spec, context, training), context.store)
 
 
@@ -208,7 +209,7 @@ def run(
     store: Store | None = None, # None: the one in the cache folder
     device: str | None = None, # None: the fastest there is
     progress: bool = True, # show a bar
-    until: float | None = None, # when to stop, as `time.time()` tells it; None: when it is done
+    deadline: float | None = None, # when to stop, as `time.time()` tells it; None: when it is done
 ) -> Result:
     """The result of a run: read, resumed or trained; the runs that teach it come first.
 
@@ -216,5 +217,5 @@ def run(
     """
     context = RunContext(store or Store(), device)
     with explain_interrupt(context.store.folder):
-        for s in lineage(spec): result = context.find_result(s) or train_run(s, context, progress, until)
+        for s in lineage(spec): result = context.find_result(s) or train_run(s, context, progress, deadline)
     return result

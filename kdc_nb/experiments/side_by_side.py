@@ -122,8 +122,8 @@ class SideBySideRunner:
     ):
         self.agenda, self.on_result, self.on_progress = agenda, on_result, on_progress
         self.slots, self.evaluated = {}, {} # by run; what came out, by the future of its evaluation
-        self.caches = TeacherCachePool(agenda.missing)
-        n, device = agenda.context.at_once, best_device(agenda.context.device)
+        self.caches = TeacherCachePool(agenda.not_stored)
+        n, device = agenda.context.n_parallel, best_device(agenda.context.device)
         self.streams = [torch.cuda.Stream(device) if device.type == "cuda" and n > 1 else None
                         for _ in range(n)]
         # processes that share each run keep step
@@ -151,7 +151,7 @@ class SideBySideRunner:
 
     def has_room(self) -> bool:
         "Whether there is a free slot, and evaluation is not far behind"
-        return len(self.slots) < self.agenda.context.at_once and len(self.evaluated) <= self.n_workers
+        return len(self.slots) < self.agenda.context.n_parallel and len(self.evaluated) <= self.n_workers
 
     def can_begin(self, run: RunSpec) -> bool:
         """Runs that drop units out draw from one generator, which recorded steps of others could
@@ -167,19 +167,19 @@ class SideBySideRunner:
             e.run = run
             raise
         except Exception as e:
-            if isinstance(e, torch.OutOfMemoryError) and self.agenda.context.at_once > 1: raise
+            if isinstance(e, torch.OutOfMemoryError) and self.agenda.context.n_parallel > 1: raise
             self.agenda.leave_out(run, e)
             self.end(run)
         return True
 
     def begin(self, run: RunSpec) -> bool:
         "Put a run into a slot, unless another process has done it"
-        context, cache = (self.agenda.context._replace(record=run not in self.agenda.unrecorded),
+        context, cache = (self.agenda.context._replace(record=run not in self.agenda.uncaptured),
                           self.caches.take(run))
         if has_result_and_weights(run, context):
             self.end(run)
             self.on_result(context.store.get(run))
-        else: self.slots[run] = _RunSlot(run, context, self.agenda.until, cache, self.stream_for(run))
+        else: self.slots[run] = _RunSlot(run, context, self.agenda.deadline, cache, self.stream_for(run))
         return True
 
     def stream_for(self, run: RunSpec) -> torch.cuda.Stream | None:
@@ -194,7 +194,7 @@ class SideBySideRunner:
         "Ask for a run's next piece, or for its evaluation if there is none"
         if self.slots[run].advance(): return False
         trained = self.slots[run].trained()
-        self.agenda.trained(run)
+        self.agenda.mark_trained(run)
         self.end(run)
         self.evaluated[self.submit(trained)] = trained
         return True

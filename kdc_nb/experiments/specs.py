@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdc_nb.core import (
-    SPEC_TYPES, check, frozen_spec, is_built_in, lookup, source_fingerprint, spec_hash, written_name,
-)
+from ..core import SPEC_TYPES, check, is_built_in, lookup, source_fingerprint
+from ..values import frozen_spec, spec_hash, written_name
 from ..training.data import DataSpec, LeaveFoldOut, load_data
 from ..training.models import MODELS, build_model, find_model
 from ..training.text import MissingExtra
@@ -100,9 +99,9 @@ class RunSpec(Teacher):
         return lambda x, index: net(x).float()
 
 # %% ../../nbs/experiments/00_specs.ipynb #f272b696
-def full_data(data: DataSpec | LeaveFoldOut) -> DataSpec:
+def full_data(spec: DataSpec | LeaveFoldOut) -> DataSpec:
     "A data set with all its folds"
-    return getattr(data, "data", data)
+    return getattr(spec, "data", spec)
 
 
 @lru_cache
@@ -199,13 +198,13 @@ def with_seed(
 # %% ../../nbs/experiments/00_specs.ipynb #40ac8f8a
 def self_distillation_chain(
     first: RunSpec, # generation zero
-    n: int, # generations after it
+    n_generations: int, # generations after it
     T: float = 1.,
     alpha: float = .9, # weight of the teacher
 ) -> list[RunSpec]: # n + 1, generation zero first
     "Iterative self-distillation: each network is taught by the one before"
     chain = [first]
-    for _ in range(n): chain.append(replace(first, method=Distil(chain[-1], T, alpha)))
+    for _ in range(n_generations): chain.append(replace(first, method=Distil(chain[-1], T, alpha)))
     return chain
 
 # %% ../../nbs/experiments/00_specs.ipynb #034a0fcf

@@ -47,7 +47,7 @@ class Store:
         except KeyError as e: warnings.warn(f"{path.name}: no {e} in it; {otherwise}", stacklevel=3)
         except (ValueError, TypeError) as e: warnings.warn(f"{path.name}: {e}; {otherwise}", stacklevel=3)
 
-    def net(self, spec: RunSpec) -> nn.Module | None:
+    def load_net(self, spec: RunSpec) -> nn.Module | None:
         """The trained network on the CPU, in evaluation mode, or None; damaged weights
         are named, and count as none
         """

@@ -32,11 +32,11 @@ from .agenda import OnResult, Scheduler, has_result_and_weights, parse_duration
 from .side_by_side import SideBySideRunner
 
 # %% ../../nbs/experiments/07_sweeps.ipynb #54f2ed24
-def _run_in_worker(run: RunSpec, context: RunContext, until: float | None) -> Exception | None:
+def _run_in_worker(run: RunSpec, context: RunContext, deadline: float | None) -> Exception | None:
     "Do one run in a worker; why it is not finished is returned, so that it stops no other run"
     try:
         if not has_result_and_weights(run, context):
-            train_run(run, context, False, until) # another process may have done it
+            train_run(run, context, False, deadline) # another process may have done it
     except Exception as e: return e
 
 # %% ../../nbs/experiments/07_sweeps.ipynb #efc10214
@@ -44,10 +44,10 @@ def _run_parallel(agenda: Scheduler, pool: Executor, on_result: OnResult) -> Non
     "Do runs in the processes of a pool, as many at once as there are places; on several GPUs in turn"
     devices, running = list_devices(agenda.context.device), {}
     while True:
-        while len(running) < agenda.context.at_once and (run := agenda.next()):
+        while len(running) < agenda.context.n_parallel and (run := agenda.next()):
             device = min(devices, key=Counter(d for _, d in running.values()).__getitem__)
             future = pool.submit(call_with_own_code, pack_own_code(), _run_in_worker, run,
-                                 agenda.context._replace(device=device), agenda.until)
+                                 agenda.context._replace(device=device), agenda.deadline)
             running[future] = run, device
         if not running: return
         for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -66,21 +66,21 @@ def _run_parallel_with_restarts(agenda: Scheduler, pool: Executor | None, on_res
     """
     idle = 0
     while True:
-        before = len(agenda.missing)
+        before = len(agenda.not_stored)
         try:
-            with nullcontext(pool) if pool else worker_processes(agenda.context.at_once) as workers:
+            with nullcontext(pool) if pool else worker_processes(agenda.context.n_parallel) as workers:
                 _run_parallel(agenda, workers, on_result)
         except BrokenExecutor as e:
-            idle = 0 if len(agenda.missing) < before else idle + 1
+            idle = 0 if len(agenda.not_stored) < before else idle + 1
             if pool or idle == 3: raise
             warnings.warn(
-                f"a worker died; the {len(agenda.missing)} runs that are not finished start again ({e})"
+                f"a worker died; the {len(agenda.not_stored)} runs that are not finished start again ({e})"
             )
-            agenda.again()
+            agenda.restart_running()
         else:
             full = any(isinstance(e, torch.OutOfMemoryError) for e in agenda.left_out.values())
-            if not full or agenda.context.at_once == 1: return
-            agenda.halve()
+            if not full or agenda.context.n_parallel == 1: return
+            agenda.halve_parallel()
 
 # %% ../../nbs/experiments/07_sweeps.ipynb #5e8d44b1
 def _run_side_by_side(agenda: Scheduler, on_result: OnResult, on_progress: Callable[[float], None]) -> None:
@@ -92,16 +92,16 @@ def _run_side_by_side(agenda: Scheduler, on_result: OnResult, on_progress: Calla
             if not cuda_is_broken(): SideBySideRunner(agenda, on_result, on_progress).work()
             elif _continue_in_fresh_process(agenda, on_result): return
             if not cuda_is_broken(): return
-            agenda.again()
+            agenda.restart_running()
         except GraphCaptureError as e:
             warnings.warn(f"{run_label(e.run)}: {e}; it is trained without, which costs speed. "
                           "The rest goes on in a fresh process")
-            agenda.unrecorded.add(e.run)
-            agenda.again()
+            agenda.uncaptured.add(e.run)
+            agenda.restart_running()
         except torch.OutOfMemoryError as e:
             traceback.clear_frames(e.__traceback__)
             mark_cuda_broken()
-            agenda.halve()
+            agenda.halve_parallel()
 
 
 def _continue_in_fresh_process(
@@ -111,7 +111,7 @@ def _continue_in_fresh_process(
     store = agenda.context.store
     def collect():
         there = lambda r: all(store.path(r, kind).exists() for kind in ("net", "run"))
-        for run in [r for r in agenda.order if r in agenda.missing and there(r)]:
+        for run in [r for r in agenda.order if r in agenda.not_stored and there(r)]:
             if not (result := store.get(run)): continue # damaged, and trained again
             agenda.running.setdefault(run, time.time())
             on_result(result)
@@ -119,7 +119,7 @@ def _continue_in_fresh_process(
     rows = [row[-1] for row in agenda.rows if not agenda.left_out.keys() & row]
     with worker_processes(1) as pool:
         rest = pool.submit(call_with_own_code, pack_own_code(), _run_remaining,
-                           rows, agenda.context, agenda.until, agenda.unrecorded)
+                           rows, agenda.context, agenda.deadline, agenda.uncaptured)
         while not rest.done():
             wait([rest], timeout=1.)
             collect()
@@ -137,7 +137,7 @@ def _run_remaining(
 ) -> tuple[dict[RunSpec, Exception], bool]: # what was left out, and why; whether this process is sound
     "Do what is left"
     agenda = Scheduler(specs, context, until, unrecorded)
-    SideBySideRunner(agenda, agenda.done).work()
+    SideBySideRunner(agenda, agenda.mark_done).work()
     return agenda.left_out, not cuda_is_broken()
 
 # %% ../../nbs/experiments/07_sweeps.ipynb #4f1fabcd
@@ -162,9 +162,9 @@ def sweep(
     specs, store = list(specs), store or Store()
     for s in specs: check(isinstance(s, RunSpec), "specs", repr(s), "descriptions of runs")
     check_parallelism(jobs, slots, pool)
-    until = None if budget is None else time.time() + parse_duration(budget)
+    deadline = None if budget is None else time.time() + parse_duration(budget)
     with explain_interrupt(store.folder):
-        agenda = Scheduler(specs, RunContext(store, device, max(jobs, slots)), until)
+        agenda = Scheduler(specs, RunContext(store, device, max(jobs, slots)), deadline)
         failures = _ProgressSweep(agenda, on_result, progress).lead(jobs, pool)
     errors = [e for e in failures if not isinstance(e, OutOfTime)]
     for e in errors[1:]: warnings.warn(" ".join([f"{type(e).__name__}: {e}", *getattr(e, "__notes__", [])]))
@@ -176,7 +176,7 @@ class _ProgressSweep:
     "A sweep with a bar, whose errors wait until all others are done, those of the caller's `on_result` too"
 
     def __init__(self, agenda: Scheduler, on_result: OnResult, progress: bool):
-        self.agenda, self.on_result, self.total = agenda, on_result, len(agenda.missing)
+        self.agenda, self.on_result, self.total = agenda, on_result, len(agenda.not_stored)
         self.bar = tqdm(total=self.total, unit="run", disable=not progress or rank_and_world()[0] > 0)
         self.unfinished, self.failures = 0., []
 
@@ -189,23 +189,23 @@ class _ProgressSweep:
     def show(self, unfinished: float) -> None: # runs
         "Move the bar"
         self.unfinished = unfinished
-        self.bar.n = round(self.total - len(self.agenda.missing) + unfinished, 1)
+        self.bar.n = round(self.total - len(self.agenda.not_stored) + unfinished, 1)
         self.bar.update(0)
 
     def done(self, result: Result) -> None:
         "A run is finished"
-        self.agenda.done(result)
+        self.agenda.mark_done(result)
         self.show(max(0., self.unfinished - 1))
         try: self.on_result(result)
         except Exception as e: self.failures.append(e)
 
 
-def check_parallelism(jobs: int, slots: int, pool: Executor | None = None) -> None:
+def check_parallelism(n_jobs: int, slots: int, pool: Executor | None = None) -> None:
     "Refuse numbers of runs at a time that mean nothing together"
-    for k, v in dict(jobs=jobs, slots=slots).items():
+    for k, v in dict(jobs=n_jobs, slots=slots).items():
         check(type(v) is int and v >= 1, k, v, "an integer, at least 1")
-    other = f"{jobs} jobs" if jobs > 1 else "a pool" if pool else None
+    other = f"{n_jobs} jobs" if n_jobs > 1 else "a pool" if pool else None
     check(slots == 1 or not other, "slots", slots,
           f"1 beside {other}: runs are either in other processes or in this one")
-    check(rank_and_world()[1] == 1 or jobs == slots == 1, "jobs",
-          max(jobs, slots), "1, as the processes share each run")
+    check(rank_and_world()[1] == 1 or n_jobs == slots == 1, "jobs",
+          max(n_jobs, slots), "1, as the processes share each run")

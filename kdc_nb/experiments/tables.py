@@ -45,13 +45,10 @@ def summarise_seeds(
 # %% ../../nbs/experiments/08_tables.ipynb #1dfbf3a6
 def summarise_results(name: str, results: list[Result], which: str) -> SeedSummary:
     "One row from the results of its seeds"
-    tables = [getattr(r.evaluation, which) for r in results]
+    tables = [getattr(r, which).metrics for r in results]
     values = {k: np.array([t[k].value for t in tables]) for k in tables[0]}
     ends = Estimate(*(float(np.mean([getattr(t["ece"], f) for t in tables]))
                       for f in Estimate.__dataclass_fields__))
-    if results[0].truth:
-        values |= {k: np.array([r.truth[k if which == "raw" else f"scaled_{k}"] for r in results])
-                   for k in ("error", "kl")}
     spread = {k: float(v.std(ddof=1)) if len(v) > 1 else 0. for k, v in values.items()}
     means = {k: float(v.mean()) for k, v in values.items()}
     return SeedSummary(name, results[0].spec, results[0].evaluation.n, len(results),
@@ -90,7 +87,7 @@ def format_cells(raw: SeedSummary, scaled: SeedSummary) -> dict[str, str]:
     span = lambda *ends: " to ".join(format_metric("ece", e) for e in ends)
     how, metrics = raw.spec.method, ("top1", "ece", "error", "sce", "ace", "nll", "kl")
     own = {metric_label(k): cell(raw, k) for k in metrics}
-    own["ECE, %"] += DAGGER*raw.ece.outside()
+    own["ECE, %"] += DAGGER*raw.ece.is_outside_interval()
     own |= {"95% interval": span(raw.ece.low, raw.ece.high),
             "null band": span(raw.ece.null_low, raw.ece.null_high)}
     own |= {f"after TS: {metric_label(k)}": cell(scaled, k) for k in ("ece", "nll")}
@@ -104,9 +101,9 @@ TABLE_COLUMNS = ("Top-1, %", "ECE, %", "95% interval", "null band", "true error,
 
 # %% ../../nbs/experiments/08_tables.ipynb #a0e82a3b
 def collect_by_row(
-    seeds: Sequence[Mapping[str, RunSpec]], # the rows of each seed
+    specs_by_seed: Sequence[Mapping[str, RunSpec]], # the rows of each seed
     results: Mapping[RunSpec, Result],
 ) -> dict[str, list[Result | None]]: # by row, a place for each seed
     "Results (or anything by description) in the rows of a table; None where there is none yet"
-    check(len(seeds) > 0, "seeds", "none", "the rows of one seed or more")
-    return {name: [results.get(rows[name]) for rows in seeds] for name in seeds[0]}
+    check(len(specs_by_seed) > 0, "specs_by_seed", "none", "the rows of one seed or more")
+    return {name: [results.get(rows[name]) for rows in specs_by_seed] for name in specs_by_seed[0]}

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import check, frozen_spec
+from ..core import check
+from ..values import frozen_spec
 from ..files import content_hash, load_tensors, runs_folder, save_tensors
 from ..calibration.predictions import check_outputs
 from ..calibration.posthoc import fit_temperature, to_logits
@@ -62,7 +63,7 @@ class TemperedPosterior(Teacher):
         posterior = load_data(data).train.posterior
         check(posterior is not None, "teacher", self,
               f"a data set with a known posterior, which {data} is not")
-        logits = (to_logits(posterior, "probs")/self.tau).to(best_device(context.device))
+        logits = (to_logits(posterior, False)/self.tau).to(best_device(context.device))
         return lambda x, index: logits[index]
 
 # %% ../../nbs/experiments/01_teachers.ipynb #ef476ce4
@@ -75,19 +76,20 @@ def log_mean_probs(
 # %% ../../nbs/experiments/01_teachers.ipynb #340f62f1
 @frozen_spec
 class Ensemble(Teacher):
-    "The mean of the probabilities of `n` networks: a run and its like with other seeds"
+    "The mean of the probabilities of `n_networks` networks: a run and its like with other seeds"
     run: RunSpec
-    n: int = 5
+    n_networks: int = 5
 
     def __post_init__(self):
         check(isinstance(self.run, RunSpec), "run", self.run, "a run")
-        check(isinstance(self.n, int) and self.n >= 2, "n", self.n, "2 networks or more")
+        check(isinstance(self.n_networks, int) and self.n_networks >= 2,
+              "n_networks", self.n_networks, "2 networks or more")
 
     def required_runs(self):
-        return tuple(replace(self.run, seed=self.run.seed + 1000*k) for k in range(self.n))
+        return tuple(replace(self.run, seed=self.run.seed + 1000*k) for k in range(self.n_networks))
     def valid_logits(self, context):
         return log_mean_probs([r.valid_logits(context) for r in self.required_runs()])
-    def label(self, run_name): return f"{self.n} x {run_name(self.run)}"
+    def label(self, run_name): return f"{self.n_networks} x {run_name(self.run)}"
 
     def predictor(self, data, context):
         networks = [r.predictor(data, context) for r in self.required_runs()]
@@ -96,22 +98,23 @@ class Ensemble(Teacher):
 # %% ../../nbs/experiments/01_teachers.ipynb #e6907683
 @frozen_spec
 class OutOfFold(Teacher):
-    "`K` networks, each trained without one fold of the training images and asked about that fold alone"
+    "`n_folds` networks, each trained without one fold of the training images and asked about that fold alone"
     run: RunSpec # how each is trained, on the full data set
-    K: int = 5
+    n_folds: int = 5
 
     def __post_init__(self):
-        check(isinstance(self.K, int) and self.K >= 2, "K", self.K, "2 folds or more")
+        check(isinstance(self.n_folds, int) and self.n_folds >= 2, "n_folds", self.n_folds, "2 folds or more")
         full = (isinstance(self.run, RunSpec) and isinstance(self.run.data, DataSpec)
                 and isinstance(self.run.method, Method))
         check(full, "run", self.run,
               "a run on a full data set, which nobody taught: its teacher would have seen every fold")
 
     def required_runs(self):
-        return tuple(replace(self.run, data=LeaveFoldOut(self.run.data, k, self.K)) for k in range(self.K))
+        return tuple(replace(self.run, data=LeaveFoldOut(self.run.data, k, self.n_folds))
+                     for k in range(self.n_folds))
     def valid_logits(self, context): # each alone, as it teaches
         return torch.cat([r.valid_logits(context) for r in self.required_runs()])
-    def label(self, run_name): return f"{run_name(self.run)} out of {self.K} folds"
+    def label(self, run_name): return f"{run_name(self.run)} out of {self.n_folds} folds"
 
     def predictor(self, data, context):
         check(data == self.run.data, "teacher", f"one whose folds are of {self.run.data}",
@@ -119,7 +122,7 @@ class OutOfFold(Teacher):
         networks = [r.predictor(data, context) for r in self.required_runs()]
         def own_fold(x, index):
             each = torch.stack([net(x, index) for net in networks])
-            return each[index % self.K, torch.arange(len(index), device=index.device)]
+            return each[index % self.n_folds, torch.arange(len(index), device=index.device)]
         return own_fold
 
 # %% ../../nbs/experiments/01_teachers.ipynb #f8f97e17
@@ -158,7 +161,7 @@ def teacher_from_logits(
     "Keep logits of the training images, as a teacher; a `ValueError` says what is wrong with them"
     d, index = load_data(data), torch.arange(len(load_data(data).train))
     if callable(logits):
-        batches = zip(d.train.inputs.split(d.at_once), index.split(d.at_once))
+        batches = zip(d.train.inputs.split(d.eval_batch_size), index.split(d.eval_batch_size))
         with torch.no_grad():
             logits = torch.cat([torch.as_tensor(logits(d.normalise(x), i)) for x, i in batches])
     z = check_outputs(logits).float()

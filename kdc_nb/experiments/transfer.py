@@ -48,17 +48,17 @@ class _TransferPair(NamedTuple):
 # %% ../../nbs/experiments/10_transfer.ipynb #0f633262
 def _result_calibration(result: Result, which: str = "raw") -> _CalibrationPoint: # "raw" or "scaled"
     "ECE and gap of a run, as it is or after temperature scaling"
-    table = getattr(result.evaluation, which)
-    return _CalibrationPoint(table["ece"].value, result.confidence[which] - table["top1"].value)
+    output = getattr(result, which)
+    return _CalibrationPoint(output.metrics["ece"].value, output.overconfidence)
 
 # %% ../../nbs/experiments/10_transfer.ipynb #9299866d
 @lru_cache(maxsize=64)
 def _posterior_calibration(data: DataSpec, tau: float) -> _CalibrationPoint:
     "ECE and gap of the tempered posterior of a data set"
     test = load_data(data).test
-    p = (to_logits(test.posterior.double(), "probs")/tau).softmax(1)
-    return _CalibrationPoint(ece(p, test.labels, kind="probs"),
-                             float(p.amax(1).mean()) - top1(p, test.labels, kind="probs"))
+    p = (to_logits(test.posterior.double(), False)/tau).softmax(1)
+    return _CalibrationPoint(ece(p, test.labels, from_logits=False),
+                             float(p.amax(1).mean()) - top1(p, test.labels, from_logits=False))
 
 # %% ../../nbs/experiments/10_transfer.ipynb #a3483bf5
 def _teacher_calibration(
@@ -82,7 +82,8 @@ def prepare_transfer(
     def row(s, t, r):
         raw = r.evaluation.raw
         return _TransferPair(s, t, _result_calibration(r), raw["ece"],
-                             r.evaluation.n, r.truth and r.truth["error"])
+                             r.evaluation.n,
+                             r.raw.metrics["error"].value if "error" in r.raw.metrics else None)
     return [row(s, t, results[s]) for s, t in sides.items() if t]
 
 # %% ../../nbs/experiments/10_transfer.ipynb #cce580b5

@@ -58,21 +58,23 @@ def published_values(
 
 # %% ../../nbs/paper/02_claims.ipynb #2249f874
 def paper_progress_table(
-    named: Mapping[str, Sequence[Result | None]], # by row, a place for each seed; None: to do
-    printed: Mapping[str, Mapping[str, float]], # `published_values`; empty: there is nothing to stand beside
+    results_by_name: Mapping[str, Sequence[Result | None]], # by row, a place for each seed; None: to do
+    # `published_values`; empty: there is nothing to stand beside
+    published: Mapping[str, Mapping[str, float]],
     caption: str = "",
 ) -> Table: # in percent, NLL and KL in nats
     "A table as far as it is done, beside what the paper printed"
-    check(bool(named), "named", "no rows", "one or more, from `collect_by_row`")
-    out, rows = [], {k: (own, "raw") for k, own in named.items()}
-    if "Direct, NLL" in named: rows["Direct, NLL after TS"] = named["Direct, NLL"], "scaled"
+    check(bool(results_by_name), "results_by_name", "no rows", "one or more, from `collect_by_row`")
+    out, rows = [], {k: (own, "raw") for k, own in results_by_name.items()}
+    if "Direct, NLL" in results_by_name:
+        rows["Direct, NLL after TS"] = results_by_name["Direct, NLL"], "scaled"
     for name, (own, which) in rows.items():
         done = [r for r in own if r]
         seen = (format_cells(summarise_results(name, done, which), summarise_results(name, done, "scaled"))
                 if done else {})
-        paper = printed.get(name, {})
+        paper = published.get(name, {})
         beside = {f"paper: {metric_label(k)}": format_metric(k, paper[k]) if k in paper else _NOT_PRINTED
-                  for k in _PRINTED_METRICS if printed}
+                  for k in _PRINTED_METRICS if published}
         seeds = f"{len(done)} of {len(own)}" if done else "to do"
         out.append({"": name, "seeds": seeds, **{k: seen.get(k, "") for k in TABLE_COLUMNS}, **beside})
     head = [h for h in out[0] if h not in map(metric_label, ("error", "kl")) or any(r[h] for r in out)]
@@ -116,19 +118,19 @@ def table_claims(
 
 # %% ../../nbs/paper/02_claims.ipynb #a0c25475
 def _contributions_of_row(
-    named: Mapping[str, Sequence[Result | None]], # from `collect_by_row`
+    results_by_name: Mapping[str, Sequence[Result | None]], # from `collect_by_row`
     row: _RowOutput,
     metric: str, # of `debiased_contributions`; or "error" or "kl", against a known truth
 ) -> dict[int, np.ndarray]: # by seed: a number for each image, or one where the truth is known
     "What each image of each finished seed contributes to a metric of a row"
     name, which = row
-    check(name in named and which in ("raw", "scaled"), "row",
-          row, f"'raw' or 'scaled' of {', '.join(named)}")
-    done = [r for r in named[name] if r]
+    check(name in results_by_name and which in ("raw", "scaled"), "row",
+          row, f"'raw' or 'scaled' of {', '.join(results_by_name)}")
+    done = [r for r in results_by_name[name] if r]
     if metric in ("error", "kl"):
-        check(all(r.truth for r in done), "metric", f"{metric!r} of {name}", "data whose posterior is known")
-        return {r.spec.seed: np.array([r.truth[metric if which == "raw" else f"scaled_{metric}"]])
-                for r in done}
+        check(all(metric in r.raw.metrics for r in done), "metric", f"{metric!r} of {name}",
+              "data whose posterior is known")
+        return {r.spec.seed: np.array([getattr(r, which).metrics[metric].value]) for r in done}
     return {r.spec.seed: debiased_contributions([result_outcomes(r)[which]], metric)[0] for r in done}
 
 # %% ../../nbs/paper/02_claims.ipynb #9d2ce085
@@ -139,19 +141,19 @@ class _ClaimDifferences(NamedTuple):
 
 # %% ../../nbs/paper/02_claims.ipynb #de0a2483
 def row_differences(
-    named: Mapping[str, Sequence[Result | None]], # from `collect_by_row`
+    results_by_name: Mapping[str, Sequence[Result | None]], # from `collect_by_row`
     pairs: Iterable[tuple[_RowOutput, _RowOutput]], # of `table_claims`: the first less the second
     metric: str, # of `_contributions_of_row`
     # finished seeds that both rows of a pair must have, or it is left out; two where the truth is known
-    least: int = 1,
+    min_seeds: int = 1,
 ) -> _ClaimDifferences:
     "Two rows of a table for each pair, seed by seed and image by image"
     said = lambda s: s[0] + " + TS"*(s[1] == "scaled")
-    done = lambda s: {r.spec.seed for r in named.get(s[0], ()) if r}
-    ready = [(a, b) for a, b in pairs if len(done(a) & done(b)) >= least]
-    data = {r.spec.data for pair in ready for s in pair for r in named[s[0]] if r}
-    check(len(data) < 2, "named", f"rows on {len(data)} data sets", "rows on one")
-    tables = {s: _contributions_of_row(named, s, metric)
+    done = lambda s: {r.spec.seed for r in results_by_name.get(s[0], ()) if r}
+    ready = [(a, b) for a, b in pairs if len(done(a) & done(b)) >= min_seeds]
+    data = {r.spec.data for pair in ready for s in pair for r in results_by_name[s[0]] if r}
+    check(len(data) < 2, "results_by_name", f"rows on {len(data)} data sets", "rows on one")
+    tables = {s: _contributions_of_row(results_by_name, s, metric)
               for s in dict.fromkeys(s for pair in ready for s in pair)}
     less = {f"{said(a)} less {said(b)}": {k: tables[a][k] - tables[b][k] for k in sorted(done(a) & done(b))}
             for a, b in ready}

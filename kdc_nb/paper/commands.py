@@ -13,16 +13,16 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import closing, redirect_stdout
-from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-from ..core import check, spec_hash
+from ..core import check
+from ..values import spec_hash
 from ..tables import Table
 from ..training.devices import best_device, distributed_session, rank_and_world
 from ..training.recipes import RECIPES
 from ..experiments.specs import RunSpec
-from ..experiments.results import Result, read_results, result_outcomes, write_results
+from ..experiments.results import Result, read_results, without_logits, write_results
 from ..experiments.store import Store
 from ..experiments.agenda import format_plan, parse_duration, plan_sweep, read_specs
 from ..experiments.sweeps import check_parallelism, sweep
@@ -121,7 +121,7 @@ def _run_command(a: argparse.Namespace, store: Store) -> int:
     specs = list(dict.fromkeys(s for rows in seeds for s in ordered(rows)))
     if a.plan: print(format_plan(plan_sweep(specs, store, a.device, max(a.jobs, a.slots)))); return 0
     # a damaged file is told before anything is trained
-    kept = _ResultsFile(a.results, images=not a.candidates)
+    kept = _ResultsFile(a.results, keep_outcomes=not a.candidates)
     with closing(kept): # also when stopped
         for r in filter(None, map(store.get, specs)): kept.add(r)
         keep = lambda r: r.spec in specs and kept.add(r) # a teacher need not be a row
@@ -144,10 +144,10 @@ class _ResultsFile:
 
     def __init__(self,
         path: str | None, # None: they are only collected
-        images: bool, # keep how each run fares on each test image
+        keep_outcomes: bool, # keep how each run fares on each test image
         every: float = 30., # seconds
     ):
-        self.path, self.images, self.every, self.at = path, images, every, time.time()
+        self.path, self.keep_outcomes, self.every, self.at = path, keep_outcomes, every, time.time()
         self.results, self.own, self.dirty = self.read(), {}, False # all; those that were added
         if not path: return
         try: Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -160,9 +160,8 @@ class _ResultsFile:
         return read_results(self.path) if self.path and Path(self.path).exists() else {}
 
     def add(self, result: Result) -> None:
-        kept = self.path and self.images and (result.images or result.logits)
-        images = result_outcomes(result) if kept else {}
-        self.results[result.spec] = self.own[result.spec] = replace(result, images=images, logits={})
+        light = without_logits(result, bool(self.path and self.keep_outcomes))
+        self.results[result.spec] = self.own[result.spec] = light
         self.dirty = True
         if time.time() - self.at > self.every: self.close()
 

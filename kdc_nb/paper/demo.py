@@ -132,15 +132,15 @@ def _plot_part(
 # %% ../../nbs/paper/03_demo.ipynb #3206d40d
 def _run_part(
     block: _DemoPart,
-    seeds: int, # how many
+    n_seeds: int, # how many
     store: Store,
     device: str | None = None, # None: the fastest there is
     progress: bool = True, # show bars
 ) -> dict[str, list[Result]]: # by row, over seeds
     "Train what is not there yet, and collect the results"
-    specs = [_part_specs(block, s) for s in range(seeds)]
+    specs = [_part_specs(block, s) for s in range(n_seeds)]
     if progress:
-        print(f"{block.title}: {block.setting.teacher} teaches {block.setting.student}, {seeds} seeds",
+        print(f"{block.title}: {block.setting.teacher} teaches {block.setting.student}, {n_seeds} seeds",
               file=sys.stderr)
     results = sweep([r for s in specs for r in s.values()], store, device, progress=progress)
     return collect_by_row(specs, {r.spec: r for r in results})
@@ -179,17 +179,17 @@ def _report_part(
 # %% ../../nbs/paper/03_demo.ipynb #db7e15d4
 def run_demo(
     data: str | None = None, # cifar10 or cifar100; None: known images and digits
-    seeds: int = 3,
+    n_seeds: int = 3,
     folder: Path | str = "demo_out", # for figures, page and runs
     device: str | None = None, # None: the fastest there is
     progress: bool = True, # show bars
 ) -> str: # the tables, as text
     "Train, tabulate and draw; called again it goes on where it was stopped"
-    check(seeds >= 1, "seeds", seeds, "at least 1")
+    check(n_seeds >= 1, "seeds", n_seeds, "at least 1")
     folder, texts, page = Path(folder), [], _PAGE_HEAD
     folder.mkdir(parents=True, exist_ok=True)
     for block in _demo_parts(data, best_device(device).type == "cuda"):
-        results = _run_part(block, seeds, Store(folder/"runs"), device, progress)
+        results = _run_part(block, n_seeds, Store(folder/"runs"), device, progress)
         text, html = _report_part(block, results, folder)
         texts.append(text); page += html
     with atomic_write(folder/"index.html") as part: part.write_text(page, encoding="utf-8")

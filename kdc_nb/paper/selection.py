@@ -21,7 +21,7 @@ from .settings import PAPER_METHODS, Hyperparameters, paper_specs, resolve_setti
 # %% ../../nbs/paper/01_selection.ipynb #911be44f
 METHOD_GRID = { # from the literature, by the names of METHODS; those that are not here have one
     "LS": [Method("ls", eps=e) for e in (.01, .05, .1)],
-    "MMCE": [Method("mmce", beta=b, ported=p)
+    "MMCE": [Method("mmce", beta=b, double_normalised=p)
              for p, several in ((False, (.1, .5, 2, 4)), (True, (2, 4))) for b in several],
     "MixUp": [Method("mixup", a=a) for a in (.2, .4, 1)],
     "CRL": [Method("crl", beta=b) for b in (.5, 1)],
@@ -49,17 +49,17 @@ def candidate_specs(
 
 # %% ../../nbs/paper/01_selection.ipynb #bfc1951f
 def select_on_validation(
-    offered: Mapping[str, Sequence[RunSpec]], # by method, as `candidate_specs` has them
+    candidates: Mapping[str, Sequence[RunSpec]], # by method, as `candidate_specs` has them
     results: Mapping[RunSpec, Result],
 ) -> dict[str, RunSpec]: # by method
     """Of each method the candidate with the lowest NLL on the validation images; a `ValueError` names
     those of which it is not known
     """
-    unknown = [run_label(s) for several in offered.values()
+    unknown = [run_label(s) for several in candidates.values()
                for s in several if s not in results or not results[s].valid]
     check(not unknown, "results", f"none with a validation NLL of {'; '.join(unknown)}",
           "one for each candidate")
-    return {k: min(several, key=lambda s: results[s].valid["nll"]) for k, several in offered.items()}
+    return {k: min(several, key=lambda s: results[s].valid["nll"]) for k, several in candidates.items()}
 
 
 def as_hyperparameters(best: Mapping[str, RunSpec]) -> Hyperparameters: # from `select_on_validation`
@@ -69,7 +69,7 @@ def as_hyperparameters(best: Mapping[str, RunSpec]) -> Hyperparameters: # from `
 
 # %% ../../nbs/paper/01_selection.ipynb #c243c2e2
 def candidates_table(
-    offered: Mapping[str, Sequence[RunSpec]], # by method, as `candidate_specs` has them
+    candidates: Mapping[str, Sequence[RunSpec]], # by method, as `candidate_specs` has them
     results: Mapping[RunSpec, Result],
     caption: str = "",
 ) -> Table: # in percent, NLL in nats
@@ -77,7 +77,7 @@ def candidates_table(
     a method of which all are
     """
     body = []
-    for name, several in offered.items():
+    for name, several in candidates.items():
         best = select_on_validation({name: several}, results)[name] if set(several) <= set(results) else None
         for s in several:
             v, how = results[s].valid if s in results else {}, s.method

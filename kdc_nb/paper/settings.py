@@ -37,7 +37,7 @@ SETTINGS = { # of the paper's tables and figures
 
 # %% ../../nbs/paper/00_settings.ipynb #489e46a5
 PAPER_METHODS = { # of the paper's tables, by its names
-    "NLL": Method("nll"), "LS": Method("ls"), "MMCE": Method("mmce", ported=True),
+    "NLL": Method("nll"), "LS": Method("ls"), "MMCE": Method("mmce", double_normalised=True),
     "MixUp": Method("mixup"), "CRL": Method("crl"), "PS-KD": Method("pskd"),
     "MDCA": Method("mdca", beta=10, gamma=1), "AdaFocal": Method("adafocal"),
     "CPC": Method("cpc"), "MbLS": Method("mbls"), "ACLS": Method("acls"),
@@ -210,7 +210,7 @@ def paper_specs(
 
 # %% ../../nbs/paper/00_settings.ipynb #5e1b77aa
 def order_by_priority(
-    rows: Mapping[str, RunSpec], # of one seed
+    specs_by_row: Mapping[str, RunSpec], # of one seed
 ) -> list[RunSpec]:
     """The rows of a table or figure, the most telling first.
 
@@ -218,7 +218,8 @@ def order_by_priority(
     then methods as in `_METHOD_PRIORITY`; of each method the student before what was trained directly, and
     the student of a scaled teacher last.
     """
-    alphas = list(dict.fromkeys(s.method.alpha for s in rows.values() if isinstance(s.method, Distil)))
+    alphas = list(dict.fromkeys(s.method.alpha
+                                for s in specs_by_row.values() if isinstance(s.method, Distil)))
     def key(spec):
         taught, first, depth = isinstance(spec.method, Distil), spec, 0
         while isinstance(first.method, Distil):
@@ -228,7 +229,7 @@ def order_by_priority(
         rank = (_METHOD_PRIORITY.index(first.method.name) if first.method.name in _METHOD_PRIORITY
                 else len(_METHOD_PRIORITY))
         return alpha, max(1, depth), rank, 2 if scaled else 0 if taught else 1
-    return sorted(rows.values(), key=key)
+    return sorted(specs_by_row.values(), key=key)
 
 
 # methods, by how much of the paper's claims depends on them

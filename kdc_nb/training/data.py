@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import NamedSpec, check, frozen_spec
+from ..core import check
+from ..values import NamedSpec, frozen_spec
 from ..files import cache_dir, content_hash, load_tensors
 
 # %% ../../nbs/training/00_data.ipynb #1fd73e86
@@ -47,7 +48,7 @@ class Dataset:
     mean: tuple[float, ...] = (.5,) # of input/255, per channel
     std: tuple[float, ...] = (.25,) # likewise
 
-    at_once = 500 # how many a network is asked about at a time
+    eval_batch_size = 500 # how many a network is asked about at a time
 
     @property
     def n_classes(self) -> int: return len(self.classes)
@@ -55,7 +56,7 @@ class Dataset:
     @property
     def in_channels(self) -> int: return self.train.inputs.shape[1]
 
-    def views(self,
+    def augment_batch(self,
         x: Tensor, # (B, C, H, W) uint8, any device
         shift: Tensor, # (B, 2) int64
         flip: Tensor, # (B,) bool
@@ -67,18 +68,19 @@ class Dataset:
         x: Tensor, # (B, C, H, W) uint8, any device
     ) -> Tensor: # (B, C, H, W) float32
         "Bytes as floats, by the set's `mean` and `std`"
-        mean, std = self.stats(x.device)
+        mean, std = self.mean_and_std(x.device)
         return (x.float()/255 - mean)/std
 
-    def stats(self, device: torch.device) -> Tensor: # (2, 1, C, 1, 1)
+    def mean_and_std(self, device: torch.device) -> Tensor: # (2, 1, C, 1, 1)
         "Mean and deviation on a device, sent there once"
         with torch.inference_mode(False):
-            if device not in self.sent:
-                self.sent[device] = torch.tensor((self.mean, self.std)).view(2, 1, -1, 1, 1).to(device)
-        return self.sent[device]
+            if device not in self._stats_by_device:
+                self._stats_by_device[device] = (torch.tensor((self.mean, self.std))
+                                                 .view(2, 1, -1, 1, 1).to(device))
+        return self._stats_by_device[device]
 
     @cached_property
-    def sent(self) -> dict[torch.device, Tensor]: return {}
+    def _stats_by_device(self) -> dict[torch.device, Tensor]: return {}
 
     @cached_property
     def fingerprint(self) -> str: # 16 hexadecimal digits
@@ -100,10 +102,10 @@ class DataSpec(NamedSpec, rooms=[f"kdc_nb.training.{room}"
 # %% ../../nbs/training/00_data.ipynb #411815dd
 @lru_cache(maxsize=4)
 def load_data(
-    data: "DataSpec | LeaveFoldOut", # the description
+    spec: "DataSpec | LeaveFoldOut", # the description
 ) -> Dataset: # shared by all callers: do not write into its tensors
-    "The data set that `data` describes; the last few are kept in memory"
-    return data.build()
+    "The data set that `spec` describes; the last few are kept in memory"
+    return spec.build()
 
 # %% ../../nbs/training/00_data.ipynb #6845d0bb
 def channel_stats(
@@ -217,42 +219,44 @@ def read_registered_data(
 def stratified_split(
     inputs: Tensor, # (N, ...)
     labels: Tensor, # (N,)
-    parts: Sequence[float] = (.6, .2, .2), # of each class, for training, validation and test
+    fractions: Sequence[float] = (.6, .2, .2), # of each class, for training, validation and test
     seed: int = 0,
 ) -> list[tuple[Tensor, Tensor]]: # a pair for each part
     "One set in several, each with its share of every class"
-    check(abs(sum(parts) - 1) < 1e-9 and min(parts) > 0, "parts", tuple(parts), "positive shares of sum 1")
+    check(abs(sum(fractions) - 1) < 1e-9 and min(fractions) > 0,
+          "fractions", tuple(fractions), "positive shares of sum 1")
     labels = check_labels("labels", labels, len(inputs))
-    rng, index = np.random.RandomState(seed), [[] for _ in parts]
+    rng, index = np.random.RandomState(seed), [[] for _ in fractions]
     for c in labels.unique().tolist():
         own = torch.from_numpy(rng.permutation(np.flatnonzero(labels.numpy() == c)))
-        ends = np.rint(np.cumsum(parts)*len(own)).astype(int)
+        ends = np.rint(np.cumsum(fractions)*len(own)).astype(int)
         for k, piece in enumerate(own.tensor_split(ends[:-1].tolist())): index[k].append(piece)
     return [(inputs[i], labels[i]) for i in map(torch.cat, index)]
 
 # %% ../../nbs/training/00_data.ipynb #9fc663c8
 @frozen_spec
 class LeaveFoldOut:
-    "A data set without the training images whose position is `k` modulo `K`"
+    "A data set without the training images whose position is `fold` modulo `n_folds`"
     data: DataSpec
-    k: int # from 0 to K-1
-    K: int # folds, 2 or more
+    fold: int # from 0 to K-1
+    n_folds: int # folds, 2 or more
 
     def __post_init__(self):
         check(isinstance(self.data, DataSpec), "data", self.data, "a whole data set")
-        check(isinstance(self.K, int) and self.K >= 2, "K", self.K, "2 folds or more")
-        check(isinstance(self.k, int) and 0 <= self.k < self.K, "k", self.k, f"0 to {self.K - 1}")
+        check(isinstance(self.n_folds, int) and self.n_folds >= 2, "n_folds", self.n_folds, "2 folds or more")
+        check(isinstance(self.fold, int) and 0 <= self.fold < self.n_folds,
+              "fold", self.fold, f"0 to {self.n_folds - 1}")
 
     @property
-    def name(self) -> str: return f"{self.data.name} without fold {self.k} of {self.K}"
+    def name(self) -> str: return f"{self.data.name} without fold {self.fold} of {self.n_folds}"
 
     @property
-    def title(self) -> str: return f"{self.data.title} without fold {self.k} of {self.K}"
+    def title(self) -> str: return f"{self.data.title} without fold {self.fold} of {self.n_folds}"
 
     def build(self) -> Dataset:
         "The data set; validation, test and statistics are those of the whole"
         whole = load_data(self.data)
-        keep = torch.arange(len(whole.train)) % self.K != self.k
+        keep = torch.arange(len(whole.train)) % self.n_folds != self.fold
         train = Split(**{name: t if t is None else t[keep] for name, t in vars(whole.train).items()})
         return replace(whole, train=train)
 

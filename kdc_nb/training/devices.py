@@ -10,11 +10,12 @@ __all__ = ['best_device', 'list_devices', 'bf16_autocast', 'seeded_rng', 'distri
 # %% ../../nbs/training/11_devices.ipynb #84e505d9
 import gc
 import os
+import queue
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -87,42 +88,42 @@ def rank_and_world() -> tuple[int, int]:
     return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
 
 # %% ../../nbs/training/11_devices.ipynb #f1f7b017
-def rank_slice(x: Tensor) -> slice:
+def rank_slice(batch: Tensor) -> slice:
     "Which rows of a batch this process takes"
     rank, world = rank_and_world()
-    return slice(rank*len(x)//world, (rank + 1)*len(x)//world)
+    return slice(rank*len(batch)//world, (rank + 1)*len(batch)//world)
 
 # %% ../../nbs/training/11_devices.ipynb #12050422
 def gather_batch(
-    part: Tensor, # (B/P, ...)
+    own_part: Tensor, # (B/P, ...)
 ) -> Tensor: # (B, ...), with a gradient for the own part only
     "The parts of all processes together"
     rank, world = rank_and_world()
-    if world == 1: return part
-    parts = [torch.empty_like(part) for _ in range(world)]
-    distributed.all_gather(parts, part.detach().contiguous())
-    parts[rank] = part
+    if world == 1: return own_part
+    parts = [torch.empty_like(own_part) for _ in range(world)]
+    distributed.all_gather(parts, own_part.detach().contiguous())
+    parts[rank] = own_part
     return torch.cat(parts)
 
 # %% ../../nbs/training/11_devices.ipynb #2b57107b
 def gather_strided(
-    rows: Tensor, # (n, ...): every P-th row, from the process's own number
-    total: int,
+    own_rows: Tensor, # (n, ...): every P-th row, from the process's own number
+    n_total: int,
 ) -> Tensor: # (total, ...)
     "The rows of all processes in their order, none twice"
     rank, world = rank_and_world()
-    if world == 1: return rows
-    most = -(-total//world)
-    padded = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
+    if world == 1: return own_rows
+    most = -(-n_total//world)
+    padded = torch.cat([own_rows, own_rows.new_zeros(most - len(own_rows), *own_rows.shape[1:])])
     parts = [torch.empty_like(padded) for _ in range(world)]
     distributed.all_gather(parts, padded)
-    return torch.stack(parts, 1).flatten(0, 1)[:total]
+    return torch.stack(parts, 1).flatten(0, 1)[:n_total]
 
 # %% ../../nbs/training/11_devices.ipynb #ee77a6a2
-def broadcast_int(value: int, device: torch.device) -> int: # a bool is one
+def broadcast_int(number: int, device: torch.device) -> int: # a bool is one
     "What the first process thinks"
-    if rank_and_world()[1] == 1: return value
-    said = torch.tensor(value, device=device)
+    if rank_and_world()[1] == 1: return number
+    said = torch.tensor(number, device=device)
     distributed.broadcast(said, 0)
     return said.item()
 
@@ -165,6 +166,14 @@ class _UninterruptedPool(loky.ProcessPoolExecutor):
     def submit(self, *args, **kw):
         with _ignore_ctrl_c(): return super().submit(*args, **kw)
 
+    def shutdown(self, wait: bool = True, kill_workers: bool = False) -> None:
+        """End the processes; if they are killed, nothing that waits is begun any more, of
+        which loky would complain
+        """
+        with suppress(queue.Empty):
+            while kill_workers: self._work_ids.get_nowait()
+        super().shutdown(wait, kill_workers)
+
 
 def _exit_with_parent(parent: int) -> None: # a process
     "End this process when its parent has ended, in whatever way"
@@ -176,15 +185,16 @@ def _exit_with_parent(parent: int) -> None: # a process
 
 @contextmanager
 def worker_processes(
-    n: int,
+    n_workers: int,
 ) -> Iterator[loky.ProcessPoolExecutor]:
     """Processes that share the threads of this one and end with the block, after an error at
     once, or when this one dies
     """
-    threads = str(max(1, torch.get_num_threads()//n))
+    threads = str(max(1, torch.get_num_threads()//n_workers))
     env = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
     # idle ones end after a minute
-    pool = _UninterruptedPool(n, timeout=60, env=env, initializer=_exit_with_parent, initargs=(os.getpid(),))
+    pool = _UninterruptedPool(n_workers, timeout=60, env=env,
+                              initializer=_exit_with_parent, initargs=(os.getpid(),))
     try: yield pool
     except BaseException:
         pool.shutdown(kill_workers=True)
@@ -200,7 +210,7 @@ def pack_own_code() -> tuple[int, bytes]: # this process, what it has
     return os.getpid(), cloudpickle.dumps((entries, fingerprints))
 
 
-def call_with_own_code(packed: tuple[int, bytes], f: Callable, *args: Any) -> Any:
+def call_with_own_code(packed: tuple[int, bytes], function: Callable, *args: Any) -> Any:
     "Call a function where all is registered that was registered where `packed` was made"
     sender, code = packed
     if code and sender != os.getpid():
@@ -208,11 +218,11 @@ def call_with_own_code(packed: tuple[int, bytes], f: Callable, *args: Any) -> An
         entries, fingerprints = cloudpickle.loads(code)
         KNOWN_FINGERPRINTS.update(fingerprints)
         for kind, name, made in entries: (Registry.by_kind.get(kind) or Registry(kind)).data[name] = made
-    return f(*args)
+    return function(*args)
 
 
-def call_in_fresh_process(f: Callable, *args: Any) -> Any:
+def call_in_fresh_process(function: Callable, *args: Any) -> Any:
     "What a function gives in a process of its own, which nothing has happened to"
     free_gpu_memory()
     with worker_processes(1) as pool:
-        return pool.submit(call_with_own_code, pack_own_code(), f, *args).result()
+        return pool.submit(call_with_own_code, pack_own_code(), function, *args).result()

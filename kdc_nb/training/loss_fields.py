@@ -34,13 +34,14 @@ class _LossField(NamedTuple):
 
 def prepare_loss_field(
     loss: Callable[[Tensor, Tensor], Tensor], # of logits and labels, the mean over a batch
-    others: tuple[Tensor, Tensor] | None = None, # logits (M, 3) and labels (M,) of the rest of the batch
+    # logits (M, 3) and labels (M,) of the rest of the batch
+    batch_context: tuple[Tensor, Tensor] | None = None,
 ) -> _LossField:
     "The pull of a loss on an image of three classes"
     lead, n = torch.linspace(-4, 14, 120), 13
     points = torch.tensor([(a, b, n - a - b) for a in range(1, n) for b in range(1, n - a)])/n
     z = torch.cat([torch.nn.functional.pad(lead[:, None], (0, 2)), points.log()])
-    p, t = z.softmax(1), effective_target(loss, z, torch.zeros(len(z), dtype=torch.long), others)
+    p, t = z.softmax(1), effective_target(loss, z, torch.zeros(len(z), dtype=torch.long), batch_context)
     moves = p*((t - p) - (p*(t - p)).sum(1, keepdim=True))
     return _LossField(*(x.numpy() for x in (lead, p[:120, 0], t[:120, 0], points, moves[120:])))
 
@@ -84,12 +85,12 @@ class LossFieldPlot:
 
 
 def plot_loss_field(
-    pull: _LossField,
+    field: _LossField,
     axs: Sequence[Axes] | None = None, # two; None: new ones
     title: str = "Where a loss moves the answer",
 ) -> Sequence[Axes]:
     "The pull of a loss: all answers on a triangle, and the label's effective target"
-    picture = LossFieldPlot(axs).show(pull, title)
+    picture = LossFieldPlot(axs).show(field, title)
     return picture.triangle, picture.curve
 
 # %% ../../nbs/training/09_loss_fields.ipynb #0983b070

@@ -34,23 +34,23 @@ def label_smoothing(
     logits: Tensor, # (B, C)
     targets: Tensor, # (B,) labels, or (B, C) probabilities
     eps: float = .05, # probability to spread, 0 to 1
-    others: bool = False, # spread it over the other classes only
+    exclude_target: bool = False, # spread it over the other classes only
 ) -> Tensor: # scalar
     "Cross-entropy to targets with `eps` spread evenly over all classes"
     z = upcast(logits)
-    if others: eps = eps*z.shape[1]/(z.shape[1] - 1)
+    if exclude_target: eps = eps*z.shape[1]/(z.shape[1] - 1)
     return (1 - eps)*F.cross_entropy(z, targets) - eps*z.log_softmax(1).mean()
 
 # %% ../../nbs/training/08_losses.ipynb #ae70e558
 def distillation(
     logits: Tensor, # (B, C) of the student
     targets: Tensor, # (B,) labels, or (B, C) probabilities
-    teacher: Tensor, # (B, C) logits of the teacher
+    teacher_logits: Tensor, # (B, C) logits of the teacher
     T: float = 1., # temperature, above 0
     alpha: float = .9, # weight of the teacher, 0 to 1
 ) -> Tensor: # scalar
     "Knowledge distillation: the teacher's softened probabilities and the labels, weighted"
-    z, t = upcast(logits), upcast(teacher).detach()
+    z, t = upcast(logits), upcast(teacher_logits).detach()
     kl = F.kl_div((z/T).log_softmax(1), (t/T).log_softmax(1), reduction="batchmean", log_target=True)
     return alpha*T**2*kl + (1 - alpha)*F.cross_entropy(z, targets)
 
@@ -123,12 +123,12 @@ def dca(
 def mmce(
     logits: Tensor, # (B, C)
     labels: Tensor, # (B,)
-    ported: bool = False, # normalise twice, as the public ports do
+    double_normalised: bool = False, # normalise twice, as the public ports do
 ) -> Tensor: # scalar
     "Maximum mean calibration error, weighted, a penalty"
     sure, right = confidence_and_correct(logits, labels)
     m, n = right.sum(), (~right).sum()
-    u = (right.to(sure.dtype) - sure)/torch.where(right, m, n)**(2 if ported else 1)
+    u = (right.to(sure.dtype) - sure)/torch.where(right, m, n)**(2 if double_normalised else 1)
     kernel = torch.exp(-(sure[:, None] - sure).abs()/.4)
     return ((u @ kernel @ u).clamp_min(0) + 1e-10).sqrt()*((m > 0) & (n > 0))
 
@@ -155,12 +155,12 @@ def mbls(
 def acls(
     logits: Tensor, # (B, C)
     margin: float = 10., # 0 or more
-    published: bool = False, # the winner's lead over the smallest logit, in place of the winning logit
+    as_published: bool = False, # the winner's lead over the smallest logit, in place of the winning logit
 ) -> Tensor: # scalar
     "Adaptive and conditional label smoothing, a penalty"
     z = upcast(logits)
     top = z.amax(1)
-    winner = top - z.detach().amin(1) if published else top
+    winner = top - z.detach().amin(1) if as_published else top
     others = F.relu(top.detach()[:, None] - z - margin)**2 # the winner's own term is 0
     return (F.relu(winner - margin)**2).mean() + .1*others.sum(1).mean()/(z.shape[1] - 1)
 
@@ -194,10 +194,10 @@ def effective_target(
     logits: Tensor, # (N, C)
     labels: Tensor, # (N,)
     # logits (M, C) and labels (M,) of the rest of the batch; None: each is alone
-    others: tuple[Tensor, Tensor] | None = None,
+    batch_context: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor: # (N, C), rows sum to 1 where the loss depends on differences of logits only
     "The targets to which the loss pulls each sample's probabilities"
-    rest = others or (logits[:0], labels[:0])
+    rest = batch_context or (logits[:0], labels[:0])
     def own(z, y):
         return (1 + len(rest[0]))*loss(torch.cat([z[None], rest[0]]), torch.cat([y[None], rest[1]]))
     return logits.softmax(1) - torch.func.vmap(torch.func.grad(own))(logits, labels)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core import NamedSpec, check
+from ..core import check
+from ..values import NamedSpec
 from kdc_nb.training.losses import (
     acls, bdc, bec, confidence_and_correct, crl, cross_entropy, dca, distillation, flsd, focal,
     label_prob, label_smoothing, mbls, mdca, mmce, one_hot, upcast,
@@ -26,7 +27,7 @@ class TrainingStep(NamedTuple):
     targets: Tensor # (B,) labels, or (B, C) probabilities where the inputs were mixed
     index: Tensor | None = None # (B,) position of each sample in the training set
     epoch: Tensor | None = None # () from 0, on the device
-    teacher: Tensor | None = None # (B, C) logits of the teacher, if there is one
+    teacher_logits: Tensor | None = None # (B, C) of the teacher, if there is one
 
 # %% ../../nbs/training/10_methods.ipynb #d922f089
 class TrainingMethod(nn.Module):
@@ -42,14 +43,14 @@ class TrainingMethod(nn.Module):
         super().__init__()
         self.loss = loss
 
-    def start(self, n_train: int, n_classes: int, epochs: int) -> None:
+    def before_fit(self, n_train: int, n_classes: int, epochs: int) -> None:
         "Before training: make the buffers"
 
-    def draw(self, steps: int, generator: torch.Generator) -> Tensor: # (steps, ...)
+    def draw_epoch(self, steps: int, generator: torch.Generator) -> Tensor: # (steps, ...)
         "Before each epoch: the random numbers of its steps"
         return torch.zeros(steps)
 
-    def mix(self, x: Tensor, labels: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+    def mix_batch(self, x: Tensor, labels: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
         "Before the forward pass: the inputs and targets to train on, with what was drawn for the step"
         return x, labels
 
@@ -77,10 +78,10 @@ def _nll_method() -> TrainingMethod:
 
 
 @Method.register("ls")
-def _label_smoothing_method(eps: float = .05, others: bool = False) -> TrainingMethod:
+def _label_smoothing_method(eps: float = .05, exclude_target: bool = False) -> TrainingMethod:
     "Label smoothing (Szegedy et al., 2015)"
     check(0 <= eps <= 1, "eps", eps, "a share from 0 to 1")
-    return TrainingMethod(lambda z, y: label_smoothing(z, y, eps, others))
+    return TrainingMethod(lambda z, y: label_smoothing(z, y, eps, exclude_target))
 
 
 @Method.register("focal")
@@ -120,9 +121,9 @@ def _dca_method(beta: float = 1.) -> TrainingMethod:
 
 
 @Method.register("mmce")
-def _mmce_method(beta: float = 2., ported: bool = False) -> TrainingMethod:
+def _mmce_method(beta: float = 2., double_normalised: bool = False) -> TrainingMethod:
     "Maximum mean calibration error (Kumar et al., 2018), as published, or as its public ports have it"
-    return with_penalty(lambda z, y: mmce(z, y, ported), beta)
+    return with_penalty(lambda z, y: mmce(z, y, double_normalised), beta)
 
 # %% ../../nbs/training/10_methods.ipynb #c6815274
 @Method.register("mbls")
@@ -133,12 +134,12 @@ def _mbls_method(beta: float = .1, margin: float = 10.) -> TrainingMethod:
 
 
 @Method.register("acls")
-def _acls_method(beta: float = .1, margin: float = 10., published: bool = False) -> TrainingMethod:
+def _acls_method(beta: float = .1, margin: float = 10., as_published: bool = False) -> TrainingMethod:
     """Adaptive and conditional label smoothing (Park et al., 2023), as in its authors' code,
     or by the published formula
     """
     _check_not_negative(margin=margin)
-    return with_penalty(lambda z, y: acls(z, margin, published), beta)
+    return with_penalty(lambda z, y: acls(z, margin, as_published), beta)
 
 
 @Method.register("cpc")
@@ -161,7 +162,7 @@ class Distillation(TrainingMethod):
         self.T, self.alpha = T, alpha
 
     def forward(self, step: TrainingStep) -> Tensor:
-        return distillation(step.logits, step.targets, step.teacher, self.T, self.alpha)
+        return distillation(step.logits, step.targets, step.teacher_logits, self.T, self.alpha)
 
 # %% ../../nbs/training/10_methods.ipynb #c44a4d84
 @Method.register("pskd")
@@ -175,7 +176,7 @@ class _ProgressiveDistillation(TrainingMethod):
         super().__init__()
         self.alpha = alpha
 
-    def start(self, n_train: int, n_classes: int, epochs: int) -> None:
+    def before_fit(self, n_train: int, n_classes: int, epochs: int) -> None:
         self.epochs = epochs
         for name in ("said", "says"):
             self.register_buffer(name, torch.zeros(n_train, n_classes)) # last epoch, and in this one
@@ -199,7 +200,7 @@ class _CorrectnessRanking(TrainingMethod):
         super().__init__()
         self.beta = beta
 
-    def start(self, n_train: int, n_classes: int, epochs: int) -> None:
+    def before_fit(self, n_train: int, n_classes: int, epochs: int) -> None:
         for name in ("right", "times", "share"):
             self.register_buffer(name, torch.zeros(n_train)) # in this epoch, in all before, as a share
 
@@ -226,7 +227,7 @@ class _AdaFocal(TrainingMethod):
         super().__init__()
         self.rate = rate
 
-    def start(self, n_train: int, n_classes: int, epochs: int) -> None:
+    def before_fit(self, n_train: int, n_classes: int, epochs: int) -> None:
         self.register_buffer("gamma", torch.ones(self.n_bins))
         self.register_buffer("edges", torch.linspace(0, 1, self.n_bins + 1)[1:-1]) # between the bins
 
@@ -265,13 +266,13 @@ class _MixUp(TrainingMethod):
         super().__init__()
         self.a = a
 
-    def start(self, n_train: int, n_classes: int, epochs: int) -> None: self.n_classes = n_classes
+    def before_fit(self, n_train: int, n_classes: int, epochs: int) -> None: self.n_classes = n_classes
 
-    def draw(self, steps: int, generator: torch.Generator) -> Tensor:
+    def draw_epoch(self, steps: int, generator: torch.Generator) -> Tensor:
         seed = int(torch.randint(2**31, (1,), generator=generator))
         return torch.from_numpy(np.random.default_rng(seed).beta(self.a, self.a, steps)).float()
 
-    def mix(self, x: Tensor, labels: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+    def mix_batch(self, x: Tensor, labels: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
         check(x.is_floating_point(), "method", "mixup on texts", "one that does not blend its inputs")
         y = one_hot(labels, self.n_classes).to(x.dtype)
         return torch.lerp(x, x.roll(1, 0), drawn), torch.lerp(y, y.roll(1, 0), drawn)

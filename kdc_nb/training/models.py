@@ -24,10 +24,10 @@ class Net(nn.Module):
     ):
         super().__init__()
         self.body, self.head = body, nn.Linear(n_features, n_classes)
-        for m in self.modules(): self.start(m)
+        for m in self.modules(): self.init_weights(m)
 
     @staticmethod
-    def start(m: nn.Module) -> None:
+    def init_weights(m: nn.Module) -> None:
         "Weights of a convolution keep the size of the gradient (He et al. 2015); biases begin at 0"
         if not isinstance(m, nn.Conv2d): return
         nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")

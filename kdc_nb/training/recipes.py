@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..core import check, frozen_spec
+from ..core import check
+from ..values import frozen_spec
 from .data import check_augmentations
 
 # %% ../../nbs/training/12_recipes.ipynb #0dfbedaf
@@ -23,12 +24,13 @@ class Recipe:
     lr: float = .1 # the largest learning rate
     momentum: float = .9 # of AdamW its first beta
     weight_decay: float = 5e-4
-    drops: tuple[float, ...] = () # where the rate falls to a tenth, as shares of training; none: one cycle
+    # where the rate falls to a tenth, as shares of training; none: one cycle
+    milestones: tuple[float, ...] = ()
     augment: tuple[str, ...] = () # of "crop", "flip", as far as the data set allows
     live_teacher: bool = False # the teacher sees the augmented images; otherwise the plain ones, once
-    keep: str = "last" # or "best": the weights of the epoch with the best validation accuracy
+    select: str = "last" # or "best": the weights of the epoch with the best validation accuracy
     optimizer: str | None = None # "adamw"; None: SGD with Nesterov momentum
-    # share of training in which the rate rises linearly, to fall linearly after it; None: see `drops`
+    # share of training in which the rate rises linearly, to fall linearly after it; None: see `milestones`
     warmup: float | None = None
 
     def __post_init__(self):
@@ -37,12 +39,13 @@ class Recipe:
         check(isinstance(self.batch_size, int) and self.batch_size >= 2, "batch_size",
               self.batch_size, "an integer, at least 2 (BatchNorm needs two samples)")
         check(self.lr > 0, "lr", self.lr, "a learning rate above 0")
-        check(self.keep in ("last", "best"), "keep", repr(self.keep), "'last' or 'best'")
-        check(all(0 < d < 1 for d in self.drops), "drops", self.drops, "shares of training between 0 and 1")
+        check(self.select in ("last", "best"), "select", repr(self.select), "'last' or 'best'")
+        check(all(0 < d < 1 for d in self.milestones), "milestones",
+              self.milestones, "shares of training between 0 and 1")
         check_augmentations(self.augment)
         check(self.optimizer in (None, "adamw"), "optimizer", repr(self.optimizer), "None or 'adamw'")
-        check(self.warmup is None or 0 < self.warmup < 1 and not self.drops, "warmup",
-              self.warmup, "a share of training between 0 and 1, and no drops beside it")
+        check(self.warmup is None or 0 < self.warmup < 1 and not self.milestones, "warmup",
+              self.warmup, "a share of training between 0 and 1, and no milestones beside it")
 
 # %% ../../nbs/training/12_recipes.ipynb #c0f8e394
 RECIPES: dict[str, Recipe] = {
@@ -51,8 +54,8 @@ RECIPES: dict[str, Recipe] = {
     "fast": Recipe(epochs=40, augment=("crop", "flip"), live_teacher=True),
     "fast_linear": Recipe(epochs=40, warmup=.1, augment=("crop", "flip"), live_teacher=True),
     "fast_512": Recipe(epochs=40, batch_size=512, lr=.4, augment=("crop", "flip"), live_teacher=True),
-    "paper": Recipe(epochs=160, weight_decay=1e-4, drops=(.5, .75),
-                    augment=("crop", "flip"), live_teacher=True, keep="best"),
+    "paper": Recipe(epochs=160, weight_decay=1e-4, milestones=(.5, .75),
+                    augment=("crop", "flip"), live_teacher=True, select="best"),
     "text": Recipe(epochs=4, batch_size=32, lr=5e-5, weight_decay=.01, optimizer="adamw", warmup=.1),
     "text_small": Recipe(epochs=20, batch_size=32, lr=2e-3, weight_decay=.01, optimizer="adamw", warmup=.1),
 }
@@ -60,33 +63,33 @@ RECIPES: dict[str, Recipe] = {
 # %% ../../nbs/training/12_recipes.ipynb #cf80efe7
 def learning_rate(
     recipe: Recipe,
-    t: float, # share of training done, 0 to 1
+    progress: float, # share of training done, 0 to 1
 ) -> float: # learning rate
     "The learning rate at a point of training"
-    if recipe.warmup: return recipe.lr*min(t/recipe.warmup, (1 - t)/(1 - recipe.warmup))
-    if recipe.drops: return recipe.lr*.1**sum(t >= d for d in recipe.drops)
+    if recipe.warmup: return recipe.lr*min(progress/recipe.warmup, (1 - progress)/(1 - recipe.warmup))
+    if recipe.milestones: return recipe.lr*.1**sum(progress >= d for d in recipe.milestones)
     rise = .3
-    if t < rise: return recipe.lr*(1 - .96*(1 + math.cos(math.pi*t/rise))/2)
-    return recipe.lr*(1 + math.cos(math.pi*(t - rise)/(1 - rise)))/2
+    if progress < rise: return recipe.lr*(1 - .96*(1 + math.cos(math.pi*progress/rise))/2)
+    return recipe.lr*(1 + math.cos(math.pi*(progress - rise)/(1 - rise)))/2
 
 # %% ../../nbs/training/12_recipes.ipynb #d7d7866e
 def build_optimizer(
     net: nn.Module,
     recipe: Recipe,
-    lr: Tensor, # (), on the device of the network; written over at each step
+    lr_tensor: Tensor, # (), on the device of the network; written over at each step
 ) -> tuple[torch.optim.Optimizer, dict[str, Tensor]]: # with what it remembers, by name
     "The optimizer of a recipe; AdamW leaves biases and the weights of normalisations undecayed"
     named = {k: p for k, p in net.named_parameters() if p.requires_grad}
     if recipe.optimizer == "adamw":
         groups = [{"params": [p for p in named.values() if p.ndim > 1]},
                   {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.}]
-        opt = torch.optim.AdamW(groups, lr, (recipe.momentum, .999), weight_decay=recipe.weight_decay,
-                                fused=True, capturable=lr.device.type == "cuda")
+        opt = torch.optim.AdamW(groups, lr_tensor, (recipe.momentum, .999), weight_decay=recipe.weight_decay,
+                                fused=True, capturable=lr_tensor.device.type == "cuda")
         for p in named.values():
             opt.state[p] = {"step": torch.zeros((), device=p.device),
                             "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     else:
-        opt = torch.optim.SGD(named.values(), lr, recipe.momentum, weight_decay=recipe.weight_decay,
+        opt = torch.optim.SGD(named.values(), lr_tensor, recipe.momentum, weight_decay=recipe.weight_decay,
                               nesterov=recipe.momentum > 0, fused=True)
         if recipe.momentum:
             for p in named.values(): opt.state[p] = {"momentum_buffer": torch.zeros_like(p)}

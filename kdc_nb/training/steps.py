@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..core import check, derive_seed
+from ..core import check
+from ..values import derive_seed
 from ..files import save_tensors
 from .data import Dataset, draw_shifts_and_flips, max_shift
 from .methods import TrainingMethod
@@ -35,7 +36,7 @@ def predict_logits(
     device, (rank, world) = next(net.parameters()).device, rank_and_world()
     net.eval()
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        own = [net(data.normalise(x.to(device))) for x in inputs[rank::world].split(data.at_once)]
+        own = [net(data.normalise(x.to(device))) for x in inputs[rank::world].split(data.eval_batch_size)]
         return gather_strided(torch.cat(own), len(inputs)).cpu()
 
 # %% ../../nbs/training/13_steps.ipynb #384dd5cd
@@ -77,7 +78,7 @@ def draw_epoch_plan(
     views = draw_shifts_and_flips(len(order), augmentations, max_shift(data.train.inputs), generator)
     images = (t.unflatten(0, (steps, size)) for t in (order, *views))
     lr = [learning_rate(recipe, (epoch + k/steps)/recipe.epochs) for k in range(steps)]
-    return EpochPlan(*images, method.draw(steps, generator), torch.tensor(lr))
+    return EpochPlan(*images, method.draw_epoch(steps, generator), torch.tensor(lr))
 
 # %% ../../nbs/training/13_steps.ipynb #cf872d1e
 Predictor = Callable[[Tensor, Tensor], Tensor] # (normalised inputs (B, ...), index (B,)) to logits (B, C)
@@ -207,7 +208,7 @@ class TrainerState:
         self.drops_out = has_dropout(net)
         self.load_images()
         self.ddp_net = nn.parallel.DistributedDataParallel(self.net) if self.world > 1 else self.net
-        method.start(len(data.train), data.n_classes, recipe.epochs)
+        method.before_fit(len(data.train), data.n_classes, recipe.epochs)
         method.to(device)
         self.lr = torch.tensor(recipe.lr, device=device) # (), of the step
         self.optimizer, self.optimizer_state = build_optimizer(net, recipe, self.lr) # the state by name

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import check, derive_seed
+from ..core import check
+from ..values import derive_seed
 from ..files import content_hash, save_tensors
 from kdc_nb.training.data import (
     DataSpec, Dataset, InputsAndLabels, Split, check_augmentations, check_class_names, check_labels,
@@ -54,7 +55,7 @@ class _ImageFiles:
         "The images, `n` at a time"
         return _iter_batches(_ImageReader(self), torch.arange(len(self)).split(n))
 
-    def views(self,
+    def read_augmented(self,
         index: Tensor, # (S, B)
         ops: Sequence[str], # of "crop", "flip"
         seeds: Sequence[int], # which say, with an image's number, what is done to it
@@ -66,7 +67,7 @@ class _ImageFiles:
 class _ImageReader(torch.utils.data.Dataset):
     "What a worker reads"
 
-    # as `Files.views` has them
+    # as `_ImageFiles.read_augmented` has them
     def __init__(self, files: _ImageFiles, ops: Sequence[str] = (), seeds: Sequence[int] = ()):
         from torchvision.transforms import v2
         self.files, self.seeds = files, seeds

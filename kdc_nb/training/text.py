@@ -41,7 +41,7 @@ def check_text_extra() -> None:
 class TextDataset(Dataset):
     "Texts as tokens: inputs are (N, L) int32, -1 after the end of each"
     tokens: tuple[str, ...] = () # the vocabulary; the position is the token's number
-    at_once = 50
+    eval_batch_size = 50
 
     @property
     def in_channels(self) -> int: return len(self.tokens)
@@ -49,7 +49,7 @@ class TextDataset(Dataset):
     @cached_property
     def fingerprint(self) -> str: return content_hash({}, f"{super().fingerprint} {self.tokens}")[:16]
 
-    def views(self, x: Tensor, shift: Tensor, flip: Tensor) -> Tensor: return self.normalise(x)
+    def augment_batch(self, x: Tensor, shift: Tensor, flip: Tensor) -> Tensor: return self.normalise(x)
 
     def normalise(self, x: Tensor) -> Tensor: return x.long() # (B, L)
 
@@ -112,13 +112,13 @@ def _topic_word_probs(
 def draw_topic_texts(
     n: int, # how many
     world: int, # seed of the world
-    stream: int, # 0 training, 1 validation, 2 test, 3 the tokenizer's: never the same texts
+    stream_seed: int, # 0 training, 1 validation, 2 test, 3 the tokenizer's: never the same texts
 ) -> tuple[list[str], Tensor, Tensor]: # texts, labels (N,), posterior (N, 12) float32
     "Texts of 8 to 16 words with their exact posterior; the first ones stay the same when `n` grows"
     words, log_p = _topic_word_probs(world)
     texts, labels, posterior = [], [], []
     for k in range(n):
-        r = np.random.default_rng([world, stream, k])
+        r = np.random.default_rng([world, stream_seed, k])
         y, size = r.integers(12), r.integers(8, 17)
         chosen = r.choice(100, size, p=np.exp(log_p[y]))
         texts.append(" ".join(words[chosen])); labels.append(y); posterior.append(log_p[:, chosen].sum(1))

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, distributed, nn
 from tqdm.auto import tqdm
 
-from ..core import check, derive_seed
+from ..core import check
+from ..values import derive_seed
 from ..files import load_tensors
 from ..calibration.metrics import ece, top1
 from .data import Dataset
@@ -53,14 +54,14 @@ class _TrainerSteps(TrainerState):
         if self.disk_batch is None or not left: return repeat(None, left)
         index = self.epoch_plan.index[self.steps_done:].cpu()
         own = index[:, rank_slice(index[0])]
-        views = self.inputs.views(own, self.augmentations, (self.seed, self.epoch))
+        views = self.inputs.read_augmented(own, self.augmentations, (self.seed, self.epoch))
         return (gather_batch(x.to(self.device)) for x in views)
 
     def step(self) -> None:
         "Forward, backward, update: the step that `step_counter` names, after which it names the next"
         index, shift, flip, draws, lr = (t.index_select(0, self.step_counter)[0] for t in self.epoch_plan)
         labels = self.labels[index]
-        x, targets = self.method.mix(self.step_inputs(index, shift, flip), labels, draws)
+        x, targets = self.method.mix_batch(self.step_inputs(index, shift, flip), labels, draws)
         with bf16_autocast(self.device):
             teacher_logits = self.teacher_logits(x, index) if self.teacher else None
             logits = gather_batch(self.ddp_net(x[rank_slice(x)]))
@@ -77,7 +78,7 @@ class _TrainerSteps(TrainerState):
 
     def step_inputs(self, index: Tensor, shift: Tensor, flip: Tensor) -> Tensor: # (B, ...) normalised
         "The step's images, augmented"
-        if self.disk_batch is None: x = self.data.views(self.inputs[index], shift, flip)
+        if self.disk_batch is None: x = self.data.augment_batch(self.inputs[index], shift, flip)
         else: x = self.data.normalise(self.disk_batch)
         return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
@@ -160,12 +161,12 @@ class _TrainerEpochs(_TrainerSteps):
         self.check_losses(losses)
         row = dict(loss=float(losses.mean()), accuracy=float(self.accuracies.mean()))
         logits, valid = None, self.data.valid
-        if self.recipe.keep == "best" or self.method.needs_valid:
+        if self.recipe.select == "best" or self.method.needs_valid:
             logits = predict_logits(self.net, self.data, valid.inputs)
             row |= dict(valid_accuracy=top1(logits, valid.labels), valid_ece=ece(logits, valid.labels))
         self.method.after_epoch(self.epoch, logits, valid.labels)
         self.history.append(row)
-        if self.recipe.keep == "best":
+        if self.recipe.select == "best":
             best = max(h["valid_accuracy"] for h in self.history)
             if row["valid_accuracy"] >= best: self.best_weights = deepcopy(self.net.state_dict())
         self.step_counter.zero_()

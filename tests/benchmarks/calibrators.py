@@ -43,7 +43,7 @@ def methods() -> dict[str, TrainingMethod]:
 
 def loss_alone(method: TrainingMethod, device: torch.device):
     "Forward and backward of the loss on a batch of logits; each call does both"
-    method.start(BATCH, C, 2)
+    method.before_fit(BATCH, C, 2)
     method.to(device)
     z, y = torch.randn(BATCH, C, device=device, requires_grad=True), torch.randint(C, (BATCH,), device=device)
     index, epoch, said = (torch.arange(BATCH, device=device), torch.ones((), dtype=torch.long, device=device),

@@ -17,7 +17,7 @@ def seconds(f, *args, **kw) -> float:
 
 def beside_scikit_learn() -> None:
     "T = 1, where the student is a logistic regression on every point with both labels, weighted"
-    P = draw_linear_problem(N=2000, d=10, angle=30., overconfidence=2., base=1.)
+    P = draw_linear_problem(N=2000, d=10, angle=30., overconfidence=2., intercept=1.)
     z_t = P.X.T@P.W_t
     target = .5*P.y + .5*tempered_probs(z_t)
     peer = LogisticRegression(C=np.inf, fit_intercept=False, solver="newton-cholesky", tol=1e-9)

@@ -89,7 +89,7 @@ def plan(models: list[str], batches: list[int], slots: list[int], device: torch.
     cases += [Case(m, "recorded", b) for some in ([first], others) for b in large for m in some]
     cases += [Case(first, "usual", small)]
     cases += [Case(m, "recorded", small, layout="NCHW") for m in models if m.startswith("mobilenet")]
-    cases += [Case(TEACHER, "predict", Dataset.at_once, method=None)]
+    cases += [Case(TEACHER, "predict", Dataset.eval_batch_size, method=None)]
     ways = ("eager", "usual", "recorded")
     cases += [Case(first, way, b, method=k) for k in METHODS for b in batches for way in ways]
     cases += [Case(m, "recorded", small, method="KD") for m in others]
