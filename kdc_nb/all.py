@@ -12,22 +12,21 @@ __all__ = ['results_file', 'Table', 'format_html_table', 'compare', 'decompose_s
            'load_outputs', 'softmax64', 'format_ece', 'DataSpec', 'Dataset', 'load_data', 'show_images',
            'stratified_split', 'find_images', 'read_images', 'register_images', 'plot_loss_field', 'prepare_loss_field',
            'Method', 'TrainingMethod', 'with_penalty', 'MODELS', 'RECIPES', 'Recipe', 'register_image_folder',
-           'draw_topic_texts', 'register_texts', 'fit', 'plan_sweep', 'read_specs', 'write_specs', 'plot_ece',
-           'plot_histories', 'plot_reliability_grid', 'plot_tradeoff', 'prepare_histories', 'group_by_seed',
+           'draw_topic_texts', 'register_texts', 'fit', 'plan_sweep', 'read_specs', 'write_specs', 'plot_histories',
+           'plot_metric', 'plot_panels', 'plot_reliability_grid', 'plot_tradeoff', 'prepare_histories', 'group_by_seed',
            'read_results', 'recalibrate', 'result_outcomes', 'write_results', 'RunContext', 'run',
            'teacher_train_logits', 'Distil', 'RunSpec', 'lineage', 'method_label', 'run_label',
            'self_distillation_chain', 'teacher_label', 'trace_generation', 'Store', 'all_results', 'clean_store',
-           'sweep', 'collect_by_row', 'results_table', 'summarise_seeds', 'Ensemble', 'OutOfFold', 'TemperatureScaled',
-           'TemperedPosterior', 'teacher_from_logits', 'plot_direct_and_distilled', 'plot_temperature_grid',
-           'plot_transfer', 'prepare_direct_and_distilled', 'prepare_temperature_grid', 'prepare_transfer',
+           'sweep', 'collect_by_row', 'results_frame', 'results_table', 'seed_means', 'Ensemble', 'OutOfFold',
+           'TemperatureScaled', 'TemperedPosterior', 'direct_counterpart', 'teacher_from_logits',
+           'direct_and_distilled_frame', 'plot_temperature_grid', 'plot_transfer', 'prepare_transfer',
            'plot_class_matrix', 'plot_confidence_shift', 'prepare_agreement', 'prepare_class_similarity',
-           'prepare_confidence_shift', 'corrupt_images', 'register_corruption', 'GENERATION_MEASURES',
-           'MERGING_MEASURES', 'plot_generations', 'plot_merging', 'prepare_generations', 'prepare_merging',
-           'average_by_severity', 'evaluate_drift', 'plot_drift', 'read_drifts', 'write_drifts', 'similar_classes',
-           'fit_linear_student', 'tempered_probs', 'weight_hessian', 'compute_umap', 'plot_penultimate', 'plot_umap',
-           'calibration_gap', 'draw_linear_problem', 'fit_intercept', 'null_gap_bound', 'project_to_span',
-           'theorem1_cubic_term', 'theorem1_weights', 'extract_features', 'read_features', 'write_features',
-           'direct_counterpart', 'paper_progress_table', 'published_values', 'row_differences', 'table_claims',
+           'prepare_confidence_shift', 'corrupt_images', 'register_corruption', 'generations_frame', 'merging_frame',
+           'plot_generations', 'average_by_severity', 'drift_frame', 'evaluate_drift', 'read_drifts', 'write_drifts',
+           'similar_classes', 'fit_linear_student', 'tempered_probs', 'weight_hessian', 'compute_umap',
+           'plot_penultimate', 'plot_umap', 'calibration_gap', 'draw_linear_problem', 'fit_intercept', 'null_gap_bound',
+           'project_to_span', 'theorem1_cubic_term', 'theorem1_weights', 'extract_features', 'read_features',
+           'write_features', 'paper_progress_table', 'published_values', 'row_differences', 'table_claims',
            'METHOD_GRID', 'as_hyperparameters', 'candidate_specs', 'candidates_table', 'select_on_validation',
            'PAPER_EXPERIMENTS', 'PAPER_METHODS', 'SETTINGS', 'Setting', 'kd_label', 'paper_specs', 'table_specs',
            'explore_classes', 'explore_method', 'explore_reliability', 'explore_theory', 'explore_transfer']
@@ -65,7 +64,7 @@ from .training.text import draw_topic_texts, register_texts
 from .training.trainer import fit
 from .experiments.agenda import plan_sweep, read_specs, write_specs
 from kdc_nb.experiments.panels import (
-    plot_ece, plot_histories, plot_reliability_grid, plot_tradeoff, prepare_histories,
+    plot_histories, plot_metric, plot_panels, plot_reliability_grid, plot_tradeoff, prepare_histories,
 )
 from kdc_nb.experiments.results import (
     group_by_seed, read_results, recalibrate, result_outcomes, write_results,
@@ -77,24 +76,20 @@ from kdc_nb.experiments.specs import (
 )
 from .experiments.store import Store, all_results, clean_store
 from .experiments.sweeps import sweep
-from .experiments.tables import collect_by_row, results_table, summarise_seeds
+from .experiments.tables import collect_by_row, results_frame, results_table, seed_means
 from kdc_nb.experiments.teachers import (
-    Ensemble, OutOfFold, TemperatureScaled, TemperedPosterior, teacher_from_logits,
+    Ensemble, OutOfFold, TemperatureScaled, TemperedPosterior, direct_counterpart, teacher_from_logits,
 )
 from kdc_nb.experiments.transfer import (
-    plot_direct_and_distilled, plot_temperature_grid, plot_transfer, prepare_direct_and_distilled,
-    prepare_temperature_grid, prepare_transfer,
+    direct_and_distilled_frame, plot_temperature_grid, plot_transfer, prepare_transfer,
 )
 from kdc_nb.analysis.agreement import (
     plot_class_matrix, plot_confidence_shift, prepare_agreement, prepare_class_similarity,
     prepare_confidence_shift,
 )
 from .analysis.corruptions import corrupt_images, register_corruption
-from kdc_nb.analysis.diffusion import (
-    GENERATION_MEASURES, MERGING_MEASURES, plot_generations, plot_merging, prepare_generations,
-    prepare_merging,
-)
-from .analysis.drift import average_by_severity, evaluate_drift, plot_drift, read_drifts, write_drifts
+from .analysis.diffusion import generations_frame, merging_frame, plot_generations
+from .analysis.drift import average_by_severity, drift_frame, evaluate_drift, read_drifts, write_drifts
 from .analysis.geometry import similar_classes
 from .analysis.linear_model import fit_linear_student, tempered_probs, weight_hessian
 from .analysis.projections import compute_umap, plot_penultimate, plot_umap
@@ -103,9 +98,7 @@ from kdc_nb.analysis.theorems import (
     theorem1_cubic_term, theorem1_weights,
 )
 from .analysis.views import extract_features, read_features, write_features
-from kdc_nb.paper.claims import (
-    direct_counterpart, paper_progress_table, published_values, row_differences, table_claims,
-)
+from .paper.claims import paper_progress_table, published_values, row_differences, table_claims
 from kdc_nb.paper.selection import (
     METHOD_GRID, as_hyperparameters, candidate_specs, candidates_table, select_on_validation,
 )
@@ -128,22 +121,21 @@ _all_ = [
     'load_data', 'show_images', 'stratified_split', 'find_images', 'read_images', 'register_images',
     'plot_loss_field', 'prepare_loss_field', 'Method', 'TrainingMethod', 'with_penalty', 'MODELS',
     'RECIPES', 'Recipe', 'register_image_folder', 'draw_topic_texts', 'register_texts', 'fit',
-    'plan_sweep', 'read_specs', 'write_specs', 'plot_ece', 'plot_histories', 'plot_reliability_grid',
-    'plot_tradeoff', 'prepare_histories', 'group_by_seed', 'read_results', 'recalibrate',
-    'result_outcomes', 'write_results', 'RunContext', 'run', 'teacher_train_logits', 'Distil', 'RunSpec',
-    'lineage', 'method_label', 'run_label', 'self_distillation_chain', 'teacher_label',
-    'trace_generation', 'Store', 'all_results', 'clean_store', 'sweep', 'collect_by_row', 'results_table',
-    'summarise_seeds', 'Ensemble', 'OutOfFold', 'TemperatureScaled', 'TemperedPosterior',
-    'teacher_from_logits', 'plot_direct_and_distilled', 'plot_temperature_grid', 'plot_transfer',
-    'prepare_direct_and_distilled', 'prepare_temperature_grid', 'prepare_transfer', 'plot_class_matrix',
+    'plan_sweep', 'read_specs', 'write_specs', 'plot_histories', 'plot_metric', 'plot_panels',
+    'plot_reliability_grid', 'plot_tradeoff', 'prepare_histories', 'group_by_seed', 'read_results',
+    'recalibrate', 'result_outcomes', 'write_results', 'RunContext', 'run', 'teacher_train_logits',
+    'Distil', 'RunSpec', 'lineage', 'method_label', 'run_label', 'self_distillation_chain',
+    'teacher_label', 'trace_generation', 'Store', 'all_results', 'clean_store', 'sweep', 'collect_by_row',
+    'results_frame', 'results_table', 'seed_means', 'Ensemble', 'OutOfFold', 'TemperatureScaled',
+    'TemperedPosterior', 'direct_counterpart', 'teacher_from_logits', 'direct_and_distilled_frame',
+    'plot_temperature_grid', 'plot_transfer', 'prepare_transfer', 'plot_class_matrix',
     'plot_confidence_shift', 'prepare_agreement', 'prepare_class_similarity', 'prepare_confidence_shift',
-    'corrupt_images', 'register_corruption', 'GENERATION_MEASURES', 'MERGING_MEASURES',
-    'plot_generations', 'plot_merging', 'prepare_generations', 'prepare_merging', 'average_by_severity',
-    'evaluate_drift', 'plot_drift', 'read_drifts', 'write_drifts', 'similar_classes',
-    'fit_linear_student', 'tempered_probs', 'weight_hessian', 'compute_umap', 'plot_penultimate',
-    'plot_umap', 'calibration_gap', 'draw_linear_problem', 'fit_intercept', 'null_gap_bound',
-    'project_to_span', 'theorem1_cubic_term', 'theorem1_weights', 'extract_features', 'read_features',
-    'write_features', 'direct_counterpart', 'paper_progress_table', 'published_values', 'row_differences',
+    'corrupt_images', 'register_corruption', 'generations_frame', 'merging_frame', 'plot_generations',
+    'average_by_severity', 'drift_frame', 'evaluate_drift', 'read_drifts', 'write_drifts',
+    'similar_classes', 'fit_linear_student', 'tempered_probs', 'weight_hessian', 'compute_umap',
+    'plot_penultimate', 'plot_umap', 'calibration_gap', 'draw_linear_problem', 'fit_intercept',
+    'null_gap_bound', 'project_to_span', 'theorem1_cubic_term', 'theorem1_weights', 'extract_features',
+    'read_features', 'write_features', 'paper_progress_table', 'published_values', 'row_differences',
     'table_claims', 'METHOD_GRID', 'as_hyperparameters', 'candidate_specs', 'candidates_table',
     'select_on_validation', 'PAPER_EXPERIMENTS', 'PAPER_METHODS', 'SETTINGS', 'Setting', 'kd_label',
     'paper_specs', 'table_specs', 'explore_classes', 'explore_method', 'explore_reliability',

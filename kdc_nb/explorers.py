@@ -47,7 +47,7 @@ def explore_reliability(
         check(bool(outputs.logits), "outputs", "a result from a light file, without logits",
               "one from a store, such as run(spec)")
         outputs, labels, from_logits = (outputs.logits["test"],
-                                        load_data(outputs.spec.data).test.labels, "logits")
+                                        load_data(outputs.spec.data).test.labels, True)
     check(labels is not None, "labels", "none", "one for each row of the outputs")
     x, y = check_outputs_and_labels(outputs, labels, from_logits)
     z = to_logits(x, from_logits)

@@ -76,8 +76,10 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
 def test_the_verdict_is_beyond_chance(monkeypatch, better, said):
     "The student of a calibrated teacher may be better calibrated, or made of the same outputs as the other"
     z, y, _ = made(2000, 10, 2.)
-    of = lambda logits: [SimpleNamespace(spec=SimpleNamespace(seed=0, data="made"),
-                                         raw=SimpleNamespace(outcomes=compute_outcomes(logits, y)),
-                                         scaled=SimpleNamespace(outcomes=None))]
-    results = {"KD(UC), from NLL": of(z), "KD(C), from NLL after TS": of(z/2 if better else z)}
+    specs = _part_specs(_demo_parts()[0], 0)
+    def of(name, logits):
+        return [SimpleNamespace(spec=specs[name], raw=SimpleNamespace(outcomes=compute_outcomes(logits, y)),
+                                scaled=SimpleNamespace(outcomes=None))]
+    results = {name: of(name, z/2 if better and name == "KD(C), from NLL after TS" else z)
+               for name in ("KD(UC), from NLL", "KD(C), from NLL after TS")}
     assert _format_verdict(results).startswith(said)

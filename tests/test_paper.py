@@ -22,14 +22,13 @@ from kdc_nb.experiments.specs import (
 from kdc_nb.experiments.store import Store
 from kdc_nb.experiments.sweeps import sweep
 from kdc_nb.experiments.tables import collect_by_row, results_table
-from kdc_nb.experiments.teachers import TemperatureScaled
-from kdc_nb.analysis.diffusion import prepare_generations
+from kdc_nb.experiments.teachers import TemperatureScaled, direct_counterpart
+from kdc_nb.analysis.diffusion import generations_frame, plot_generations
 from kdc_nb.analysis.linear_model import fit_linear_student
 from kdc_nb.analysis.theorems import calibration_gap, draw_linear_problem
 from kdc_nb.analysis.views import extract_features
 from kdc_nb.paper.claims import (
-    _contributions_of_row, direct_counterpart, paper_progress_table, published_values, row_differences,
-    table_claims,
+    _contributions_of_row, paper_progress_table, published_values, row_differences, table_claims,
 )
 from kdc_nb.paper.selection import as_hyperparameters, candidate_specs, candidates_table, select_on_validation
 from kdc_nb.explorers import _trace_first_teacher, explore_classes
@@ -101,24 +100,38 @@ def looks(tmp_path_factory):
 
 def test_generations_are_measured_from_what_they_say(looks):
     found, store = looks
-    rows = prepare_generations(found)
-    assert [(r.first, r.number) for r in rows] == [(m, k) for m in ("nll", "focal gamma=3") for k in range(3)]
+    frame = generations_frame(found)
+    assert list(dict.fromkeys(zip(frame.chain, frame.generation))) == [
+        (m, k) for m in ("nll", "focal gamma=3") for k in range(3)]
     chain = list(found)[:3]
     z = [run(s, store, "cpu", progress=False).logits["test"].double() for s in chain]
-    assert (rows[2].values["agreement"].value
+    last = frame.query("chain == 'nll' and generation == 2").set_index("metric")
+    assert (last.value["agreement"]
             == pytest.approx(float((z[2].argmax(1) == z[0].argmax(1)).double().mean())))
-    e = rows[2].values["gap"]
-    expected = z[2].softmax(1).amax(1).mean() - rows[2].values["top1"].value
-    assert e.value == pytest.approx(float(expected), abs=1e-4) and e.low < e.value < e.high
-    assert (rows[2].values["kl"].value
+    expected = z[2].softmax(1).amax(1).mean() - last.value["top1"]
+    assert last.value["gap"] == pytest.approx(float(expected), abs=1e-4)
+    assert last.low["gap"] < last.value["gap"] < last.high["gap"]
+    assert (last.value["kl"]
             == pytest.approx(run(chain[2], store, "cpu", progress=False).raw.metrics["kl"].value, rel=1e-4))
+
+
+def test_generations_are_drawn_with_what_theory_expects(looks):
+    frame = generations_frame(looks[0])
+    fig = plot_generations(frame, 1, .9, ("ece", "gap"), label_only_gap=.1)
+    first = frame.query("chain == 'nll' and generation == 0 and metric == 'gap'").value.item()
+    dotted = [line for line in fig.axes[1].lines if line.get_linestyle() == ":"]
+    assert len(dotted) == 2 and not [l for l in fig.axes[0].lines if l.get_linestyle() == ":"]
+    assert dotted[0].get_ydata() == pytest.approx([.1 + (first - .1)*.9**g for g in range(3)])
+    assert dotted[0].get_color() == fig.axes[1].lines[0].get_color()
+    with pytest.raises(ValueError, match="T, alpha: got 2, 0.9, expected one of 1, 0.9"):
+        plot_generations(frame, 2, .9)
 
 
 def test_a_chain_without_its_first_is_refused(looks):
     found = dict(list(looks[0].items())[1:3])
     with pytest.raises(ValueError, match="views: got no known resnet8 nll, seed 0, expected generation zero"):
-        prepare_generations(found)
-    with pytest.raises(ValueError, match="views: got no student"): prepare_generations({})
+        generations_frame(found)
+    with pytest.raises(ValueError, match="views: got no student"): generations_frame({})
 
 
 def test_only_chains_of_one_kind_are_measured(looks):
@@ -127,12 +140,12 @@ def test_only_chains_of_one_kind_are_measured(looks):
     l = looks[0][second]
     hot = replace(second, method=Distil(second, 4., .9))
     with pytest.raises(ValueError, match="views: got .*expected chains as"):
-        prepare_generations({first: l, second: l, hot: l})
+        generations_frame({first: l, second: l, hot: l})
     larger = replace(second, model="resnet14")
-    with pytest.raises(ValueError, match="expected chains as"): prepare_generations({first: l, larger: l})
+    with pytest.raises(ValueError, match="expected chains as"): generations_frame({first: l, larger: l})
     other = self_distillation_chain(replace(first, model="resnet14"), 1)
     with pytest.raises(ValueError, match="expected chains of one network"):
-        prepare_generations(dict.fromkeys([first, second, *other], l))
+        generations_frame(dict.fromkeys([first, second, *other], l))
 
 
 def test_the_explorer_goes_through_the_generations(looks):
@@ -212,15 +225,14 @@ def replace_size(data): return DataSpec(data.name, **data.params | {"n_test": 30
 
 def test_an_unfinished_table_says_what_is_missing(table):
     seeds, results = table
-    named = collect_by_row(seeds, results)
-    head, cells = paper_progress_table(named, published_values("self"))
+    head, cells = paper_progress_table(seeds, results, published_values("self"))
     by = {r[0]: dict(zip(head, r)) for r in cells}
     assert by["KD(C), from NLL after TS"]["seeds"] == "2 of 3" and by["Direct, NLL"]["seeds"] == "3 of 3"
     assert ((by["Direct, NLL"]["paper: ECE, %"], by["Direct, focal + MDCA"]["paper: ECE, %"])
             == ("3.30", "not in our source"))
     assert (by["Direct, NLL after TS"]["NLL, nats"]
             == by["Direct, NLL"]["after TS: NLL, nats"] != by["Direct, NLL"]["NLL, nats"])
-    head, cells = paper_progress_table(collect_by_row(seeds, {}), {})
+    head, cells = paper_progress_table(seeds, {})
     assert ("true error, %" not in head and {r[1] for r in cells} == {"to do"}
             and not any(any(r[2:]) for r in cells) and not any(h.startswith("paper") for h in head))
 
@@ -228,26 +240,27 @@ def test_an_unfinished_table_says_what_is_missing(table):
 def test_an_ece_outside_its_interval_is_marked_and_said_below(table):
     "The mean interval is moved below the mean ECE"
     seeds, results = table
-    done = [results[rows["Direct, NLL"]] for rows in seeds]
-    low = [replace(r, evaluation=replace(r.evaluation, raw=r.evaluation.raw | {
-        "ece": replace(r.evaluation.raw["ece"], value=.5, low=.1, high=.4)
-    })) for r in done]
-    inside = [replace(r, evaluation=replace(r.evaluation, raw=r.evaluation.raw | {
-        "ece": replace(r.evaluation.raw["ece"], value=.5, low=.1, high=.6)
-    })) for r in done]
+    def with_ece(high):
+        def spoiled(r):
+            return replace(r, raw=r.raw._replace(metrics=r.raw.metrics | {
+                "ece": replace(r.raw.metrics["ece"], value=.5, low=.1, high=high)}))
+        return [spoiled(results[rows["Direct, NLL"]]) for rows in seeds]
+    low, inside = with_ece(.4), with_ece(.6)
     shown = results_table({"a": low, "b": inside}, "two rows")
     assert ([r[shown.head.index("ECE, %")] for r in shown.rows] == ["50.00 ±0.00†", "50.00 ±0.00"]
             and len(shown.notes) == 1)
     text = repr(shown).splitlines()
     assert (text[0] == "two rows" and text[-1] == shown.notes[0]
             and text[-1].startswith("†") and shown.notes[0] in shown._repr_html_())
-    assert (results_table({"b": inside}).notes == paper_progress_table({"b": inside}, {}).notes == []
-            and len(paper_progress_table({"a": low}, {}).notes) == 1)
+    rows = [{"a": r.spec} for r in low]
+    def progress(own): return paper_progress_table(rows, {r.spec: r for r in own})
+    assert (results_table({"b": inside}).notes == progress(inside).notes == []
+            and len(progress(low).notes) == 1)
 
 
 def test_tables_go_to_pandas(table, tmp_path):
     seeds, results = table
-    shown = paper_progress_table(collect_by_row(seeds, results), published_values("self"))
+    shown = paper_progress_table(seeds, results, published_values("self"))
     head, rows = shown
     frame = shown.to_frame()
     assert list(frame) == head and frame.values.tolist() == rows
@@ -302,8 +315,18 @@ def test_claims_pair_each_student_with_its_own_calibrator(table):
         assert len(row_differences(named, pairs, "ece").each) == len(pairs) > 0, claim
         assert (row_differences({}, pairs, "ece")
                 == row_differences(named, pairs, "ece", min_seeds=4) == ({}, None))
-    assert (direct_counterpart("KD(C), from NLL after TS") == ("Direct, NLL", "scaled")
-            and direct_counterpart("KD(UC), from NLL") == ("Direct, NLL", "raw"))
+    rows = seeds[0]
+    assert (direct_counterpart(rows["KD(C), from NLL after TS"]) == (rows["Direct, NLL"], "scaled")
+            and direct_counterpart(rows["KD(UC), from NLL"]) == (rows["Direct, NLL"], "raw"))
+
+
+def test_claims_are_read_from_descriptions_whatever_rows_are_called(table):
+    rows, names = table[0][0], iter("abcdefghij")
+    called = {name: next(names) for name in rows}
+    def renamed(pairs): return [tuple((called[k], which) for k, which in pair) for pair in pairs]
+    assert ({claim: renamed(pairs) for claim, pairs in table_claims(rows).items()}
+            == table_claims({called[name]: s for name, s in rows.items()}))
+    assert all(pairs == [] for pairs in table_claims({"a": rows["Direct, NLL"]}).values())
 
 
 def test_a_comparison_refuses_in_a_sentence(table):
@@ -312,16 +335,17 @@ def test_a_comparison_refuses_in_a_sentence(table):
     a, b = ("Direct, NLL", "raw"), ("KD(UC), from NLL", "raw")
     other = {k: [replace(r, spec=replace(r.spec, data=TINY)) if k == "Direct, NLL" else r for r in own]
              for k, own in named.items()}
+    plain = results[seeds[0]["Direct, NLL"]]
+    unknown = replace(plain, raw=plain.raw._replace(metrics=plain.evaluation.raw))
     for call, message in (
         (lambda: _contributions_of_row(named, ("Direct, LS", "raw"), "nll"), "row: got .*Direct, LS"),
         (lambda: _contributions_of_row(named, ("Direct, NLL", "row"), "nll"), "row: got .*row"),
-        (lambda: _contributions_of_row({"a": [replace(results[seeds[0]["Direct, NLL"]], truth=None)]},
-                                       ("a", "raw"), "kl"), "metric: got 'kl' of a"),
+        (lambda: _contributions_of_row({"a": [unknown]}, ("a", "raw"), "kl"), "metric: got 'kl' of a"),
         (lambda: row_differences({k: own[:1] for k, own in named.items()}, [(a, b)], "kl"),
          "differences: got shape"),
         (lambda: row_differences(other, [(a, b)], "nll"), "results_by_name: got rows on 2 data sets"),
         (lambda: collect_by_row([], {}), "specs_by_seed: got none"),
-        (lambda: paper_progress_table({}, {}), "results_by_name: got no rows")
+        (lambda: paper_progress_table([], {}), "specs_by_seed: got none")
     ):
         with pytest.raises(ValueError, match=message): call()
 

@@ -10,27 +10,25 @@ from kdc_nb.calibration.diagrams import (
     BLUE, GREY, ORANGE, ReliabilityDiagram, plot_differences, plot_reliability, plot_reliability_overlay,
 )
 from kdc_nb.calibration.differences import estimate_difference
+from kdc_nb.calibration.estimates import Estimate
 from kdc_nb.calibration.metrics import ece
 from kdc_nb.calibration.reliability import prepare_diagram, reliability_bins
 from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.experiments.panels import plot_tradeoff, prepare_histories
+from kdc_nb.experiments.panels import plot_metric, plot_panels, plot_tradeoff, prepare_histories
 from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.specs import Distil, RunSpec
 from kdc_nb.experiments.store import Store
-from kdc_nb.experiments.tables import results_table, summarise_seeds
+from kdc_nb.experiments.tables import metric_lines, results_frame, results_table, seed_means
 from kdc_nb.experiments.teachers import TemperatureScaled
-from kdc_nb.experiments.transfer import (
-    plot_direct_and_distilled, plot_temperature_grid, prepare_direct_and_distilled,
-    prepare_temperature_grid,
-)
+from kdc_nb.experiments.transfer import direct_and_distilled_frame, plot_temperature_grid
 from kdc_nb.analysis.agreement import (
     _ConfidenceShift, plot_class_matrix, plot_confidence_shift, prepare_agreement,
     prepare_class_similarity, prepare_confidence_shift,
 )
-from kdc_nb.analysis.diffusion import plot_merging, prepare_merging
-from kdc_nb.analysis.drift import evaluate_drift, plot_drift
+from kdc_nb.analysis.diffusion import merging_frame
+from kdc_nb.analysis.drift import drift_frame, evaluate_drift
 from kdc_nb.analysis.projections import _axis_limits, _prepare_penultimate, compute_umap, plot_penultimate
 from kdc_nb.analysis.views import extract_features
 
@@ -73,31 +71,52 @@ def test_a_moved_diagram_shows_what_a_new_one_shows():
 
 
 def test_direct_and_distilled_are_paired(results):
-    pairs = prepare_direct_and_distilled(results)
-    assert list(pairs) == ["nll", "ls eps=0.05", "nll after TS"]
+    frame = direct_and_distilled_frame(results)
+    assert list(dict.fromkeys(frame.row)) == ["nll", "ls eps=0.05", "nll after TS"]
+    eces = frame[frame.metric == "ece"].groupby(["row", "training"]).value.apply(list)
     for name, method in (("nll", Method("nll")), ("ls eps=0.05", Method("ls"))):
-        direct, kd = pairs[name]
-        assert direct.each["ece"] == [results[net(method, s)].evaluation.raw["ece"].value for s in (0, 1)]
-        assert kd.each["ece"] == [
-            results[net(Distil(net(method, s, "resnet14")), s)].evaluation.raw["ece"].value for s in (0, 1)
+        assert eces[name, "direct"] == [results[net(method, s)].raw.metrics["ece"].value for s in (0, 1)]
+        assert eces[name, "distilled"] == [
+            results[net(Distil(net(method, s, "resnet14")), s)].raw.metrics["ece"].value for s in (0, 1)
         ]
-    assert (pairs["nll after TS"][0].each["ece"]
-            == [results[net("nll", s)].evaluation.scaled["ece"].value for s in (0, 1)])
-    assert prepare_direct_and_distilled(results, T=4.) == {}
-    with pytest.raises(ValueError, match="pairs: got none"): plot_direct_and_distilled({})
+    assert (eces["nll after TS", "direct"]
+            == [results[net("nll", s)].scaled.metrics["ece"].value for s in (0, 1)])
+    with pytest.raises(ValueError, match="results: got no student beside"):
+        direct_and_distilled_frame(results, T=4.)
     with pytest.raises(ValueError, match="results: got resnet.* expected one student network"):
-        prepare_direct_and_distilled(results | {net(Distil(net("nll")), 0, "resnet14"): results[net("nll")]})
-    bars = plot_direct_and_distilled(pairs).patches
-    assert ([round(b.get_height(), 9) for b in bars]
-            == [round(100*r[k].mean["ece"], 9) for k in (0, 1) for r in pairs.values()])
+        direct_and_distilled_frame(results | {net(Distil(net("nll")), 0, "resnet14"): results[net("nll")]})
+    ax = plot_metric(frame, output="as used")
+    means = [x for line in ax.lines if line.get_marker() == "|" for x in line.get_xdata()]
+    assert means == pytest.approx([np.mean(eces[k, how]) for how in ("direct", "distilled")
+                                   for k in ("nll", "ls eps=0.05", "nll after TS")])
+    heights = [y for line in ax.lines if line.get_marker() == "|" for y in line.get_ydata()]
+    assert len(set(heights)) == 6 and [t.get_text() for t in ax.get_legend().texts] == ["direct", "distilled"]
+
+
+def test_a_metric_is_drawn_with_all_that_belongs_to_it(results):
+    "Mean, seeds, interval and null band, in the unit of the metric"
+    own = [results[net("nll", s)] for s in (0, 1)]
+    ax, found = (plot_metric(results_frame({"a": own, "b": [results[net("ls")]]})),
+                 [r.raw.metrics["ece"] for r in own])
+    mean, seeds = ax.lines[0], ax.lines[1]
+    assert mean.get_xdata()[0] == pytest.approx(np.mean([e.value for e in found]))
+    assert list(seeds.get_xdata())[:2] == [e.value for e in found]
+    band, interval = ax.patches[0], ax.collections[0].get_segments()[0]
+    assert (band.get_x(), band.get_width() + band.get_x()) == pytest.approx(
+        [np.mean([getattr(e, k) for e in found]) for k in ("null_low", "null_high")])
+    assert interval[:, 0] == pytest.approx([np.mean([getattr(e, k) for e in found]) for k in ("low", "high")])
+    assert ax.get_xlabel() == "ECE in % (N = 300, 1 to 2 seeds)" and ax.get_xlim()[0] == 0
+    assert plot_metric(results_frame(own), "nll").get_xlabel() == "NLL in nats (N = 300, 2 seeds)"
 
 
 def test_the_trade_off_is_that_of_the_rows(results):
-    rows = summarise_seeds({"a": [results[net("nll", s)] for s in (0, 1)], "b": [results[net("ls")]]})
-    ax = plot_tradeoff(rows, "sce")
-    assert [p.get_width() for p in ax.patches] == pytest.approx([200*r.spread["sce"] for r in rows])
-    assert ([p.get_center() for p in ax.patches]
-            == [pytest.approx((100*r.mean["sce"], 100*r.mean["top1"])) for r in rows])
+    frame = results_frame({"a": [results[net("nll", s)] for s in (0, 1)], "b": [results[net("ls")]]})
+    ax = plot_tradeoff(frame, "sce")
+    means = seed_means(frame[frame.output == "raw"]).set_index(["row", "metric"])
+    sce, top1 = ([means.loc[k, m] for k in "ab"] for m in ("sce", "top1"))
+    assert [p.get_width() for p in ax.patches] == pytest.approx([2*m["std"] for m in sce])
+    assert [p.get_center() for p in ax.patches] == [pytest.approx((a["value"], b["value"]))
+                                                    for a, b in zip(sce, top1)]
 
 
 def test_a_table_has_the_columns_that_its_rows_speak_of(results):
@@ -106,24 +125,44 @@ def test_a_table_has_the_columns_that_its_rows_speak_of(results):
     head, (a, b) = results_table({"direct": direct, "KD": student})
     row = dict(zip(head, a))
     mean = np.mean([r.scaled.metrics["kl"].value for r in direct])
-    assert (summarise_seeds({"a": direct}, "scaled")[0].mean["kl"] == pytest.approx(mean)
+    scaled = seed_means(results_frame({"a": direct})).set_index(["output", "metric"]).loc["scaled", "kl"]
+    assert (scaled["value"] == pytest.approx(mean)
             and (row["T"], dict(zip(head, b))["T"]) == ("", "1"))
     seen = np.array([r.evaluation.raw["ece"].value for r in direct])
     ends = [np.mean([getattr(r.evaluation.raw["ece"], k) for r in direct]) for k in ("low", "high")]
     assert (row["ECE, %"] == f"{100*seen.mean():.2f} ±{100*seen.std(ddof=1):.2f}"
             + "†"*(not ends[0] <= seen.mean() <= ends[1]))
-    unknown = [replace(r, truth=None) for r in direct]
+    def forget(output): # the truth
+        return output._replace(metrics={k: e for k, e in output.metrics.items() if k not in ("error", "kl")})
+    unknown = [replace(r, raw=forget(r.raw), scaled=forget(r.scaled)) for r in direct]
     assert (set(head) - set(results_table({"direct": unknown}).head)
             == {"T", "alpha", "true error, %", "KL to truth, nats"})
 
 
 def test_rows_refuse_what_is_not_there(results):
-    rows = summarise_seeds({"a": [results[net("nll")]]})
-    for call, message in ((lambda: summarise_seeds({"a": []}), "named: got no results"),
-                          (lambda: summarise_seeds({"a": [results[net("nll")]]}, "Raw"), "which: got 'Raw'"),
-                          (lambda: plot_tradeoff([]), "rows: got none"),
-                          (lambda: plot_tradeoff(rows, "foo"), "metric: got 'foo'")):
+    frame = results_frame({"a": [results[net("nll")]]})
+    for call, message in ((lambda: results_frame({"a": []}), "results: got none"),
+                          (lambda: results_frame([]), "results: got none"),
+                          (lambda: plot_metric(frame, output="Raw"), "output: got 'Raw'"),
+                          (lambda: plot_metric(frame, "foo"), "metric: got 'foo'"),
+                          (lambda: plot_metric(frame[:0]), "frame: got no lines"),
+                          (lambda: plot_metric(frame, hue="foo"), "hue: got 'foo'"),
+                          (lambda: plot_panels(frame, (), "row", "training"), "metrics: got none"),
+                          (lambda: plot_tradeoff(frame[:0]), "frame: got no lines"),
+                          (lambda: plot_tradeoff(frame, "foo"), "metric: got 'foo'")):
         with pytest.raises(ValueError, match=message): call()
+
+
+def test_seeds_are_averaged_and_an_infinite_nll_stays_one(results):
+    own = [results[net("nll", s)] for s in (0, 1)]
+    means = seed_means(results_frame(own)).set_index(["output", "metric"])
+    for output, metric in (("raw", "ece"), ("scaled", "nll")):
+        values = [getattr(r, output).metrics[metric].value for r in own]
+        assert means.loc[output, metric]["value"] == pytest.approx(np.mean(values))
+        assert means.loc[output, metric]["std"] == pytest.approx(np.std(values, ddof=1))
+    assert set(means.seeds) == {2} and set(seed_means(results_frame(own[:1]))["std"]) == {0}
+    lines = metric_lines({}, {"nll": Estimate(null_low=1., null_high=2.), "top1": Estimate()}, 9)
+    assert [line["value"] for line in lines] == [np.inf, -np.inf] and np.isnan(lines[0]["low"])
 
 
 def test_overlays_are_few(results):
@@ -142,7 +181,7 @@ def test_outputs_of_any_kind_become_one_diagram(results):
     e = results[net("nll")].evaluation.raw["ece"]
     titles = {plot_reliability(*a).get_title()
               for a in ((z, y), (z.numpy(), y.tolist()), (z.tolist(), y),
-                        (z.double().softmax(1), y, "probs"), (results[net("nll")],))}
+                        (z.double().softmax(1), y, False), (results[net("nll")],))}
     assert titles == {f"Reliability (N = 300)\nECE {100*e.value:.1f}% [{100*e.low:.1f}, {100*e.high:.1f}], "
                       f"null {100*e.null_low:.1f} to {100*e.null_high:.1f}"}
     bins = prepare_diagram(z, y).bins
@@ -216,25 +255,27 @@ def test_limits_hold_everything():
 
 
 def test_merging_is_drawn_as_measured(looks, results):
-    "A line for each teacher and seed, through what was measured, and its intervals"
+    "A line for each teacher, through the mean over seeds of what was measured, and its intervals"
     (teacher, t), (student, l) = looks.items()
     scaled = replace(student, method=Distil(TemperatureScaled(teacher)))
-    rows = prepare_merging({teacher: t, student: l, scaled: l})
-    assert [(r.teacher, r.method.T, r.seed) for r in rows] == [("nll", 1., 0), ("nll after TS", 1., 0)]
-    fig = plot_merging([*rows, rows[0]._replace(seed=1)], .9, ("ratio", "ece"))
-    for ax, key in zip(fig.axes, ("ratio", "ece")):
-        assert [line.get_ydata().tolist() for line in ax.lines] == [[rows[0].values[key].value]]*3
-        assert (ax.collections[0].get_segments()[0][:, 1].tolist()
-                == [rows[0].values[key].low, rows[0].values[key].high])
-    with pytest.raises(ValueError, match="alpha: got 0.5, expected one of 0.9"): plot_merging(rows, .5)
-    with pytest.raises(ValueError, match="measures: got 'mean'"): plot_merging(rows, .9, ("ratio", "mean"))
+    frame = merging_frame({teacher: t, student: l, scaled: l})
+    assert (list(dict.fromkeys(zip(frame.teacher, frame["T"], frame.seed)))
+            == [("nll", 1., 0), ("nll after TS", 1., 0)])
+    fig = plot_panels(frame, ("ratio", "ece"), "T", "teacher")
+    for ax, e in zip(fig.axes, (l.merging["ratio"], l.result.raw.metrics["ece"])):
+        lines = [line for line in ax.lines if line.get_marker() == "o"]
+        assert [line.get_ydata().tolist() for line in lines] == [[e.value]]*2
+        assert ([line.get_ydata().tolist() for line in ax.lines if len(line.get_ydata()) == 2]
+                == [[e.low, e.high]]*2)
+    assert [text.get_text() for text in fig.legends[0].texts] == ["nll", "nll after TS"]
+    with pytest.raises(ValueError, match="metric: got 'mean'"): plot_panels(frame, ("mean",), "T", "teacher")
 
 
 def test_merging_needs_groups_and_one_kind_of_student(looks):
     teacher, student = looks
-    with pytest.raises(ValueError, match="views: got no students"): prepare_merging({teacher: looks[teacher]})
+    with pytest.raises(ValueError, match="views: got no students"): merging_frame({teacher: looks[teacher]})
     with pytest.raises(ValueError, match="views: got a data set without super-classes"):
-        prepare_merging({student: replace(looks[student], merging=None)})
+        merging_frame({student: replace(looks[student], merging=None)})
 
 
 def test_confidence_shift_of_looks(looks):
@@ -267,14 +308,16 @@ def test_a_grid_has_a_line_for_each_weight_in_the_order_of_t(store):
     teachers = [net(Method("nll"), s, "resnet14") for s in (0, 1)]
     specs = [net(Distil(t, T, a), t.seed) for t in teachers for T in (4, 1) for a in (1., .5)]
     runs = {s: run(s, store, "cpu", progress=False) for s in [*teachers, *specs]}
-    grid = prepare_temperature_grid(runs)
-    assert {k: {a: [r.spec.method.T for r in line] for a, line in lines.items()}
-            for k, lines in grid.items()} == {"nll": {.5: [1, 4], 1.: [1, 4]}}
-    assert (grid["nll"][.5][1].each["ece"]
-            == [runs[net(Distil(t, 4, .5), t.seed)].evaluation.raw["ece"].value for t in teachers])
-    for metric, scale in (("ece", 100), ("nll", 1)):
-        (ax,) = plot_temperature_grid(grid, metric)
-        assert ax.lines[0].get_ydata() == pytest.approx([scale*r.mean[metric] for r in grid["nll"][.5]])
+    frame = results_frame(runs.values())
+    for metric in ("ece", "nll"):
+        (ax,) = plot_temperature_grid(frame, metric).axes
+        lines = {line.get_label(): line for line in ax.lines if line.get_marker() == "o"}
+        assert list(lines) == ["alpha = 0.5", "alpha = 1"] and ax.get_xscale() == "log"
+        for a, line in zip((.5, 1.), lines.values()):
+            assert list(line.get_xdata()) == [1, 4]
+            assert line.get_ydata() == pytest.approx(
+                [np.mean([runs[net(Distil(t, T, a), t.seed)].raw.metrics[metric].value for t in teachers])
+                 for T in (1, 4)])
 
 
 def test_differences_are_drawn_with_their_intervals_and_coloured_by_holm():
@@ -290,11 +333,13 @@ def test_differences_are_drawn_with_their_intervals_and_coloured_by_holm():
 
 def test_drift_is_drawn_as_means_over_corruptions_and_seeds(results, store):
     own = [evaluate_drift(net("nll", s), store, ("contrast", "fog"), device="cpu") for s in (0, 1)]
-    ax = plot_drift({"direct": own}, "nll", "scaled")
+    frame = drift_frame({"direct": own})
+    ax = plot_metric(frame, "nll", "severity", "row", "scaled")
     by_hand = [np.mean([np.mean([d.rows[f"{k}/{s}"]["scaled"]["nll"] for k in ("contrast", "fog")])
                         for d in own]) for s in range(1, 6)]
     assert ax.lines[0].get_ydata()[1:] == pytest.approx(by_hand) and ax.lines[0].get_label() == "direct"
-    for call, message in ((lambda: plot_drift({}), "drifts: got none"),
-                          (lambda: plot_drift({"a": own}, "sce"), "metric: got 'sce'"),
-                          (lambda: plot_drift({"a": own}, "ece", "x"), "output: got 'x'")):
-        with pytest.raises(ValueError, match=message): call()
+    assert list(ax.lines[0].get_xdata()) == [0, 1, 2, 3, 4, 5]
+    clean = frame.query("severity == 0 and metric == 'ece' and output == 'raw'")
+    assert clean.null_high.tolist() == [d.rows["clean"]["raw"]["null_high"] for d in own]
+    with pytest.raises(ValueError, match="drifts: got none"): drift_frame({})
+    with pytest.raises(ValueError, match="metric: got 'sce'"): plot_metric(frame, "sce", "severity", "row")

@@ -29,8 +29,8 @@ class _Corruption(NamedTuple):
     "A way to spoil images, and how strongly"
     # (images (N, C, H, W) float32 from 0 to 1, strength, generator) to images; what
     # leaves 0 to 1 is cut off later
-    spoil: Callable
-    strengths: tuple # a number, or several, for each severity from 1 to 5
+    apply: Callable
+    by_severity: tuple # a number, or several, for each severity from 1 to 5
 
 
 CORRUPTIONS = Registry("corruption")

@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['read_corrupted_images', 'DriftResult', 'evaluate_drift', 'average_by_severity', 'write_drifts', 'read_drifts',
-           'plot_drift']
+           'drift_frame']
 
 # %% ../../nbs/analysis/08_drift.ipynb #ff9f3c0e
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from torch import Tensor
 
 from ..core import check
@@ -21,15 +19,15 @@ from ..values import decode, encode, frozen_spec
 from ..files import load_npz, save_npz
 from ..calibration.predictions import check_outputs_and_labels, top_label
 from ..calibration.metrics import nll, top1
-from ..calibration.estimates import top_label_estimates
-from ..calibration.diagrams import COLORS, GREY, axis_label
+from ..calibration.estimates import Estimate, top_label_estimates
 from ..training.data import Split, load_data
 from ..training.devices import best_device
 from ..training.steps import predict_logits
-from ..experiments.specs import RunSpec, run_label
+from ..experiments.specs import RunSpec, describe_run, run_label
 from ..experiments.results import round_numbers
 from ..experiments.store import Store
 from ..experiments.runs import RunContext
+from ..experiments.tables import metric_lines
 from .corruptions import CORRUPTIONS, check_severity, corrupt_images
 
 # %% ../../nbs/analysis/08_drift.ipynb #0bb2694d
@@ -177,27 +175,28 @@ def read_drifts(
     return {d.spec: d for d in map(decode, load_npz(path)[1]["drifts"])}
 
 # %% ../../nbs/analysis/08_drift.ipynb #c17fb817
-def plot_drift(
-    drifts: Mapping[str, Sequence[DriftResult]], # seeds of each row
-    metric: str = "ece", # "ece", "nll" or "top1"
-    output: str = "raw", # or "scaled", by the temperature of the clean validation images
-    ax: Axes | None = None, # None: a new one
-) -> Axes:
-    "A metric against the severity of corruptions, a line for each row"
+def drift_frame(
+    drifts: Mapping[str, Iterable[DriftResult]], # by the name of a row: its seeds
+) -> "pandas.DataFrame": # as `results_frame`, with a column severity: 0 for clean images, and 1 to 5
+    """Accuracy, NLL and ECE, averaged over the corruptions at each severity; a
+    `ValueError` if there is nothing
+    """
+    import pandas as pd
+    drifts = {name: list(own) for name, own in drifts.items()}
     check(bool(drifts) and all(drifts.values()), "drifts", "none", "one or more for each row")
-    check(metric in ("ece", "nll", "top1"), "metric", repr(metric), "'ece', 'nll' or 'top1'")
-    ax = ax or plt.subplots(figsize=(4.6, 3.4), layout="constrained")[1]
-    scale = 1 if metric == "nll" else 100
-    for k, (name, own) in enumerate(drifts.items()):
-        each = scale*np.stack([average_by_severity(d, output)[metric] for d in own])
-        ax.plot(each.mean(0), "o-", c=COLORS[k % len(COLORS)], ms=4, label=name)
-        ax.plot(each.T, ".", c=COLORS[k % len(COLORS)], ms=3, alpha=.6)
-    if metric == "ece":
-        ax.plot(100*np.mean(
-            [average_by_severity(d, output)["null_high"] for own in drifts.values() for d in own], 0
-        ), c=GREY, ls=":", label="upper end of the null band")
-    one = next(iter(drifts.values()))
-    ax.set(xlabel="severity (0: clean)",
-           ylabel=f"{axis_label(metric)}{' in %'*(scale > 1)} (N = {one[0].n:,} a corruption)",
-           title=("as they are", "after TS on clean images")[output == "scaled"])
-    return ax
+    lines = [line for name, own in drifts.items() for d in own for output in ("raw", "scaled")
+             for severity, metrics in _estimates_by_severity(d, output)
+             for line in metric_lines({"row": name, **describe_run(d.spec), "severity": severity,
+                                       "output": output}, metrics, d.n)]
+    return pd.DataFrame(lines)
+
+
+def _estimates_by_severity(drift: DriftResult, output: str) -> Iterator[tuple[int, dict[str, Estimate]]]:
+    "Each severity that was asked about, with its metrics"
+    means = average_by_severity(drift, output)
+    for severity in range(6):
+        at = {k: float(v[severity]) for k, v in means.items()}
+        if at["nll"] == at["nll"]: # not NaN
+            yield severity, {"top1": Estimate(at["top1"]), "nll": Estimate(at["nll"]),
+                             "ece": Estimate(at["ece"], at["low"], at["high"], None,
+                                             at["null_low"], at["null_high"])}

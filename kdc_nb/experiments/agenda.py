@@ -259,7 +259,7 @@ class Scheduler:
     def halve_parallel(self) -> None:
         "As many runs at a time are too many: begin those anew that found the device full, too"
         self.left_out = {r: e for r, e in self.left_out.items() if not isinstance(e, torch.OutOfMemoryError)}
-        self.context = self.context._replace(at_once=self.context.n_parallel//2)
+        self.context = self.context._replace(n_parallel=self.context.n_parallel//2)
         left = f"{len(self.not_stored)} runs start again, {self.context.n_parallel} at a time"
         warnings.warn(f"the device is out of memory; {left}")
         self.restart_running()

@@ -162,7 +162,8 @@ def train_run(spec: RunSpec, context: RunContext, progress: bool, deadline: floa
     except GraphCaptureError as e:
         warnings.warn(f"{run_label(spec)}: {e}; it is trained without, which costs speed, in a fresh process",
                       stacklevel=2)
-        return call_in_fresh_process(train_run, spec, context._replace(record=False), progress, deadline)
+        return call_in_fresh_process(train_run, spec, context._replace(use_cuda_graph=False),
+                                     progress, deadline)
     return store_result(collect_trained_run(spec, context, training), context.store)
 
 

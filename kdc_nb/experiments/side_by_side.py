@@ -174,7 +174,7 @@ class SideBySideRunner:
 
     def begin(self, run: RunSpec) -> bool:
         "Put a run into a slot, unless another process has done it"
-        context, cache = (self.agenda.context._replace(record=run not in self.agenda.uncaptured),
+        context, cache = (self.agenda.context._replace(use_cuda_graph=run not in self.agenda.uncaptured),
                           self.caches.take(run))
         if has_result_and_weights(run, context):
             self.end(run)

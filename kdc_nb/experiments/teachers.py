@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TemperatureScaled', 'teacher_temperature', 'TemperedPosterior', 'log_mean_probs', 'Ensemble', 'OutOfFold',
-           'StoredLogits', 'teacher_from_logits']
+           'StoredLogits', 'teacher_from_logits', 'direct_counterpart']
 
 # %% ../../nbs/experiments/01_teachers.ipynb #2eb1a93a
 import math
@@ -171,3 +171,12 @@ def teacher_from_logits(
     save_tensors(_stored_logits_path(teacher, store.folder if store else runs_folder()),
                  {"said": z}, data=d.fingerprint)
     return teacher
+
+# %% ../../nbs/experiments/01_teachers.ipynb #c24034df
+def direct_counterpart(
+    student: RunSpec, # taught by a network
+) -> tuple[RunSpec, str]: # and "raw" or "scaled"
+    "The run that uses the calibrator of a student's teacher directly, and which of its outputs"
+    teacher = student.method.teacher
+    direct = replace(student, method=teacher.first_run().method)
+    return direct, "scaled" if isinstance(teacher, TemperatureScaled) else "raw"

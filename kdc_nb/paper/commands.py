@@ -26,7 +26,6 @@ from ..experiments.results import Result, read_results, without_logits, write_re
 from ..experiments.store import Store
 from ..experiments.agenda import format_plan, parse_duration, plan_sweep, read_specs
 from ..experiments.sweeps import check_parallelism, sweep
-from ..experiments.tables import collect_by_row
 from kdc_nb.paper.settings import (
     MINIATURE_DATA, PAPER_EXPERIMENTS, PUBLISHED_HYPERPARAMETERS, order_by_priority, paper_specs,
 )
@@ -201,5 +200,5 @@ def _progress_table(
 ) -> Table:
     "What the command has done, this time and before"
     if a.candidates: return candidates_table(candidate_specs(a.what, a.recipe, a.small), results)
-    return paper_progress_table(collect_by_row(seeds, results),
+    return paper_progress_table(seeds, results,
                                 {} if a.small else published_values(PAPER_EXPERIMENTS[a.what].setting))

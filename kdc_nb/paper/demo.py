@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.figure import Figure
 
 from ..core import check
@@ -30,9 +31,9 @@ from ..experiments.results import Result
 from ..experiments.store import Store
 from ..experiments.sweeps import sweep
 from kdc_nb.experiments.tables import (
-    SeedSummary, collect_by_row, format_seed_count, results_table, summarise_seeds,
+    collect_by_row, format_seed_count, results_frame, results_table, seed_means,
 )
-from ..experiments.panels import plot_ece, plot_reliability_grid
+from ..experiments.panels import plot_metric, plot_reliability_grid
 from .settings import PAPER_METHODS, Setting, table_specs
 from .claims import row_differences, table_claims
 
@@ -80,20 +81,28 @@ def _part_specs(
     return specs
 
 # %% ../../nbs/paper/03_demo.ipynb #f0efc2b0
-def _format_summary(rows: list[SeedSummary]) -> str:
+def _format_summary(
+    results: dict[str, list[Result]], # by row, over seeds
+) -> str:
     """Did the students of calibrated teachers do better than those taught directly, and than
     that of an uncalibrated one?
     """
-    by = {r.name: r for r in rows}
-    def against(r, name):
-        wins = sum(a < b for a, b in zip(r.each["ece"], by[name].each["ece"]))
-        return f"{100*by[name].mean['ece']:.1f}% of {name} (lower in {wins} of {r.seeds} seeds)"
+    eces = {name: np.array([r.raw.metrics["ece"].value for r in own]) for name, own in results.items()}
+    def against(name, other):
+        wins, seeds = (eces[name] < eces[other]).sum(), len(eces[name])
+        return f"{100*eces[other].mean():.1f}% of {other} (lower in {wins} of {seeds} seeds)"
     others = ("KD(UC), from NLL", "Direct, NLL", "Direct, focal + MDCA")
-    sentence = (lambda r: f"{r.name}: ECE {100*r.mean['ece']:.1f}% against "
-                          + ", ".join(against(r, o) for o in others) + ".")
-    calibrated = [r for r in rows if r.name.startswith("KD(C)")]
+    sentence = (lambda name: f"{name}: ECE {100*eces[name].mean():.1f}% against "
+                             + ", ".join(against(name, o) for o in others) + ".")
+    calibrated = [name for (name, _), _ in _demo_claims(results)["KD(C) beats KD(UC)"]]
+    means = seed_means(results_frame(results))
     return "\n".join([*map(sentence, calibrated),
-                      f"N = {rows[0].n:,} test images, {format_seed_count(rows)}.", _ABBREVIATIONS])
+                      f"N = {means.n[0]:,} test images, {format_seed_count(means)}.", _ABBREVIATIONS])
+
+
+def _demo_claims(results: dict[str, list[Result]]) -> dict[str, list]: # of `table_claims`
+    "The claims about the demo's rows"
+    return table_claims({name: own[0].spec for name, own in results.items()})
 
 
 def _format_verdict(
@@ -102,7 +111,7 @@ def _format_verdict(
     """Whether the students of calibrated teachers are better calibrated than that of an
     uncalibrated one, beyond chance
     """
-    d = row_differences(results, table_claims(results)["KD(C) beats KD(UC)"], "ece").mean
+    d = row_differences(results, _demo_claims(results)["KD(C) beats KD(UC)"], "ece").mean
     word = ("Calibration passed" if d.high < 0 else "Calibration did not pass" if d.low > 0
             else "It cannot be told here whether calibration passed")
     return (f"{word}: the ECE of students of calibrated teachers, "
@@ -119,13 +128,14 @@ _ABBREVIATIONS = (
 # %% ../../nbs/paper/03_demo.ipynb #bf149a29
 def _plot_part(
     block: _DemoPart,
-    rows: list[SeedSummary],
     results: dict[str, list[Result]], # by row, over seeds
 ) -> dict[str, Figure]: # by file name
     "The two figures of a block"
     shown = ("Direct, NLL", "KD(UC), from NLL", "KD(C), from focal + MDCA", "KD(C), from NLL after TS")
     return {
-        f"{block.setting.data.name}_ece": plot_ece(rows, title=f"{block.title}: calibration error").figure,
+        f"{block.setting.data.name}_ece": plot_metric(
+            results_frame(results), title=f"{block.title}: calibration error"
+        ).figure,
         f"{block.setting.data.name}_reliability": plot_reliability_grid({k: results[k][0] for k in shown}),
     }
 
@@ -163,11 +173,11 @@ def _report_part(
     folder: Path, # where the figures go
 ) -> tuple[str, str]: # text for a terminal, HTML
     "Table, verdict and figures of one block; the figures are written as PNG"
-    rows, table = summarise_seeds(results), results_table(results)
-    said = f"{_format_verdict(results)}\n{_format_summary(rows)}"
+    table = results_table(results)
+    said = f"{_format_verdict(results)}\n{_format_summary(results)}"
     html = (f"<h2>{escape(block.title)}</h2>"
             + f"<p>{escape(said)}</p>".replace("\n", "<br>") + table._repr_html_())
-    for name, fig in _plot_part(block, rows, results).items():
+    for name, fig in _plot_part(block, results).items():
         with atomic_write(folder/f"{name}.png") as part: fig.savefig(part, format="png", dpi=120)
         plt.close(fig)
         html += (
