@@ -67,9 +67,9 @@ def _draw_list(
 ) -> Axes:
     "Names from top to bottom; colours below each other where a name has several"
     places, colors = {x: y for y, x in enumerate(dict.fromkeys(means.x))}, _colors(means.hue)
-    ax = ax or plt.subplots(figsize=(6, .35*len(means) + 1.2), layout="constrained")[1]
     several = bool(means.x.duplicated().any())
     height = .8/len(colors) if several else .8
+    ax = ax or plt.subplots(figsize=(6, (.5 if several else .35)*len(places) + 1.2), layout="constrained")[1]
     for k, (h, color) in enumerate(colors.items()):
         own, seeds = (t[t.hue == h] for t in (means, part))
         at, dots = (t.x.map(places) + several*height*(k - (len(colors) - 1)/2) for t in (own, seeds))
@@ -101,7 +101,7 @@ def _draw_lines(
         ax.vlines(at, own.low, own.high, color=color, lw=1)
         ax.plot(dots, seeds.value, ".", ms=3, c=color, alpha=.6)
     if x == "T": _mark_temperatures(ax, places)
-    else: ax.set_xlabel(x)
+    else: ax.set(xlabel=x, xticks=places)
     if len(colors) > 1: ax.legend(fontsize=8)
     return ax
 
@@ -137,7 +137,7 @@ def plot_panels(
                             layout="constrained", squeeze=False)
     for ax, metric in zip(axs[0], metrics):
         plot_metric(frame, metric, x, hue, ax=ax)
-        means = seed_means(frame[frame.metric == metric], (x, hue))
+        means = seed_means(frame[(frame.metric == metric) & (frame.output == "raw")], (x, hue))
         ax.set_ylabel(_label_with_unit(means))
         if ax.get_legend(): ax.get_legend().remove()
     handles, names = axs[0][0].get_legend_handles_labels()

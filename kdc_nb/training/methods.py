@@ -178,17 +178,17 @@ class _ProgressiveDistillation(TrainingMethod):
 
     def before_fit(self, n_train: int, n_classes: int, epochs: int) -> None:
         self.epochs = epochs
-        for name in ("said", "says"):
-            self.register_buffer(name, torch.zeros(n_train, n_classes)) # last epoch, and in this one
+        for name in ("prev_probs", "next_probs"):
+            self.register_buffer(name, torch.zeros(n_train, n_classes)) # of the last epoch, and of this one
 
     def forward(self, step: TrainingStep) -> Tensor:
-        self.says.index_copy_(0, step.index, upcast(step.logits).detach().softmax(1))
-        labels = one_hot(step.targets, step.logits.shape[1]).to(self.said.dtype)
-        past = torch.where(step.epoch > 0, self.said[step.index], labels)
+        self.next_probs.index_copy_(0, step.index, upcast(step.logits).detach().softmax(1))
+        labels = one_hot(step.targets, step.logits.shape[1]).to(self.prev_probs.dtype)
+        past = torch.where(step.epoch > 0, self.prev_probs[step.index], labels)
         return self.loss(step.logits, torch.lerp(labels, past, self.alpha*(step.epoch + 1)/self.epochs))
 
     def after_epoch(self, epoch: int, valid_logits: Tensor | None, valid_labels: Tensor | None) -> None:
-        self.said.copy_(self.says)
+        self.prev_probs.copy_(self.next_probs)
 
 # %% ../../nbs/training/10_methods.ipynb #b4fccb1c
 @Method.register("crl")
@@ -201,18 +201,18 @@ class _CorrectnessRanking(TrainingMethod):
         self.beta = beta
 
     def before_fit(self, n_train: int, n_classes: int, epochs: int) -> None:
-        for name in ("right", "times", "share"):
-            self.register_buffer(name, torch.zeros(n_train)) # in this epoch, in all before, as a share
+        for name in ("correct", "n_correct", "correctness"):
+            self.register_buffer(name, torch.zeros(n_train)) # in this epoch, in how many before, as a share
 
     def forward(self, step: TrainingStep) -> Tensor:
-        _, right = confidence_and_correct(step.logits, step.targets)
-        self.right.index_copy_(0, step.index, right.to(self.right.dtype))
-        return self.loss(step.logits, step.targets) + self.beta*crl(step.logits, self.share[step.index])
+        _, correct = confidence_and_correct(step.logits, step.targets)
+        self.correct.index_copy_(0, step.index, correct.to(self.correct.dtype))
+        return self.loss(step.logits, step.targets) + self.beta*crl(step.logits, self.correctness[step.index])
 
     def after_epoch(self, epoch: int, valid_logits: Tensor | None, valid_labels: Tensor | None) -> None:
-        self.times += self.right
-        least = self.times.min()
-        self.share.copy_((self.times - least)/(epoch + 1 - least).clamp_min(1))
+        self.n_correct += self.correct
+        least = self.n_correct.min()
+        self.correctness.copy_((self.n_correct - least)/(epoch + 1 - least).clamp_min(1))
 
 # %% ../../nbs/training/10_methods.ipynb #fcdb7026
 @Method.register("adafocal")
@@ -236,11 +236,11 @@ class _AdaFocal(TrainingMethod):
         return focal(step.logits, step.targets, self.gamma[bins])
 
     def after_epoch(self, epoch: int, valid_logits: Tensor | None, valid_labels: Tensor | None) -> None:
-        sure, right = confidence_and_correct(valid_logits, valid_labels)
-        edges = sure.quantile(torch.linspace(0, 1, self.n_bins + 1)[1:-1])
-        bins = torch.bucketize(sure, edges)
+        confidence, correct = confidence_and_correct(valid_logits, valid_labels)
+        edges = confidence.quantile(torch.linspace(0, 1, self.n_bins + 1)[1:-1])
+        bins = torch.bucketize(confidence, edges)
         total = lambda x: torch.zeros(self.n_bins).index_add_(0, bins, x.float())
-        gap = total(sure - right.float())/total(torch.ones_like(sure)).clamp_min(1)
+        gap = total(confidence - correct.float())/total(torch.ones_like(confidence)).clamp_min(1)
         self.edges.copy_(edges)
         self.gamma.copy_(_update_gamma(self.gamma.cpu(), gap, self.rate))
 
