@@ -148,6 +148,7 @@ def test_rows_refuse_what_is_not_there(results):
                           (lambda: plot_metric(frame, "foo"), "metric: got 'foo'"),
                           (lambda: plot_metric(frame[:0]), "frame: got no lines"),
                           (lambda: plot_metric(frame, hue="foo"), "hue: got 'foo'"),
+                          (lambda: plot_metric(frame, x="T"), "frame: got no raw ece with T and training"),
                           (lambda: plot_panels(frame, (), "row", "training"), "metrics: got none"),
                           (lambda: plot_tradeoff(frame[:0]), "frame: got no lines"),
                           (lambda: plot_tradeoff(frame, "foo"), "metric: got 'foo'")):

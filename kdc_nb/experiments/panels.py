@@ -33,12 +33,17 @@ def plot_metric(
     ax: Axes | None = None, # None: a new one
     title: str = "",
 ) -> Axes:
-    "A metric of runs with all that belongs to it; a `ValueError` says which metrics or columns there are"
+    """A metric of runs with all that belongs to it, of those lines that have `x` and `hue`.
+
+    A `ValueError` says which metrics, outputs or columns there are.
+    """
     check(len(frame) > 0, "frame", "no lines", "one or more, from `results_frame`")
     for column, name in ((x, "x"), (hue, "hue")): lookup(dict.fromkeys(frame), column, name)
     for value, name in ((metric, "metric"), (output, "output")):
         lookup(dict.fromkeys(frame[name]), value, name)
-    part = frame[(frame.metric == metric) & (frame.output == output)].assign(x=frame[x], hue=frame[hue])
+    part = frame[(frame.metric == metric) & (frame.output == output)].dropna(subset=[x, hue])
+    check(len(part) > 0, "frame", f"no {output} {metric} with {x} and {hue}", "one or more")
+    part = part.assign(x=part[x], hue=part[hue])
     means = seed_means(part, ("x", "hue"))
     is_error = metric in METRICS and METRICS[metric].norm is not None # whose best is 0
     if not is_error: means = means.assign(null_low=np.nan, null_high=np.nan) # a promise, no yardstick

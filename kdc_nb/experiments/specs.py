@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Teacher', 'RunSpec', 'full_data', 'model_has_dropout', 'Distil', 'run_label', 'method_label', 'teacher_label',
-           'describe_run', 'row_label', 'run_id', 'lineage', 'with_seed', 'self_distillation_chain', 'trace_generation']
+           'run_id', 'lineage', 'with_seed', 'self_distillation_chain', 'trace_generation', 'describe_run', 'row_label']
 
 # %% ../../nbs/experiments/00_specs.ipynb #4b6345fd
 import math
@@ -154,22 +154,6 @@ def teacher_label(method: Distil) -> str:
     "A student's teacher in a few words, by the method of the run behind it"
     return method.teacher.label(lambda run: method_label(run.method))
 
-# %% ../../nbs/experiments/00_specs.ipynb #bded6d49
-def describe_run(spec: RunSpec) -> dict[str, Any]: # by column; "" and NaN where nobody taught it
-    "What tables and figures say of a run: its data, network, method and teacher, and the numbers among them"
-    told = {"data": spec.data.title, "model": spec.model, "seed": spec.seed}
-    if isinstance(how := spec.method, Method):
-        return told | {"training": "direct", "method": method_label(how), "teacher": "",
-                       "T": math.nan, "alpha": math.nan, "generation": 0}
-    return told | {"training": "distilled", "method": "KD", "teacher": teacher_label(how),
-                   "T": how.T, "alpha": how.alpha, "generation": trace_generation(spec)[1]}
-
-
-def row_label(spec: RunSpec) -> str: # the same for all seeds
-    "How a run was trained, in a few words"
-    if isinstance(how := spec.method, Method): return method_label(how)
-    return f"KD(T={how.T:g}, alpha={how.alpha:g}) from {teacher_label(how)}"
-
 # %% ../../nbs/experiments/00_specs.ipynb #56c4476d
 _SCHEMA = 1 # grows when the same description would mean another run
 
@@ -233,3 +217,19 @@ def trace_generation(
     while isinstance(spec.method, Distil) and isinstance(spec.method.teacher, RunSpec):
         spec, n = spec.method.teacher, n + 1
     return spec, n
+
+# %% ../../nbs/experiments/00_specs.ipynb #bded6d49
+def describe_run(spec: RunSpec) -> dict[str, Any]: # by column; "" and NaN where nobody taught it
+    "What tables and figures say of a run: its data, network, method and teacher, and the numbers among them"
+    told = {"data": spec.data.title, "model": spec.model, "seed": spec.seed}
+    if isinstance(how := spec.method, Method):
+        return told | {"training": "direct", "method": method_label(how), "teacher": "",
+                       "T": math.nan, "alpha": math.nan, "generation": 0}
+    return told | {"training": "distilled", "method": "KD", "teacher": teacher_label(how),
+                   "T": how.T, "alpha": how.alpha, "generation": trace_generation(spec)[1]}
+
+
+def row_label(spec: RunSpec) -> str: # the same for all seeds
+    "How a run was trained, in a few words"
+    if isinstance(how := spec.method, Method): return method_label(how)
+    return f"KD(T={how.T:g}, alpha={how.alpha:g}) from {teacher_label(how)}"

@@ -49,10 +49,12 @@ def results_frame(
     import pandas as pd
     named = results if isinstance(results, Mapping) else {"": list(results)}
     check(bool(named) and all(named.values()), "results", "none", "one or more for each row")
-    return pd.DataFrame([line for name, own in named.items() for r in own for output in ("raw", "scaled")
-                         for line in metric_lines({"row": name or row_label(r.spec),
-                                                   **describe_run(r.spec), "output": output},
-                                                  getattr(r, output).metrics, r.evaluation.n)])
+    lines = []
+    for name, r in ((name, r) for name, own in named.items() for r in own):
+        described = {"row": name or row_label(r.spec), **describe_run(r.spec)}
+        for output in ("raw", "scaled"):
+            lines += metric_lines(described | {"output": output}, getattr(r, output).metrics, r.evaluation.n)
+    return pd.DataFrame(lines)
 
 # %% ../../nbs/experiments/08_tables.ipynb #4e787bec
 _VALUES = ["value", "low", "high", "null_low", "null_high"]
@@ -66,7 +68,7 @@ def seed_means(
     groups = frame.groupby(list(by), sort=False, dropna=False)
     means, seeds = groups[_VALUES].mean(), groups.size()
     told = groups[[c for c in frame if c not in (*by, *_VALUES, "seed")]].first()
-    spread = groups["value"].std(ddof=1).where(seeds > 1, 0.)
+    spread = groups["value"].agg(lambda v: v.to_numpy().std(ddof=1) if len(v) > 1 else 0.)
     return told.join(means).assign(std=spread, seeds=seeds).reset_index()
 
 # %% ../../nbs/experiments/08_tables.ipynb #d36c9615
