@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..core import check
+from ..core import Registry, check
 from ..values import frozen_spec
 from .data import check_augmentations
 
@@ -48,17 +48,17 @@ class Recipe:
               self.warmup, "a share of training between 0 and 1, and no milestones beside it")
 
 # %% ../../nbs/training/12_recipes.ipynb #c0f8e394
-RECIPES: dict[str, Recipe] = {
-    "smoke": Recipe(epochs=2, batch_size=64, lr=.05),
-    "cpu": Recipe(epochs=24, augment=("flip",)),
-    "fast": Recipe(epochs=40, augment=("crop", "flip"), live_teacher=True),
-    "fast_linear": Recipe(epochs=40, warmup=.1, augment=("crop", "flip"), live_teacher=True),
-    "fast_512": Recipe(epochs=40, batch_size=512, lr=.4, augment=("crop", "flip"), live_teacher=True),
-    "paper": Recipe(epochs=160, weight_decay=1e-4, milestones=(.5, .75),
-                    augment=("crop", "flip"), live_teacher=True, select="best"),
-    "text": Recipe(epochs=4, batch_size=32, lr=5e-5, weight_decay=.01, optimizer="adamw", warmup=.1),
-    "text_small": Recipe(epochs=20, batch_size=32, lr=2e-3, weight_decay=.01, optimizer="adamw", warmup=.1),
-}
+RECIPES = Registry("recipe", # a `Recipe` for each name
+    smoke=Recipe(epochs=2, batch_size=64, lr=.05),
+    cpu=Recipe(epochs=24, augment=("flip",)),
+    fast=Recipe(epochs=40, augment=("crop", "flip"), live_teacher=True),
+    fast_linear=Recipe(epochs=40, warmup=.1, augment=("crop", "flip"), live_teacher=True),
+    fast_512=Recipe(epochs=40, batch_size=512, lr=.4, augment=("crop", "flip"), live_teacher=True),
+    paper=Recipe(epochs=160, weight_decay=1e-4, milestones=(.5, .75),
+                 augment=("crop", "flip"), live_teacher=True, select="best"),
+    text=Recipe(epochs=4, batch_size=32, lr=5e-5, weight_decay=.01, optimizer="adamw", warmup=.1),
+    text_small=Recipe(epochs=20, batch_size=32, lr=2e-3, weight_decay=.01, optimizer="adamw", warmup=.1),
+)
 
 # %% ../../nbs/training/12_recipes.ipynb #cf80efe7
 def learning_rate(
