@@ -115,7 +115,7 @@ def test_they_teach_live_too(store, kind, monkeypatch):
     net = RunSpec(data, "resnet8", "nll", Recipe(1, 30, augment=("crop",), live_teacher=True))
     student = replace(net, method=Distil(kind(net, 2)))
     assert has_live_teacher(student)
-    patch_name(monkeypatch, "teacher_train_logits",
+    patch_name(monkeypatch, "_predict_train",
                lambda *a: pytest.fail("looked up what was said of the plain images"))
     assert go(student, store).evaluation.n == len(load_data(data).test)
 

@@ -159,7 +159,8 @@ def teacher_from_logits(
     store: Any = None, # a `Store`; None: the one in the cache folder
 ) -> StoredLogits: # to be distilled from
     "Keep logits of the training images, as a teacher; a `ValueError` says what is wrong with them"
-    d, index = load_data(data), torch.arange(len(load_data(data).train))
+    d = load_data(data)
+    index = torch.arange(len(d.train))
     if callable(logits):
         batches = zip(d.train.inputs.split(d.eval_batch_size), index.split(d.eval_batch_size))
         with torch.no_grad():
