@@ -21,7 +21,8 @@ from ..values import frozen_spec
 from ..files import content_hash, load_tensors, runs_folder, save_tensors
 from ..calibration.predictions import check_outputs
 from ..calibration.posthoc import fit_temperature, to_logits
-from ..training.data import DataSpec, LeaveFoldOut, check_fingerprint, load_data
+from ..training.data import DataSpec, LeaveFoldOut, load_data
+from ..training.images import check_fingerprint
 from ..training.methods import Method
 from ..training.devices import best_device
 from .specs import RunSpec, Teacher
