@@ -192,7 +192,8 @@ def test_a_damaged_or_foreign_file_is_told(store):
     lambda: replace(NET, method=Distil(Ensemble(replace(NET, data=DataSpec("known")))))
 ])
 def test_what_cannot_be_is_refused_where_it_is_written(make):
-    with pytest.raises(ValueError, match="^(n|K|k|run|data|teacher): got .* expected "): make()
+    said = "^(n_networks|n_folds|fold|run|data|teacher): got .* expected "
+    with pytest.raises(ValueError, match=said): make()
 
 
 def test_descriptions_survive_a_file(tmp_path):
