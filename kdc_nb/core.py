@@ -47,9 +47,11 @@ class Registry(UserDict):
     def __init__(self,
         kind: str, # what the entries are, for messages
         *rooms: str, # modules that register the kit's own entries
+        **built_in: Any, # the kit's own entries where they are values, which do not say who made them
     ):
         super().__init__()
-        self.kind, self.rooms = kind, rooms
+        self.kind, self.rooms, self.built_in = kind, rooms, frozenset(built_in)
+        self.data.update(built_in)
         self.by_kind.setdefault(kind, self)
 
     def load(self) -> None:
@@ -74,9 +76,15 @@ class Registry(UserDict):
         if not (again and is_built_in(old)): self.data[name] = made # a kit's page has its module
 
     def register(self, name: str) -> Callable: # a decorator
-        "Enter a function or class under `name`"
+        "Enter a function or class under `name`; a `ValueError` where that is taken"
         def add(made): self[name] = made; return made
         return add
+
+    def is_own(self,
+        name: str, # of an entry
+    ) -> bool:
+        "Whether a user registered `name`"
+        return name not in self.built_in if self.built_in else not is_built_in(self.data[name])
 
 # %% ../nbs/core.ipynb #7c4cf0c0
 def is_built_in(made: Any) -> bool:
@@ -85,7 +93,8 @@ def is_built_in(made: Any) -> bool:
 
 
 def _is_defined_again(old: Any, made: Any) -> bool:
-    "Whether a cell was run again that defined `old`; of the kit's own, only the same"
+    "Whether a cell was run again that defined `old`; of the kit's own, and of values, only the same"
+    if not hasattr(made, "__qualname__"): return old == made
     if getattr(old, "__qualname__", "<lambda>") != getattr(made, "__qualname__", None): return False
     mentions = "co_names", "co_varnames" # byte code itself also depends on where lines are broken
     return not is_built_in(old) or _byte_code(old, *mentions) == _byte_code(made, *mentions)
@@ -94,10 +103,10 @@ def _is_defined_again(old: Any, made: Any) -> bool:
 SPEC_TYPES = Registry("kind", "kdc_nb.experiments.teachers", "kdc_nb.analysis.drift") # of descriptions
 
 
-def own_entries() -> list[tuple[str, str, Any]]: # kind, name, function or class
+def own_entries() -> list[tuple[str, str, Any]]: # kind, name, and the function, class or value
     "What users registered, in this process"
     return [(kind, name, made) for kind, r in Registry.by_kind.items()
-            for name, made in r.data.items() if not is_built_in(made)]
+            for name, made in r.data.items() if r.is_own(name)]
 
 
 def own_fingerprints() -> dict[str, str]: # by module and name

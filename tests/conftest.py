@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from kdc_nb.core import Registry, is_built_in
+from kdc_nb.core import Registry
 from tests.shards import write_photos
 
 settings.register_profile("kit", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -48,7 +48,7 @@ def own_entries_stay_in_their_test():
     before = {k: dict(r.data) for k, r in Registry.by_kind.items()}
     yield
     for k, r in Registry.by_kind.items():
-        r.data = {n: made for n, made in r.data.items() if is_built_in(made)} | before.get(k, {})
+        r.data = {n: made for n, made in r.data.items() if not r.is_own(n)} | before.get(k, {})
 
 
 @pytest.fixture(scope="session")

@@ -176,7 +176,7 @@ def test_a_cut_keeps_every_image_once_and_every_classs_share(n, c, seed):
             and all(torch.equal(labels[x], y) for x, y in parts))
     for (x, y), share in zip(parts, (.6, .2, .2)):
         assert all(abs(int((y == k).sum()) - share*n) <= 1 for k in range(c))
-    with pytest.raises(ValueError, match="parts: got"):
+    with pytest.raises(ValueError, match="fractions: got"):
         data_room.stratified_split(torch.arange(n*c), labels, (.6, .3))
 
 

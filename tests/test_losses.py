@@ -1,8 +1,10 @@
 "Losses against plain NumPy, one sample, one class and one pair at a time, over random problems."
 
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kdc_nb.calibration.metrics import brier
+from kdc_nb.training.data import DataSpec
 from kdc_nb.training.losses import (
     acls, bdc, bec, crl, cross_entropy, dca, distillation, flsd, focal, label_smoothing, mbls, mdca, mmce,
+    one_hot, upcast,
 )
+from kdc_nb.training.methods import Method, TrainingMethod
+from kdc_nb.training.recipes import Recipe
+from kdc_nb.experiments.runs import run
+from kdc_nb.experiments.specs import Distil, RunSpec
+from kdc_nb.experiments.store import Store
 
 
 def softmax(z):
@@ -406,3 +416,19 @@ def test_the_student_of_a_teacher_at_alpha_one_has_its_probabilities():
             return loss
         opt.step(closure)
         assert torch.allclose(z.softmax(1), t.softmax(1), atol=1e-3)
+
+
+def test_the_pages_own_loss_is_trained_with(tmp_path):
+    "The page's cell and the two lines below it, as somebody copies them: a teacher, and a student of it"
+    page = nbformat.read(Path(__file__).parents[1]/"nbs/training/08_losses.ipynb", as_version=4)
+    cell, = (c.source for c in page.cells if c.cell_type == "code" and c.source.startswith("def brier_loss"))
+    lines = page.cells[-1].source.split("```python\n")[1].split("```")[0]
+    exec(compile(cell + "\n" + lines, "<page>", "exec"),
+         {"__name__": "__main__", "upcast": upcast, "one_hot": one_hot, "Method": Method,
+          "TrainingMethod": TrainingMethod})
+    data, recipe = DataSpec("known", n_train=100, n_valid=60, n_test=80), Recipe(1, 50)
+    teacher = RunSpec(data, "resnet8", Method("brier_loss"), recipe)
+    student = run(RunSpec(data, "resnet8", Distil(teacher), recipe), Store(tmp_path), "cpu", progress=False)
+    assert 0 <= student.raw.metrics["top1"].value <= 1 and len([*tmp_path.glob("*.run")]) == 2
+    z, y = torch.tensor([[2., 0., -1.], [0., 1., .5]]), torch.tensor([0, 2])
+    assert float(Method("brier_loss").build().loss(z, y)) == pytest.approx(brier(z, y), rel=1e-6)

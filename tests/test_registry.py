@@ -16,7 +16,7 @@ from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.losses import cross_entropy
 from kdc_nb.training.methods import Method
 from kdc_nb.training.models import MODELS
-from kdc_nb.training.recipes import Recipe
+from kdc_nb.training.recipes import RECIPES, Recipe
 from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.specs import Distil, RunSpec, run_id
 from kdc_nb.experiments.store import Store
@@ -52,7 +52,7 @@ def own_data(n=60):
     return Dataset(split(), split(), split(), ("a", "b", "c", "d"), superclass=(0, 0, 1, 1))
 '''
 SPECS = '''
-from kdc_nb.training.recipes import Recipe
+from kdc_nb.training.recipes import RECIPES, Recipe
 from kdc_nb.experiments.agenda import write_specs
 from kdc_nb.experiments.specs import Distil, RunSpec
 data, recipe = DataSpec("own_data"), Recipe(2, 20)
@@ -74,6 +74,7 @@ SPEC = RunSpec(TINY, "resnet8", "nll", Recipe(1, 50))
     (Method.registry, "nll"), (MODELS, "densenet121"),
     (MODELS, "resnet{depth}"), (MODELS, "bert-base-uncased"),
     (DataSpec.registry, "known"), (DataSpec.registry, "cifar10"), (Calibrator.registry, "ts"),
+    (RECIPES, "cpu"),
 ])
 def test_a_taken_name_is_refused(registry, name):
     def another(): pass

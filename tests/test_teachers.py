@@ -115,7 +115,7 @@ def test_they_teach_live_too(store, kind, monkeypatch):
     net = RunSpec(data, "resnet8", "nll", Recipe(1, 30, augment=("crop",), live_teacher=True))
     student = replace(net, method=Distil(kind(net, 2)))
     assert has_live_teacher(student)
-    patch_name(monkeypatch, "teacher_train_logits",
+    patch_name(monkeypatch, "_predict_train",
                lambda *a: pytest.fail("looked up what was said of the plain images"))
     assert go(student, store).evaluation.n == len(load_data(data).test)
 
@@ -192,8 +192,8 @@ def test_a_damaged_or_foreign_file_is_told(store):
     lambda: replace(NET, method=Distil(Ensemble(replace(NET, data=DataSpec("known")))))
 ])
 def test_what_cannot_be_is_refused_where_it_is_written(make):
-    with pytest.raises(ValueError, match="^(n_networks|n_folds|fold|run|data|teacher): got .* expected "):
-        make()
+    said = "^(n_networks|n_folds|fold|run|data|teacher): got .* expected "
+    with pytest.raises(ValueError, match=said): make()
 
 
 def test_descriptions_survive_a_file(tmp_path):

@@ -23,7 +23,7 @@ from torch import Tensor, distributed, nn
 
 import kdc_nb
 from ..core import check
-from ..training.data import DataSpec, LeaveFoldOut, load_data
+from ..training.data import DataSpec, Dataset, LeaveFoldOut, load_data
 from kdc_nb.training.devices import (
     best_device, broadcast_int, call_in_fresh_process, cuda_is_broken, gather_strided, rank_and_world,
 )
@@ -37,8 +37,8 @@ from .store import Store, build_net
 # %% ../../nbs/experiments/04_runs.ipynb #ca8aa45b
 def has_live_teacher(spec: RunSpec) -> bool:
     "Whether a network must be asked about each image as it is augmented"
-    augmented = set(spec.recipe.augment) & set(load_data(spec.data).augment)
-    return bool(spec.teacher_runs() and spec.recipe.live_teacher and augmented)
+    if not (spec.recipe.live_teacher and spec.recipe.augment and spec.teacher_runs()): return False
+    return not set(spec.recipe.augment).isdisjoint(load_data(spec.data).augment)
 
 
 def strip_scaling(teacher: Teacher) -> Teacher:
@@ -52,17 +52,27 @@ def teacher_train_logits(
     context: "RunContext",
 ) -> Tensor: # (N, C) on the device
     "A teacher's logits of the plain training images"
-    predict, d, on, (rank, world) = (teacher.predictor(data_spec, context), load_data(data_spec),
-                                     best_device(context.device), rank_and_world())
-    own = zip(*(rows[rank::world].split(d.eval_batch_size)
-                for rows in (d.train.inputs, torch.arange(len(d.train)))))
+    return _predict_train(teacher.predictor(data_spec, context), load_data(data_spec),
+                          best_device(context.device))
+
+
+def _predict_train(
+    predict: Predictor,
+    data: Dataset,
+    device: torch.device,
+) -> Tensor: # (N, C) on the device
+    "A teacher's logits of the plain training images; processes that share the work each ask about a part"
+    rank, world = rank_and_world()
+    own = zip(*(rows[rank::world].split(data.eval_batch_size)
+                for rows in (data.train.inputs, torch.arange(len(data.train)))))
     with torch.inference_mode():
-        logits = [predict(d.normalise(x.to(on)), i.to(on)) for x, i in own]
-        return gather_strided(torch.cat(logits), len(d.train))
+        logits = [predict(data.normalise(x.to(device)), i.to(device)) for x, i in own]
+        return gather_strided(torch.cat(logits), len(data.train))
 
 
 def _build_teacher(
     spec: RunSpec,
+    data: Dataset, # of the run
     context: "RunContext",
 ) -> tuple[Predictor | None, float]: # None for a run without one; what its logits are divided by
     """The teacher of a student's run; one that is asked about augmented images is scaled
@@ -74,7 +84,7 @@ def _build_teacher(
         plain = strip_scaling(teacher)
         return (plain.predictor(spec.data, context),
                 1. if plain == teacher else teacher_temperature(plain, context))
-    logits = teacher_train_logits(teacher, spec.data, context)
+    logits = _predict_train(teacher.predictor(spec.data, context), data, best_device(context.device))
     return (lambda x, index: logits[index]), 1.
 
 # %% ../../nbs/experiments/04_runs.ipynb #8554ab40
@@ -119,9 +129,10 @@ def build_trainer(
     teacher_cache: TeacherCache | None = None, # what other students of its teacher heard
 ) -> Trainer:
     "A run before its first step"
-    net, method, device = build_net(spec), spec.method.build(), best_device(context.device)
-    teacher, T = _build_teacher(spec, context)
-    return Trainer(net, load_data(spec.data), method, spec.recipe,
+    net, data, method, device = (build_net(spec), load_data(spec.data),
+                                 spec.method.build(), best_device(context.device))
+    teacher, T = _build_teacher(spec, data, context)
+    return Trainer(net, data, method, spec.recipe,
                    spec.seed, device, teacher, T, teacher_cache, context.use_cuda_graph)
 
 

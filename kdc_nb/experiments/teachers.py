@@ -21,7 +21,8 @@ from ..values import frozen_spec
 from ..files import content_hash, load_tensors, runs_folder, save_tensors
 from ..calibration.predictions import check_outputs
 from ..calibration.posthoc import fit_temperature, to_logits
-from ..training.data import DataSpec, LeaveFoldOut, check_fingerprint, load_data
+from ..training.data import DataSpec, LeaveFoldOut, load_data
+from ..training.images import check_fingerprint
 from ..training.methods import Method
 from ..training.devices import best_device
 from .specs import RunSpec, Teacher
@@ -159,7 +160,8 @@ def teacher_from_logits(
     store: Any = None, # a `Store`; None: the one in the cache folder
 ) -> StoredLogits: # to be distilled from
     "Keep logits of the training images, as a teacher; a `ValueError` says what is wrong with them"
-    d, index = load_data(data), torch.arange(len(load_data(data).train))
+    d = load_data(data)
+    index = torch.arange(len(d.train))
     if callable(logits):
         batches = zip(d.train.inputs.split(d.eval_batch_size), index.split(d.eval_batch_size))
         with torch.no_grad():

@@ -83,7 +83,7 @@ def _load_cifar(
 
 # %% ../../nbs/training/02_cifar.ipynb #dd31ff9b
 def pending_download(
-    data: DataSpec,
+    data: DataSpec, # of any name; only the CIFAR sets are ever fetched
 ) -> str: # a file's name; empty: nothing
     "What `load_data` would have to fetch from elsewhere for a data set of the kit's own"
     name = "cifar10" if data.name == "cifar10h" else data.name

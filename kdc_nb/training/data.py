@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['InputsAndLabels', 'Split', 'Dataset', 'DataSpec', 'load_data', 'channel_stats', 'check_split_sizes', 'show_images',
-           'check_labels', 'check_class_names', 'check_fingerprint', 'registered_data_path', 'read_registered_data',
-           'stratified_split', 'LeaveFoldOut', 'check_augmentations', 'max_shift', 'draw_shifts_and_flips']
+           'check_labels', 'check_class_names', 'stratified_split', 'LeaveFoldOut', 'check_augmentations', 'max_shift',
+           'draw_shifts_and_flips']
 
 # %% ../../nbs/training/00_data.ipynb #008e49ae
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,7 @@ from torch import Tensor
 
 from ..core import check
 from ..values import NamedSpec, frozen_spec
-from ..files import cache_dir, content_hash, load_tensors
+from ..files import content_hash
 
 # %% ../../nbs/training/00_data.ipynb #1fd73e86
 @dataclass(frozen=True, eq=False)
@@ -39,7 +37,7 @@ class Split:
 @dataclass(frozen=True, eq=False)
 class Dataset:
     "Three splits with what a training loop needs to know of them"
-    train: Split
+    train: Split # what networks are trained on
     valid: Split # chooses
     test: Split # reports
     classes: tuple[str, ...] # names; the position is the label
@@ -71,7 +69,9 @@ class Dataset:
         mean, std = self.mean_and_std(x.device)
         return (x.float()/255 - mean)/std
 
-    def mean_and_std(self, device: torch.device) -> Tensor: # (2, 1, C, 1, 1)
+    def mean_and_std(self,
+        device: torch.device, # where images are normalised
+    ) -> Tensor: # (2, 1, C, 1, 1)
         "Mean and deviation on a device, sent there once"
         with torch.inference_mode(False):
             if device not in self._stats_by_device:
@@ -84,9 +84,7 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str: # 16 hexadecimal digits
-        """SHA-256 of all that a run sees of the set, shortened: two sets with one
-        fingerprint give the same runs
-        """
+        "SHA-256 of all that a run sees of the set, shortened: sets that share it give the same runs"
         tensors = {f"{k}/{f}": t for k in ("train", "valid", "test")
                    for f, t in vars(getattr(self, k)).items() if t is not None}
         return content_hash(tensors, f"{self.augment} {self.mean} {self.std}")[:16]
@@ -119,8 +117,12 @@ def channel_stats(
     return dict(mean=tuple(a/(255*n) for a in sums), std=tuple(math.sqrt(max(v, 1e-12)) for v in var))
 
 # %% ../../nbs/training/00_data.ipynb #2312b679
-def check_split_sizes(name: str, total: int | None = None, **sizes: int) -> None:
-    "Refuse splits that are empty or, together, larger than the total there is"
+def check_split_sizes(
+    name: str, # of the data set, for messages
+    total: int | None = None, # samples there are; None: as many as one likes
+    **sizes: int, # samples of each split, by the name of the parameter
+) -> None:
+    "A `ValueError` where a split is empty or they are, together, larger than the total there is"
     for k, n in sizes.items(): check(n >= 1, f"{name} {k}", n, "at least 1")
     if total is not None:
         check(sum(sizes.values()) <= total, f"{name} {' + '.join(sizes)}",
@@ -148,7 +150,7 @@ def _scanned_digits(
 def show_images(
     inputs: Tensor, # (N, 1 or 3, H, W) uint8
     titles: Sequence[str], # one above each
-    columns: int,
+    columns: int, # images in a row, 1 or more
     size: float = .9, # of an image, in inches
 ) -> "matplotlib.figure.Figure":
     "Images in a grid"
@@ -166,10 +168,10 @@ InputsAndLabels = tuple[Any, Any] # inputs, or what stands for them, and labels 
 
 def check_labels(
     what: str, # whose labels
-    labels: Any,
-    n: int, # how many there must be
+    labels: Any, # (n,) integers from 0
+    n: int, # how many there must be, 1 or more
 ) -> Tensor: # (n,) int64, a copy
-    "Checked labels"
+    "Checked labels; a `ValueError` says what is wrong with them"
     y = np.asarray(labels)
     check(y.dtype.kind in "iu" and y.shape == (n,) and n > 0 and y.min() >= 0,
           what, f"labels of {y.dtype} and shape {y.shape}", f"{n} integers from 0")
@@ -180,7 +182,7 @@ def check_class_names(
     labels: Mapping[str, Tensor], # of "train", "valid" and "test"
     classes: Sequence[str] | None, # None: their numbers
 ) -> tuple[str, ...]:
-    "The names of all classes, each of which is trained on"
+    "The names of all classes; a `ValueError` where one has no training sample, or a label no name"
     top = max(int(y.max()) for y in labels.values())
     check(classes is not None or top < len(labels["train"]), "train", f"labels up to {top}",
           "numbers of classes, of which there are no more than samples")
@@ -193,36 +195,14 @@ def check_class_names(
           "samples of every class")
     return classes
 
-# %% ../../nbs/training/00_data.ipynb #6e70a464
-def check_fingerprint(fingerprint: str) -> None:
-    "Refuse what cannot be one, before it becomes part of a path"
-    check(re.fullmatch("[0-9a-f]{16}", fingerprint), "fingerprint",
-          repr(fingerprint), "16 hexadecimal digits")
-
-
-def registered_data_path(fingerprint: str) -> Path:
-    "Where the cache keeps data of your own"
-    check_fingerprint(fingerprint)
-    return cache_dir()/"data"/f"{fingerprint}.safetensors"
-
-
-def read_registered_data(
-    title: str, fingerprint: str
-) -> tuple[dict[str, Tensor], dict[str, Any]]: # tensors by name, the JSON
-    "Data of your own, as they were kept"
-    path = registered_data_path(fingerprint)
-    check(path.exists(), "data", f"{title}, of which {path.parent} knows nothing",
-          "what was given with this cache folder")
-    return load_tensors(path)
-
 # %% ../../nbs/training/00_data.ipynb #ec6e95a1
 def stratified_split(
     inputs: Tensor, # (N, ...)
     labels: Tensor, # (N,)
     fractions: Sequence[float] = (.6, .2, .2), # of each class, for training, validation and test
-    seed: int = 0,
+    seed: int = 0, # of the order within each class
 ) -> list[tuple[Tensor, Tensor]]: # a pair for each part
-    "One set in several, each with its share of every class"
+    "One set in several, each with its share of every class; a `ValueError` where the shares are none"
     check(abs(sum(fractions) - 1) < 1e-9 and min(fractions) > 0,
           "fractions", tuple(fractions), "positive shares of sum 1")
     labels = check_labels("labels", labels, len(inputs))
@@ -237,9 +217,9 @@ def stratified_split(
 @frozen_spec
 class LeaveFoldOut:
     "A data set without the training images whose position is `fold` modulo `n_folds`"
-    data: DataSpec
-    fold: int # from 0 to K-1
-    n_folds: int # folds, 2 or more
+    data: DataSpec # the whole set
+    fold: int # which one, from 0 to n_folds-1
+    n_folds: int # 2 or more
 
     def __post_init__(self):
         check(isinstance(self.data, DataSpec), "data", self.data, "a whole data set")
@@ -277,12 +257,16 @@ def _shift_and_flip(
     return padded.flatten(2).gather(2, at).view_as(x)
 
 # %% ../../nbs/training/00_data.ipynb #bf1b0b94
-def check_augmentations(ops: Sequence[str]) -> None:
-    "Refuse what is no augmentation"
+def check_augmentations(
+    ops: Sequence[str], # of "crop", "flip"
+) -> None:
+    "A `ValueError` where an operation is no augmentation"
     check(set(ops) <= {"crop", "flip"}, "augment", tuple(ops), "some of crop and flip")
 
 
-def max_shift(inputs: Tensor) -> int:
+def max_shift(
+    inputs: Tensor, # (..., H, W), of any type
+) -> int: # pixels
     "The largest shift: an eighth of the width, 4 pixels for 32"
     return inputs.shape[-1]//8
 

@@ -74,7 +74,10 @@ class LossFieldPlot:
         self.curve.legend(loc="upper right")
         self.title = self.triangle.set_title(" ", fontsize="medium", animated=animated)
 
-    def show(self, pull: _LossField, title: str) -> "LossFieldPlot":
+    def show(self,
+        pull: _LossField, # as `prepare_loss_field` gives it
+        title: str, # above the triangle
+    ) -> "LossFieldPlot": # this one
         "Draw a pull; an arrow's length grows with the square root of the speed"
         speed = np.linalg.norm(pull.moves@self.corners, axis=1, keepdims=True)
         self.arrows.set_UVC(*(.15*pull.moves@self.corners/np.sqrt(np.maximum(speed, 1e-12))).T)
@@ -85,9 +88,9 @@ class LossFieldPlot:
 
 
 def plot_loss_field(
-    field: _LossField,
+    field: _LossField, # as `prepare_loss_field` gives it
     axs: Sequence[Axes] | None = None, # two; None: new ones
-    title: str = "Where a loss moves the answer",
+    title: str = "Where a loss moves the answer", # above the triangle
 ) -> Sequence[Axes]:
     "The pull of a loss: all answers on a triangle, and the label's effective target"
     picture = LossFieldPlot(axs).show(field, title)
@@ -103,14 +106,20 @@ def _batch_context(
     return z, (u > (z/overconfidence).softmax(1).cumsum(1)[:, :2]).sum(1)
 
 
-def target_loss_field(eps: float, alpha: float, teacher: float) -> _LossField:
+def target_loss_field(
+    eps: float, # of label smoothing, 0 to 1
+    alpha: float, # weight of the teacher, 0 to 1
+    teacher: float, # probability of the label, between 0 and 1
+) -> _LossField:
     "Smoothed labels, and a teacher who gives the label this probability"
     said = torch.tensor([[teacher, (1 - teacher)/2, (1 - teacher)/2]]).log()
     return prepare_loss_field(lambda z, y: (1 - alpha)*label_smoothing(z, y, eps)
                                            + alpha*distillation(z, y, said.expand_as(z), alpha=1.))
 
 
-def weight_loss_field(gamma: float) -> _LossField:
+def weight_loss_field(
+    gamma: float, # of the focal loss; 0 is the NLL
+) -> _LossField:
     "A focal loss, inverse below 0"
     return prepare_loss_field(lambda z, y: focal(z, y, gamma))
 
@@ -123,12 +132,20 @@ BATCH_PENALTIES = {"MDCA": mdca, "DCA": dca, "MMCE": mmce, "MMCE, as ported": la
                        lambda z, y: crl(z, torch.cat([torch.ones(1), label_prob(z[1:], y[1:])]))}
 
 
-def logit_loss_field(penalty: str, beta: float, margin: float) -> _LossField:
-    "The NLL and one of LOGIT_PENALTIES"
+def logit_loss_field(
+    penalty: str, # in `LOGIT_PENALTIES`
+    beta: float, # weight of the penalty, 0 or more
+    margin: float, # in logits, 0 or more; BDC and BEC have none
+) -> _LossField:
+    "The NLL and one of `LOGIT_PENALTIES`"
     return prepare_loss_field(lambda z, y: cross_entropy(z, y) + beta*LOGIT_PENALTIES[penalty](z, y, margin))
 
 
-def batch_loss_field(penalty: str, beta: float, overconfidence: float) -> _LossField:
-    "The NLL and one of BATCH_PENALTIES, among others of whom the network is overconfident by a factor"
+def batch_loss_field(
+    penalty: str, # in `BATCH_PENALTIES`
+    beta: float, # weight of the penalty, 0 or more
+    overconfidence: float, # factor by which the logits of the others are too large, above 0
+) -> _LossField:
+    "The NLL and one of `BATCH_PENALTIES`, in a batch of others of whom the network is overconfident"
     return prepare_loss_field(lambda z, y: cross_entropy(z, y) + beta*BATCH_PENALTIES[penalty](z, y),
                               _batch_context(overconfidence))

@@ -36,7 +36,7 @@ def label_smoothing(
     eps: float = .05, # probability to spread, 0 to 1
     exclude_target: bool = False, # spread it over the other classes only
 ) -> Tensor: # scalar
-    "Cross-entropy to targets with `eps` spread evenly over all classes"
+    "Cross-entropy to targets with `eps` spread evenly over all classes (Szegedy et al., 2015)"
     z = upcast(logits)
     if exclude_target: eps = eps*z.shape[1]/(z.shape[1] - 1)
     return (1 - eps)*F.cross_entropy(z, targets) - eps*z.log_softmax(1).mean()
@@ -49,7 +49,7 @@ def distillation(
     T: float = 1., # temperature, above 0
     alpha: float = .9, # weight of the teacher, 0 to 1
 ) -> Tensor: # scalar
-    "Knowledge distillation: the teacher's softened probabilities and the labels, weighted"
+    "Knowledge distillation (Hinton et al., 2015): softened teacher probabilities and labels, weighted"
     z, t = upcast(logits), upcast(teacher_logits).detach()
     kl = F.kl_div((z/T).log_softmax(1), (t/T).log_softmax(1), reduction="batchmean", log_target=True)
     return alpha*T**2*kl + (1 - alpha)*F.cross_entropy(z, targets)
@@ -60,7 +60,7 @@ def focal(
     labels: Tensor, # (B,)
     gamma: float | Tensor = 3., # or (B,); 0 gives the NLL, below 0 the inverse focal loss
 ) -> Tensor: # scalar
-    "Focal loss"
+    "Focal loss (Lin et al., 2017)"
     log_p = -F.cross_entropy(upcast(logits), labels, reduction="none")
     gamma = gamma if isinstance(gamma, Tensor) else torch.full_like(log_p, gamma)
     miss = (-torch.expm1(log_p)).clamp_min(torch.finfo(log_p.dtype).eps)
@@ -80,13 +80,13 @@ def flsd(
     logits: Tensor, # (B, C)
     labels: Tensor, # (B,)
 ) -> Tensor: # scalar
-    "Focal loss with gamma = 5 where the label has a probability below .2, and 3 elsewhere"
+    "Focal loss with gamma = 5 where the label has less than .2, and 3 elsewhere (Mukhoti et al., 2020)"
     return focal(logits, labels, torch.where(label_prob(logits, labels) < .2, 5., 3.))
 
 # %% ../../nbs/training/08_losses.ipynb #7a745efb
 def one_hot(
     labels: Tensor, # (B,)
-    n_classes: int,
+    n_classes: int, # C, above every label
 ) -> Tensor: # (B, C) bool
     "Where the label is; torch's own would ask the device whether the labels are in range"
     return labels[:, None] == torch.arange(n_classes, device=labels.device)
@@ -96,7 +96,7 @@ def mdca(
     logits: Tensor, # (B, C)
     targets: Tensor, # (B,) labels, or (B, C) probabilities
 ) -> Tensor: # scalar, 0 to 2/C
-    "Multi-class difference of confidence and accuracy, a penalty"
+    "Multi-class difference of confidence and accuracy, a penalty (Hebbalaguppe et al., 2022)"
     p = upcast(logits).softmax(1)
     y = targets if targets.ndim == 2 else one_hot(targets, p.shape[1]).to(p.dtype)
     return (p.mean(0) - y.mean(0)).abs().mean()
@@ -115,7 +115,7 @@ def dca(
     logits: Tensor, # (B, C)
     labels: Tensor, # (B,)
 ) -> Tensor: # scalar, 0 to 1
-    "Difference of confidence and accuracy, a penalty"
+    "Difference of confidence and accuracy, a penalty (Liang et al., 2020)"
     sure, right = confidence_and_correct(logits, labels)
     return (sure.mean() - right.to(sure.dtype).mean()).abs()
 
@@ -125,7 +125,7 @@ def mmce(
     labels: Tensor, # (B,)
     double_normalised: bool = False, # normalise twice, as the public ports do
 ) -> Tensor: # scalar
-    "Maximum mean calibration error, weighted, a penalty"
+    "Maximum mean calibration error, weighted, a penalty (Kumar et al., 2018)"
     sure, right = confidence_and_correct(logits, labels)
     m, n = right.sum(), (~right).sum()
     u = (right.to(sure.dtype) - sure)/torch.where(right, m, n)**(2 if double_normalised else 1)
@@ -137,7 +137,7 @@ def crl(
     logits: Tensor, # (B, C)
     correctness: Tensor, # (B,) how often each sample was correct so far, 0 to 1
 ) -> Tensor: # scalar
-    "Correctness ranking, a penalty"
+    "Correctness ranking, a penalty (Moon et al., 2020)"
     sure = upcast(logits).softmax(1).amax(1)
     d, gap = correctness - correctness.roll(-1), sure - sure.roll(-1)
     return F.relu(d.abs() - d.sign()*gap).mean()
@@ -147,7 +147,7 @@ def mbls(
     logits: Tensor, # (B, C)
     margin: float = 10., # 0 or more
 ) -> Tensor: # scalar
-    "Margin-based label smoothing, a penalty"
+    "Margin-based label smoothing, a penalty (Liu et al., 2022)"
     z = upcast(logits)
     return F.relu(z.amax(1, keepdim=True) - z - margin).mean()
 
@@ -157,7 +157,7 @@ def acls(
     margin: float = 10., # 0 or more
     as_published: bool = False, # the winner's lead over the smallest logit, in place of the winning logit
 ) -> Tensor: # scalar
-    "Adaptive and conditional label smoothing, a penalty"
+    "Adaptive and conditional label smoothing, a penalty (Park et al., 2023)"
     z = upcast(logits)
     top = z.amax(1)
     winner = top - z.detach().amin(1) if as_published else top
@@ -169,7 +169,7 @@ def bdc(
     logits: Tensor, # (B, C)
     labels: Tensor, # (B,)
 ) -> Tensor: # scalar
-    "Binary discrimination constraint, the first penalty of CPC"
+    "Binary discrimination constraint, the first penalty of CPC (Cheng and Vasconcelos, 2022)"
     z = upcast(logits)
     loss = F.softplus(z - z.gather(1, labels[:, None]))
     return torch.where(one_hot(labels, z.shape[1]), 0., loss).sum(1).mean()/(z.shape[1] - 1)
@@ -180,7 +180,7 @@ def bec(
     labels: Tensor, # (B,)
     self_pairs: bool = False, # count each class paired with itself
 ) -> Tensor: # scalar
-    "Binary exclusion constraint, the second penalty of CPC; it takes B*C*C numbers"
+    "Binary exclusion constraint, the second penalty of CPC, from the same source; it takes B*C*C numbers"
     z, C = upcast(logits), logits.shape[1]
     other = ~one_hot(labels, C)
     pairs = other[:, :, None] & other[:, None] & ~torch.eye(C, dtype=torch.bool, device=z.device)

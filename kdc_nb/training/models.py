@@ -20,27 +20,33 @@ class Net(nn.Module):
     def __init__(self,
         body: nn.Module, # (N, C, H, W) to (N, F, h, w)
         n_features: int, # F
-        n_classes: int,
+        n_classes: int, # 2 or more
     ):
         super().__init__()
         self.body, self.head = body, nn.Linear(n_features, n_classes)
         for m in self.modules(): self.init_weights(m)
 
     @staticmethod
-    def init_weights(m: nn.Module) -> None:
+    def init_weights(
+        m: nn.Module, # a layer; what is no convolution stays as torch made it
+    ) -> None:
         "Weights of a convolution keep the size of the gradient (He et al. 2015); biases begin at 0"
         if not isinstance(m, nn.Conv2d): return
         nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
         if m.bias is not None: nn.init.zeros_(m.bias)
 
-    def features(self, x: Tensor) -> Tensor: # (N, C, H, W) to (N, F)
+    def features(self,
+        x: Tensor, # (N, C, H, W) normalised images
+    ) -> Tensor: # (N, F)
         "The penultimate features: what the head sees"
         maps = self.body(x)
         # in full precision, as the head
         return maps.mean((2, 3), dtype=torch.promote_types(maps.dtype, torch.float32))
 
-    def forward(self, x: Tensor) -> Tensor: # (N, C, H, W) to (N, n_classes)
-        "Logits"
+    def forward(self,
+        x: Tensor, # (N, C, H, W) normalised images
+    ) -> Tensor: # (N, n_classes)
+        "Logits; a `ValueError` where these are no images"
         check(x.ndim == 4, "inputs", f"shape {tuple(x.shape)}", "images (N, C, H, W)")
         return self.head(self.features(x))
 
@@ -245,7 +251,9 @@ MODELS.update({
 })
 
 # %% ../../nbs/training/05_models.ipynb #3d4068bb
-def find_model(name: str) -> tuple[str, dict[str, int]]: # its entry in `MODELS`, and the numbers in the name
+def find_model(
+    name: str, # as in `MODELS`, with numbers for braces: "wrn_40_2"
+) -> tuple[str, dict[str, int]]: # its entry in `MODELS`, and the numbers in the name
     "Which network a name stands for; a `ValueError` lists the names there are"
     if name in MODELS: return name, {}
     for entry in MODELS:
@@ -256,14 +264,16 @@ def find_model(name: str) -> tuple[str, dict[str, int]]: # its entry in `MODELS`
 # %% ../../nbs/training/05_models.ipynb #c39d225c
 def build_model(
     name: str, # as in `MODELS`, with numbers for braces: "wrn_40_2"
-    n_classes: int,
+    n_classes: int, # 2 or more
     in_channels: int = 3, # 1 for grey images; of texts the size of the vocabulary
 ) -> nn.Module: # on the CPU, its weights drawn from torch's generator
-    "A new net by its name; a `ValueError` lists the names there are"
+    "A new net by its name; a `ValueError` lists the names there are, or says what the net cannot be"
     entry, numbers = find_model(name)
     return _use_full_precision_head(MODELS[entry](n_classes, in_channels, **numbers), n_classes)
 
 # %% ../../nbs/training/05_models.ipynb #9f325ce7
-def count_parameters(net: nn.Module) -> int:
+def count_parameters(
+    net: nn.Module, # any network
+) -> int: # 0 or more
     "How many numbers are trained"
     return sum(p.numel() for p in net.parameters() if p.requires_grad)

@@ -11,19 +11,19 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..core import check
+from ..core import Registry, check
 from ..values import frozen_spec
 from .data import check_augmentations
 
 # %% ../../nbs/training/12_recipes.ipynb #0dfbedaf
 @frozen_spec
 class Recipe:
-    "How to train: an optimizer, a schedule, and what is done to the images"
-    epochs: int
-    batch_size: int = 128
-    lr: float = .1 # the largest learning rate
+    "How to train: optimizer, schedule, and what is done to the images; a `ValueError` names what cannot be"
+    epochs: int # 1 or more
+    batch_size: int = 128 # 2 or more
+    lr: float = .1 # the largest learning rate, above 0
     momentum: float = .9 # of AdamW its first beta
-    weight_decay: float = 5e-4
+    weight_decay: float = 5e-4 # 0 or more; of SGD a part of the gradient, of AdamW apart from it
     # where the rate falls to a tenth, as shares of training; none: one cycle
     milestones: tuple[float, ...] = ()
     augment: tuple[str, ...] = () # of "crop", "flip", as far as the data set allows
@@ -48,24 +48,24 @@ class Recipe:
               self.warmup, "a share of training between 0 and 1, and no milestones beside it")
 
 # %% ../../nbs/training/12_recipes.ipynb #c0f8e394
-RECIPES: dict[str, Recipe] = {
-    "smoke": Recipe(epochs=2, batch_size=64, lr=.05),
-    "cpu": Recipe(epochs=24, augment=("flip",)),
-    "fast": Recipe(epochs=40, augment=("crop", "flip"), live_teacher=True),
-    "fast_linear": Recipe(epochs=40, warmup=.1, augment=("crop", "flip"), live_teacher=True),
-    "fast_512": Recipe(epochs=40, batch_size=512, lr=.4, augment=("crop", "flip"), live_teacher=True),
-    "paper": Recipe(epochs=160, weight_decay=1e-4, milestones=(.5, .75),
-                    augment=("crop", "flip"), live_teacher=True, select="best"),
-    "text": Recipe(epochs=4, batch_size=32, lr=5e-5, weight_decay=.01, optimizer="adamw", warmup=.1),
-    "text_small": Recipe(epochs=20, batch_size=32, lr=2e-3, weight_decay=.01, optimizer="adamw", warmup=.1),
-}
+RECIPES = Registry("recipe", # a `Recipe` for each name
+    smoke=Recipe(epochs=2, batch_size=64, lr=.05),
+    cpu=Recipe(epochs=24, augment=("flip",)),
+    fast=Recipe(epochs=40, augment=("crop", "flip"), live_teacher=True),
+    fast_linear=Recipe(epochs=40, warmup=.1, augment=("crop", "flip"), live_teacher=True),
+    fast_512=Recipe(epochs=40, batch_size=512, lr=.4, augment=("crop", "flip"), live_teacher=True),
+    paper=Recipe(epochs=160, weight_decay=1e-4, milestones=(.5, .75),
+                 augment=("crop", "flip"), live_teacher=True, select="best"),
+    text=Recipe(epochs=4, batch_size=32, lr=5e-5, weight_decay=.01, optimizer="adamw", warmup=.1),
+    text_small=Recipe(epochs=20, batch_size=32, lr=2e-3, weight_decay=.01, optimizer="adamw", warmup=.1),
+)
 
 # %% ../../nbs/training/12_recipes.ipynb #cf80efe7
 def learning_rate(
-    recipe: Recipe,
+    recipe: Recipe, # whose schedule
     progress: float, # share of training done, 0 to 1
 ) -> float: # learning rate
-    "The learning rate at a point of training"
+    "The learning rate at a point of training: linear, in steps, or one cycle (Smith, 2018)"
     if recipe.warmup: return recipe.lr*min(progress/recipe.warmup, (1 - progress)/(1 - recipe.warmup))
     if recipe.milestones: return recipe.lr*.1**sum(progress >= d for d in recipe.milestones)
     rise = .3
@@ -74,8 +74,8 @@ def learning_rate(
 
 # %% ../../nbs/training/12_recipes.ipynb #d7d7866e
 def build_optimizer(
-    net: nn.Module,
-    recipe: Recipe,
+    net: nn.Module, # whose parameters are trained, but for those that need no gradient
+    recipe: Recipe, # learning rate aside, which is in `lr_tensor`
     lr_tensor: Tensor, # (), on the device of the network; written over at each step
 ) -> tuple[torch.optim.Optimizer, dict[str, Tensor]]: # with what it remembers, by name
     "The optimizer of a recipe; AdamW leaves biases and the weights of normalisations undecayed"

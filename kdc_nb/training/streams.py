@@ -24,10 +24,11 @@ from ..values import derive_seed
 from ..files import content_hash, save_tensors
 from kdc_nb.training.data import (
     DataSpec, Dataset, InputsAndLabels, Split, check_augmentations, check_class_names, check_labels,
-    read_registered_data, registered_data_path, stratified_split,
+    stratified_split,
 )
 from kdc_nb.training.images import (
-    check_image_size, find_images, load_images, open_image, read_images, register_images,
+    check_image_size, find_images, load_images, open_image, read_images, read_registered_data,
+    register_images, registered_data_path,
 )
 
 # %% ../../nbs/training/04_streams.ipynb #4dd4630e
@@ -121,7 +122,7 @@ class _StreamedDataset(Dataset):
 # %% ../../nbs/training/04_streams.ipynb #217e3d27
 def register_image_folder(
     title: str, # for tables
-    folder: Path | str,
+    folder: Path | str, # in which the images stay
     train: InputsAndLabels, # paths (N,) below the folder and labels (N,), as `find_images` gives them
     valid: InputsAndLabels, # chooses
     test: InputsAndLabels, # reports

@@ -23,8 +23,8 @@ from ..core import check
 from ..files import cache_dir, content_hash, load_tensors, save_tensors
 from kdc_nb.training.data import (
     DataSpec, Dataset, InputsAndLabels, Split, check_class_names, check_labels, check_split_sizes,
-    read_registered_data, registered_data_path,
 )
+from .images import read_registered_data, registered_data_path
 
 # %% ../../nbs/training/06_text.ipynb #66351592
 class MissingExtra(ValueError):
@@ -32,7 +32,7 @@ class MissingExtra(ValueError):
 
 
 def check_text_extra() -> None:
-    "Refuse to go on without the extra `text`"
+    "A `MissingExtra` without the libraries of the extra `text`"
     if find_spec("transformers") is None:
         raise MissingExtra("text: got no library transformers, expected it, by pip install 'kdc_nb[text]'")
 
@@ -49,9 +49,19 @@ class TextDataset(Dataset):
     @cached_property
     def fingerprint(self) -> str: return content_hash({}, f"{super().fingerprint} {self.tokens}")[:16]
 
-    def augment_batch(self, x: Tensor, shift: Tensor, flip: Tensor) -> Tensor: return self.normalise(x)
+    def augment_batch(self,
+        x: Tensor, # (B, L) int32 tokens
+        shift: Tensor, # not looked at: a text is not augmented
+        flip: Tensor, # likewise
+    ) -> Tensor: # (B, L) int64
+        "What a step of training sees of its texts: all of them"
+        return self.normalise(x)
 
-    def normalise(self, x: Tensor) -> Tensor: return x.long() # (B, L)
+    def normalise(self,
+        x: Tensor, # (B, L) int32 tokens, -1 after the end of each text
+    ) -> Tensor: # (B, L) int64
+        "Tokens as a network takes them"
+        return x.long()
 
     def text(self,
         row: Tensor, # (L,)
@@ -73,7 +83,9 @@ def _tokenise(
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
 # %% ../../nbs/training/06_text.ipynb #098d4ebd
-def list_vocabulary(tokenizer: Any) -> tuple[str, ...]:
+def list_vocabulary(
+    tokenizer: Any, # of the library tokenizers or transformers
+) -> tuple[str, ...]: # the position is the token's number
     "The tokens of a tokenizer by number"
     return tuple(t for t, _ in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1]))
 
@@ -163,7 +175,7 @@ def load_from_hub(
 def load_hub_tokenizer(
     name: str, # a model's on the hub, or a folder
 ) -> Any: # of the library tokenizers
-    "The tokenizer of a pretrained model"
+    "The tokenizer of a pretrained model; a `ValueError` where a library is missing, or the model is"
     check_text_extra()
     from transformers import AutoTokenizer
     return load_from_hub(AutoTokenizer.from_pretrained, name).backend_tokenizer

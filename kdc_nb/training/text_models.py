@@ -28,7 +28,9 @@ class TextClassifier(nn.Module):
         super().__init__()
         self.net, self.weights = net, weights
 
-    def forward(self, x: Tensor) -> Tensor: # (B, L) int64, -1 after the end of each text, to (B, n_classes)
+    def forward(self,
+        x: Tensor, # (B, L) int64 tokens, -1 after the end of each text
+    ) -> Tensor: # (B, n_classes)
         "Logits; a `ValueError` where texts are longer than the network takes"
         check(x.ndim == 2, "inputs", f"shape {tuple(x.shape)}", "texts (N, L)")
         most = self.net.config.max_position_embeddings
@@ -36,7 +38,9 @@ class TextClassifier(nn.Module):
               f"at most {most}, which {type(self.net).__name__} takes")
         return self.net(input_ids=x.clamp_min(0), attention_mask=(x >= 0).long()).logits
 
-    def pretrain(self, data: TextDataset) -> None:
+    def pretrain(self,
+        data: TextDataset, # whose vocabulary the weights must know
+    ) -> None:
         """Put the pretrained weights below the head; a `ValueError` where they are of
         another tokenizer than the data
         """
