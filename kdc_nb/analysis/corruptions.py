@@ -27,10 +27,10 @@ from kdc_nb.analysis.filters import (
 # %% ../../nbs/analysis/07_corruptions.ipynb #0347bf1d
 class _Corruption(NamedTuple):
     "A way to spoil images, and how strongly"
-    # (images (N, C, H, W) float32 from 0 to 1, strength, generator) to images; what
-    # leaves 0 to 1 is cut off later
-    spoil: Callable
-    strengths: tuple # a number, or several, for each severity from 1 to 5
+    # from images (N, C, H, W) float32 from 0 to 1, strength and random generator to images, which are
+    # clipped to 0 to 1 later
+    apply: Callable
+    by_severity: tuple # strengths, a number or several numbers each, at severity 1 to 5
 
 
 CORRUPTIONS = Registry("corruption")

@@ -77,9 +77,10 @@ def _prepare_penultimate(
     check(split in ("train", "test"), "split", repr(split), "'train' or 'test'")
     first = views[0]
     of_classes = torch.isin(first.feature_labels["train"], torch.tensor(classes))
-    flat = _principal_plane(_project_to_classes(first.features["train"][of_classes], first.head, classes))
-    return [[flat(_project_to_classes(l.features[split][l.feature_labels[split] == c],
-                                      l.head_weights, classes)).numpy()
+    plane = _principal_plane(_project_to_classes(first.features["train"][of_classes],
+                                                 first.head_weights, classes))
+    return [[plane(_project_to_classes(l.features[split][l.feature_labels[split] == c],
+                                       l.head_weights, classes)).numpy()
              for c in classes] for l in views]
 
 # %% ../../nbs/analysis/03_projections.ipynb #422f0cfe
