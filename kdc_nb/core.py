@@ -20,32 +20,33 @@ from typing import Any, ClassVar
 def check(
     ok: bool, # what should hold
     argument: str, # the argument's name, as its user knows it
-    got: Any, # what came
-    expected: str, # what would have been correct, in words
+    got: Any, # what was given, as it is to be shown
+    expected: str, # what would have been accepted, in words
 ) -> None:
-    "Raise a `ValueError` that names the argument, what came and what was expected, unless `ok`"
+    "Raise a `ValueError` that names the argument, what was given and what was expected, unless `ok`"
     if not ok: raise ValueError(f"{argument}: got {got}, expected {expected}")
 
 # %% ../nbs/core.ipynb #f5339c7d
 def lookup(
     registry: Mapping[str, Any], # entries by name
     name: str, # the name asked for
-    argument: str, # what the caller calls it
+    argument: str, # the argument's name, for the message
 ) -> Any: # the entry
-    "The entry `name` of `registry`; a `ValueError` lists the known names where there is none"
+    "The entry `name` of `registry`; a `ValueError` lists the known names if there is no such entry"
     check(name in registry, argument, repr(name), "one of " + ", ".join(sorted(registry)))
     return registry[name]
 
 # %% ../nbs/core.ipynb #5213598d
 class Registry(UserDict):
-    """Entries by name.
+    """A dictionary of named entries, such as metrics or methods.
 
-    A taken name is refused; the rooms that hold the kit's own entries are imported before the first look
+    A name that is taken is refused with a `ValueError`. The modules that register the kit's own entries are
+    imported when the registry is first read.
     """
-    by_kind: ClassVar[dict[str, "Registry"]] = {} # all registries
+    by_kind: ClassVar[dict[str, "Registry"]] = {} # all registries of this process, by `kind`
 
     def __init__(self,
-        kind: str, # what the entries are, for messages
+        kind: str, # what the entries are, such as "metric", for messages
         *rooms: str, # modules that register the kit's own entries
     ):
         super().__init__()
@@ -53,7 +54,7 @@ class Registry(UserDict):
         self.by_kind.setdefault(kind, self)
 
     def load(self) -> None:
-        "Import the rooms"
+        "Import the modules that register the kit's own entries"
         rooms, self.rooms = self.rooms, ()
         for room in rooms: import_module(room)
 
@@ -73,14 +74,18 @@ class Registry(UserDict):
         check(old is None or again, self.kind, repr(name), "a name that is not taken yet")
         if not (again and is_built_in(old)): self.data[name] = made # a kit's page has its module
 
-    def register(self, name: str) -> Callable: # a decorator
-        "Enter a function or class under `name`"
+    def register(self,
+        name: str, # not taken yet
+    ) -> Callable: # a decorator
+        "Enter a function or class under `name`; a `ValueError` if another one has it"
         def add(made): self[name] = made; return made
         return add
 
 # %% ../nbs/core.ipynb #7c4cf0c0
-def is_built_in(made: Any) -> bool:
-    "Whether a function or class is of the kit"
+def is_built_in(
+    made: Any, # a registered function, class or value
+) -> bool:
+    "Whether a function or class, or the class of a value, is defined in this package"
     return (getattr(made, "__module__", None) or "").partition(".")[0] == "kdc_nb"
 
 
@@ -91,27 +96,30 @@ def _is_defined_again(old: Any, made: Any) -> bool:
     return not is_built_in(old) or _byte_code(old, *mentions) == _byte_code(made, *mentions)
 
 # %% ../nbs/core.ipynb #19cd2670
-SPEC_TYPES = Registry("kind", "kdc_nb.experiments.teachers", "kdc_nb.analysis.drift") # of descriptions
+# the classes of descriptions, such as `DataSpec`, by the name that files and ids use
+SPEC_TYPES = Registry("kind", "kdc_nb.experiments.teachers", "kdc_nb.analysis.drift")
 
 
 def own_entries() -> list[tuple[str, str, Any]]: # kind, name, function or class
-    "What users registered, in this process"
+    "The entries of all registries that were registered in this process from outside this package"
     return [(kind, name, made) for kind, r in Registry.by_kind.items()
             for name, made in r.data.items() if not is_built_in(made)]
 
 
-def own_fingerprints() -> dict[str, str]: # by module and name
-    "The fingerprints of what users registered or defined as a description, in this process"
+def own_fingerprints() -> dict[str, str]: # `source_fingerprint` by "module.name"
+    "The fingerprints of the functions and classes that were registered from outside this package"
     own = [made for *_, made in own_entries()] + [cls for cls in SPEC_TYPES.values() if not is_built_in(cls)]
     return {f"{made.__module__}.{made.__qualname__}": source_fingerprint(made)
             for made in own if hasattr(made, "__qualname__")}
 
 # %% ../nbs/core.ipynb #84815cb2
-# by module and name: of what came from another process, and left its source there
+# by "module.name": fingerprints of what came from another process, without its source
 KNOWN_FINGERPRINTS: dict[str, str] = {}
 
 
-def source_fingerprint(made: Any) -> str: # 16 hexadecimal digits
+def source_fingerprint(
+    made: Any, # a function or class
+) -> str: # 16 hexadecimal digits
     "A hash of the source of a function or class, and of all that it uses of its own module"
     if known := KNOWN_FINGERPRINTS.get(f"{made.__module__}.{made.__qualname__}"): return known
     seen: dict[int, str] = {}
@@ -135,7 +143,7 @@ def _functions(thing: Any) -> list[Callable]:
 
 
 def _source(thing: Any) -> str:
-    "The source of a function or class; where there is none, its byte code"
+    "The source of a function or class; its byte code if there is no source"
     try: return textwrap.dedent(inspect.getsource(thing))
     except (OSError, TypeError): pass
     if not inspect.isclass(thing): return _byte_code(thing, "co_code", "co_names")
@@ -145,8 +153,8 @@ def _source(thing: Any) -> str:
     return repr([thing.__qualname__, bases, constants, *map(_source, _functions(thing))])
 
 
-def _byte_code(thing: Any, *fields: str) -> str: # of code objects, beside their constants
-    "What a function or class does, without the place where it was written"
+def _byte_code(thing: Any, *fields: str) -> str: # those of code objects, and their constants
+    "What a function or class does, whatever file and line it stands in"
     def parts(code):
         constants = [parts(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
         return [*(getattr(code, f) for f in fields), *constants]
@@ -154,5 +162,5 @@ def _byte_code(thing: Any, *fields: str) -> str: # of code objects, beside their
 
 
 def _names_in(code: CodeType) -> set[str]:
-    "Names that a function looks up, also in functions within it"
+    "The names that a function looks up, and those that functions within it do"
     return set(code.co_names).union(*(_names_in(c) for c in code.co_consts if isinstance(c, CodeType)))

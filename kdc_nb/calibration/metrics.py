@@ -18,78 +18,62 @@ from torch import Tensor
 
 from ..core import Registry, check, is_built_in, lookup
 from kdc_nb.calibration.predictions import (
-    BinaryPredictions, check_bins_and_draws, check_outputs, check_outputs_and_labels, classwise,
-    equal_mass_bins, equal_width_bins, gaps_and_shares, ks_norm, l1_norm, max_norm, to_log_probs,
-    to_probs, top_label, unique_bins,
+    BinaryPredictions, check_bins_and_draws, check_outputs_and_labels, check_probs_and_posterior,
+    classwise, equal_mass_bins, equal_width_bins, gaps_and_shares, ks_norm, l1_norm, max_norm,
+    to_log_probs, to_probs, top_label, unique_bins,
 )
 
 # %% ../../nbs/calibration/01_metrics.ipynb #87f3aeab
-def _per_sample_nll(x: Tensor, y: Tensor, from_logits: bool) -> Tensor:
-    "Minus log-probability of the true class, (N,), in nats"
+def _nll_values(x: Tensor, y: Tensor, from_logits: bool) -> Tensor:
+    "Minus log-probability of each image's label, (N,), in nats"
     return -to_log_probs(x, from_logits).gather(1, y[:, None]).squeeze(1)
 
 
-def _per_sample_brier(x: Tensor, y: Tensor, from_logits: bool) -> Tensor:
-    "Squared distance of the probabilities to the one-hot truth, (N,), from 0 to 2"
-    claims = classwise(x, y, from_logits)
-    return (claims.confidence - claims.correct).square().sum(1)
+def _brier_values(x: Tensor, y: Tensor, from_logits: bool) -> Tensor:
+    "Squared distance of the probabilities to the one-hot label, (N,), from 0 to 2"
+    predictions = classwise(x, y, from_logits)
+    return (predictions.confidence - predictions.correct).square().sum(1)
 
 
-def _per_sample_top1(x: Tensor, y: Tensor, from_logits: bool) -> Tensor:
+def _top1_values(x: Tensor, y: Tensor, from_logits: bool) -> Tensor:
     "1 where the top label is correct, (N,)"
     return (x.argmax(1) == y).double()
-
-# %% ../../nbs/calibration/01_metrics.ipynb #7bd26ddc
-def _nll_moments(p: Tensor) -> tuple[Tensor, Tensor]:
-    "Mean and variance of each image's NLL if its label were drawn from `p` (N, C)"
-    log = p.clamp(min=torch.finfo(p.dtype).tiny).log()
-    return -(p*log).sum(1), (p*log.square()).sum(1) - (p*log).sum(1).square()
-
-
-def _brier_moments(p: Tensor) -> tuple[Tensor, Tensor]:
-    "The same of its Brier score"
-    square = p.square().sum(1)
-    return 1 - square, 4*((p**3).sum(1) - square.square())
-
-
-def _top1_moments(p: Tensor) -> tuple[Tensor, Tensor]:
-    "The same of its top label's correctness"
-    return p.amax(1), p.amax(1)*(1 - p.amax(1))
 
 # %% ../../nbs/calibration/01_metrics.ipynb #5b752cc5
 @dataclass(frozen=True)
 class Metric:
     "A metric: a mean over images (`per_sample`), or a norm of binned gaps (`predictions`, `bins`, `norm`)"
-    label: str = "" # in tables
+    label: str = "" # its name in tables
     unit: str = "" # in which it is shown: "%" (of fractions), "nats" or ""
-    higher_is_better: bool = False
+    higher_is_better: bool = False # whether a larger value is better, as of accuracy
     limits: tuple[float, float] = (-math.inf, math.inf) # of its values; intervals and null bands end there
-    rank_only: bool = False # whether it sees the order of the classes alone, which no temperature changes
-    axis: str = "" # what an axis calls it; "": its label
+    rank_only: bool = False # whether only the order of the classes matters, which no temperature changes
+    axis: str = "" # its name at an axis; "": its label
     per_sample: Callable | None = None # outputs (N, C), labels (N,), from_logits -> values (N,)
     moments: Callable | None = None # probabilities (N, C) -> null mean and variance (N,); None: by labels
     predictions: Callable | None = None # `top_label` or `classwise`
     bins: Callable | None = None # p (N, K), n_bins -> bins (N, K), from 0; a higher p has no lower bin
-    norm: Callable | None = None # gaps (..., K, B), shares of the images (K, B) -> (...)
+    norm: Callable | None = None # gaps (..., K, B) as `bin_gaps` gives them, shares (K, B) -> (...)
     walk: Callable | None = None # running sums (R, N) of the gaps -> (R,): a norm of them that needs no bins
     bounds: Callable | None = None # own interval: (values, level) or (predictions, bins, level) -> low, high
     upper_bound: Callable | None = None # own upper end: (noise model, gaps (K, B), level) -> high
 
     @property
     def paired(self) -> bool:
-        "Whether each image has its part in it, so that two models can be compared in pairs"
+        "Whether each image contributes to it, so that two models can be compared image by image"
         return bool(self.per_sample or self.predictions is top_label and not self.bounds)
 
-    def clip(self, value: float) -> float:
+    def clip(self,
+        value: float, # of the metric
+    ) -> float: # within `limits`
         "`value`, or the limit that it lies beyond"
         return min(max(value, self.limits[0]), self.limits[1])
 
 # %% ../../nbs/calibration/01_metrics.ipynb #9721f93c
-METRICS = Registry("metric") # a `Metric` for each name
-
+METRICS = Registry("metric") # a `Metric` by name
 
 def register_metric(
-    name: str, # by which `evaluate`, `compare` and all others know it
+    name: str, # that `evaluate`, `compare` and all others take
     **declared: Any, # the fields of `Metric`
 ) -> None:
     "Add a metric to `METRICS`; a `ValueError` if its name is taken, or it would give wrong numbers"
@@ -105,13 +89,15 @@ def _own_name(m: Metric | None) -> str | None: # None: it has no name of its own
     return None if f is None or is_built_in(f) or "<lambda>" in f.__qualname__ else f.__qualname__
 
 
-def unregister_metric(name: str) -> None: # one of your own
-    "Take a metric out of `METRICS`"
+def unregister_metric(
+    name: str, # of a metric of your own
+) -> None:
+    "Remove a metric from `METRICS`; a `ValueError` for one that is not there, or is built in"
     METRICS.pop(lookup({k: k for k in METRICS if k not in BUILT_IN}, name, "metric"))
 
 # %% ../../nbs/calibration/01_metrics.ipynb #f94dba65
 def _check_metric(argument: str, m: Metric) -> None:
-    "A `ValueError` unless a metric is one of the two kinds, and does on a few images what it must do on all"
+    "A `ValueError` unless a metric is one of the two kinds, and passes checks on a few images"
     def need(ok, field, got, expected): check(bool(ok), f"{argument}, {field}", got, expected)
     need(isinstance(m.label, str) and m.label, "label", repr(m.label), "a text for tables")
     need(m.unit in ("%", "nats", ""), "unit", repr(m.unit), "'%', 'nats' or ''")
@@ -139,7 +125,11 @@ def _check_metric(argument: str, m: Metric) -> None:
     need(not m.walk or m.predictions is top_label, "walk", "class-wise predictions", "those of the top label")
 
 
-def label_moments(m: Metric, x: Tensor, from_logits: bool) -> tuple[Tensor, Tensor]: # (N,), (N,)
+def label_moments(
+    m: Metric, # with `per_sample`
+    x: Tensor, # (N, C) outputs that were checked
+    from_logits: bool, # whether they are logits; False: they are probabilities
+) -> tuple[Tensor, Tensor]: # mean (N,), variance (N,)
     "Mean and variance of each image's value if its label were drawn from the model's own probabilities"
     p = to_probs(x, from_logits)
     if m.moments: return m.moments(p)
@@ -149,12 +139,12 @@ def label_moments(m: Metric, x: Tensor, from_logits: bool) -> tuple[Tensor, Tens
     return mean, (p*(each - mean[:, None]).square()).sum(1)
 
 # %% ../../nbs/calibration/01_metrics.ipynb #31e55e21
-TRUTH_LABELS = {"error": ("true error", "%"), "kl": ("KL to truth", "nats")} # of what needs a known truth
+TRUTH_LABELS = {"error": ("true error", "%"), "kl": ("KL to truth", "nats")} # these need a known posterior
 _SCORE, _TOP = dict(limits=(0, math.inf)), dict(unit="%", limits=(0, 1), predictions=top_label)
-register_metric("nll", label="NLL", unit="nats", per_sample=_per_sample_nll, moments=_nll_moments, **_SCORE)
-register_metric("brier", label="Brier", per_sample=_per_sample_brier, moments=_brier_moments, **_SCORE)
+register_metric("nll", label="NLL", unit="nats", per_sample=_nll_values, **_SCORE)
+register_metric("brier", label="Brier", per_sample=_brier_values, **_SCORE)
 register_metric("top1", label="Top-1", unit="%", higher_is_better=True, limits=(0, 1), rank_only=True,
-                axis="top-1 accuracy", per_sample=_per_sample_top1, moments=_top1_moments)
+                axis="top-1 accuracy", per_sample=_top1_values)
 register_metric("ece", label="ECE", bins=equal_width_bins, norm=l1_norm, **_TOP)
 register_metric("ace", label="ACE", bins=equal_mass_bins, norm=l1_norm, **_TOP)
 register_metric("mce", label="MCE", bins=equal_width_bins, norm=max_norm, **_TOP)
@@ -166,8 +156,8 @@ BUILT_IN = tuple(METRICS)
 
 # %% ../../nbs/calibration/01_metrics.ipynb #82063c42
 def select_metrics(
-    names: str | Sequence[str] | None = None, # None: the built-in ones
-    fits: Callable[[Metric], Any] = bool, # which metrics can be asked for; `bool`: all
+    names: str | Sequence[str] | None = None, # of metrics; None: the built-in ones
+    fits: Callable[[Metric], Any] = bool, # whether a metric can be asked for; `bool`: all can
 ) -> dict[str, Metric]: # by name, in the order asked for
     "Metrics by name; a `ValueError` lists those that can be asked for"
     known = {k: m for k, m in METRICS.items() if fits(m)}
@@ -176,93 +166,135 @@ def select_metrics(
     return {k: lookup(known, k, "metrics") for k in ([names] if isinstance(names, str) else names)}
 
 # %% ../../nbs/calibration/01_metrics.ipynb #85d342d2
-def binned_error(metric: Metric, predictions: BinaryPredictions,
-                 n_bins: int) -> float: # in the metric's own scale
-    "The calibration metric of these predictions"
+def binned_error(
+    metric: Metric, # with `norm`
+    predictions: BinaryPredictions, # (N, 1) or (N, C), as the metric's `predictions` gives them
+    n_bins: int, # 1 or more
+) -> float: # a fraction for the built-in metrics
+    "A calibration metric of predictions"
     return float(metric.norm(*gaps_and_shares(predictions,
                                               metric.bins(predictions.confidence, n_bins), n_bins)))
 
 # %% ../../nbs/calibration/01_metrics.ipynb #a42168ef
-def calibration_error(name: str, outputs: Any, labels: Any, n_bins: int, from_logits: bool) -> float:
-    "The calibration metric `name` of these outputs"
+def calibration_error(
+    name: str, # of a registered calibration metric
+    outputs: Any, # (N, C) logits or probabilities
+    labels: Any, # (N,) integers from 0 to C-1
+    n_bins: int, # 1 or more
+    from_logits: bool, # whether the outputs are logits; False: they are probabilities
+) -> float: # a fraction for the built-in metrics
+    "A calibration metric by its name; a `ValueError` names the argument that is wrong"
     check_bins_and_draws(n_bins)
     rule = select_metrics(name, lambda m: m.norm)[name]
     x, y = check_outputs_and_labels(outputs, labels, from_logits)
     return binned_error(rule, rule.predictions(x, y, from_logits), n_bins)
 
 
-def ece(outputs: Any, labels: Any, n_bins: int = 15, from_logits: bool = True) -> float:
-    "Expected calibration error of the top label, bins (lo, hi] of equal width (Guo et al. 2017)"
+def ece(
+    outputs: Any, # (N, C) logits or probabilities
+    labels: Any, # (N,) integers from 0 to C-1
+    n_bins: int = 15, # bins (low, high] of equal width
+    from_logits: bool = True, # False: they are probabilities
+) -> float: # 0 to 1
+    """Expected calibration error of the top label (Guo et al. 2017); a `ValueError` names what is wrong.
+
+    >>> round(ece([[.8, .2], [.6, .4]], [0, 1], from_logits=False), 3)
+    0.4
+    """
     return calibration_error("ece", outputs, labels, n_bins, from_logits)
 
 
-def ace(outputs: Any, labels: Any, n_bins: int = 15, from_logits: bool = True) -> float:
+def ace(
+    outputs: Any, # (N, C) logits or probabilities
+    labels: Any, # (N,) integers from 0 to C-1
+    n_bins: int = 15, # bins of equal mass
+    from_logits: bool = True, # False: they are probabilities
+) -> float: # 0 to 1
     "Calibration error of the TOP LABEL in bins of equal mass, also called AdaECE (Nguyen and O'Connor 2015)"
     return calibration_error("ace", outputs, labels, n_bins, from_logits)
 
 
-def mce(outputs: Any, labels: Any, n_bins: int = 15, from_logits: bool = True) -> float:
-    "Maximum calibration error: the worst bin of ECE (Naeini et al. 2015)"
+def mce(
+    outputs: Any, # (N, C) logits or probabilities
+    labels: Any, # (N,) integers from 0 to C-1
+    n_bins: int = 15, # bins (low, high] of equal width
+    from_logits: bool = True, # False: they are probabilities
+) -> float: # 0 to 1
+    "Maximum calibration error of the top label: the largest gap of any bin of ECE (Naeini et al. 2015)"
     return calibration_error("mce", outputs, labels, n_bins, from_logits)
 
 
-def ks(outputs: Any, labels: Any, from_logits: bool = True) -> float:
+def ks(
+    outputs: Any, # (N, C) logits or probabilities
+    labels: Any, # (N,) integers from 0 to C-1
+    from_logits: bool = True, # False: they are probabilities
+) -> float: # 0 to 1
     "Kolmogorov-Smirnov calibration error of the top label, without bins (Gupta et al. 2021)"
     return calibration_error("ks", outputs, labels, 1, from_logits)
 
 
-def sce(outputs: Any, labels: Any, n_bins: int = 15, from_logits: bool = True) -> float:
+def sce(
+    outputs: Any, # (N, C) logits or probabilities
+    labels: Any, # (N,) integers from 0 to C-1
+    n_bins: int = 15, # bins of equal width for each class
+    from_logits: bool = True, # False: they are probabilities
+) -> float: # 0 to 1
     "Static calibration error: class-wise, bins of equal width, mean over all C classes (Nixon et al. 2019)"
     return calibration_error("sce", outputs, labels, n_bins, from_logits)
 
 
-def classwise_ace(outputs: Any, labels: Any, n_bins: int = 15, from_logits: bool = True) -> float:
-    """Adaptive calibration error of ALL classes, bins of equal mass in each class, mean over
-    classes (Nixon et al. 2019)
-    """
+def classwise_ace(
+    outputs: Any, # (N, C) logits or probabilities
+    labels: Any, # (N,) integers from 0 to C-1
+    n_bins: int = 15, # bins of equal mass for each class
+    from_logits: bool = True, # False: they are probabilities
+) -> float: # 0 to 1
+    "Adaptive calibration error: class-wise, bins of equal mass, mean over all C classes (Nixon et al. 2019)"
     return calibration_error("classwise_ace", outputs, labels, n_bins, from_logits)
 
 # %% ../../nbs/calibration/01_metrics.ipynb #a3648c25
-def nll(outputs: Any, labels: Any, from_logits: bool = True) -> float:
-    "Mean negative log-likelihood, in nats; infinite where a true class has probability 0"
-    return float(_per_sample_nll(*check_outputs_and_labels(outputs, labels, from_logits), from_logits).mean())
+def nll(
+    outputs: Any, # (N, C) logits or probabilities
+    labels: Any, # (N,) integers from 0 to C-1
+    from_logits: bool = True, # False: they are probabilities
+) -> float: # 0 or more, in nats
+    "Mean negative log-likelihood, in nats; infinite where a label has probability 0"
+    return float(_nll_values(*check_outputs_and_labels(outputs, labels, from_logits), from_logits).mean())
 
 
-def brier(outputs: Any, labels: Any, from_logits: bool = True) -> float:
-    "Brier score: mean squared distance to the one-hot truth, SUMMED over classes, from 0 to 2 (Brier 1950)"
-    return float(_per_sample_brier(*check_outputs_and_labels(outputs, labels, from_logits), from_logits)
-                 .mean())
+def brier(
+    outputs: Any, # (N, C) logits or probabilities
+    labels: Any, # (N,) integers from 0 to C-1
+    from_logits: bool = True, # False: they are probabilities
+) -> float: # 0 to 2
+    "Brier score: mean squared distance to the one-hot label, SUMMED over classes (Brier 1950)"
+    return float(_brier_values(*check_outputs_and_labels(outputs, labels, from_logits), from_logits).mean())
 
 
-def top1(outputs: Any, labels: Any, from_logits: bool = True) -> float:
-    "Fraction of images whose top label is correct"
-    return float(_per_sample_top1(*check_outputs_and_labels(outputs, labels, from_logits), from_logits)
-                 .mean())
+def top1(
+    outputs: Any, # (N, C) logits or probabilities
+    labels: Any, # (N,) integers from 0 to C-1
+    from_logits: bool = True, # False: they are probabilities
+) -> float: # 0 to 1
+    "Top-1 accuracy: the fraction of images whose top label is correct"
+    return float(_top1_values(*check_outputs_and_labels(outputs, labels, from_logits), from_logits).mean())
 
 # %% ../../nbs/calibration/01_metrics.ipynb #5d0f983d
 def true_calibration_error(
     probs: Any, # (N, C) the model's probabilities
-    posterior: Any, # (N, C) the true ones
+    posterior: Any, # (N, C) the true probabilities
     n_bins: int = 15, # bins of equal width
-) -> float: # a fraction
-    "ECE with the chance that the top label is correct in place of whether it was"
-    p, truth = _check_probs_and_posterior(probs, posterior)
+) -> float: # 0 to 1
+    "ECE with the true probability that the top label is correct in place of whether it is"
+    p, truth = check_probs_and_posterior(probs, posterior)
     top = p.argmax(1, keepdim=True)
     return binned_error(METRICS["ece"], BinaryPredictions(p.gather(1, top), truth.gather(1, top)), n_bins)
 
 
 def kl_to_truth(
     probs: Any, # (N, C) the model's probabilities
-    posterior: Any, # (N, C) the true ones
-) -> float: # in nats; infinite where the model rules out what can happen
-    "Mean KL(truth || model): what the model's NLL has above the least possible one"
-    p, truth = _check_probs_and_posterior(probs, posterior)
+    posterior: Any, # (N, C) the true probabilities
+) -> float: # 0 or more, in nats; infinite where the model gives probability 0 to what can happen
+    "Mean KL(truth || model): how far the model's expected NLL is above the least possible one"
+    p, truth = check_probs_and_posterior(probs, posterior)
     return float((torch.xlogy(truth, truth) - torch.xlogy(truth, p)).sum(1).mean())
-
-
-def _check_probs_and_posterior(probs: Any, posterior: Any) -> tuple[Tensor, Tensor]:
-    "Both as checked probabilities of one shape"
-    p, truth = check_outputs(probs, False), check_outputs(posterior, False)
-    check(p.shape == truth.shape, "posterior",
-          f"shape {tuple(truth.shape)}", f"that of probs, {tuple(p.shape)}")
-    return p, truth

@@ -8,6 +8,7 @@ __all__ = ['TIE_TOLERANCE', 'simulate_calibrated', 'NoiseModel', 'noise_bins', '
 
 # %% ../../nbs/calibration/04_null_bands.ipynb #902b4a3b
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -170,6 +171,27 @@ class NullBand(NamedTuple):
     low: float # lower end of the central part
     mean: float
     high: float # its upper end
+
+# %% ../../nbs/calibration/04_null_bands.ipynb #7bd26ddc
+def _nll_moments(p: Tensor) -> tuple[Tensor, Tensor]:
+    "Mean and variance of each image's NLL if its label were drawn from `p` (N, C)"
+    log = p.clamp(min=torch.finfo(p.dtype).tiny).log()
+    return -(p*log).sum(1), (p*log.square()).sum(1) - (p*log).sum(1).square()
+
+
+def _brier_moments(p: Tensor) -> tuple[Tensor, Tensor]:
+    "Mean and variance of each image's Brier score if its label were drawn from `p` (N, C)"
+    square = p.square().sum(1)
+    return 1 - square, 4*((p**3).sum(1) - square.square())
+
+
+def _top1_moments(p: Tensor) -> tuple[Tensor, Tensor]:
+    "Mean and variance of whether the top label is correct, if the label were drawn from `p` (N, C)"
+    return p.amax(1), p.amax(1)*(1 - p.amax(1))
+
+# %% ../../nbs/calibration/04_null_bands.ipynb #45e3a969
+METRICS.data.update({k: replace(METRICS[k], moments=f) for k, f in
+                     (("nll", _nll_moments), ("brier", _brier_moments), ("top1", _top1_moments))})
 
 # %% ../../nbs/calibration/04_null_bands.ipynb #3fa08291
 def null_band_of_mean(m: Metric, x: Tensor, from_logits: bool, level: float) -> NullBand:
