@@ -188,7 +188,8 @@ def spec_hash(
 ) -> str: # 16 hexadecimal digits
     """The id of a description: SHA-256 of its canonical JSON, shortened; a `ValueError` for NaN or infinity.
 
-    Example: `spec_hash({"a": 1}) == spec_hash({"a": 1})`, whatever the order of the keys.
+    >>> spec_hash({"a": 1, "b": 2}) == spec_hash({"b": 2, "a": 1})
+    True
     """
     text = json.dumps({"value": encode(obj), **extra}, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

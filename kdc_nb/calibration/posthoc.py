@@ -71,7 +71,7 @@ def cross_fit_temperature(
     from_logits: bool, # whether the outputs are logits; False: they are probabilities
     seed: int, # of the division into five folds
 ) -> Tensor: # (N, C) logits
-    "The logits of each fifth of the images, divided by the temperature that is fitted to the other four fifths"
+    "The logits of each fifth of the images, divided by the temperature fitted to the other four fifths"
     fold = torch.from_numpy(np.random.default_rng(seed).permutation(len(y)) % 5)
     T = torch.tensor([fit_temperature(x[fold != k], y[fold != k], from_logits) for k in range(5)],
                      dtype=torch.float64)

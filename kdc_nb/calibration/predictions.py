@@ -140,7 +140,8 @@ def _read_outputs_csv(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_outputs(
-    # an .npz with arrays `logits` and `labels`, or a .csv with a header, a column `label` and one for each class
+    # an .npz with arrays `logits` and `labels`; or a .csv whose header names a column `label`, all other
+    # columns holding the logits of a class each
     path: Path | str,
 ) -> tuple[Tensor, Tensor]: # logits (N, C) float64, labels (N,) int64
     "Logits and labels from a file; a `ValueError` names the file and what is wrong with it"
@@ -192,8 +193,8 @@ def equal_mass_bins(
 ) -> Tensor: # (N, K) the bin of each, from 0
     """Bins that hold equally many images of a column, equal values in one bin.
 
-    The bin of a value is floor(n_bins (below + not above)/(2N)), by how many of the N values are below it, and
-    how many are not above it.
+    The bin of a value is floor(n_bins (below + not above)/(2N)), where `below` is how many of the N values
+    are smaller, and `not above` how many are smaller or equal.
     """
     columns = p.T.contiguous()
     ordered, order = columns.sort(1)
