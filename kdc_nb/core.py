@@ -88,7 +88,7 @@ def is_built_in(
     "Whether a function or class, or the class of a value, is defined in this package"
     return (getattr(made, "__module__", None) or "").partition(".")[0] == "kdc_nb"
 
-
+# %% ../nbs/core.ipynb #66a33c23
 def _is_defined_again(old: Any, made: Any) -> bool:
     "Whether a cell was run again that defined `old`; of the kit's own, only the same"
     if getattr(old, "__qualname__", "<lambda>") != getattr(made, "__qualname__", None): return False
@@ -99,13 +99,13 @@ def _is_defined_again(old: Any, made: Any) -> bool:
 # the classes of descriptions, such as `DataSpec`, by the name that files and ids use
 SPEC_TYPES = Registry("kind", "kdc_nb.experiments.teachers", "kdc_nb.analysis.drift")
 
-
+# %% ../nbs/core.ipynb #89dc0f75
 def own_entries() -> list[tuple[str, str, Any]]: # kind, name, function or class
     "The entries of all registries that were registered in this process from outside this package"
     return [(kind, name, made) for kind, r in Registry.by_kind.items()
             for name, made in r.data.items() if not is_built_in(made)]
 
-
+# %% ../nbs/core.ipynb #0749ce11
 def own_fingerprints() -> dict[str, str]: # `source_fingerprint` by "module.name"
     "The fingerprints of the functions and classes that were registered from outside this package"
     own = [made for *_, made in own_entries()] + [cls for cls in SPEC_TYPES.values() if not is_built_in(cls)]
@@ -141,7 +141,7 @@ def _functions(thing: Any) -> list[Callable]:
     own = vars(thing).values() if inspect.isclass(thing) else [inspect.unwrap(thing)]
     return [f for f in (getattr(f, "__func__", f) for f in own) if inspect.isfunction(f)]
 
-
+# %% ../nbs/core.ipynb #58c01f57
 def _source(thing: Any) -> str:
     "The source of a function or class; its byte code if there is no source"
     try: return textwrap.dedent(inspect.getsource(thing))
@@ -152,7 +152,7 @@ def _source(thing: Any) -> str:
                  if isinstance(v, (bool, int, float, str, tuple)) and not k.startswith("__")}
     return repr([thing.__qualname__, bases, constants, *map(_source, _functions(thing))])
 
-
+# %% ../nbs/core.ipynb #890d7638
 def _byte_code(thing: Any, *fields: str) -> str: # those of code objects, and their constants
     "What a function or class does, whatever file and line it stands in"
     def parts(code):
@@ -160,7 +160,7 @@ def _byte_code(thing: Any, *fields: str) -> str: # those of code objects, and th
         return [*(getattr(code, f) for f in fields), *constants]
     return repr([parts(f.__code__) for f in _functions(thing)])
 
-
+# %% ../nbs/core.ipynb #623625be
 def _names_in(code: CodeType) -> set[str]:
     "The names that a function looks up, and those that functions within it do"
     return set(code.co_names).union(*(_names_in(c) for c in code.co_consts if isinstance(c, CodeType)))

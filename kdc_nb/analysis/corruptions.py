@@ -189,7 +189,7 @@ def fog(
     strength: tuple[float, float], # how dense the cloud is, and `decay` of `plasma_fractal`
     rng: np.random.Generator, # of the noise
 ) -> np.ndarray: # of the same shape, clipped later
-    "A cloud over the image, whose largest value stays as it is"
+    "A cloud over the image, scaled so that no value exceeds the largest of the image"
     thick, decay = strength
     n, _, h, w = x.shape
     cloud, top = (plasma_fractal(n, 1 << (max(h, w) - 1).bit_length(), decay, rng)[:, None, :h, :w],

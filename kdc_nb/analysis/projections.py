@@ -58,9 +58,7 @@ class _Projection(NamedTuple):
         return (points - self.mean)@self.directions
 
 # %% ../../nbs/analysis/03_projections.ipynb #3293e8e9
-def _principal_plane(
-    points: Tensor, # (N, 3)
-) -> _Projection:
+def _principal_plane(points: Tensor) -> _Projection: # of points (N, 3)
     "The two principal directions of some points, the largest part of each positive"
     mean = points.mean(0)
     _, _, vt = torch.linalg.svd(points - mean, full_matrices=False)

@@ -28,13 +28,13 @@ def _nll_values(x: Tensor, y: Tensor, from_logits: bool) -> Tensor:
     "Minus log-probability of each image's label, (N,), in nats"
     return -to_log_probs(x, from_logits).gather(1, y[:, None]).squeeze(1)
 
-
+# %% ../../nbs/calibration/01_metrics.ipynb #dcd0dba7
 def _brier_values(x: Tensor, y: Tensor, from_logits: bool) -> Tensor:
     "Squared distance of the probabilities to the one-hot label, (N,), from 0 to 2"
     predictions = classwise(x, y, from_logits)
     return (predictions.confidence - predictions.correct).square().sum(1)
 
-
+# %% ../../nbs/calibration/01_metrics.ipynb #8d4e4f12
 def _top1_values(x: Tensor, y: Tensor, from_logits: bool) -> Tensor:
     "1 where the top label is correct, (N,)"
     return (x.argmax(1) == y).double()
