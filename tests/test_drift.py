@@ -347,7 +347,7 @@ def test_severities_and_corruptions_have_noise_of_their_own():
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(name="rain"), "name: got 'rain', expected one of brightness"),
+    (dict(corruption="rain"), "corruption: got 'rain', expected one of brightness"),
     (dict(severity=0), "severity: got 0, expected 1, 2"),
     (dict(severity=6), "severity: got 6"), (dict(severity=2.), "severity: got 2.0"),
     (dict(seed=-1), "seed: got -1"), (dict(seed=.5), "seed: got 0.5"),
@@ -359,7 +359,7 @@ def test_severities_and_corruptions_have_noise_of_their_own():
 ])
 def test_bad_input(change, message):
     with pytest.raises(ValueError, match=message):
-        corrupt_images(**dict(inputs=images(), name="fog", severity=1) | change)
+        corrupt_images(**dict(inputs=images(), corruption="fog", severity=1) | change)
 
 
 # Published files
@@ -511,8 +511,8 @@ def test_a_run_that_is_not_there(store, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(names=("contrast", "rain")), "name: got 'rain'"),
-    (dict(names=("frost",)), "name: got 'frost'"), (dict(severities=(1, 9)), "severity: got 9"),
+    (dict(names=("contrast", "rain")), "corruption: got 'rain'"),
+    (dict(names=("frost",)), "corruption: got 'frost'"), (dict(severities=(1, 9)), "severity: got 9"),
     (dict(n=0), "n: got 0, expected 1 to 80"), (dict(n=81), "n: got 81"), (dict(n=2.5), "n: got 2.5"),
     (dict(folder="nowhere"), "folder: got no .*contrast.npy"),
 ])

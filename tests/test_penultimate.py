@@ -172,7 +172,7 @@ def test_looks_survive_the_disk(seen, tmp_path):
     for one in (known, digits):
         write_features([one], tmp_path/"looks.npz")
         back = read_features(tmp_path/"looks.npz")[one.result.spec]
-        for k in ("labels", "top"): assert torch.equal(getattr(back, k), getattr(one, k))
+        for k in ("labels", "pred"): assert torch.equal(getattr(back, k), getattr(one, k))
         for k in ("confidence", "head", "distance", "overlap"):
             assert torch.allclose(getattr(back, k), getattr(one, k), atol=1e-3, rtol=1e-3)
         for k in ("train", "test"):
