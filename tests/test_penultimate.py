@@ -173,7 +173,7 @@ def test_looks_survive_the_disk(seen, tmp_path):
         write_features([one], tmp_path/"looks.npz")
         back = read_features(tmp_path/"looks.npz")[one.result.spec]
         for k in ("labels", "pred"): assert torch.equal(getattr(back, k), getattr(one, k))
-        for k in ("confidence", "head", "distance", "overlap"):
+        for k in ("confidence", "head_weights", "centroid_distances", "class_overlaps"):
             assert torch.allclose(getattr(back, k), getattr(one, k), atol=1e-3, rtol=1e-3)
         for k in ("train", "test"):
             assert (torch.equal(back.feature_index[k], one.feature_index[k])
