@@ -65,13 +65,13 @@ class _Blitter:
 
 # %% ../nbs/controls.ipynb #6f0be6d1
 class NumberControl(widgets.HBox):
-    "A slider, and a box to type into that takes every number from the slider's first to its last"
+    "A slider, and beside it a box to type into that takes any number from the slider's first to its last"
     value = traitlets.Float()
 
     def __init__(self,
         name: str, # shown before the slider, with its unit
         steps: Sequence[float], # of the slider, in ascending order
-        value: float, # to begin with
+        value: float, # to begin with, from the first to the last of the steps
         whole: bool = False, # whether it must be an integer
     ):
         self.steps, self.whole, self.following = np.array(steps, float), whole, False
@@ -93,18 +93,20 @@ class NumberControl(widgets.HBox):
         self.box.value, self.slider.value = self.value, int(abs(self.steps - self.value).argmin())
         self.following = False
 
-    def checked(self, argument: str) -> float | int:
-        "The value; a `ValueError` where it is outside the slider's range or should be an integer"
+    def checked(self,
+        argument: str, # its name, for the message
+    ) -> float | int: # an integer if it is `whole`
+        "The value; a `ValueError` if it is outside the slider's range, or should be an integer"
         kind, (low, high) = ("an integer" if self.whole else "a number"), self.steps[[0, -1]]
-        right = low <= self.value <= high and (not self.whole or self.value == round(self.value))
-        check(right, argument, f"{self.value:g}", f"{kind} from {low:g} to {high:g}")
+        valid = low <= self.value <= high and (not self.whole or self.value == round(self.value))
+        check(valid, argument, f"{self.value:g}", f"{kind} from {low:g} to {high:g}")
         return int(self.value) if self.whole else self.value
 
 # %% ../nbs/controls.ipynb #2e513231
 def value_slider(
     name: str, # shown beside the slider
-    values: Iterable[float], # to choose from; sorted
-    value: float | None = None, # the first choice; None: the first value
+    values: Iterable[float], # to choose from, in any order
+    value: float | None = None, # one of them, to begin with; None: the smallest
 ) -> widgets.SelectionSlider:
     "A slider over a few stored values"
     values = sorted(set(values))
@@ -114,20 +116,30 @@ def value_slider(
                                    layout=widgets.Layout(width="16rem", margin=_CONTROL_MARGIN))
 
 
-# names as wide as their words, and room after a control
+# as wide as the name needs, and room after a control
 _WIDE_STYLE, _CONTROL_MARGIN = {"description_width": "initial"}, "2px .8rem 2px 2px"
 
 
-def dropdown(name: str, options: Any, value: Any = None) -> widgets.Dropdown:
-    "A menu of options; None: the first of them"
+def dropdown(
+    name: str, # shown beside the menu
+    options: Any, # a list of values, or of pairs of a text and a value
+    value: Any = None, # one of the values, to begin with; None: the first
+) -> widgets.Dropdown:
+    "A menu of options"
     own = widgets.Dropdown(options=options, description=name, style=_WIDE_STYLE,
                            layout=widgets.Layout(width="max-content", margin=_CONTROL_MARGIN))
     if value is not None: own.value = value
     return own
 
 # %% ../nbs/controls.ipynb #63d6421d
-def number_slider(low: float, high: float, value: float, step: float, name: str) -> NumberControl:
-    "A slider over numbers, with a box that takes those between its steps too"
+def number_slider(
+    low: float, # first number of the slider
+    high: float, # last number of the slider
+    value: float, # from `low` to `high`, to begin with
+    step: float, # between two numbers of the slider, above 0
+    name: str, # shown beside the slider
+) -> NumberControl:
+    "A slider over evenly spaced numbers, with a box that takes those between its steps, too"
     return NumberControl(name, np.round(np.arange(low, high + step/2, step), 10), value)
 
 # %% ../nbs/controls.ipynb #dcee7f9d
@@ -140,14 +152,14 @@ _CSS = """<style>
 
 
 class Explorer(widgets.VBox):
-    "Controls above a picture of which what moves is drawn again whenever one of them does"
+    "Controls above a picture, whose animated parts are drawn again whenever a control changes"
 
     def __init__(self,
-        figure: Figure, # is closed; what `show` moves in it is animated
-        show: Callable[..., None], # called with the controls' values by name
-        controls: Mapping[str, widgets.Widget],
+        figure: Figure, # closed for pyplot; all that `show` changes in it has been made with `animated=True`
+        show: Callable[..., None], # called with the controls' values by name; a `ValueError` is shown as text
+        controls: Mapping[str, widgets.Widget], # by the name of the argument that `show` gets
         name: str = "explorer", # of the files that the button saves
-        buttons: Mapping[str, Mapping[str, Any]] = {}, # what each sets, by the words on it
+        buttons: Mapping[str, Mapping[str, Any]] = {}, # text of each button -> the values that it sets
     ):
         self.show, self.controls, self.name, self.held, self.shown = show, controls, name, False, {}
         self.blitter = _Blitter(figure)
@@ -167,7 +179,8 @@ class Explorer(widgets.VBox):
         self.update()
 
     @property
-    def width(self) -> int: # in a browser's pixels, half as many as the picture has
+    def width(self) -> int:
+        "Width of the picture in a browser's pixels, half as many as the picture has"
         return round(100*self.blitter.figure.get_figwidth())
 
     def _button(self, text: str, press: Callable[[], None]) -> widgets.Button:
@@ -176,20 +189,25 @@ class Explorer(widgets.VBox):
         return button
 
     def values(self) -> dict[str, Any]:
-        "What the controls say; a `ValueError` where a number is out of range"
+        "The controls' values by name; a `ValueError` if a number is out of range"
         return {k: c.checked(k) if isinstance(c, NumberControl) else c.value
                 for k, c in self.controls.items()}
 
     def move(self, **values) -> None:
-        "Give controls other values, and draw once"
+        "Set controls, by name, to other values, and draw once; a `ValueError` for an unknown name"
         self.held = True
         try:
             for k, v in values.items(): lookup(self.controls, k, "values").value = v
         finally: self.held = False
         self.update()
 
-    def update(self, change=None) -> None:
-        "Draw the picture for the controls' values"
+    def update(self,
+        change: Any = None, # not used: what `observe` of a widget calls it with
+    ) -> None:
+        """Draw the picture for the controls' values.
+
+        If that raises a `ValueError`, its message is shown and the picture stays, paler than before.
+        """
         if self.held: return
         try:
             self.show(**(values := self.values()))
@@ -208,8 +226,9 @@ class Explorer(widgets.VBox):
         # ending in .svg, .pdf or .png; None: a new .svg in the working directory
         path: str | Path | None = None,
     ) -> Path:
-        """Save the picture as it is; a `ValueError` where the file exists, or where the
-        controls' values have no picture
+        """Save the picture as it is and return the file's path.
+
+        A `ValueError` if the file exists, or if there is no picture for the controls' values.
         """
         path = _free_path(Path(f"{self.name}.svg")) if path is None else Path(path)
         check(not path.exists(), "path", str(path), "a file that does not exist yet")

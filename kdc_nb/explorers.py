@@ -37,11 +37,17 @@ from .controls import Explorer, NumberControl, dropdown, number_slider, value_sl
 # %% ../nbs/explorers.ipynb #392e160a
 @plt.rc_context(SMALL_FONT)
 def explore_reliability(
-    outputs: Any, # a result with its logits, or (N, C) logits or probabilities
-    labels: Any = None, # (N,) of logits or probabilities
+    outputs: Any, # (N, C) logits or probabilities of any framework; or a `Result` with its logits
+    labels: Any = None, # (N,) integers from 0 to C-1; None beside a result
     from_logits: bool = True, # False: they are probabilities
 ) -> Explorer:
-    "Sliders for temperature and bins over the reliability diagram of a run or of your own outputs"
+    """Sliders for temperature and number of bins above a reliability diagram, of a run or your own outputs.
+
+    A `ValueError` names what is wrong with outputs or labels.
+
+    >>> explore_reliability([[2., 0.], [0., 1.], [1., 0.]], [0, 1, 1]).values()
+    {'T': 1.0, 'n_bins': 15}
+    """
     if isinstance(outputs, Result):
         check(labels is None, "labels", "some", "none beside a result, which has its own")
         check(bool(outputs.logits), "outputs", "a result from a light file, without logits",
@@ -70,9 +76,12 @@ def explore_reliability(
 # %% ../nbs/explorers.ipynb #6e7c8d83
 @plt.rc_context(SMALL_FONT)
 def explore_transfer(
-    results: Mapping[RunSpec, Result], # a grid over T and alpha, such as the study's
+    results: Mapping[RunSpec, Result], # students for several T and alpha, and their teachers
 ) -> Explorer:
-    "Sliders for T and alpha, and choices of teacher and seed, over stored students"
+    """Sliders for T and alpha, and menus for teacher and seed, above the calibration of stored students.
+
+    A `ValueError` if there is no student whose teacher's result is there, too.
+    """
     pairs = prepare_transfer(results)
     check(len(pairs) > 0, "results", "no student beside its teacher",
           "results of students and of the runs that taught them")
@@ -91,13 +100,13 @@ def explore_transfer(
 
 
 def _trace_first_teacher(student: RunSpec) -> tuple[str, int]:
-    "Who taught first in the chain that leads to a student, and the student's generation"
+    "The first teacher of the chain that leads to a student, and the student's generation"
     first, n = trace_generation(student)
     return (method_label(first.method), n) if n > 1 else (teacher_label(student.method), 1)
 
 # %% ../nbs/explorers.ipynb #58e2b9c6
 class _StudentChoice(NamedTuple):
-    "What the controls over stored students choose"
+    "What the controls choose among stored students"
     T: float # temperature of distillation
     alpha: float # weight of the teacher
     teacher: str # the first of a chain, as `_trace_first_teacher` calls it
@@ -106,7 +115,7 @@ class _StudentChoice(NamedTuple):
 
 
 def _index_students(specs: Iterable[RunSpec]) -> dict[_StudentChoice, RunSpec]:
-    "Students by what is chosen; the first of those that agree in all of it"
+    "Students by what can be chosen; the first of those for which all of it is the same"
     out = {}
     for s in specs:
         out.setdefault(_StudentChoice(s.method.T, s.method.alpha, *_trace_first_teacher(s), s.seed), s)
@@ -115,7 +124,7 @@ def _index_students(specs: Iterable[RunSpec]) -> dict[_StudentChoice, RunSpec]:
 
 def _find_student(students: Mapping[_StudentChoice, RunSpec],
                   **values) -> RunSpec: # what is not given is the first student's
-    "The student of a choice; a `ValueError` that says which there are where there is none"
+    "The student of a choice; a `ValueError` says which students there are if it is not among them"
     wanted = next(iter(students))._replace(**values)
     check(wanted in students, ", ".join(values), ", ".join(f"{v}" for v in values.values()),
           "those of a stored student" + _format_stored_students(students, wanted))
@@ -124,7 +133,7 @@ def _find_student(students: Mapping[_StudentChoice, RunSpec],
 
 def _format_stored_students(students: Iterable[_StudentChoice], wanted: _StudentChoice) -> str:
     """The temperatures and weights of this teacher's students; or its generations and
-    seeds, where these have none
+    seeds, if it has no student of the generation and seed that are wanted
     """
     same = [s for s in students if s[2:] == wanted[2:]]
     own = sorted({(s.generation, s.seed) for s in students if s.teacher == wanted.teacher})
@@ -156,12 +165,17 @@ def _student_controls(students: Mapping[_StudentChoice, RunSpec]) -> dict[str, w
 # %% ../nbs/explorers.ipynb #745a3c18
 @plt.rc_context(SMALL_FONT | {"font.size": 8})
 def explore_classes(
-    views: Mapping[RunSpec, FeatureView], # students over T and alpha, and their teachers
+    views: Mapping[RunSpec, FeatureView], # students for several T and alpha, and their teachers
 ) -> Explorer:
-    "Controls for T, alpha, teacher, seed and three classes over penultimate layer and reliability"
+    """Controls for T, alpha, teacher, seed and three classes above the penultimate features of teacher and
+    student, and the student's reliability diagram.
+
+    A `ValueError` unless there are students with their teachers, of one network on one data set of three
+    classes or more.
+    """
     found = [s for s in views if isinstance(s.method, Distil) and s.method.teacher in views]
     check(len(found) > 0, "views", "no student beside its teacher",
-          "looks at students and at the networks that taught them")
+          "views of students and of the networks that taught them")
     kinds = {(s.data, s.model) for s in found}
     check(len(kinds) == 1, "views", f"{len(kinds)} kinds of students", "one student network on one data set")
     names, students = views[found[0]].classes, _index_students(found)
@@ -211,7 +225,7 @@ def _class_controls(names: Sequence[str], begin: Sequence[int]) -> dict[str, wid
 # %% ../nbs/explorers.ipynb #0180abcf
 @plt.rc_context(SMALL_FONT | {"font.size": 8})
 def explore_theory() -> Explorer:
-    "Sliders for T, alpha and the problem over the exact linear student"
+    "Sliders for T, alpha and the problem above the exact linear student and the paper's Theorem 1"
     picture = LinearPlot()
     sizes = value_slider("points N", (10, 20, 50, 100, 200, 500, 1000, 2000), 1000)
     controls = dict(
@@ -228,7 +242,7 @@ def explore_theory() -> Explorer:
                     controls, "theory")
 
 # %% ../nbs/explorers.ipynb #7868680b
-_METHOD_FAMILIES = { # a pull, a title, and the controls of its strengths
+_METHOD_FAMILIES = { # a function that computes the field, a title, and the controls
     "targets": (target_loss_field, "A target: smoothed label and teacher", lambda: dict(
         eps=number_slider(0, 1, .1, .01, "smoothing eps"), alpha=number_slider(0, 1, .5, .01, "weight alpha"),
         teacher=number_slider(.01, .99, .7, .01, "teacher's probability of the label"))),
@@ -245,9 +259,12 @@ _METHOD_FAMILIES = { # a pull, a title, and the controls of its strengths
 
 @plt.rc_context(SMALL_FONT)
 def explore_method(
-    family: str, # "targets", "weights", "logits", "batches"
+    family: str, # "targets", "weights", "logits" or "batches"
 ) -> Explorer:
-    "Sliders for the strengths of a family of methods over what their loss pulls to"
+    """Sliders for the strengths of a family of methods above the gradient field of their loss.
+
+    A `ValueError` lists the families if there is no such family.
+    """
     prepare, title, controls = lookup(_METHOD_FAMILIES, family, "family")
     _, axs = create_panels(2, 3.6, width_ratios=(1, 1.3))
     picture = LossFieldPlot(axs, animated=True)

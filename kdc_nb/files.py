@@ -30,9 +30,11 @@ from .core import check
 # %% ../nbs/files.ipynb #e3ce0dd5
 @contextmanager
 def atomic_write(
-    path: Path | str, # where the file shall be; its folder is made
-) -> Iterator[Path]: # a temporary path to write to
-    "Give a temporary path that becomes `path` when the block ends without an error, and vanishes otherwise"
+    path: Path | str, # of the file; its folder is made
+) -> Iterator[Path]: # a temporary path, to write to
+    """Give a temporary path that is renamed to `path` if the `with` block ends without an error, and removed
+    otherwise
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid4().hex[:8]}.part")
@@ -44,10 +46,13 @@ def atomic_write(
 
 # %% ../nbs/files.ipynb #341d01c5
 class DamagedFile(ValueError):
-    "A file of the cache or the store that is cut short or changed"
+    "A file of the cache or of a store that is cut short, changed, or of another format"
 
 # %% ../nbs/files.ipynb #bade24a8
-def content_hash(tensors: Mapping[str, Tensor], text: str) -> str:
+def content_hash(
+    tensors: Mapping[str, Tensor], # by name, on the CPU
+    text: str, # such as the JSON beside them
+) -> str: # 64 hexadecimal digits
     "SHA-256 of a text and of the names, types, shapes and bytes of tensors"
     h = hashlib.sha256(text.encode())
     for k in sorted(tensors):
@@ -62,8 +67,9 @@ def save_tensors(
     tensors: Mapping[str, Tensor], # by name; moved to the CPU
     **meta: Any, # what `json.dumps` takes
 ) -> None:
-    """Write tensors and a JSON text as one safetensors file, whole or not at all; an `OSError`
-    says what the disk refused
+    """Write tensors and a JSON text as one safetensors file, whole or not at all.
+
+    An `OSError` names the file and says what the disk refused.
     """
     tensors = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
     text = json.dumps(meta)
@@ -75,8 +81,9 @@ def save_tensors(
 def load_tensors(
     path: Path | str, # written by `save_tensors`
 ) -> tuple[dict[str, Tensor], dict[str, Any]]: # tensors by name, the JSON
-    """Copies of what `save_tensors` wrote, so the file may change under them; `DamagedFile` names a file that
-    is not whole, `FileNotFoundError` one that is not there
+    """Copies of what `save_tensors` wrote, which stay as they are if the file is changed.
+
+    `DamagedFile` names a file that is cut short or changed, `FileNotFoundError` one that does not exist.
     """
     try:
         with safe_open(path, "pt") as f:
@@ -90,7 +97,7 @@ def load_tensors(
 def load_meta(
     path: Path | str, # written by `save_tensors`
 ) -> dict[str, Any]: # the JSON
-    "The JSON beside the tensors, which are not read; errors as those of `load_tensors`, but for its digest"
+    "The JSON beside the tensors, which are not read or checked; errors otherwise as of `load_tensors`"
     try:
         with safe_open(path, "pt") as f: return json.loads((f.metadata() or {})["meta"])
     except (SafetensorError, KeyError) as e: raise DamagedFile(f"{path}: damaged ({e})") from e
@@ -98,10 +105,10 @@ def load_meta(
 # %% ../nbs/files.ipynb #33fc8fb5
 def save_npz(
     path: Path | str, # the file to write
-    tensors: Mapping[str, Tensor], # by name
+    tensors: Mapping[str, Tensor], # by name, on the CPU; none is called "meta"
     **meta: Any, # what `json.dumps` takes
 ) -> None:
-    "The same as one compressed .npz, for results that are committed"
+    "Write tensors and a JSON text as one compressed .npz, whole or not at all, as results are committed"
     text = np.frombuffer(json.dumps(meta).encode(), np.uint8)
     with atomic_write(path) as part, open(part, "wb") as f:
         np.savez_compressed(f, meta=text, **{k: t.numpy() for k, t in tensors.items()})
@@ -110,7 +117,11 @@ def save_npz(
 def load_npz(
     path: Path | str, # written by `save_npz`
 ) -> tuple[dict[str, Tensor], dict[str, Any]]: # tensors by name, the JSON
-    "What `save_npz` wrote; `DamagedFile` names a file that is not whole, or not such a file"
+    """What `save_npz` wrote.
+
+    `DamagedFile` names a file that is cut short or of another format, `FileNotFoundError` one that does not
+    exist.
+    """
     try:
         with np.load(path, allow_pickle=False) as f: arrays = {k: f[k] for k in f}
         meta = json.loads(arrays.pop("meta").tobytes())
@@ -120,7 +131,7 @@ def load_npz(
 
 # %% ../nbs/files.ipynb #83cdbd00
 def cache_dir() -> Path: # not made until something is written
-    "The folder for data sets and runs: `$KDC_CACHE`, or `kdc_nb` in the user's cache folder"
+    "The folder for data sets and runs: `$KDC_CACHE`, or else `kdc_nb` in the user's cache folder"
     base = os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache"
     return Path(os.environ.get("KDC_CACHE") or Path(base)/"kdc_nb").expanduser()
 
@@ -131,10 +142,10 @@ def runs_folder() -> Path: # not made until something is written
 
 # %% ../nbs/files.ipynb #89b58803
 def results_file(
-    name: str, # such as "transfer_curve.npz"; it need not be there
-) -> Path:
-    """A file of `nbs/results`, of the checkout that this package is run from, or of the one
-    around the working directory
+    name: str, # such as "transfer_curve.npz"; the file need not exist
+) -> Path: # absolute
+    """The path of a file of `nbs/results` in the checkout that this package is run from, or else in the one
+    that the working directory is in; a `ValueError` if there is no such folder
     """
     here = Path.cwd()
     folders = [root/"nbs"/"results" for root in (Path(kdc_nb.__file__).parents[1], here, *here.parents)]

@@ -12,22 +12,25 @@ from html import escape
 
 # %% ../nbs/tables.ipynb #9dee57ae
 def format_text_table(
-    head: Sequence[str],
+    head: Sequence[str], # a text for each column
     rows: Iterable[Sequence[str]], # a text for each column
-) -> str:
-    "A table for a terminal"
+) -> str: # lines, without a line break at the end
+    "A table for a terminal: columns of equal width, two spaces apart"
     lines = [head, *rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(t.ljust(w) for t, w in zip(line, widths)).rstrip() for line in lines)
 
 # %% ../nbs/tables.ipynb #9b7b3e90
 def format_html_table(
-    head: Sequence[str],
+    head: Sequence[str], # a text for each column
     rows: Iterable[Sequence[str]], # a text for each column
     caption: str = "", # above the table, one line or several
     notes: Sequence[str] = (), # below it, a line each
 ) -> str:
-    "A table for a page; short texts in a table of few columns are not broken into lines"
+    """A table as HTML, for a notebook.
+
+    Texts of up to 24 characters are not broken into lines if the table has up to 6 columns.
+    """
     whole = lambda c: len(head) <= 6 and len(c) <= 24
     text = lambda c: escape(c).replace(" ", "&nbsp;") if whole(c) else escape(c)
     tr = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{text(c)}</{tag}>" for c in cells) + "</tr>"
@@ -39,11 +42,11 @@ def format_html_table(
 # %% ../nbs/tables.ipynb #1bfef7c2
 @dataclass(frozen=True)
 class Table:
-    "A table of texts, which shows itself"
+    "A table of texts, which is shown as HTML in a notebook and as text on a terminal"
     head: Sequence[str] # a text for each column
-    rows: Sequence[Sequence[str]] # the same
-    caption: str = "" # above it
-    notes: Sequence[str] = () # below it, a line each
+    rows: Sequence[Sequence[str]] # in each row a text for each column
+    caption: str = "" # above the table, one line or several
+    notes: Sequence[str] = () # below the table, a line each
 
     def __iter__(self) -> Iterator:
         "Head and rows, as `format_text_table` and `format_html_table` take them"
@@ -54,7 +57,7 @@ class Table:
 
     def _repr_html_(self): return format_html_table(*self, self.caption, self.notes)
 
-    def to_frame(self) -> "pandas.DataFrame": # texts, as they are shown
-        "The table for pandas"
+    def to_frame(self) -> "pandas.DataFrame": # of the texts that are shown
+        "The table as a data frame of pandas"
         import pandas as pd
         return pd.DataFrame([list(r) for r in self.rows], columns=list(self.head))

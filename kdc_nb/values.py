@@ -19,11 +19,11 @@ import numpy as np
 from .core import SPEC_TYPES, Registry, check, lookup
 
 # %% ../nbs/values.ipynb #ad99932d
-WRITTEN_NAMES = { # classes that are called otherwise in files and ids
+WRITTEN_NAMES = { # the names in files and ids of classes that have another name in the code
     "DataSpec": "Data", "LeaveFoldOut": "WithoutFold", "Calibrator": "PostHoc", "TemperatureScaled": "Scaled",
     "TemperedPosterior": "Posterior", "StoredLogits": "Given", "DriftResult": "Drift",
 }
-WRITTEN_FIELDS = { # their fields likewise, and the parameters of named values
+WRITTEN_FIELDS = { # the same of fields, and of the parameters of named values
     "Recipe": {"milestones": "drops", "select": "keep"}, "WithoutFold": {"fold": "k", "n_folds": "K"},
     "OutOfFold": {"n_folds": "K"}, "Ensemble": {"n_networks": "n"},
     "Method ls": {"exclude_target": "others"}, "Method mmce": {"double_normalised": "ported"},
@@ -31,19 +31,25 @@ WRITTEN_FIELDS = { # their fields likewise, and the parameters of named values
 }
 
 
-def written_name(cls: type) -> str:
-    "What a class is called in files and ids"
+def written_name(
+    cls: type, # of a description
+) -> str:
+    "The name of a class in files and ids, which stays as it is when the class is renamed"
     return WRITTEN_NAMES.get(cls.__name__, cls.__name__)
 
 
 def _written_fields(kind: str, name: str | None) -> dict[str, str]: # by the name in the code
-    "The fields of a class, or the parameters of a named value, that are called otherwise in files and ids"
+    "The names in files and ids of a class's fields or a named value's parameters, where they differ"
     return WRITTEN_FIELDS.get(kind, {}) | WRITTEN_FIELDS.get(f"{kind} {name}", {})
 
 # %% ../nbs/values.ipynb #7c894ddb
-def frozen_spec(cls: type) -> type:
-    """Make `cls` a frozen dataclass that `encode` and `decode` know by its name; integers given for floats
-    become floats, lists tuples
+def frozen_spec(
+    cls: type, # with annotated fields, as a dataclass has
+) -> type: # a decorator's result
+    """Make `cls` a frozen dataclass that `encode` and `decode` know by its name.
+
+    Integers that are given for floats become floats, and lists become tuples. A `ValueError` if another class
+    of descriptions has the name.
     """
     own = cls.__dict__.get("__post_init__", lambda self: None)
     def __post_init__(self):
@@ -58,9 +64,13 @@ def frozen_spec(cls: type) -> type:
 
 # %% ../nbs/values.ipynb #b443eb24
 class NamedSpec:
-    "A name from the class's registry and its parameters, defaults filled in: immutable, comparable, hashable"
-    registry: ClassVar[Registry]
-    n_given: ClassVar[int] # arguments that `build` is given, before the parameters
+    """A registered name and its parameters, defaults filled in: immutable, comparable and hashable.
+
+    A `ValueError` names what is wrong: a name that is not registered, a parameter that the entry does not
+    have, or one of another type than its default.
+    """
+    registry: ClassVar[Registry] # the functions or classes that the names stand for
+    n_given: ClassVar[int] # number of arguments that `build` is given, before the parameters
 
     def __init_subclass__(cls,
         n_given: int = 0,
@@ -71,7 +81,7 @@ class NamedSpec:
 
     def __init__(self,
         name: str, # a registered name
-        **params, # the parameters that differ from the defaults
+        **params, # those that differ from the defaults
     ):
         what = type(self).__name__
         made = lookup(self.registry, name, what)
@@ -97,8 +107,13 @@ class NamedSpec:
         return f"{type(self).__name__}({', '.join(args)})"
 
     @classmethod
-    def register(cls, name: str) -> Callable: # a decorator
-        "Register a function or class under `name`; its parameters with defaults become the value's"
+    def register(cls,
+        name: str, # not taken yet
+    ) -> Callable: # a decorator
+        """Register a function or class under `name`; its parameters with defaults become the value's.
+
+        A `ValueError` if the name is taken, a parameter has no default, or a switch is on by default.
+        """
         def add(made):
             params = list(inspect.signature(made).parameters.values())
             on, bare = ([p.name for p in params if p.default is True],
@@ -111,13 +126,15 @@ class NamedSpec:
             return made
         return add
 
-    def build(self, *args): # what the registered function gives
-        "Call what the name stands for, with its parameters"
+    def build(self,
+        *args, # the first arguments, as many as `n_given` of the class
+    ): # what the registered function returns
+        "Call what the name stands for, with the value's parameters"
         return self.registry[self.name](*args, **self.params)
 
 # %% ../nbs/values.ipynb #22b50130
 def _coerce(given: Any, default: Any, argument: str) -> Any: # `given`, as the default's type
-    "`given` as the type of `default`; a `ValueError` names the argument where it cannot be that without loss"
+    "`given` as the type of `default`; a `ValueError` names the argument if that would lose something"
     if default is None or given is None or type(given) is type(default): return given
     number = isinstance(given, (int, float)) and not isinstance(given, bool)
     if isinstance(default, float) and number: return float(given)
@@ -127,11 +144,13 @@ def _coerce(given: Any, default: Any, argument: str) -> Any: # `given`, as the d
     check(False, argument, repr(given), f"a {type(default).__name__}")
 
 # %% ../nbs/values.ipynb #1c3bdb30
-def encode(obj: Any) -> Any: # what `json.dumps` takes
-    """`obj` as plain JSON, values as objects with their class under `kind`.
+def encode(
+    obj: Any, # a description, or lists, tuples, dictionaries, texts and numbers around descriptions
+) -> Any: # what `json.dumps` takes
+    """`obj` as plain JSON, each description as an object with its class under `kind`.
 
-    A field that is None is left out, and a named value's switch that is off: what comes later, with that as
-    its default, leaves older descriptions (and ids) as they were.
+    A field that is None is left out, and so is a named value's switch that is off. A field that is added
+    later with such a default therefore leaves older descriptions, and their ids, as they were.
     """
     if isinstance(obj, NamedSpec):
         return _encode_fields(obj,
@@ -151,8 +170,10 @@ def _encode_fields(obj: Any, values: dict[str, Any]) -> dict[str, Any]:
     return {"kind": kind} | {written.get(k, k): v for k, v in values.items()}
 
 # %% ../nbs/values.ipynb #6662353e
-def decode(obj: Any) -> Any: # the value, equal to the one encoded
-    "The inverse of `encode`; lists come back as tuples. A `ValueError` names a kind that is not known"
+def decode(
+    obj: Any, # what `encode` returned, or the same read from JSON
+) -> Any: # equal to what was encoded, but for lists, which are tuples now
+    "The inverse of `encode`; a `ValueError` names a `kind`, or a registered name, that is not known"
     if isinstance(obj, list): return tuple(decode(o) for o in obj)
     if not isinstance(obj, dict): return obj
     rest = {k: decode(v) for k, v in obj.items() if k != "kind"}
@@ -163,13 +184,19 @@ def decode(obj: Any) -> Any: # the value, equal to the one encoded
 # %% ../nbs/values.ipynb #d66178cf
 def spec_hash(
     obj: Any, # a value, or anything `encode` takes
-    **extra: Any, # further facts that belong to the identity, such as a schema number
+    **extra: Any, # further facts that belong to the id, such as a schema number
 ) -> str: # 16 hexadecimal digits
-    "The id of a description: SHA-256 of its canonical JSON, shortened"
+    """The id of a description: SHA-256 of its canonical JSON, shortened; a `ValueError` for NaN or infinity.
+
+    >>> spec_hash({"a": 1, "b": 2}) == spec_hash({"b": 2, "a": 1})
+    True
+    """
     text = json.dumps({"value": encode(obj), **extra}, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 # %% ../nbs/values.ipynb #294f737a
-def derive_seed(*numbers: int) -> int:
-    "One number from several, such as a run's seed and the epoch's number"
+def derive_seed(
+    *numbers: int, # 0 or more each, such as a run's seed and the epoch's number
+) -> int: # from 0 to 2**32 - 1
+    "One seed from several numbers (NumPy's `SeedSequence`)"
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -16,7 +16,7 @@ from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.methods import Method, TrainingStep, _AdaFocal, _update_gamma
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.trainer import fit
-from kdc_nb.experiments.results import recalibrate
+from kdc_nb.experiments.results import read_results, recalibrate, write_results
 from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.specs import RunSpec
 from kdc_nb.experiments.store import Store, build_net
@@ -243,5 +243,8 @@ def test_a_result_after_any_post_hoc_calibrator(tmp_path):
     result = run(RunSpec(TINY, "resnet8", "nll", Recipe(4, 50)), Store(tmp_path), "cpu", progress=False)
     for how in Calibrator.registry:
         after = recalibrate(result, how)
-        assert after.spec == result.spec and after.facts["after"]["name"] == how and after.evaluation.n == 300
+        assert after.spec == result.spec and after.facts["after"].name == how and after.evaluation.n == 300
+        write_results([after], tmp_path/"after.npz")
+        (back,) = read_results(tmp_path/"after.npz").values()
+        assert back.title() == after.title() and back.title().endswith(f"after {how}")
     with pytest.raises(ValueError, match="Calibrator: got 'beta'"): recalibrate(result, "beta")

@@ -91,7 +91,7 @@ def assert_cut(got, wanted):
 
 def test_strengths_are_the_published_ones():
     assert {k: list(c.by_severity) for k, c in CORRUPTIONS.items()} == STRENGTHS
-    assert {k: c.apply.__name__ for k, c in CORRUPTIONS.items()} == {k: k for k in STRENGTHS}
+    assert {k: c.__name__ for k, c in CORRUPTIONS.items()} == {k: k for k in STRENGTHS}
 
 
 @given(st.integers(105, 140), st.sampled_from([1, 3]), st.integers(1, 5))

@@ -20,6 +20,7 @@ from kdc_nb.training.recipes import RECIPES, Recipe
 from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.specs import Distil, RunSpec, run_id
 from kdc_nb.experiments.store import Store
+from kdc_nb.analysis.corruptions import corrupt_images, register_corruption
 
 TINY = DataSpec("known", n_train=100, n_valid=60, n_test=80)
 OWN = '''
@@ -187,3 +188,15 @@ def test_a_file_that_cannot_be_imported(tmp_path, text, message):
                            "--import", str(tmp_path/"mine.py"), "--plan"],
                           capture_output=True, text=True)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_corruption_of_ones_own_is_like_the_kits():
+    @register_corruption(1, 2, 3, 4, 5)
+    def darkness(x, strength, rng): return x*(1 - strength/10)
+    images = torch.full((2, 3, 8, 8), 200, dtype=torch.uint8)
+    assert corrupt_images(images, "darkness", 5).unique().tolist() == [100]
+    assert [name for _, name, _ in own_entries()] == ["darkness"]
+    with pytest.raises(ValueError, match="strengths: got 2 of them"): register_corruption(1, 2)
+    with pytest.raises(ValueError, match="corruption: got 'fog', expected a name that is not taken"):
+        @register_corruption(1, 2, 3, 4, 5)
+        def fog(x, strength, rng): return x

@@ -194,7 +194,7 @@ def test_a_constant_feature_and_useless_ones():
     np.testing.assert_allclose(W, [np.log(2)/2, 0, np.log(2)/2], atol=1e-12)
 
 
-@pytest.mark.parametrize("kw", [{}, {"base": .5}, {"N": 5, "d": 9}, {"features": "sparse"}, {"d": 1}])
+@pytest.mark.parametrize("kw", [{}, {"intercept": .5}, {"N": 5, "d": 9}, {"features": "sparse"}, {"d": 1}])
 def test_drawn_problems(kw):
     P = draw_linear_problem(**kw)
     assert P.X.shape == (len(P.W), len(P.y)) and P.W.shape == P.W_t.shape and set(P.y) <= {0., 1.}

@@ -25,31 +25,34 @@ from .views import FeatureView
 # %% ../../nbs/analysis/05_agreement.ipynb #4af281b1
 def prepare_class_similarity(
     logits: Any, # (N, C)
-    labels: Any, # (N,)
-) -> np.ndarray: # (C, C), rows sum to 1
-    "Mean probability of each class (columns) over the images of each class (rows)"
+    labels: Any, # (N,) integers from 0 to C-1
+) -> np.ndarray: # (C, C), rows sum to 1; NaN for a class without images
+    """Mean probability of each class (columns) over the images of each class (rows).
+
+    A `ValueError` names what is wrong with logits or labels.
+    """
     x, y = check_outputs_and_labels(logits, labels)
     return torch.stack([x.softmax(1)[y == c].mean(0) for c in range(x.shape[1])]).numpy()
 
 
 def prepare_agreement(
-    teacher: Tensor, # (N,) top labels
-    student: Tensor, # (N,) of the same images
-    n_classes: int,
-) -> np.ndarray: # (C, C); a row of a label that the teacher never gives is 0
-    "What the student says (columns) where the teacher says something (rows), as shares of each row"
+    teacher: Tensor, # (N,) top labels, 0 to C-1
+    student: Tensor, # (N,) top labels of the same images
+    n_classes: int, # C
+) -> np.ndarray: # (C, C), rows sum to 1; a row is 0 if the teacher never predicts its class
+    "How often the student predicts each class (columns) where the teacher predicts a class (rows)"
     counts = (torch.bincount(n_classes*teacher + student, minlength=n_classes**2)
               .view(n_classes, n_classes).double())
     return (counts/counts.sum(1, keepdim=True).clamp(min=1)).numpy()
 
 
 def plot_class_matrix(
-    matrix: np.ndarray, # (C, C) shares
-    classes: Sequence[str],
+    matrix: np.ndarray, # (C, C) shares, 0 to 1
+    classes: Sequence[str], # C names
     ax: Axes | None = None, # None: a new one
-    title: str = "Similarity of classes",
+    title: str = "Similarity of classes", # above the picture
 ) -> Axes:
-    "Shares off the diagonal, in percent; the diagonal, which would outshine them, is left out"
+    "Shares off the diagonal, in percent; the diagonal is left out, as its large values would hide the others"
     import seaborn as sns
     few, labels = len(classes) <= 12, list(classes) if len(classes) <= 30 else 10
     ax = ax or plt.subplots(figsize=(5.5, 4.6), layout="constrained")[1]
@@ -64,42 +67,48 @@ class _ConfidenceShift(NamedTuple):
     "Confidences of a teacher and its student, image by image"
     teacher: np.ndarray # (N,)
     student: np.ndarray # (N,)
-    right: np.ndarray # (N,) whether the student's label is correct
+    right: np.ndarray # (N,) whether the student's top label is correct
 
     def mean(
         self, right: bool
     ) -> tuple[float, float]: # mean change from teacher to student, half of its 95% interval
-        "How much more confident the student is, on images that it gets correct or wrong"
+        "How much more confident the student is, on images that it classifies correctly or wrongly"
         d = (self.student - self.teacher)[self.right == right]
         return float(d.mean()), 1.96*float(d.std(ddof=1))/len(d)**.5
 
 
-def prepare_confidence_shift(teacher: FeatureView, student: FeatureView) -> _ConfidenceShift:
-    "How confidence changes from a teacher to its student"
+def prepare_confidence_shift(
+    teacher: FeatureView, # of any network
+    student: FeatureView, # of the same test images
+) -> _ConfidenceShift: # confidences `teacher` and `student`, (N,) each, 0 to 1, and `right`
+    "Confidences of a teacher and its student, image by image; a `ValueError` for other test images"
     check(torch.equal(teacher.labels, student.labels), "student", "other test images", "those of the teacher")
     return _ConfidenceShift(teacher.confidence.numpy(), student.confidence.numpy(),
                             (student.pred == student.labels).numpy())
 
 
 def plot_confidence_shift(
-    shift: _ConfidenceShift,
-    title: str = "From teacher to student",
-) -> Sequence[Axes]:
-    "The student's confidence against the teacher's, where it is correct and where it is wrong"
+    shift: _ConfidenceShift, # what `prepare_confidence_shift` gives
+    title: str = "From teacher to student", # the mean change in percentage points is added
+) -> Sequence[Axes]: # two
+    """The student's confidence against the teacher's, where the student is correct and where it is wrong.
+
+    A `ValueError` unless there are two images or more of both kinds.
+    """
     import seaborn as sns
     few = min(shift.right.sum(), (~shift.right).sum())
     check(few >= 2, "shift", f"{few} images on one side",
           "two or more that the student gets right, and that it gets wrong")
     axs = plt.subplots(1, 2, figsize=(9, 4), layout="constrained", sharey=True)[1]
-    for ax, right in zip(axs, (True, False)):
-        used = shift.right == right
+    for ax, correct in zip(axs, (True, False)):
+        used = shift.right == correct
         sns.histplot(x=shift.teacher[used], y=shift.student[used], bins=30,
                      binrange=(0, 1), norm=LogNorm(), vmin=None, vmax=None, cmap="viridis",
                      cbar=True, cbar_kws={"label": "samples"}, ax=ax)
         ax.plot([0, 1], [0, 1], c=ORANGE, lw=1)
-        mean, half = shift.mean(right)
+        mean, half = shift.mean(correct)
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence of the teacher",
                ylabel="confidence of the student",
-               title=f"{title}: student {'right' if right else 'wrong'}\n"
+               title=f"{title}: student {'correct' if correct else 'wrong'}\n"
                      f"change {100*mean:+.1f} ± {100*half:.1f} points (N = {used.sum():,})")
     return axs

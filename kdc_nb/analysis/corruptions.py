@@ -12,7 +12,7 @@ __all__ = ['CORRUPTIONS', 'register_corruption', 'check_severity', 'corrupt_imag
 import io
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,32 +25,34 @@ from kdc_nb.analysis.filters import (
 )
 
 # %% ../../nbs/analysis/07_corruptions.ipynb #0347bf1d
-class _Corruption(NamedTuple):
-    "A way to spoil images, and how strongly"
-    # (images (N, C, H, W) float32 from 0 to 1, strength, generator) to images; what
-    # leaves 0 to 1 is cut off later
-    apply: Callable
-    by_severity: tuple # a number, or several, for each severity from 1 to 5
+CORRUPTIONS = Registry("corruption") # functions by name; `by_severity` of each has its five strengths
 
 
-CORRUPTIONS = Registry("corruption")
+def register_corruption(
+    *strengths: Any, # five, at severity 1 to 5: what the function gets as its second argument
+) -> Callable: # a decorator
+    """Register a function as a corruption under its own name; a `ValueError` if the name is taken.
 
-
-def register_corruption(*strengths) -> Callable: # a decorator
-    "Register a function under its own name, with its strengths at severity 1 to 5"
-    def add(spoil):
-        CORRUPTIONS[spoil.__name__] = _Corruption(spoil, strengths)
-        return spoil
+    It takes images (N, C, H, W) float32 from 0 to 1, a strength (a number, or several) and a random
+    generator, and gives images, which are clipped to 0 to 1 later.
+    """
+    check(len(strengths) == 5, "strengths", f"{len(strengths)} of them", "five, for severity 1 to 5")
+    def add(corrupt):
+        corrupt.by_severity = strengths
+        CORRUPTIONS[corrupt.__name__] = corrupt
+        return corrupt
     return add
 
 # %% ../../nbs/analysis/07_corruptions.ipynb #104985af
-def check_severity(severity: int) -> None:
-    "Refuse a severity that is not one of the five"
+def check_severity(
+    severity: int, # 1 to 5
+) -> None:
+    "A `ValueError` for a severity that is not one of the five"
     check(isinstance(severity, int) and 1 <= severity <= 5, "severity", repr(severity), "1, 2, 3, 4 or 5")
 
 
 def _check_image_batch(inputs: Tensor) -> None:
-    "Refuse what is no batch of images"
+    "A `ValueError` for what is not a batch of images"
     check(isinstance(inputs, Tensor), "inputs", f"a {type(inputs).__name__}", "a tensor")
     fits = (inputs.dtype == torch.uint8 and inputs.ndim == 4
             and inputs.shape[1] in (1, 3) and min(inputs.shape[2:]) >= 8)
@@ -59,53 +61,77 @@ def _check_image_batch(inputs: Tensor) -> None:
 
 
 def corrupt_images(
-    inputs: Tensor, # (N, C, H, W) uint8, 1 or 3 channels, 8 pixels or more a side; it is left as it is
-    corruption: str, # as in `CORRUPTIONS`
+    inputs: Tensor, # (N, C, H, W) uint8, 1 or 3 channels, 8 pixels or more a side; it stays as it is
+    corruption: str, # a name in `CORRUPTIONS`, such as "fog"
     severity: int, # 1 to 5
     seed: int = 0, # of the noise, from 0; each corruption and severity has noise of its own
 ) -> Tensor: # (N, C, H, W) uint8
-    """Images under a corruption in the style of CIFAR-C (Hendrycks and Dietterich 2019); a
-    `ValueError` says what is wrong
+    """Images under a corruption in the style of CIFAR-C (Hendrycks and Dietterich 2019).
+
+    A `ValueError` names the argument that is wrong.
+
+    >>> corrupt_images(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "brightness", 1).unique()
+    tensor([12], dtype=torch.uint8)
     """
     how = lookup(CORRUPTIONS, corruption, "corruption")
     check_severity(severity)
     _check_image_batch(inputs)
     check(isinstance(seed, int) and seed >= 0, "seed", repr(seed), "an integer from 0")
     rng = np.random.default_rng([seed, zlib.crc32(corruption.encode()), severity])
-    parts = (how.apply(x.numpy()/np.float32(255), how.by_severity[severity - 1], rng)
+    parts = (how(x.numpy()/np.float32(255), how.by_severity[severity - 1], rng)
              for x in inputs.cpu().split(500))
     return torch.cat([torch.from_numpy((np.clip(x, 0, 1)*255 + 1e-3).astype(np.uint8)) for x in parts])
 
 # %% ../../nbs/analysis/07_corruptions.ipynb #07e78d4f
 @register_corruption(.04, .06, .08, .09, .10)
-def gaussian_noise(x, spread, rng):
-    "Normal noise of this deviation, in every channel by itself"
+def gaussian_noise(
+    x: np.ndarray, # (N, C, H, W) from 0 to 1
+    spread: float, # standard deviation of the noise
+    rng: np.random.Generator, # of the noise
+) -> np.ndarray: # of the same shape, clipped later
+    "Normal noise, independent in every channel of every pixel"
     return x + np.float32(spread)*rng.standard_normal(x.shape, np.float32)
 
 
 @register_corruption(500, 250, 100, 75, 50)
-def shot_noise(x, photons, rng):
-    "Each value as the count of photons, of which white sends so many"
+def shot_noise(
+    x: np.ndarray, # (N, C, H, W) from 0 to 1
+    photons: float, # mean number of photons of a value of 1
+    rng: np.random.Generator, # of the noise
+) -> np.ndarray: # of the same shape, clipped later
+    "Poisson noise: each value is a count of photons, over the mean count of white"
     return rng.poisson(photons*x)/photons
 
 
 @register_corruption(.01, .02, .03, .05, .07)
-def impulse_noise(x, share, rng):
-    "This share of the values made 0 or 1, either as often"
+def impulse_noise(
+    x: np.ndarray, # (N, C, H, W) from 0 to 1
+    share: float, # of the values that change, 0 to 1
+    rng: np.random.Generator, # of the noise
+) -> np.ndarray: # of the same shape, clipped later
+    "A share of the values is set to 0 or 1, either equally often"
     u = rng.random(x.shape, np.float32)
     return np.where(u < share, u < share/2, x)
 
 # %% ../../nbs/analysis/07_corruptions.ipynb #299d77ba
 @register_corruption((.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1))
-def defocus_blur(x, strength, rng):
-    "Each point made a disk"
+def defocus_blur(
+    x: np.ndarray, # (N, C, H, W) from 0 to 1
+    strength: tuple[float, float], # `radius` and `rim` of `defocus_kernel`, in pixels
+    rng: np.random.Generator, # not used
+) -> np.ndarray: # of the same shape, clipped later
+    "Each point becomes a disk"
     from scipy.ndimage import convolve
     return convolve(x, defocus_kernel(*strength)[None, None].astype(np.float32), mode="mirror")
 
 # %% ../../nbs/analysis/07_corruptions.ipynb #a1c3d68d
 @register_corruption((.05, 1, 1), (.25, 1, 1), (.4, 1, 1), (.25, 1, 2), (.4, 1, 2))
-def glass_blur(x, strength, rng):
-    "Smoothed, pixels replaced by their neighbours up or left, several times, and smoothed again"
+def glass_blur(
+    x: np.ndarray, # (N, C, H, W) from 0 to 1
+    strength: tuple[float, int, int], # sigma of the smoothing and reach, in pixels; number of rounds
+    rng: np.random.Generator, # of the noise
+) -> np.ndarray: # of the same shape, clipped later
+    "Smoothing, replacement of pixels by neighbours above or to the left, in rounds, and smoothing again"
     sigma, reach, times = strength
     n, _, h, w = x.shape
     x = np.floor(gaussian_smooth(x, sigma)*255 + 1e-3)/np.float32(255)
@@ -117,13 +143,21 @@ def glass_blur(x, strength, rng):
 
 # %% ../../nbs/analysis/07_corruptions.ipynb #23da2f02
 @register_corruption((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))
-def motion_blur(x, strength, rng):
-    "Blurred along a line of a random direction, up to 45 degrees from the horizontal"
+def motion_blur(
+    x: np.ndarray, # (N, C, H, W) from 0 to 1
+    strength: tuple[int, float], # `radius` and `sigma` of `motion_filter`, in pixels
+    rng: np.random.Generator, # of the noise
+) -> np.ndarray: # of the same shape, clipped later
+    "A blur along a line of random direction, up to 45 degrees from the horizontal"
     return motion_filter(x, *strength, rng.uniform(-45, 45, len(x)))
 
 # %% ../../nbs/analysis/07_corruptions.ipynb #63a007e9
 @register_corruption(1.06, 1.11, 1.16, 1.21, 1.26)
-def zoom_blur(x, end, rng):
+def zoom_blur(
+    x: np.ndarray, # (N, C, H, W) from 0 to 1
+    end: float, # largest enlargement, which is not reached, above 1
+    rng: np.random.Generator, # not used
+) -> np.ndarray: # of the same shape, clipped later
     "The mean of the image and of its enlargements in steps of 0.01"
     factors = np.arange(1, end, .01)
     return (x + sum(zoom_centre(x, f) for f in factors))/(len(factors) + 1)
@@ -132,7 +166,11 @@ def zoom_blur(x, end, rng):
 @register_corruption((.1, .2, 1, .6, 8, 3, .95), (.1, .2, 1, .5, 10, 4, .9),
                      (.15, .3, 1.75, .55, 10, 4, .9), (.25, .3, 2.25, .6, 12, 6, .85),
                      (.3, .3, 1.25, .65, 14, 12, .8))
-def snow(x, strength, rng):
+def snow(
+    x: np.ndarray, # (N, C, H, W) from 0 to 1
+    strength: tuple[float, ...], # noise (mean, spread), zoom, threshold, blur (radius, sigma), share of `x`
+    rng: np.random.Generator, # of the noise
+) -> np.ndarray: # of the same shape, clipped later
     "Flakes over a paler image"
     mean, spread, size, least, radius, sigma, keep = strength
     n, channels, h, w = x.shape
@@ -144,8 +182,12 @@ def snow(x, strength, rng):
 
 # %% ../../nbs/analysis/07_corruptions.ipynb #657a6ad6
 @register_corruption((.2, 3), (.5, 3), (.75, 2.5), (1, 2), (1.5, 1.75))
-def fog(x, strength, rng):
-    "A cloud over the image, the brightest value of which stays where it was"
+def fog(
+    x: np.ndarray, # (N, C, H, W) from 0 to 1
+    strength: tuple[float, float], # how dense the cloud is, and `decay` of `plasma_fractal`
+    rng: np.random.Generator, # of the noise
+) -> np.ndarray: # of the same shape, clipped later
+    "A cloud over the image, scaled so that no value exceeds the largest of the image"
     thick, decay = strength
     n, _, h, w = x.shape
     cloud, top = (plasma_fractal(n, 1 << (max(h, w) - 1).bit_length(), decay, rng)[:, None, :h, :w],
@@ -154,22 +196,34 @@ def fog(x, strength, rng):
 
 # %% ../../nbs/analysis/07_corruptions.ipynb #5cb31d8c
 @register_corruption(.05, .1, .15, .2, .3)
-def brightness(x, more, rng):
-    "This much added to the value in HSV"
+def brightness(
+    x: np.ndarray, # (N, C, H, W) from 0 to 1
+    more: float, # what is added, 0 to 1
+    rng: np.random.Generator, # not used
+) -> np.ndarray: # of the same shape, clipped later
+    "An increase of the value in HSV"
     h, s, v = decompose_hsv(x)
     return np.minimum(v + more, 1)*(1 - s*h)
 
 # %% ../../nbs/analysis/07_corruptions.ipynb #c6b72219
 @register_corruption(.75, .5, .4, .3, .15)
-def contrast(x, share, rng):
-    "Of each channel's distance from its mean over the image, this share"
+def contrast(
+    x: np.ndarray, # (N, C, H, W) from 0 to 1
+    share: float, # of the distance from the mean that remains, 0 to 1
+    rng: np.random.Generator, # not used
+) -> np.ndarray: # of the same shape, clipped later
+    "A decrease of each channel's distance from its mean over the image"
     mean = x.mean((2, 3), keepdims=True)
     return mean + share*(x - mean)
 
 # %% ../../nbs/analysis/07_corruptions.ipynb #936700f5
 @register_corruption((0, 0, .08), (.05, .2, .07), (.08, .06, .06), (.1, .04, .05), (.1, .03, .03))
-def elastic_transform(x, strength, rng):
-    "Leaned, then each pixel moved by a smooth field; the strengths are shares of the image's side"
+def elastic_transform(
+    x: np.ndarray, # (N, C, H, W) from 0 to 1
+    strength: tuple[float, ...], # size and sigma of the field, moves of the affine map: shares of the side
+    rng: np.random.Generator, # of the noise
+) -> np.ndarray: # of the same shape, clipped later
+    "A random affine map, then a move of each pixel by a smooth random field"
     n, _, h, w = x.shape
     far, sigma, lean = (share*min(h, w) for share in strength)
     x = resample_bilinear(x, random_affine(n, h, w, lean, rng), "pixels")
@@ -178,16 +232,24 @@ def elastic_transform(x, strength, rng):
 
 # %% ../../nbs/analysis/07_corruptions.ipynb #a1b4fe47
 @register_corruption(.95, .9, .85, .75, .65)
-def pixelate(x, share, rng):
-    "Shrunk to this share of its side and enlarged again, each pixel the mean of a box"
+def pixelate(
+    x: np.ndarray, # (N, C, H, W) from 0 to 1
+    share: float, # of the image's side that remains, 0 to 1
+    rng: np.random.Generator, # not used
+) -> np.ndarray: # of the same shape, clipped later
+    "A smaller image, each pixel the mean of a box, enlarged again"
     from PIL.Image import BOX
     return map_pil_images(x, lambda p:
                                  p.resize((int(p.width*share), int(p.height*share)), BOX).resize(p.size, BOX))
 
 
 @register_corruption(80, 65, 58, 50, 40)
-def jpeg_compression(x, quality, rng):
-    "Written as JPEG of this quality and read again"
+def jpeg_compression(
+    x: np.ndarray, # (N, C, H, W) from 0 to 1
+    quality: int, # of JPEG, 1 to 95
+    rng: np.random.Generator, # not used
+) -> np.ndarray: # of the same shape, clipped later
+    "Compression as JPEG"
     from PIL import Image
     def through(picture):
         picture.save(file := io.BytesIO(), "JPEG", quality=quality)
@@ -196,21 +258,34 @@ def jpeg_compression(x, quality, rng):
 
 # %% ../../nbs/analysis/07_corruptions.ipynb #a4f71c30
 @register_corruption(.06, .1, .12, .16, .2)
-def speckle_noise(x, spread, rng):
-    "Normal noise that grows with the value"
+def speckle_noise(
+    x: np.ndarray, # (N, C, H, W) from 0 to 1
+    spread: float, # standard deviation of the noise of a value of 1
+    rng: np.random.Generator, # of the noise
+) -> np.ndarray: # of the same shape, clipped later
+    "Normal noise, proportional to the value"
     return x + np.float32(spread)*x*rng.standard_normal(x.shape, np.float32)
 
 
 @register_corruption(.4, .6, .7, .8, 1)
-def gaussian_blur(x, sigma, rng):
-    "A Gaussian filter of this sigma, in pixels"
+def gaussian_blur(
+    x: np.ndarray, # (N, C, H, W) from 0 to 1
+    sigma: float, # standard deviation of the filter, in pixels
+    rng: np.random.Generator, # not used
+) -> np.ndarray: # of the same shape, clipped later
+    "A Gaussian filter"
     return gaussian_smooth(x, sigma)
 
 
 @register_corruption((.3, 0), (.1, 0), (1.5, 0), (2, .1), (2.5, .2))
-def saturate(x, strength, rng):
-    """The saturation in HSV multiplied and increased: paler at severity 1 and 2, gaudier
-    from 3; grey turns red from 4
+def saturate(
+    x: np.ndarray, # (N, C, H, W) from 0 to 1
+    strength: tuple[float, float], # factor and summand of the saturation
+    rng: np.random.Generator, # not used
+) -> np.ndarray: # of the same shape, clipped later
+    """A change of the saturation in HSV: less at severity 1 and 2, more from 3, where grey turns red from 4.
+
+    A `ValueError` for images of one channel.
     """
     check(x.shape[1] == 3, "inputs", "images of one channel", "three channels: grey has no saturation")
     h, s, v = decompose_hsv(x)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..core import check
-from ..calibration.metrics import TRUTH_LABELS
+from ..calibration.metrics import DERIVED_LABELS
 from ..calibration.estimates import Estimate
 from ..calibration.diagrams import COLORS, GREY
 from kdc_nb.experiments.specs import (
@@ -25,7 +25,7 @@ from ..experiments.panels import plot_panels
 from .views import FeatureView
 
 # %% ../../nbs/analysis/04_diffusion.ipynb #01d25d30
-TRUTH_LABELS.update({ # what is measured of features and chains, with its unit
+DERIVED_LABELS.update({ # what is measured of features and chains, with its unit
     "ratio": ("distance of similar over others", ""), "similar": ("overlap of similar classes", "%"),
     "dissimilar": ("overlap of other classes", "%"), "gap": ("confidence less accuracy", "%"),
     "agreement": ("agreement with generation 0", "%"),

@@ -105,7 +105,7 @@ class DriftResult:
     spec: RunSpec
     n: int # images of each kind
     T: float # the temperature, of the clean validation images
-    rows: dict # "clean" and "name/severity" -> "raw" and "scaled" -> `_evaluate_with_noise`
+    rows: dict # "clean" and "name/severity" -> "raw" and "scaled" -> what `_evaluate_with_noise` gives
     published: bool = False # whether the corrupted images are the published ones
 
 # %% ../../nbs/analysis/08_drift.ipynb #e7b77284
@@ -143,7 +143,7 @@ def evaluate_drift(
 def average_by_severity(
     drift: DriftResult,
     output: str, # "raw" or "scaled"
-    # (6,) for each number of a `_evaluate_with_noise`: clean images first, then severity 1 to 5; NaN
+    # (6,) for each number that `_evaluate_with_noise` gives: clean images first, then severity 1 to 5; NaN
     # where none were asked about
 ) -> dict[str, np.ndarray]:
     """Figures averaged over the corruptions at each severity; the ends of intervals and bands too, so they

@@ -13,7 +13,7 @@ from ..core import check
 
 # %% ../../nbs/analysis/00_features.ipynb #3e1ef92e
 def _find_last_linear(net: nn.Module) -> nn.Linear:
-    "The head of a network; a `ValueError` where it has no linear layer"
+    "The head of a network; a `ValueError` if it has no linear layer"
     found = [m for m in net.modules() if isinstance(m, nn.Linear)]
     check(bool(found), "net", f"a {type(net).__name__} without a linear layer",
           "a network whose last step is one")
@@ -21,12 +21,18 @@ def _find_last_linear(net: nn.Module) -> nn.Linear:
 
 
 class FeatureExtractor(nn.Module):
-    "What a network's head sees"
-    def __init__(self, net: nn.Module): # a net of your own too, if its last step is a linear layer
+    "A network without its head: it gives the penultimate features, the inputs of the last linear layer"
+
+    def __init__(self,
+        net: nn.Module, # also of your own, if its last step is a linear layer
+    ):
         super().__init__()
         self.net = net
 
-    def forward(self, x: Tensor) -> Tensor: # (N, C, H, W) to (N, F)
+    def forward(self,
+        x: Tensor, # a batch of inputs as the network takes them, such as (N, channels, H, W)
+    ) -> Tensor: # (N, F)
+        "The features of a batch; a `ValueError` if the network's last step is not a linear layer"
         seen = []
         hook = _find_last_linear(self.net).register_forward_hook(
             lambda layer, inputs, output: seen.append((inputs[0], output))
@@ -39,13 +45,17 @@ class FeatureExtractor(nn.Module):
         return seen[0][0]
 
 
-def head_weights(net: nn.Module) -> Tensor: # (C, F + 1)
-    "The rows [w_c, b_c] of a network's head; a bias of 0 where it has none"
+def head_weights(
+    net: nn.Module, # whose last step is a linear layer
+) -> Tensor: # (C, F + 1), on the CPU
+    "Rows [w_c, b_c] of a network's head, a bias of 0 if it has none; a `ValueError` without a linear layer"
     head = _find_last_linear(net)
     bias = torch.zeros_like(head.weight[:, 0]) if head.bias is None else head.bias
     return torch.cat([head.weight, bias[:, None]], 1).detach().cpu()
 
 
-def append_one(features: Tensor) -> Tensor: # (N, F) to (N, F + 1)
-    "Features with a 1 appended, for the biases"
+def append_one(
+    features: Tensor, # (N, F)
+) -> Tensor: # (N, F + 1)
+    "Features with a 1 appended to each row, so that a product with `head_weights` includes the biases"
     return torch.nn.functional.pad(features, (0, 1), value=1.)

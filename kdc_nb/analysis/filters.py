@@ -15,20 +15,20 @@ import torch
 # %% ../../nbs/analysis/06_filters.ipynb #379d6d1d
 def gaussian_smooth(
     x: np.ndarray, # (..., H, W)
-    sigma: float, # in pixels; 0 changes nothing
-    mode: str = "nearest", # what lies beyond the border, as SciPy calls it
+    sigma: float, # standard deviation, in pixels; 0 changes nothing
+    mode: str = "nearest", # what lies beyond the border, one of SciPy's modes
     truncate: float = 4., # how far the filter reaches, in sigmas
-) -> np.ndarray: # like x
+) -> np.ndarray: # of the shape of `x`
     "A Gaussian filter over the last two axes"
     from scipy.ndimage import gaussian_filter
     return gaussian_filter(x, (0,)*(x.ndim - 2) + (sigma, sigma), mode=mode, truncate=truncate)
 
 # %% ../../nbs/analysis/06_filters.ipynb #9a04b808
 def defocus_kernel(
-    radius: float, # in pixels, up to 2
-    rim: float, # sigma of the softening
+    radius: float, # of the disk, in pixels, 0 to 2
+    rim: float, # standard deviation of the Gaussian that softens its rim, in pixels, above 0
 ) -> np.ndarray: # (7, 7), of sum 1
-    "What becomes of a point that is out of focus"
+    "The image of a point that is out of focus: a disk with a soft rim"
     from scipy.ndimage import convolve
     i = np.arange(-3, 4)
     inside = i**2 + i[:, None]**2 <= radius**2
@@ -39,9 +39,9 @@ def defocus_kernel(
 def motion_filter(
     x: np.ndarray, # (N, C, H, W) from 0 to 1
     radius: int, # half the length of the line, in pixels
-    sigma: float, # in pixels
-    angle: np.ndarray, # (N,) degrees, from right to down
-) -> np.ndarray: # like x
+    sigma: float, # standard deviation of the weights along the line, in pixels
+    angle: np.ndarray, # (N,) in degrees, from right to down
+) -> np.ndarray: # of the shape of `x`, in steps of 1/255
     "Each image blurred along its own line, to one side (ImageMagick's MotionBlurImage)"
     i, reach = np.arange(2*radius + 1), 2*radius
     weight = np.exp(-i**2/(2*sigma**2), dtype=np.float32)
@@ -58,7 +58,7 @@ def _zoom_matrix(
     size: int, # pixels
     factor: float, # 1 or more
 ) -> np.ndarray: # (size, size) float32: from pixels to pixels
-    "The middle of a line, linearly enlarged to the whole line"
+    "The middle of a line of pixels, enlarged to the whole line by linear interpolation"
     from scipy.ndimage import zoom
     kept = int(np.ceil(size/factor))
     start, grown = (size - kept)//2, zoom(np.eye(kept), (factor, 1), order=1)
@@ -66,19 +66,22 @@ def _zoom_matrix(
     return np.pad(grown[trim:trim + size], ((0, 0), (start, size - kept - start))).astype(np.float32)
 
 # %% ../../nbs/analysis/06_filters.ipynb #836d0282
-def zoom_centre(x: np.ndarray, factor: float) -> np.ndarray: # (N, C, H, W) both
-    "The middle of images at full size"
+def zoom_centre(
+    x: np.ndarray, # (N, C, H, W)
+    factor: float, # of enlargement, 1 or more
+) -> np.ndarray: # of the shape of `x`
+    "The middle of images, enlarged to their full size"
     down, right = (_zoom_matrix(size, factor) for size in x.shape[2:])
     return down @ (x @ right.T)
 
 # %% ../../nbs/analysis/06_filters.ipynb #662bba0b
 def plasma_fractal(
-    n: int, # how many
+    n: int, # number of clouds
     size: int, # pixels a side, a power of 2
-    decay: float, # by the square of which the noise is divided at each step
-    rng: np.random.Generator,
+    decay: float, # above 1: the larger, the smoother; by its square the noise is divided at each step
+    rng: np.random.Generator, # of the noise
 ) -> np.ndarray: # (n, size, size) float32, each from 0 to 1
-    "Clouds by the diamond-square algorithm, without seams at the border"
+    "Random clouds by the diamond-square algorithm, which continue beyond each border at the opposite one"
     z, step, noise = np.zeros((n, size, size)), size, 100.
     def around(four): return four/4 + noise*rng.uniform(-noise, noise, four.shape)
     while step > 1:
@@ -95,8 +98,8 @@ def plasma_fractal(
 def decompose_hsv(
     x: np.ndarray, # (N, C, H, W) from 0 to 1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # h (N, C, H, W), s and v (N, 1, H, W), all from 0 to 1
-    """Hue, saturation and value, with x = v*(1 - s*h); the hue as how far below the
-    largest channel each channel is
+    """Hue, saturation and value, with x = v*(1 - s*h); the hue is how far each channel is
+    below the largest, in units of the range of the channels
     """
     v = x.max(1, keepdims=True)
     span = v - x.min(1, keepdims=True)
@@ -107,9 +110,9 @@ def decompose_hsv(
 def resample_bilinear(
     x: np.ndarray, # (N, C, H, W)
     at: np.ndarray, # (N, H, W, 2) where each pixel is read: to the right and down, in pixels
-    mirror: str, # what the image is mirrored about: its outermost "pixels", or their "edges"
-) -> np.ndarray: # like x
-    "Images read between their pixels, by bilinear interpolation"
+    mirror: str, # about what images are mirrored beyond the border: outermost "pixels", or their "edges"
+) -> np.ndarray: # of the shape of `x`, float32
+    "Images read at any places between their pixels, by bilinear interpolation"
     size = np.array(x.shape[:1:-1])
     grid = 2*at/(size - 1) - 1 if mirror == "pixels" else (2*at + 1)/size - 1
     x, grid = (torch.from_numpy(a.astype(np.float32)) for a in (x, grid))
@@ -117,19 +120,22 @@ def resample_bilinear(
                                            align_corners=mirror == "pixels").numpy()
 
 # %% ../../nbs/analysis/06_filters.ipynb #62a90722
-def pixel_grid(h: int, w: int) -> np.ndarray: # (h, w, 2)
-    "Where each pixel is, to the right and down"
+def pixel_grid(
+    h: int, # number of rows
+    w: int, # number of columns
+) -> np.ndarray: # (h, w, 2) integers
+    "The place of each pixel: to the right and down, in pixels from 0"
     return np.stack(np.meshgrid(np.arange(w), np.arange(h)), -1)
 
 # %% ../../nbs/analysis/06_filters.ipynb #ab6391b6
 def random_affine(
-    n: int, # how many images
-    h: int, # rows
-    w: int, # columns
-    far: float, # how far the three points may move, in pixels
-    rng: np.random.Generator,
-) -> np.ndarray: # (n, h, w, 2) where each pixel is read
-    "Random affine maps near the identity"
+    n: int, # number of images
+    h: int, # number of rows
+    w: int, # number of columns
+    far: float, # by how much each of three points may move along each axis, in pixels
+    rng: np.random.Generator, # of the moves
+) -> np.ndarray: # (n, h, w, 2) where each pixel is read: to the right and down, in pixels
+    "Random affine maps near the identity, given by how three points move"
     three = np.array([w//2, h//2]) + min(h, w)//3*np.array([[1, 1], [1, -1], [-1, -1]])
     moved = three + rng.uniform(-far, far, (n, 3, 2))
     # (n, 3, 2): takes the moved points to the three
@@ -139,9 +145,9 @@ def random_affine(
 # %% ../../nbs/analysis/06_filters.ipynb #6e79198e
 def map_pil_images(
     x: np.ndarray, # (N, C, H, W) from 0 to 1
-    change: Callable, # from a picture of Pillow to another of the same size
-) -> np.ndarray: # like x
-    "Images one by one as pictures of Pillow"
+    change: Callable, # from an image of Pillow to another of the same size
+) -> np.ndarray: # of the shape of `x`, from 0 to 1
+    "Apply a function to each image as an image of Pillow"
     from PIL import Image
     pictures = np.rint(255*x).astype(np.uint8).transpose(0, 2, 3, 1)
     changed = np.stack([np.asarray(change(Image.fromarray(p if p.shape[2] == 3 else p[..., 0])))

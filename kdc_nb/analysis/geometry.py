@@ -70,18 +70,22 @@ def _centre_features(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 # %% ../../nbs/analysis/01_geometry.ipynb #7d8ed385
 def class_geometry(
-    features: Tensor, # (N, F)
-    labels: Tensor, # (N,) each class at least twice
-) -> tuple[Tensor, Tensor]: # (C, C) distances of the centroids, (C, C) overlaps
-    "How far apart classes lie, and how much they overlap"
+    features: Tensor, # (N, F) finite numbers
+    labels: Tensor, # (N,) 0 to C-1, each class at least twice
+) -> tuple[Tensor, Tensor]: # (C, C) distances of the centroids, in units of the features; (C, C) overlaps
+    """Distances of the classes' centroids, debiased for the number of images, and overlaps of classes.
+
+    The overlap of two classes is the share (0 to 1) of their images that lie nearer to the other's centroid.
+    A `ValueError` for features that are not finite, or a class with fewer than two images.
+    """
     x, member = _centre_features(features, labels)
     return _centroid_distances(x, member), _class_overlaps(member, _misassigned(x, member))
 
 # %% ../../nbs/analysis/01_geometry.ipynb #1eedc447
 def similar_classes(
-    data: Any, # a data set or a look, with super-classes
+    data: Any, # a `Dataset` or `FeatureView`, with super-classes
 ) -> Tensor: # (C, C) bool; no class is similar to itself
-    "Which classes share a super-class; a `ValueError` where there are none"
+    "Which classes share a super-class; a `ValueError` if there are no super-classes"
     check(data.superclass is not None, "data", "one without super-classes",
           "one whose similar classes are known, such as cifar100")
     group = torch.tensor(data.superclass)
@@ -89,9 +93,9 @@ def similar_classes(
 
 # %% ../../nbs/analysis/01_geometry.ipynb #e2eb6d67
 def similar_triples(
-    similar: Tensor, # (C, C) bool
+    similar: Tensor, # (C, C) bool, symmetric
 ) -> Tensor: # (C, C, C) bool
-    "Which a, b and c are two similar classes, each pair once, and one of another group"
+    "Which classes a, b and c are two similar ones, each pair once, and one that is similar to neither"
     other = ~similar & ~torch.eye(len(similar), dtype=torch.bool)
     return similar.triu()[:, :, None] & other[:, None] & other[None]
 
@@ -100,8 +104,8 @@ def _distance_ratio(
     distance: Tensor, # (C, C)
     chosen: Tensor, # (C, C, C) bool, of a, b and c
 ) -> Tensor: # scalar
-    """The mean distance of a and b over the mean distance of a to c and b to c; 1 where no
-    class can be told from another
+    """The mean distance of a and b over the mean distance of a to c and b to c; 1 if all
+    distances are 0
     """
     near, far = (distance[:, :, None].expand_as(chosen)[chosen].sum(),
                  (distance[:, None] + distance[None])[chosen].sum()/2)
@@ -116,13 +120,19 @@ def _summarise_merging(distance: Tensor, overlap: Tensor, similar: Tensor) -> Te
 
 # %% ../../nbs/analysis/01_geometry.ipynb #5506991f
 def measure_merging(
-    features: Tensor, # (N, F)
-    labels: Tensor, # (N,) each class at least twice
-    similar_mask: Tensor, # (C, C) bool
-    n_boot: int = 200, # draws
+    features: Tensor, # (N, F) finite numbers
+    labels: Tensor, # (N,) 0 to C-1, each class at least twice
+    similar_mask: Tensor, # (C, C) bool, which classes are similar
+    n_boot: int = 200, # bootstrap draws
     seed: int = 0, # of the draws
-) -> dict[str, Estimate]: # "ratio" of triples, "similar" and "dissimilar" overlap
-    "How far similar classes have merged, with 95% bootstrap intervals"
+) -> dict[str, Estimate]: # "ratio", "similar", "dissimilar"
+    """How far similar classes have merged, with 95% bootstrap intervals.
+
+    "ratio" is the mean distance of two similar classes over their mean distance to a class of another group,
+    over all triples; "similar" and "dissimilar" are mean overlaps (0 to 1) of pairs of classes. A
+    `ValueError` for features that are not finite, a class with fewer than two images, or a mask without such
+    a triple.
+    """
     x, member = _centre_features(features, labels)
     check(similar_mask.shape == (member.shape[1],)*2 and bool(similar_triples(similar_mask).any()),
           "similar_mask",
@@ -136,7 +146,7 @@ def measure_merging(
         w = member*torch.from_numpy(times)[:, None]
         return _summarise_merging(_centroid_distances(x, w, samples=2),
                                   _class_overlaps(w, nearer), similar_mask)
-    seen = _summarise_merging(*class_geometry(features, labels), similar_mask).tolist()
+    observed = _summarise_merging(*class_geometry(features, labels), similar_mask).tolist()
     ends = (torch.stack([drawn() for _ in range(n_boot)]).float()
             .quantile(torch.tensor([.025, .975]), dim=0).T.tolist())
-    return {k: Estimate(v, *e) for k, v, e in zip(("ratio", "similar", "dissimilar"), seen, ends)}
+    return {k: Estimate(v, *e) for k, v, e in zip(("ratio", "similar", "dissimilar"), observed, ends)}

@@ -17,8 +17,8 @@ from ..core import check
 def tempered_probs(
     z: np.ndarray, # logits: (N,) for two classes, (N, C) for more
     T: float = 1., # temperature, > 0
-) -> np.ndarray: # of the same shape
-    "Sigmoid or softmax of `z/T`"
+) -> np.ndarray: # probabilities of the same shape, 0 to 1
+    "Sigmoid (two classes) or softmax (more) of `z/T`"
     if z.ndim == 1: return .5 + .5*np.tanh(z/(2*T))
     e = np.exp((z - z.max(1, keepdims=True))/T)
     return e/e.sum(1, keepdims=True)
@@ -40,7 +40,7 @@ def _total_loss(
     T: float, # temperature
     alpha: float, # weight of distillation, 0 to 1
 ) -> float: # summed over points
-    "L_tot of equation 1"
+    "L_tot of the paper's equation 1"
     def cross_entropy(target, z): return _log_partition(z).sum() - (target*z).sum()
     return (1 - alpha)*cross_entropy(y, z) + alpha*T**2*cross_entropy(q_t, z/T)
 
@@ -52,7 +52,7 @@ def _grad_logits(
     T: float, # temperature
     alpha: float, # weight of distillation
 ) -> np.ndarray: # as `z`
-    "Derivative of `_total_loss` by the logits; the gradient by `W` is `X @ slope`"
+    "Derivative of `_total_loss` by the logits; the gradient by `W` is `X` times it"
     return (1 - alpha)*(tempered_probs(z) - y) + alpha*T*(tempered_probs(z, T) - q_t)
 
 # %% ../../nbs/analysis/09_linear_model.ipynb #7f8dabce
@@ -67,10 +67,10 @@ def _softmax_jacobian(
 def weight_hessian(
     X: np.ndarray, # features (d, N)
     z: np.ndarray, # the student's logits (N,) or (N, C)
-    T: float, # temperature
-    alpha: float, # weight of distillation
-) -> np.ndarray: # (Kd, Kd), class by class
-    "Second derivative of `_total_loss` by `W`"
+    T: float, # temperature, > 0
+    alpha: float, # weight of distillation, 0 to 1
+) -> np.ndarray: # (Kd, Kd), class by class; K = 1 for two classes, else C
+    "Second derivative of the loss L_tot (the paper's equation 1), summed over points, by the weights `W`"
     h = (1 - alpha)*_softmax_jacobian(tempered_probs(z)) + alpha*_softmax_jacobian(tempered_probs(z, T))
     d, K = len(X), h.shape[1]
     H = np.empty((K, d, K, d))
@@ -134,8 +134,14 @@ def fit_linear_student(
     T: float, # temperature, > 0
     alpha: float, # weight of distillation, 0 to 1
 ) -> _Minimum: # in the span of the points
-    """The linear student of least `_total_loss`, where gradient descent from 0 ends; a `ValueError`
-    if there is none in float64
+    """The linear student of least loss L_tot (the paper's equation 1), the limit of gradient descent from 0.
+
+    A `ValueError` names what is wrong with the problem, or says that there is no minimum that float64 can
+    find, as with `alpha` 0 and labels that the features separate.
+
+    >>> X, y = np.array([[1., -1., 1., -1.]]), np.array([1., 0., 0., 1.])
+    >>> fit_linear_student(X, y, np.array([2., -2., 2., -2.]), 1., .5).W.round(3)
+    array([0.802])
     """
     X, y, z_t = _check_problem(X, y, z_t, T, alpha)
     (A, V), q_t = _whitening(X), tempered_probs(z_t, T)

@@ -28,7 +28,7 @@ def _class_space_basis(
     head: Tensor, # (C, F + 1) rows [w_c, b_c]
     classes: Sequence[int], # three of them
 ) -> Tensor: # (F + 1, 3), orthonormal columns
-    """Where three classes are told apart: a basis of the span of their rows (Chandrasegaran et al. 2022,
+    """A basis of the span of three classes' rows, in which their logits differ (Chandrasegaran et al. 2022,
     after Müller et al. 2019)
     """
     check(bool(head.isfinite().all()), "head", "NaN or infinity", "finite numbers")
@@ -58,9 +58,7 @@ class _Projection(NamedTuple):
         return (points - self.mean)@self.directions
 
 # %% ../../nbs/analysis/03_projections.ipynb #3293e8e9
-def _principal_plane(
-    points: Tensor, # (N, 3)
-) -> _Projection:
+def _principal_plane(points: Tensor) -> _Projection: # of points (N, 3)
     "The two principal directions of some points, the largest part of each positive"
     mean = points.mean(0)
     _, _, vt = torch.linalg.svd(points - mean, full_matrices=False)
@@ -77,21 +75,21 @@ def _prepare_penultimate(
     check(split in ("train", "test"), "split", repr(split), "'train' or 'test'")
     first = views[0]
     of_classes = torch.isin(first.feature_labels["train"], torch.tensor(classes))
-    flat = _principal_plane(_project_to_classes(first.features["train"][of_classes],
-                                                first.head_weights, classes))
-    return [[flat(_project_to_classes(l.features[split][l.feature_labels[split] == c],
-                                      l.head_weights, classes)).numpy()
-             for c in classes] for l in views]
+    plane = _principal_plane(_project_to_classes(first.features["train"][of_classes],
+                                                 first.head_weights, classes))
+    return [[plane(_project_to_classes(v.features[split][v.feature_labels[split] == c],
+                                       v.head_weights, classes)).numpy()
+             for c in classes] for v in views]
 
 # %% ../../nbs/analysis/03_projections.ipynb #422f0cfe
 class _PenultimatePlot:
-    "Clusters of three classes; `show` gives it others"
+    "A picture of the clusters of three classes, empty until `show` gives it points"
 
     def __init__(self,
         names: Sequence[str], # of the three classes
         limits: tuple[float, float, float, float], # left, right, lower, upper
         ax: Axes | None = None, # None: a new one
-        animated: bool = False, # its moving parts are drawn by an explorer
+        animated: bool = False, # whether an explorer draws the parts that change
     ):
         self.ax = ax = ax or plt.subplots(figsize=(4, 4), layout="constrained")[1]
         style = zip(names, (BLUE, SKY, ORANGE), ("o", "s", "^"))
@@ -122,12 +120,15 @@ def _axis_limits(
 
 # %% ../../nbs/analysis/03_projections.ipynb #8876bdb7
 def plot_penultimate(
-    views: Mapping[str, FeatureView], # by title, in the order of the panels
-    classes: Sequence[int], # three: two similar ones and another
+    views: Mapping[str, FeatureView], # by title, in the order of the panels; the first gives the axes
+    classes: Sequence[int], # three: two similar ones and another, 0 to C-1
     split: str = "test", # or "train"
-    columns: int = 3,
+    columns: int = 3, # number of panels in a row
 ) -> Figure:
-    "The clusters of three classes in several networks, on the same axes (the paper's Fig. 5)"
+    """The clusters of three classes in several networks, on the same axes (the paper's Fig. 5).
+
+    A `ValueError` for no view, another split, or classes that are not three different ones.
+    """
     check(len(views) > 0, "views", "none", "at least one")
     clusters = _prepare_penultimate(list(views.values()), classes, split)
     limits, names = (_axis_limits(xy for own in clusters for xy in own),
@@ -143,9 +144,9 @@ def plot_penultimate(
 
 # %% ../../nbs/analysis/03_projections.ipynb #84880f07
 def compute_umap(
-    features: Tensor, # (N, F)
+    features: Tensor, # (N, F), N above 15
 ) -> np.ndarray: # (N, 2)
-    "A map of features that keeps neighbours together (McInnes et al. 2018)"
+    "A map of features that keeps neighbours together (UMAP, McInnes et al. 2018); a `ValueError` for N < 16"
     import umap
     check(len(features) > 15, "features", f"{len(features)} points",
           "more than the 15 neighbours that each stays close to")
@@ -158,13 +159,13 @@ def compute_umap(
 
 # %% ../../nbs/analysis/03_projections.ipynb #2531b95d
 def plot_umap(
-    xy: np.ndarray, # (N, 2) from `compute_umap`
-    view: FeatureView, # whose test images they are
+    xy: np.ndarray, # (N, 2) from `compute_umap` of the view's test features
+    view: FeatureView, # whose test features they are
     ax: Axes | None = None, # None: a new one
-    title: str = "UMAP of the penultimate layer",
+    title: str = "UMAP of the penultimate layer", # the number of points is added
 ) -> Axes:
-    """A dot for each image and a name for each class; a colour for each super-class, or
-    class where there are none
+    """A dot for each image and a name for each class; a colour for each super-class, or for
+    each class if there are no super-classes
     """
     ax = ax or plt.subplots(figsize=(6, 5), layout="constrained")[1]
     labels = view.feature_labels["test"].numpy()
@@ -195,9 +196,12 @@ def _paste_images(
 
 # %% ../../nbs/analysis/03_projections.ipynb #38da62e8
 class ClassClusters:
-    "A `_PenultimatePlot` in the unit square, whose classes may change and whose points may be images"
+    "The clusters of three classes in the unit square, as points or images; `show` gives it others"
 
-    def __init__(self, ax: Axes, legend: bool = True):
+    def __init__(self,
+        ax: Axes, # that they are drawn in
+        legend: bool = True, # whether it is visible; there is room for it in any case
+    ):
         self.picture = _PenultimatePlot("abc", (0, 1, 0, 1), ax, animated=True)
         self.legend = ax.legend(loc="upper center", bbox_to_anchor=(.5, -.06),
                                 ncols=3, columnspacing=1, handletextpad=.2)
@@ -207,9 +211,13 @@ class ClassClusters:
                                 origin="lower", aspect="auto", zorder=3, animated=True)
         ax.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(0, 1))
 
-    def show(self, clusters: Sequence[np.ndarray], names: Sequence[str],
-             title: str, images: Tensor | None = None) -> None:
-        "Points in the unit square, or images in their places"
+    def show(self,
+        clusters: Sequence[np.ndarray], # three times (n, 2), 0 to 1
+        names: Sequence[str], # of the three classes
+        title: str, # up to three lines
+        images: Tensor | None = None, # (n in all, channels, H, W) uint8, class by class; None: points alone
+    ) -> None:
+        "Show points in the unit square, or images in their places"
         self.picture.show(clusters, title)
         for text, name in zip(self.legend.get_texts(), names): text.set_text(name)
         colors = [dots.get_color() for dots, xy in zip(self.picture.dots, clusters) for _ in xy]
@@ -217,17 +225,23 @@ class ClassClusters:
         if images is not None: self.images.set_data(_paste_images(np.concatenate(clusters), images, colors))
 
 # %% ../../nbs/analysis/03_projections.ipynb #4df11627
-def unit_square_clusters(looks: Sequence[FeatureView], classes: Sequence[int],
-                         split: str) -> list[list[np.ndarray]]:
-    "What `_prepare_penultimate` gives, as shares of the way from the lower to the upper limit of all"
+def unit_square_clusters(
+    looks: Sequence[FeatureView], # networks to compare; the first gives the axes
+    classes: Sequence[int], # three, 0 to C-1
+    split: str, # "train" or "test"
+) -> list[list[np.ndarray]]: # for each network and class (n, 2), 0 to 1
+    "Penultimate features of three classes in two dimensions, scaled so that all lie in the unit square"
     clusters = _prepare_penultimate(looks, classes, split)
     limits = _axis_limits(xy for own in clusters for xy in own)
     low, high = np.array(limits[::2]), np.array(limits[1::2])
     return [[(xy - low)/(high - low) for xy in own] for own in clusters]
 
 # %% ../../nbs/analysis/03_projections.ipynb #c480b2fa
-def format_merging(look: FeatureView, classes: Sequence[int]) -> str:
-    "How far the first two of three classes have merged"
+def format_merging(
+    look: FeatureView, # of one network
+    classes: Sequence[int], # a, b and c, 0 to C-1
+) -> str: # two lines
+    "How far the first two of three classes have merged: ratio of distances, and overlap in percent"
     d, (a, b, c) = look.centroid_distances, classes
     return (f"distance ab over ac, bc {2*d[a, b]/(d[a, c] + d[b, c]):.2f}\n"
             f"overlap of a and b {100*look.class_overlaps[a, b]:.0f}% (N = {len(look.labels):,})")

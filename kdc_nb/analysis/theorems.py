@@ -23,7 +23,7 @@ def theorem1_weights(
     W_t: np.ndarray, # the teacher's weights (d,)
     alpha: float, # weight of distillation, 0 to 1
 ) -> np.ndarray: # (d,)
-    "The student's weights by Theorem 1, as printed"
+    "The linear student's weights by the paper's Theorem 1, as printed"
     return alpha*W_t + 4*(1 - alpha)*np.linalg.lstsq(X.T, y - .5, rcond=None)[0]
 
 # %% ../../nbs/analysis/10_theorems.ipynb #4885bdd0
@@ -31,7 +31,7 @@ def project_to_span(
     X: np.ndarray, # features (d, N)
     W: np.ndarray, # weights (d,)
 ) -> np.ndarray: # (d,)
-    "P W: the part of `W` in the span of the points, which alone they can see"
+    "The part of `W` in the span of the points, on which alone their logits depend"
     return np.linalg.pinv(X.T)@(X.T@W)
 
 # %% ../../nbs/analysis/10_theorems.ipynb #a5feba12
@@ -42,17 +42,17 @@ def theorem1_cubic_term(
     T: float, # temperature, > 0
     alpha: float, # weight of distillation, 0 to 1
 ) -> np.ndarray: # (d,), to be added to `theorem1_weights`
-    "The first term that Theorem 1 leaves out"
+    "The first term, cubic in the logits, that the paper's Theorem 1 leaves out"
     z, z_t = X.T@theorem1_weights(X, y, W_t, alpha), X.T@W_t
     return np.linalg.lstsq(X.T, (1 - alpha)*z**3 + alpha*(z**3 - z_t**3)/T**2, rcond=None)[0]/12
 
 # %% ../../nbs/analysis/10_theorems.ipynb #d3938ed7
 def calibration_gap(
-    X: np.ndarray, # features (d, N); for a row of ones: equation 2
+    X: np.ndarray, # features (d, N); with a row of ones alone this is the paper's equation 2
     z: np.ndarray, # logits (N,) or (N, C)
     y: np.ndarray, # targets in the shape of `z`
 ) -> np.ndarray: # (d,) or (d, C): sum over the points of (p - y) x
-    "How far the probabilities miss the labels, summed over points and weighted with each feature"
+    "The difference of probabilities and labels, weighted with each feature and summed over points"
     return X@(tempered_probs(z) - y)
 
 # %% ../../nbs/analysis/10_theorems.ipynb #2bc8662c
@@ -60,7 +60,7 @@ def fit_intercept(
     z: np.ndarray, # logits (N,)
     y: np.ndarray, # labels (N,), 0 or 1, not all the same
 ) -> float: # to be added to `z`
-    "The shift after which the probabilities sum to what the labels sum to"
+    "The shift of logits after which mean probability and label agree; a `ValueError` for labels of one class"
     check(0 < y.mean() < 1, "y", f"a mean of {y.mean():g}", "labels of both classes")
     low, high = -abs(z).max() - 50, abs(z).max() + 50
     for _ in range(100):
@@ -71,21 +71,22 @@ def fit_intercept(
 # %% ../../nbs/analysis/10_theorems.ipynb #b7fb46a4
 def null_gap_bound(
     z: np.ndarray, # logits (N,)
-) -> float: # of the mean of p - y
-    """The mean gap stays within this in 95 of 100 draws of labels from `z` itself (the null band of a model
-    that never saw the labels)
+) -> float: # above 0
+    """Half of the null band of the mean of p - y, for a model that was not trained on the labels.
+
+    If the labels are drawn from `z` itself, the mean is between minus and plus this bound in 95% of draws.
     """
     p = tempered_probs(z)
     return 1.96*float(np.sqrt((p*(1 - p)).sum()))/len(p)
 
 # %% ../../nbs/analysis/10_theorems.ipynb #fab90164
 def _correlated_features(rng: np.random.Generator, d: int, N: int) -> np.ndarray: # (d, N)
-    "Gaussian features in a row, each correlated with the one before by .9"
+    "Gaussian features, each correlated with the one before by .9"
     X = rng.normal(size=(d, N))
     for j in range(1, d): X[j] = .9*X[j-1] + .19**.5*X[j]
     return X
 
-FEATURE_SAMPLERS = {
+FEATURE_SAMPLERS = { # (random generator, d, N) -> features (d, N)
     "gaussian": lambda rng, d, N: rng.normal(size=(d, N)),
     "sparse": lambda rng, d, N: (rng.random((d, N)) < .1).astype(float),
     "correlated": _correlated_features,
@@ -113,17 +114,20 @@ def _rotate(
 
 # %% ../../nbs/analysis/10_theorems.ipynb #6d93862e
 def draw_linear_problem(
-    N: int = 2000, # points
-    d: int = 10, # features
-    scale: float = 2., # root mean square of the truth's logits
+    N: int = 2000, # number of points
+    d: int = 10, # number of features
+    scale: float = 2., # root mean square of the true logits, above 0
     features: str = "gaussian", # or "correlated", or "sparse": binary, one in ten is 1
-    angle: float = 0., # between teacher and truth, in degrees
-    overconfidence: float = 1., # the teacher's logits are larger than the truth's by this factor
-    # the truth's intercept, appended to `W` with a row of ones in `X`; None: no intercept
+    angle: float = 0., # between teacher and truth, in degrees, 0 to 180
+    overconfidence: float = 1., # factor between the teacher's logits and the true ones
+    # the true intercept, appended to `W` with a row of ones in `X`; None: no intercept
     intercept: float | None = None,
-    seed: int = 0,
-) -> _LinearProblem:
-    "A linear problem of distillation"
+    seed: int = 0, # of features, weights and labels
+) -> _LinearProblem: # features `X` (d, N), labels `y` (N,), true weights `W` (d,), the teacher's `W_t` (d,)
+    """A linear classification problem of two classes, and a linear teacher for it.
+
+    A `ValueError` for sizes that are not above 0, an angle in one dimension, or features that are all 0.
+    """
     check(N > 0 and d > 0, "N, d", (N, d), "at least one point and one feature")
     check(scale > 0, "scale", scale, "logits of a size above 0")
     check(d > 1 or angle == 0, "angle", angle, "0 for a single feature")
@@ -139,7 +143,7 @@ def draw_linear_problem(
 
 # %% ../../nbs/analysis/10_theorems.ipynb #e4cdefb5
 class _LinearView(NamedTuple):
-    "A linear teacher, its exact student and Theorem 1"
+    "A linear teacher, its exact student and the student by Theorem 1"
     W_t: np.ndarray # the teacher's weights (d,), sorted
     exact: np.ndarray # the student's weights in the same order
     formula: np.ndarray # Theorem 1's
@@ -150,17 +154,17 @@ class _LinearView(NamedTuple):
     # where there is no student
     gaps: np.ndarray
     teacher: np.ndarray # the teacher's own (2,)
-    noise: float # how far a model that never saw the labels may be off by chance: `null_gap_bound`
+    noise: float # by how much a model that was not trained on the labels may be off: `null_gap_bound`
     alpha: float
 
 # %% ../../nbs/analysis/10_theorems.ipynb #e06ebdb0
 def prepare_linear_view(
     T: float, # temperature, > 0
     alpha: float, # weight of distillation, 0 to 1
-    intercept: bool = True, # whether teacher and student have the truth's one
+    intercept: bool = True, # whether teacher and student have an intercept; the truth has one of 1
     **problem, # N, d, scale, features, angle, overconfidence: see `draw_linear_problem`
-) -> _LinearView:
-    "A problem, its student at `alpha` and the gaps along all weights"
+) -> _LinearView: # what `LinearPlot.show` takes
+    "A linear problem with its exact student at `alpha`, and the student's gaps at seven weights from 0 to 1"
     X, y, _, W_t = draw_linear_problem(**problem, intercept=1.)
     if not intercept: X, W_t = X[:-1], W_t[:-1]
     z_t, formula = X.T@W_t, theorem1_weights(X, y, W_t, alpha)
@@ -177,7 +181,7 @@ def prepare_linear_view(
 
 # %% ../../nbs/analysis/10_theorems.ipynb #c37c6838
 class LinearPlot:
-    "Weights, probabilities and gaps of a linear student; `show` moves what changes"
+    "Weights, probabilities and gaps of a linear student, empty until `show` gives it a problem"
 
     @plt.rc_context(SMALL_FONT | {"font.size": 8})
     def __init__(self):
@@ -198,18 +202,20 @@ class LinearPlot:
         points.set_title("Probabilities on the training points", fontsize="medium")
         format_percent_axes(points)
         self.gaps = [moving(gaps, style, c=c) for style, c in (("o", BLUE), ("s", ORANGE))]
-        self.laws = [moving(gaps, "-", c=c, lw=1) for c in (BLUE, ORANGE)]
+        self.lines = [moving(gaps, "-", c=c, lw=1) for c in (BLUE, ORANGE)]
         self.noise = [moving(gaps, ":", c=GREY, lw=1) for _ in range(2)]
         self.here = moving(gaps, "v", c=GREY)
         gaps.set(xlim=(-.03, 1.03), ylim=(-.3, .3), xlabel="alpha", ylabel="p - y, mean over training points")
         gaps.set_title("Gap of the exact student", fontsize="medium")
         labels = ["plain mean", "along the teacher's logit",
                   "alpha x the teacher's", "chance, plain mean", "alpha now"]
-        gaps.legend([*self.gaps, self.laws[0], self.noise[0], self.here],
+        gaps.legend([*self.gaps, self.lines[0], self.noise[0], self.here],
                     labels, loc="lower left", fontsize="small")
 
-    def show(self, view: _LinearView) -> "LinearPlot":
-        "Move everything to where `view` has it; what would leave its panel stays at the edge"
+    def show(self,
+        view: _LinearView, # what `prepare_linear_view` gives
+    ) -> "LinearPlot": # itself
+        "Draw a problem and its student; points beyond a panel are drawn at its edge"
         place, size = np.linspace(0, 1, len(view.W_t)), abs(view.W_t).max()
         for line, W in ((self.W_t, view.W_t), (self.formula, view.formula), (self.exact, view.exact)):
             line.set_data(place, np.clip(W/size, -1.48, 1.48))
@@ -223,7 +229,7 @@ class LinearPlot:
         )
         for k in range(2):
             self.gaps[k].set_data(view.alphas, np.clip(view.gaps[:, k], -.295, .295))
-            self.laws[k].set_data([0, 1], [0, view.teacher[k]])
+            self.lines[k].set_data([0, 1], [0, view.teacher[k]])
             self.noise[k].set_data([0, 1], [(-1)**k*view.noise]*2)
         self.here.set_data([view.alpha], [.28])
         return self

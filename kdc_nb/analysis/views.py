@@ -31,20 +31,20 @@ from .geometry import class_geometry, measure_merging, similar_classes, similar_
 # %% ../../nbs/analysis/02_views.ipynb #eafe30f1
 @dataclass(frozen=True, eq=False)
 class FeatureView:
-    "What the end of a trained network shows"
-    result: Result # without logits
-    classes: tuple[str, ...] # their names
-    superclass: tuple[int, ...] | None # the group of similar classes that each is in
-    labels: Tensor # (N,) of all test images
-    pred: Tensor # (N,) the top label of each
-    confidence: Tensor # (N,) and its probability
-    feature_index: dict[str, Tensor] # "train" and "test": which images' features are kept, (n,) each
-    feature_labels: dict[str, Tensor] # their labels (n,)
-    features: dict[str, Tensor] # and features (n, F)
-    head_weights: Tensor # (C, F + 1)
-    centroid_distances: Tensor # (C, C) of the centroids of all test images
-    class_overlaps: Tensor # (C, C) likewise
-    merging: dict[str, Estimate] | None # None where the data set has no super-classes
+    "Penultimate features of a trained network, and what was measured on them"
+    result: Result # of the run, without logits
+    classes: tuple[str, ...] # the names of the C classes
+    superclass: tuple[int, ...] | None # the super-class of each; None if the data set has none
+    labels: Tensor # (N,) of all test images, 0 to C-1
+    pred: Tensor # (N,) top labels of all test images
+    confidence: Tensor # (N,) their probabilities, 0 to 1
+    feature_index: dict[str, Tensor] # for "train" and "test": positions of the images that are kept, (n,)
+    feature_labels: dict[str, Tensor] # the same: their labels, (n,)
+    features: dict[str, Tensor] # the same: their penultimate features, (n, F)
+    head_weights: Tensor # (C, F + 1) rows [w_c, b_c] of the last layer
+    centroid_distances: Tensor # (C, C) of the classes, over all test images, in units of the features
+    class_overlaps: Tensor # (C, C) of the classes, over all test images, 0 to 1
+    merging: dict[str, Estimate] | None # what `measure_merging` gives; None if there are no super-classes
 
 # %% ../../nbs/analysis/02_views.ipynb #5e4b2290
 def _first_per_class(
@@ -58,10 +58,13 @@ def _first_per_class(
 def extract_features(
     spec: RunSpec, # trained, with its teachers, if it is not in the store
     store: Store | None = None, # None: the one in the cache folder
-    device: str | None = None, # None: the fastest there is
-    per_class: int = 25, # images of each class whose features are kept
+    device: str | None = None, # such as "cpu" or "cuda"; None: the fastest there is
+    per_class: int = 25, # at most, images of each class whose features are kept
 ) -> FeatureView:
-    "Look at the penultimate layer of a run"
+    """The penultimate features of a run's network, and the geometry of its classes.
+
+    A `ValueError` if a class has fewer than two test samples, or the network's last step is not linear.
+    """
     store = store or Store()
     data = load_data(spec.data)
     check(int(data.test.labels.bincount(minlength=data.n_classes).min()) > 1,
@@ -85,21 +88,21 @@ def extract_features(
 
 # %% ../../nbs/analysis/02_views.ipynb #bf5e7f53
 def feature_images(
-    view: FeatureView,
-    classes: Sequence[int],
+    view: FeatureView, # of a data set of images
+    classes: Sequence[int], # 0 to C-1 each
     split: str, # "train" or "test"
 ) -> Tensor: # (n, channels, H, W) uint8
-    "The images whose features were kept, class by class; a `ValueError` where the data set is not to be had"
+    "The images whose features were kept, class by class; a `ValueError` if the data set cannot be loaded"
     inputs = getattr(load_data(view.result.spec.data), split).inputs
     check(len(inputs.shape) == 4, "images", "a data set of texts", "one of images")
     return inputs[torch.cat([view.feature_index[split][view.feature_labels[split] == c]
                              for c in classes])].to("cpu")
 
 # %% ../../nbs/analysis/02_views.ipynb #9c7f4a11
-def most_confused_triple(view: FeatureView) -> tuple[int, int, int]:
-    """The two similar classes that overlap most in a network, and the class of another
-    group that overlaps them least
-    """
+def most_confused_triple(
+    view: FeatureView, # of any network
+) -> tuple[int, int, int]: # 0, 1, 2 if there are no super-classes
+    "The two similar classes that overlap most, and the class of another super-class that overlaps them least"
     similar = similar_classes(view) if view.superclass else torch.zeros_like(view.class_overlaps).bool()
     if not similar_triples(similar).any(): return 0, 1, 2
     a, b = divmod(int((view.class_overlaps - 9*(~similar).float()).argmax()), len(similar))
@@ -116,7 +119,7 @@ _VIEW_FIELDS = {"pred": "top", "confidence": "confidence", "features": "features
 
 
 def _compress_views(views: Sequence[FeatureView]) -> dict[str, Tensor]:
-    "The tensors of views of one data set, by name, small"
+    "The tensors of views of one data set, by name, as 8-, 16- or 32-bit numbers"
     def small(name, t):
         if name == "confidence": return (t.double()*65_535).round().to(torch.uint16)
         return t.half() if t.is_floating_point() else t.to(torch.uint8 if int(t.max()) < 256 else torch.int32)
@@ -134,7 +137,7 @@ def _decompress_views(
     prefix: str,
     fields: Mapping[str, str], # the name in the file, by field
 ) -> dict[str, Tensor | dict[str, Tensor]]:
-    "The fields of what was packed under a prefix"
+    "The fields that were compressed under a prefix"
     def large(name, t):
         if name == "confidence": return t.float()/65_535
         return t.float() if t.is_floating_point() else t.long()
@@ -147,30 +150,33 @@ def _decompress_views(
 
 # %% ../../nbs/analysis/02_views.ipynb #bffa8eb6
 def write_features(
-    views: Iterable[FeatureView], # of one data set
-    path: Path | str, # of an .npz file
+    views: Iterable[FeatureView], # of one data set, with the same `per_class`
+    path: Path | str, # of the .npz file to write
 ) -> None:
-    "Keep looks, small"
+    """Write feature views to one file: features to 16 bits, confidences to 1/65,535.
+
+    A `ValueError` for views of several data sets, or of other images.
+    """
     views = list(views)
-    data = {l.result.spec.data for l in views}
-    check(len(data) == 1, "views", f"{len(data)} data sets", "looks at one data set")
-    same = all(torch.equal(l.feature_index[k], views[0].feature_index[k])
-               for l in views for k in l.feature_index)
-    check(same, "views", "features of different images", "looks with the same per_class")
+    data = {v.result.spec.data for v in views}
+    check(len(data) == 1, "views", f"{len(data)} data sets", "views of one data set")
+    same = all(torch.equal(v.feature_index[k], views[0].feature_index[k])
+               for v in views for k in v.feature_index)
+    check(same, "views", "features of different images", "views with the same per_class")
     save_npz(path, _compress_views(views),
-             runs=[{"result": compact_json(l.result), "merging": round_numbers(encode(l.merging))}
-                   for l in views],
+             runs=[{"result": compact_json(v.result), "merging": round_numbers(encode(v.merging))}
+                   for v in views],
              classes=views[0].classes, superclass=views[0].superclass)
 
 # %% ../../nbs/analysis/02_views.ipynb #68ff278b
 def read_features(
     path: Path | str, # written by `write_features`
-) -> dict[RunSpec, FeatureView]: # by description
-    "Looks that were kept"
+) -> dict[RunSpec, FeatureView]: # by the runs' descriptions
+    "Feature views from a file; a `DamagedFile` names one that is cut short or of another format"
     tensors, meta = load_npz(path)
     shared = (_decompress_views(tensors, "all", _SHARED_FIELDS)
               | {k: meta[k] and tuple(meta[k]) for k in ("classes", "superclass")})
-    looks = [FeatureView(result_from_json(r["result"]),
+    views = [FeatureView(result_from_json(r["result"]),
                          **(shared | _decompress_views(tensors, str(i), _VIEW_FIELDS)),
                          merging=decode(r["merging"])) for i, r in enumerate(meta["runs"])]
-    return {l.result.spec: l for l in looks}
+    return {v.result.spec: v for v in views}

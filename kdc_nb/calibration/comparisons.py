@@ -34,7 +34,7 @@ class _ComparedMetric(NamedTuple):
     b: float # of the second
     difference: Difference | None # of a less b; None where an NLL is infinite
     p_holm: float | None # its p, corrected for the number of comparisons
-    better: str | None # "a" or "b"; None: it cannot be told
+    better: str | None # "a" or "b"; None: the data cannot decide
 
     def texts(self, metric: str) -> list[str]: # a, b, difference, interval, p, corrected p
         "The numbers as they are shown"
@@ -55,22 +55,24 @@ class _ComparedMetric(NamedTuple):
 # %% ../../nbs/calibration/09_comparisons.ipynb #dc872ce9
 @dataclass(frozen=True)
 class Comparison:
-    "Two models on the same images, metric by metric; fractions, shown in percent"
-    n: int # images
-    seeds: int # of each model; 1: it speaks of other images, not of other training runs
+    "Two models on the same images, metric by metric; fields are fractions, shown in percent"
+    n: int # number of images
+    seeds: int # number of training runs of each model; with 1 the intervals hold for other images only
     raw: dict[str, _ComparedMetric] # by metric, for the outputs as given
-    scaled: dict[str, _ComparedMetric] # after temperature scaling, but for what that leaves alone
+    scaled: dict[str, _ComparedMetric] # after temperature scaling, but for metrics that it does not change
     names: tuple[str, str] = ("a", "b") # of the two models
 
     def rows(
         self
-    ) -> Iterator[tuple[str, str, _ComparedMetric]]: # "raw" or "scaled", metric, what is known of it
+    ) -> Iterator[tuple[str, str, _ComparedMetric]]: # "raw" or "scaled", metric, its comparison
         "All comparisons, in the order of the table"
         return ((which, k, m[k]) for k in self.raw
                 for which in ("raw", "scaled") if k in (m := getattr(self, which)))
 
-    def winner(self, m: _ComparedMetric) -> str:
-        "The better model's name, or that it cannot be told"
+    def winner(self,
+        m: _ComparedMetric, # one of `raw` or `scaled`
+    ) -> str:
+        "The better model's name, or \"cannot be told\""
         return dict(zip("ab", self.names)).get(m.better, "cannot be told")
 
     def table(self) -> Table:
@@ -82,7 +84,7 @@ class Comparison:
         return Table(head, rows, caption, _comparison_notes(self))
 
     def to_frame(self) -> "pandas.DataFrame": # a row for each metric and output; numbers in `unit`
-        "The comparison for pandas, which writes it as CSV, or as LaTeX with `to_latex(escape=True)`"
+        "The comparison as a data frame, which pandas writes as CSV or, by `to_latex(escape=True)`, as LaTeX"
         import pandas as pd
         columns = ["output", "metric", "unit", *self.names,
                    "difference", "low", "high", "p", "p_holm", "better"]
@@ -94,18 +96,18 @@ class Comparison:
 
 # %% ../../nbs/calibration/09_comparisons.ipynb #410f3fc9
 def _comparison_notes(c: Comparison) -> list[str]:
-    "What must be known of a comparison's numbers"
+    "The notes below a comparison's table: what its numbers mean"
     tests = [m for *_, m in c.rows() if m.difference]
     one = "One seed each: this speaks of other images, not of other training runs."
     several = f"{c.seeds} seeds each: this speaks of other training runs and other images."
-    unsure = f"; the others cannot be told with {c.n:,} images"*any(m.better is None for m in tests)
+    undecided = f"; the others cannot be told with {c.n:,} images"*any(m.better is None for m in tests)
     binned = [metric_name(k) for k in c.raw if k in METRICS and METRICS[k].norm]
     names = " and ".join(filter(None, (", ".join(binned[:-1]), *binned[-1:])))
     are, them, their = ("are", "them", "Their") if len(binned) > 1 else ("is", "it", "Its")
     debiased = [f"{names} {are} debiased, less what the noise of the labels adds to {them}.",
                 f"{their} intervals are too short where two models predict alike or are nearly calibrated."]
     return [one if c.seeds == 1 else several,
-            f"better: p below .05 after Holm's correction for {len(tests)} comparisons{unsure}.",
+            f"better: p below .05 after Holm's correction for {len(tests)} comparisons{undecided}.",
             *(debiased if binned else [])]
 
 # %% ../../nbs/calibration/09_comparisons.ipynb #a9ec9837
@@ -123,8 +125,8 @@ def _check_two_models(
         check(got == expected, name, got, f"{expected}, as {first} has")
         try: y = check_outputs_and_labels(x, labels, from_logits)[1]
         except ValueError as e:
-            said = re.sub("^(logits|probs):", f"{name}:", str(e))
-            raise ValueError(re.sub("^labels:", f"{prefix}labels:", said)) from None
+            message = re.sub("^(logits|probs):", f"{name}:", str(e))
+            raise ValueError(re.sub("^labels:", f"{prefix}labels:", message)) from None
     return a, b, y
 
 # %% ../../nbs/calibration/09_comparisons.ipynb #0fb30660
@@ -162,8 +164,8 @@ def _contributions_by_metric(
     "What each image of each seed contributes to each metric"
     def row(m, k, x):
         if m.per_sample: return m.per_sample(x, y, from_logits)
-        claims = m.predictions(x, y, from_logits)
-        return shift_to_debiased(signed_gaps(claims, k), claims, k)
+        predictions = m.predictions(x, y, from_logits)
+        return shift_to_debiased(signed_gaps(predictions, k), predictions, k)
     return {k: torch.stack([row(METRICS[k], k, x) for x in seeds]).numpy() for k in names}
 
 
@@ -182,22 +184,26 @@ def _compare_metrics(
 
 # %% ../../nbs/calibration/09_comparisons.ipynb #cc0f96c2
 def compare(
-    logits_a: Any, # (N, C) of the first model, from any framework; of several seeds a list of such
+    logits_a: Any, # (N, C) of the first model, from any framework; for several seeds a list of these
     logits_b: Any, # the same of the second model, on the same images in the same order
     labels: Any, # (N,) integers from 0 to C-1
     valid_logits_a: Any = None, # (M, C) of validation images, to compare after temperature scaling, too
     valid_logits_b: Any = None, # the same of the second model
-    valid_labels: Any = None, # (M,)
+    valid_labels: Any = None, # (M,) integers from 0 to C-1
     from_logits: bool = True, # False: they are probabilities
     names: tuple[str, str] = ("a", "b"), # of the two models, for the table
     metrics: str | Sequence[str] | None = None, # names; None: accuracy, NLL, Brier, ECE, ACE and KS
 ) -> Comparison:
     """Which of two models is better on the same images: the paired difference of each metric.
 
-    These are means over images and calibration errors of the top label. A `ValueError` names the argument
-    that is wrong: outputs that are no finite (N, C) numbers, or have other images, classes or seeds than
-    those of the first model; labels that are not N integers from 0 to C-1 (one-hot labels: take their
-    argmax); a metric that cannot be paired.
+    The metrics are means over images and calibration errors of the top label. A `ValueError` names the
+    argument that is wrong: outputs that are not finite (N, C) numbers, or that have other images, classes or
+    seeds than those of the first model; labels that are not N integers from 0 to C-1 (for one-hot labels take
+    their argmax); a metric that cannot be paired.
+
+    >>> c = compare([[3., 0.]]*40, [[0., 3.]]*30 + [[3., 0.]]*10, [0]*40, metrics="top1")
+    >>> c.raw["top1"].a, c.raw["top1"].b, c.raw["top1"].better
+    (1.0, 0.25, 'a')
     """
     texts = isinstance(names, (list, tuple)) and len(names) == 2 and all(isinstance(n, str) for n in names)
     check(texts and names[0] != names[1], "names", names, "two texts that differ")
@@ -218,16 +224,19 @@ def compare(
 
 # %% ../../nbs/calibration/09_comparisons.ipynb #60d5183b
 class _ScoreDecomposition(NamedTuple):
-    "A proper score in two parts"
-    calibration: float # what temperature scaling takes away; below 0 where it made things worse
+    "A proper score in two parts, whose sum it is"
+    calibration: float # what temperature scaling takes away; below 0 if it made the score worse
     refinement: float # what remains
 
 
 def decompose_score(
-    evaluation: Evaluation,
+    evaluation: Evaluation, # with temperature scaling
     metric: str = "nll", # or "brier"
-) -> _ScoreDecomposition:
-    "A proper score as calibration and refinement"
+) -> _ScoreDecomposition: # `calibration` and `refinement`, in nats for "nll"
+    """A proper score as calibration, which temperature scaling takes away, and refinement, which remains.
+
+    A `ValueError` for another metric, or an evaluation without temperature scaling.
+    """
     check(metric in ("nll", "brier"), "metric", repr(metric), "'nll' or 'brier'")
     check(evaluation.scaled is not None, "evaluation", "one without temperature scaling",
           "one with validation images, or with 5 images or more")
@@ -238,10 +247,10 @@ def decompose_score(
 class Verdict(NamedTuple):
     "What a set of comparisons says of a claim"
     word: str # "reproduced", "not reproduced", "not resolvable" or "mixed"
-    agree: int # comparisons that say so, after Holm's correction
-    contradict: int
-    total: int
-    seeds: int # of the pair that has the fewest; 1: it speaks of other images alone
+    agree: int # number of comparisons that agree significantly with the claim, after Holm's correction
+    contradict: int # number of comparisons that contradict it significantly
+    total: int # number of comparisons
+    seeds: int # number of seeds of the pair that has the fewest; with 1 it holds for other images only
 
     def __str__(self):
         return (f"{self.word}: {self.agree} of {self.total} agree, {self.contradict} contradict; "
@@ -249,15 +258,20 @@ class Verdict(NamedTuple):
 
 # %% ../../nbs/calibration/09_comparisons.ipynb #2ce12f7f
 def judge_claim(
-    differences: Sequence[Difference],
-    sign: int, # of the difference that the claim wants: -1 or 1
+    differences: Sequence[Difference], # one for each comparison
+    sign: int, # that the claim says the differences have: -1 or 1
 ) -> Verdict:
-    "Judge a claim by its comparisons, by the rule of this page"
+    """Judge a claim by comparisons that are significant at .05 after Holm's correction.
+
+    It is "not resolvable" if none is; "reproduced" if at least half of all comparisons agree and none
+    contradicts; "not reproduced" if at least half contradict and none agrees; otherwise "mixed". A
+    `ValueError` for no comparison, or another sign.
+    """
     check(len(differences) > 0, "differences", "none", "one comparison at least")
     check(sign in (-1, 1), "sign", sign, "-1 or 1")
-    sure = [sign*d.mean for d, p in zip(differences, holm([d.p for d in differences])) if p < .05]
-    agree, contradict = sum(m > 0 for m in sure), sum(m < 0 for m in sure)
+    clear = [sign*d.mean for d, p in zip(differences, holm([d.p for d in differences])) if p < .05]
+    agree, contradict = sum(m > 0 for m in clear), sum(m < 0 for m in clear)
     n = len(differences)
-    word = ("not resolvable" if not sure else "reproduced" if not contradict and 2*agree >= n
+    word = ("not resolvable" if not clear else "reproduced" if not contradict and 2*agree >= n
             else "not reproduced" if not agree and 2*contradict >= n else "mixed")
     return Verdict(word, agree, contradict, n, min(len(d.each) for d in differences))

@@ -26,17 +26,22 @@ from .evaluation import metric_name
 from .differences import Difference, holm
 
 # %% ../../nbs/calibration/10_diagrams.ipynb #90b8ee49
-# told apart by all (Okabe and Ito, 2008)
+# colours that colour-blind readers can tell apart (Okabe and Ito, 2008)
 BLUE, ORANGE, GREEN, PINK, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#777777"
 
 # %% ../../nbs/calibration/10_diagrams.ipynb #f7c67a9b
-def axis_label(metric: str) -> str:
-    "A metric's name for an axis"
+def axis_label(
+    metric: str, # its name in the registry, such as "top1"
+) -> str: # without its unit, such as "top-1 accuracy"
+    "A metric's name at an axis"
     return METRICS[metric].axis or METRICS[metric].label if metric in METRICS else metric_name(metric)
 
 # %% ../../nbs/calibration/10_diagrams.ipynb #5834f606
-def format_percent_axes(ax: Axes, axis: str = "both") -> None: # "x", "y" or "both"
-    "Show an axis of fractions in percent"
+def format_percent_axes(
+    ax: Axes, # of a picture of fractions
+    axis: str = "both", # "x", "y" or "both"
+) -> None:
+    "Show the numbers at axes of fractions in percent"
     for a in {"x": [ax.xaxis], "y": [ax.yaxis], "both": [ax.xaxis, ax.yaxis]}[axis]:
         a.set_major_formatter(lambda fraction, _: f"{100*fraction:.6g}")
 
@@ -51,11 +56,11 @@ def _add_share_axis(ax: Axes, **kw) -> Any: # the text that says how high the hi
 
 
 class ReliabilityDiagram:
-    "A reliability diagram; `show` gives it other bins"
+    "A reliability diagram, empty until `show` gives it bins"
 
     def __init__(self,
         ax: Axes | None = None, # None: a new one
-        animated: bool = False, # its moving parts are drawn by an explorer
+        animated: bool = False, # whether an explorer draws the parts that change
     ):
         self.ax = ax = ax or plt.subplots(figsize=(4.4, 4), layout="constrained")[1]
         ax.plot([0, 1], [0, 1], c=GREY, lw=1)
@@ -70,7 +75,10 @@ class ReliabilityDiagram:
         format_percent_axes(ax)
         ax.legend(fontsize="small", loc="upper left").set_animated(animated) # above what moves
 
-    def show(self, bins: ReliabilityBins, title: str) -> "ReliabilityDiagram":
+    def show(self,
+        bins: ReliabilityBins, # not all empty
+        title: str, # one line or two
+    ) -> "ReliabilityDiagram": # itself
         "Accuracy against confidence, with 95% intervals, the null band and the share of samples in each bin"
         used = bins.count > 0
         x, low, high = bins.confidence[used], bins.null_low[used], bins.null_high[used]
@@ -88,9 +96,16 @@ def plot_reliability(
     labels: Any = None, # (N,) integers from 0 to C-1; None beside a result or bins
     from_logits: bool = True, # False: they are probabilities
     ax: Axes | None = None, # None: a new one
-    title: str = "Reliability", # N and ECE are added
+    title: str = "Reliability", # the number of images and ECE are added
 ) -> Axes:
-    "A reliability diagram with N and ECE in its title"
+    """A reliability diagram (bins of equal width), with the number of images and ECE in its title.
+
+    It shows accuracy with 95% intervals, the null band and the share of images in each bin. A `ValueError`
+    names what is wrong with outputs or labels.
+
+    >>> plot_reliability([[2., 0.], [2., 0.], [1., 0.]], [0, 1, 0]).get_xlabel()
+    'confidence (%)'
+    """
     d = prepare_diagram(outputs, labels, from_logits)
     return ReliabilityDiagram(ax).show(d.bins, f"{title} (N = {d.n:,})\n{d.error}").ax
 
@@ -104,9 +119,9 @@ def plot_reliability_overlay(
     labels: Any = None, # (N,) integers from 0 to C-1, the same for all; None beside results or bins
     from_logits: bool = True, # False: they are probabilities
     ax: Axes | None = None, # None: a new one
-    title: str = "Reliability", # N is added
+    title: str = "Reliability", # the number of images is added
 ) -> Axes:
-    "Reliability diagrams of several models over one another, with the ECE of each"
+    "Reliability diagrams of up to seven models in one picture, each with its ECE; a `ValueError` for more"
     check(1 <= len(outputs_by_name) <= len(COLORS), "outputs_by_name",
           f"{len(outputs_by_name)} models", f"1 to {len(COLORS)}")
     ax = ax or plt.subplots(figsize=(5.2, 5), layout="constrained")[1]
@@ -126,11 +141,11 @@ def plot_reliability_overlay(
 
 
 def _draw_overlay(
-    ax: Axes,
-    b: ReliabilityBins,
+    ax: Axes, # of all models
+    b: ReliabilityBins, # of one model
     most: float, # share of samples that fills a quarter of the height
-    color: str,
-    label: str,
+    color: str, # of all that is drawn
+    label: str, # in the legend
 ) -> None:
     "One model of several: accuracy with intervals, null band, share of samples"
     used = b.count > 0
@@ -141,13 +156,17 @@ def _draw_overlay(
 
 # %% ../../nbs/calibration/10_diagrams.ipynb #fccef723
 def plot_differences(
-    differences: Mapping[str, Difference], # by what is compared
-    unit: str, # what the differences are of, for the axis
+    differences: Mapping[str, Difference], # by what is compared, for the vertical axis
+    unit: str, # name and unit of the metric, for the horizontal axis
     ax: Axes | None = None, # None: a new one
-    title: str = "Less is better for the first",
-    scale: float = 100., # 100 for percent
+    title: str = "Less is better for the first", # above the picture
+    scale: float = 100., # by which values are multiplied: 100 for percent
 ) -> Axes:
-    "Differences with their intervals and seeds"
+    """Differences with 95% intervals and the difference of each seed.
+
+    Blue is significantly below 0, orange significantly above, after Holm's correction; grey is neither. A
+    `ValueError` for no difference.
+    """
     check(bool(differences), "differences", "none", "one or more")
     ax = ax or plt.subplots(figsize=(7, .27*len(differences) + 1.1), layout="constrained")[1]
     for y, (d, p) in enumerate(zip(differences.values(), holm([d.p for d in differences.values()]))):
@@ -163,42 +182,53 @@ def plot_differences(
 
 # %% ../../nbs/calibration/10_diagrams.ipynb #e3b82668
 class _TemperedScores(NamedTuple):
-    "A model whose logits are divided by a temperature"
-    bins: ReliabilityBins
-    ece: Estimate
-    nll: float
+    "The calibration of a model whose logits are divided by a temperature"
+    bins: ReliabilityBins # of equal width
+    ece: Estimate # fractions
+    nll: float # in nats
 
 
 def evaluate_at_temperature(
     logits: Tensor, # (N, C) float64
-    labels: Tensor, # (N,)
+    labels: Tensor, # (N,) int64, 0 to C-1
     T: float, # temperature, above 0
-    n_bins: int = 15,
-) -> _TemperedScores:
-    "Reliability, ECE and NLL at a temperature; 200 draws are behind intervals and null bands"
+    n_bins: int = 15, # bins of equal width
+) -> _TemperedScores: # `bins`, `ece` and `nll`
+    "Reliability, ECE and NLL of logits divided by a temperature; intervals and null bands are from 200 draws"
     log_p = (logits/T).log_softmax(1)
     top, label = log_p.max(1, keepdim=True)
-    claims = BinaryPredictions(top.exp(), (label == labels[:, None]).double())
+    predictions = BinaryPredictions(top.exp(), (label == labels[:, None]).double())
     nll = float(-log_p.gather(1, labels[:, None]).mean())
-    return _TemperedScores(bins_from_predictions(claims, n_bins, 200),
-                           top_label_estimates(["ece"], claims, n_bins, 200)["ece"], nll)
+    return _TemperedScores(bins_from_predictions(predictions, n_bins, 200),
+                           top_label_estimates(["ece"], predictions, n_bins, 200)["ece"], nll)
 
 # %% ../../nbs/calibration/10_diagrams.ipynb #521d0d90
 SMALL_FONT = {"font.size": 9} # in pictures 840 pixels wide; at 100 pixels per inch
 
 
-def create_panels(n: int, height: float, **kw) -> tuple[Figure, Any]: # with the n axes
-    """A figure that pyplot does not know: it would choose its backend here, and `rc_context` would undo that,
-    so that no later figure is shown
+def create_panels(
+    n: int, # number of panels side by side
+    height: float, # of the figure, in inches
+    **kw, # for `Figure.subplots`
+) -> tuple[Figure, Any]: # and its n axes
+    """A figure, 8.4 inches wide, that pyplot does not manage.
+
+    Within `rc_context` pyplot would choose its backend and lose it afterwards, so that later figures would
+    not be shown.
     """
     figure = Figure(figsize=(8.4, height), layout="constrained")
     return figure, figure.subplots(1, n, **kw)
 
 # %% ../../nbs/calibration/10_diagrams.ipynb #8f3aa5b8
 class TemperatureCurves:
-    "ECE and NLL over the temperature; `show` moves the marks"
+    "ECE and NLL as curves over the temperature, from 1/8 to 8; `show` marks one temperature"
 
-    def __init__(self, logits: Tensor, labels: Tensor, fitted: float, ax: Axes):
+    def __init__(self,
+        logits: Tensor, # (N, C) float64
+        labels: Tensor, # (N,) int64, 0 to C-1
+        fitted: float, # the temperature of least NLL, for a dashed line
+        ax: Axes, # of the ECE; the NLL gets an axis on its right
+    ):
         grid = np.sort(np.append(2**np.linspace(-3, 3, 49), np.clip(fitted, 1/8, 8)))
         curves = [[f(logits/T, labels) for T in grid] for f in (ece, nll)]
         self.axes = ax, right = ax, ax.twinx()
@@ -218,5 +248,9 @@ class TemperatureCurves:
         ax.set_title(f"N = {len(labels):,}; least NLL: T = {fitted:.3g} (dashed)", fontsize="medium")
         ax.minorticks_off()
 
-    def show(self, T: float, at: _TemperedScores) -> None:
+    def show(self,
+        T: float, # temperature, above 0
+        at: _TemperedScores, # what `evaluate_at_temperature` gives for it
+    ) -> None:
+        "Mark ECE and NLL at a temperature"
         for dot, y in zip(self.dots, (at.ece.value, at.nll)): dot.set_data([T], [y])

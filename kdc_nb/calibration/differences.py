@@ -23,9 +23,9 @@ from .evaluation import table_order
 
 # %% ../../nbs/calibration/08_differences.ipynb #b4db779a
 def _contributions_per_image(
-    o: Outcomes,
+    o: Outcomes, # of one model
     metric: str, # "top1", "nll", or a paired calibration error of the top label
-    n_bins: int = 15,
+    n_bins: int = 15, # bins of a calibration error
 ) -> Tensor: # (N,) numbers whose mean is the metric
     "What each image contributes to a metric"
     known = [k for k in table_order(METRICS) if k in o.per_sample or METRICS[k].norm and METRICS[k].paired]
@@ -33,8 +33,12 @@ def _contributions_per_image(
     return o.per_sample[metric] if metric in o.per_sample else signed_gaps(o.predictions, metric, n_bins)
 
 
-def signed_gaps(claims: BinaryPredictions, metric: str, n_bins: int = 15) -> Tensor: # (N,)
-    "The gap p - hit of each image times the norm's slope in its bin: their mean is the calibration error"
+def signed_gaps(
+    claims: BinaryPredictions, # (N, 1) of the top label
+    metric: str, # name of a paired calibration error
+    n_bins: int = 15, # bins of the metric
+) -> Tensor: # (N,)
+    "Confidence - correct of each image times the derivative of the metric's norm by the gap of its bin"
     rule = METRICS[metric]
     bins = rule.bins(claims.confidence, n_bins)
     with torch.inference_mode(False), torch.enable_grad():
@@ -44,20 +48,26 @@ def signed_gaps(claims: BinaryPredictions, metric: str, n_bins: int = 15) -> Ten
 
 # %% ../../nbs/calibration/08_differences.ipynb #c8527136
 class Difference(NamedTuple):
-    "How much a metric of one row is above that of another"
+    "How much larger a metric of one model is than that of another; in the metric's unit, fractions or nats"
     mean: float # over seeds and images
-    low: float # ends of the 95% interval
-    high: float
-    p: float # two-sided, of no difference; 1e-30 at least
-    each: tuple[float, ...] # by seed, or by row of the table
-    n: int # images; 1 where only each seed's metric is known
+    low: float # lower end of the 95% interval
+    high: float # upper end of the 95% interval
+    p: float # two-sided p value of no difference, 1e-30 to 1
+    each: tuple[float, ...] # the mean of each seed, or of each row of the table
+    n: int # number of images; 1 if only each seed's metric is known
 
 # %% ../../nbs/calibration/08_differences.ipynb #c16f7eb9
 def estimate_difference(
-    differences: np.ndarray, # (seeds, images) differences; one column where only each seed's metric is known
+    differences: np.ndarray, # (seeds, images) differences; one column if only each seed's metric is known
 ) -> Difference:
-    """The mean of a table of differences, with what other seeds and other images would do to it
-    (after Zou and Donner 2008)
+    """The mean of a table of differences, with an interval for other seeds and other images.
+
+    The variances over seeds and over images are combined after Zou and Donner (2008). A `ValueError` unless
+    the numbers are finite, of two seeds or two images at least.
+
+    >>> d = estimate_difference(np.array([[.1, .3, .2, .2]]))
+    >>> round(d.mean, 3), round(d.low, 3), round(d.high, 3)
+    (0.2, 0.07, 0.33)
     """
     from scipy.optimize import brentq
     from scipy.stats import t
@@ -75,11 +85,11 @@ def estimate_difference(
 
 # %% ../../nbs/calibration/08_differences.ipynb #7cb500a9
 def debiased_contributions(
-    seeds: Sequence[Outcomes], # on the same images
+    seeds: Sequence[Outcomes], # one for each seed, on the same images
     metric: str, # "top1", "nll", or a paired calibration error of the top label
 ) -> np.ndarray: # (seeds, images)
-    """The contributions of each seed's images; those to a calibration error moved so that their
-    mean is the debiased estimate
+    """What each image of each seed contributes to a metric; contributions to a calibration error are shifted
+    so that their mean is the debiased estimate
     """
     rows = [_contributions_per_image(o, metric) for o in seeds]
     if METRICS[metric].norm:
@@ -87,17 +97,25 @@ def debiased_contributions(
     return torch.stack(rows).numpy()
 
 
-def shift_to_debiased(row: Tensor, claims: BinaryPredictions, metric: str) -> Tensor: # (N,)
-    "Contributions to a calibration error, moved to its debiased estimate"
+def shift_to_debiased(
+    row: Tensor, # (N,) contributions to a calibration error, as `signed_gaps` gives them
+    claims: BinaryPredictions, # (N, 1) of the top label
+    metric: str, # name of the calibration error
+) -> Tensor: # (N,)
+    "Contributions shifted so that their mean is the debiased estimate (200 draws) of the calibration error"
     return row + top_label_estimates([metric], claims, n_boot=200)[metric].debiased - row.mean()
 
 # %% ../../nbs/calibration/08_differences.ipynb #e9f967dc
 def paired_difference(
-    a: Sequence[Outcomes], # by seed
-    b: Sequence[Outcomes], # in the same order of seeds, on the same images
+    a: Sequence[Outcomes], # of the first model, one for each seed
+    b: Sequence[Outcomes], # of the second model, in the same order of seeds, on the same images
     metric: str, # "top1", "nll", or a paired calibration error of the top label
 ) -> Difference: # of a less b
-    "How much row a is above row b, seed by seed and image by image; of logits and labels `compare` tells it"
+    """How much a metric of one model is above that of another, seed by seed and image by image.
+
+    From logits and labels `compare` computes it. A `ValueError` if the seeds or images do not fit together,
+    or the metric cannot be paired.
+    """
     _check_outcomes([*a, *b], "a, b")
     check(len(a) == len(b) > 0, "b", f"{len(b)} seeds", f"{len(a)}, as many as a, and one at least")
     _check_same_images([*a, *b])
@@ -105,7 +123,7 @@ def paired_difference(
 
 
 def _check_outcomes(several: Sequence[Any], argument: str) -> None:
-    "Refuse what is not outcomes, and say what to call"
+    "A `ValueError` for what is not `Outcomes`, which says what to call"
     other = [type(o).__name__ for o in several if not isinstance(o, Outcomes)]
     expected = (
         "`compute_outcomes(logits, labels)` of each seed, in a list; for two models' logits call `compare`"
@@ -114,7 +132,7 @@ def _check_outcomes(several: Sequence[Any], argument: str) -> None:
 
 # %% ../../nbs/calibration/08_differences.ipynb #ca5a7459
 def _check_same_images(outcomes: Sequence[Outcomes]) -> None:
-    "Refuse outcomes on other images, as far as number and predictions tell"
+    "A `ValueError` for outcomes on other images, as far as their number and the predictions show it"
     first = outcomes[0]
     for o in outcomes:
         check(len(o.correct) == len(first.correct), "images",
@@ -127,9 +145,13 @@ def _check_same_images(outcomes: Sequence[Outcomes]) -> None:
 
 # %% ../../nbs/calibration/08_differences.ipynb #c47bf8ca
 def holm(
-    p: Sequence[float], # of each comparison
+    p: Sequence[float], # p value of each comparison, 0 to 1
 ) -> np.ndarray: # corrected, in the same order
-    "p values corrected for their number (Holm 1979)"
+    """p values corrected for their number (Holm 1979).
+
+    >>> holm([.01, .04, .03]).round(2).tolist()
+    [0.03, 0.06, 0.06]
+    """
     p = np.asarray(p, dtype=float)
     order = p.argsort()
     steps = np.maximum.accumulate(p[order]*np.arange(len(p), 0, -1)).clip(max=1)
@@ -137,11 +159,12 @@ def holm(
 
 # %% ../../nbs/calibration/08_differences.ipynb #768ac877
 def rank_intervals(
-    outcomes_by_name: Mapping[str, Sequence[Outcomes]], # by name, seeds in the same order
-    metric: str, # as `paired_difference` takes it
-) -> dict[str, tuple[int, int]]: # best and worst rank of each, from 1
-    """The ranks that a row may have, 95% for each row, from its corrected comparisons with all
-    others (Mogstad et al. 2024)
+    outcomes_by_name: Mapping[str, Sequence[Outcomes]], # of each model, seeds in the same order
+    metric: str, # "top1", "nll", or a paired calibration error of the top label
+) -> dict[str, tuple[int, int]]: # best and worst rank of each model, from 1
+    """95% intervals for the ranks of models, from the corrected comparisons of each with all others.
+
+    After Mogstad et al. (2024). A `ValueError` if the seeds or images of the models do not fit together.
     """
     _check_outcomes([o for own in outcomes_by_name.values() for o in own], "rows")
     check(len({len(own) for own in outcomes_by_name.values()}) == 1, "outcomes_by_name",
@@ -151,16 +174,19 @@ def rank_intervals(
     sign, ranks = -1 if METRICS[metric].higher_is_better else 1, {}
     for name, own in each.items():
         others = [estimate_difference(own - b) for k, b in each.items() if k != name]
-        sure = [sign*d.mean for d, p in zip(others, holm([d.p for d in others])) if p < .05]
-        ranks[name] = (1 + sum(m > 0 for m in sure), len(outcomes_by_name) - sum(m < 0 for m in sure))
+        clear = [sign*d.mean for d, p in zip(others, holm([d.p for d in others])) if p < .05]
+        ranks[name] = (1 + sum(m > 0 for m in clear), len(outcomes_by_name) - sum(m < 0 for m in clear))
     return ranks
 
 # %% ../../nbs/calibration/08_differences.ipynb #b7844df6
 def spread_log_ratio(
-    a: Sequence[Sequence[float]], # of each row, a metric by seed
-    b: Sequence[Sequence[float]], # of its partner
-) -> Difference: # of logarithms: exp of it is a ratio; `each` holds a number a pair
-    "How much more rows vary over seeds than their partners"
+    a: Sequence[Sequence[float]], # of each of two or more models, a metric of each seed
+    b: Sequence[Sequence[float]], # of the model that each is compared with, the same
+) -> Difference: # of natural logarithms: exp of it is a ratio; `each` holds a number for each pair
+    """How much more a metric varies over seeds for some models than for those they are compared with.
+
+    A `ValueError` unless there are two pairs or more, each of seeds whose metrics differ.
+    """
     check(len(a) == len(b) > 1, "b", f"{len(b)} rows", f"{len(a)}, a partner for each of two rows or more")
     check(all(len(r) > 1 and np.std(r) > 0 for r in [*a, *b]), "a, b",
           "a row of one seed, or of equal ones", "rows of two seeds or more that differ")

@@ -30,11 +30,15 @@ from kdc_nb.calibration.null_bands import (
 
 # %% ../../nbs/calibration/05_estimates.ipynb #ab061699
 def wilson_interval(
-    n_correct: Any, # how many were correct
-    n: Any, # of how many, above 0
-    level: float = .95,
-) -> tuple: # low, high: numbers, or arrays where those come in
-    "Wilson's interval for a fraction (Wilson 1927)"
+    n_correct: Any, # how many are correct, 0 to `n`: a number or an array
+    n: Any, # of how many, above 0: a number or an array
+    level: float = .95, # of the interval, between 0 and 1
+) -> tuple: # low, high: numbers, or arrays if arrays are given
+    """Wilson's score interval for a fraction (Wilson 1927).
+
+    >>> [round(end, 3) for end in wilson_interval(90, 100)]
+    [0.826, 0.945]
+    """
     z = NormalDist().inv_cdf((1 + level)/2)
     middle = (n_correct + z*z/2)/(n + z*z)
     half = z*(n_correct*(n - n_correct)/n + z*z/4)**.5/(n + z*z)
@@ -49,51 +53,53 @@ def _top1_interval(values: Tensor, level: float) -> tuple[float, float]:
 METRICS.data.update(top1=replace(METRICS["top1"], bounds=_top1_interval))
 
 # %% ../../nbs/calibration/05_estimates.ipynb #d32d19a9
-def _recalibrated_probs(claims: BinaryPredictions, n_bins: int) -> Tensor: # (N, K) chances
-    """The claims less the mean gap of their equal-mass bin, which counts as if the bin held
+def _recalibrated_probs(predictions: BinaryPredictions, n_bins: int) -> Tensor: # (N, K) probabilities
+    """Confidences less the mean gap of their equal-mass bin, which counts as if the bin held
     one more image without a gap
     """
-    bins = equal_mass_bins(claims.confidence, n_bins)
-    sums, counts = (bin_sums(claims.confidence - claims.correct, bins, n_bins),
-                    bin_sums(torch.ones_like(claims.confidence), bins, n_bins))
+    p = predictions.confidence
+    bins = equal_mass_bins(p, n_bins)
+    sums, counts = (bin_sums(p - predictions.correct, bins, n_bins),
+                    bin_sums(torch.ones_like(p), bins, n_bins))
     gaps = (sums/(counts + 1)).T.gather(0, bins)
-    return (claims.confidence - gaps).clamp(0, 1)
+    return (p - gaps).clamp(0, 1)
 
 # %% ../../nbs/calibration/05_estimates.ipynb #be6bd445
-def _shrink_gaps(law: NoiseModel, gaps: Tensor) -> Tensor: # (K, B)
+def _shrink_gaps(model: NoiseModel, gaps: Tensor) -> Tensor: # (K, B)
     "The observed gaps less what noise explains of each; as they are if that is everything"
-    power, noise = gaps.square(), law.noise[0].square().mean(0)
+    power, noise = gaps.square(), model.noise[0].square().mean(0)
     rest = gaps*(1 - noise/power.clamp(min=1e-300)).clamp(min=0)
     return rest if rest.any() else gaps
 
 # %% ../../nbs/calibration/05_estimates.ipynb #68ac6544
-def _tail_probs(law: NoiseModel, unit: Tensor, thetas: Sequence[float],
-                seen: float) -> tuple[np.ndarray, np.ndarray]: # (len(thetas),) each
-    """How often the score is at least, and at most, the one seen, if the true gaps have a given
+def _tail_probs(model: NoiseModel, unit: Tensor, thetas: Sequence[float],
+                observed: float) -> tuple[np.ndarray, np.ndarray]: # (len(thetas),) each
+    """How often the score is at least, and at most, the observed one, if the true gaps have a given
     direction and these lengths
     """
-    unit = (unit/law.length(unit)).float()
-    part = [min(1, t/seen) if seen else 0 for t in thetas]
-    draws = [law.length(t*unit + torch.lerp(*law.noise, s)) for t, s in zip(thetas, part)]
-    above = [float((d >= seen*(1 - TIE_TOLERANCE)).double().mean()) for d in draws]
-    below = [float((d <= seen*(1 + TIE_TOLERANCE)).double().mean()) for d in draws]
+    unit = (unit/model.length(unit)).float()
+    part = [min(1, t/observed) if observed else 0 for t in thetas]
+    draws = [model.length(t*unit + torch.lerp(*model.noise, s)) for t, s in zip(thetas, part)]
+    above = [float((d >= observed*(1 - TIE_TOLERANCE)).double().mean()) for d in draws]
+    below = [float((d <= observed*(1 + TIE_TOLERANCE)).double().mean()) for d in draws]
     return np.maximum.accumulate(above), np.minimum.accumulate(below)
 
 # %% ../../nbs/calibration/05_estimates.ipynb #557eb4d8
 def _invert_test(
-    law: NoiseModel, # with two hypotheses: the model is calibrated; its gaps are those observed
+    model: NoiseModel, # with two hypotheses: the model is calibrated; its gaps are those observed
     gaps: Tensor, # (K, B) the observed gaps
     level: float, # of the interval
 ) -> tuple[float, float, float]: # low, debiased, high
     "The true errors for which the observed one is unsurprising"
-    seen = float(law.length(gaps))
-    reach = float(law.length(law.noise.flatten(0, 1)).max())
-    if reach == 0: return seen, seen, seen
-    raw = gaps if seen else law.noise[0].std(0)
-    thetas = torch.linspace(max(0, seen - reach), seen + reach, 41).tolist()
-    above, _ = _tail_probs(law, _shrink_gaps(law, raw), thetas, seen)
-    _, below = _tail_probs(law, raw, thetas, seen)
-    tail, floor = (1 - level)/2, float((law.length(law.noise[0]) <= seen*(1 + TIE_TOLERANCE)).double().mean())
+    observed, noise = float(model.length(gaps)), model.noise
+    reach = float(model.length(noise.flatten(0, 1)).max())
+    if reach == 0: return observed, observed, observed
+    raw = gaps if observed else noise[0].std(0)
+    thetas = torch.linspace(max(0, observed - reach), observed + reach, 41).tolist()
+    above, _ = _tail_probs(model, _shrink_gaps(model, raw), thetas, observed)
+    _, below = _tail_probs(model, raw, thetas, observed)
+    floor = float((model.length(noise[0]) <= observed*(1 + TIE_TOLERANCE)).double().mean())
+    tail = (1 - level)/2
     middle, high = np.interp([.5, tail*floor], below[::-1], thetas[::-1])
     return min(float(np.interp(tail, above, thetas)), float(middle)), float(middle), float(high)
 
@@ -101,9 +107,9 @@ def _invert_test(
 def _chernoff_interval(
     fraction: Tensor, # (B,) observed fractions
     counts: Tensor, # (B,) of how many, above 0
-    tail_prob: float, # chance of missing, on each side
+    tail_prob: float, # probability of missing, on each side
 ) -> tuple[Tensor, Tensor]: # (B,), (B,) low, high
-    "Bounds for the chance behind a fraction: where n KL(fraction || chance) = log(1/tail) (Chernoff 1952)"
+    "Bounds for the probability p behind a fraction: where n KL(fraction || p) = log(1/tail) (Chernoff 1952)"
     def too_far(a):
         return (counts*(torch.xlogy(fraction, fraction/a) + torch.xlogy(1 - fraction, (1 - fraction)/(1 - a)))
                 > -math.log(tail_prob))
@@ -117,16 +123,16 @@ def _chernoff_interval(
 
 # %% ../../nbs/calibration/05_estimates.ipynb #1464a74e
 def _mce_bounds(
-    claims: BinaryPredictions, # of the top label
+    predictions: BinaryPredictions, # of the top label
     bins: Tensor, # (N, 1) the bin of each
     level: float, # of the interval
 ) -> tuple[float, float]: # low, high
     "Bounds for the largest true gap of any bin that holds images"
     n_bins = int(bins.max()) + 1
-    counts, p, hit = (bin_sums(t, bins, n_bins).flatten()
-                      for t in (torch.ones_like(claims.confidence), *claims))
+    counts, p, correct = (bin_sums(t, bins, n_bins).flatten()
+                          for t in (torch.ones_like(predictions.confidence), *predictions))
     used = counts > 0
-    conf, acc, counts, tail = (p/counts)[used], (hit/counts)[used], counts[used], (1 - level)/2
+    conf, acc, counts, tail = (p/counts)[used], (correct/counts)[used], counts[used], (1 - level)/2
     low, high = _chernoff_interval(acc, counts, tail/len(counts))
     least = torch.maximum(low - conf, conf - high).max().clamp(min=0)
     low, high = _chernoff_interval(acc, counts, tail)
@@ -136,12 +142,12 @@ def _mce_bounds(
 METRICS.data.update(mce=replace(METRICS["mce"], bounds=_mce_bounds))
 
 # %% ../../nbs/calibration/05_estimates.ipynb #7097fb60
-def _ks_upper_bound(law: NoiseModel, gaps: Tensor, level: float) -> float:
-    """Upper end for how far the true walk gets: the observed one and its normal bound,
-    wherever their sum is largest
+def _ks_upper_bound(model: NoiseModel, gaps: Tensor, level: float) -> float:
+    """Upper end for the largest absolute running sum of the true gaps: the observed running sum and its
+    normal bound, wherever their sum is largest
     """
     z = NormalDist().inv_cdf((1 + level)/2)
-    return float((gaps.cumsum(-1).abs() + z*law.noise[1].cumsum(-1).std(0)).max())
+    return float((gaps.cumsum(-1).abs() + z*model.noise[1].cumsum(-1).std(0)).max())
 
 
 METRICS.data.update(ks=replace(METRICS["ks"], upper_bound=_ks_upper_bound))
@@ -149,21 +155,24 @@ METRICS.data.update(ks=replace(METRICS["ks"], upper_bound=_ks_upper_bound))
 # %% ../../nbs/calibration/05_estimates.ipynb #3de8b758
 @frozen_spec
 class Estimate:
-    "A metric with what is known about it: fractions, NLL in nats; what does not apply is None"
-    value: float = None # the metric, as observed; None where it is infinite
-    low: float = None # lower end of the interval
-    high: float = None # its upper end
-    debiased: float = None # the median-unbiased estimate, where the interval is by inversion of a test
-    null_low: float = None # lower end of the null band
-    null_high: float = None # its upper end
+    "The value of a metric with interval and null band: fractions, NLL in nats; what does not apply is None"
+    value: float = None # the metric, as observed; None if it is infinite
+    low: float = None # lower end of the interval for the metric without the noise of the labels
+    high: float = None # upper end of the interval
+    debiased: float = None # the median-unbiased estimate, if the interval is by inversion of a test
+    null_low: float = None # lower end of the null band: the scores of a perfectly calibrated model
+    null_high: float = None # upper end of the null band
 
     def is_outside_interval(self) -> bool:
         "Whether the value lies outside its interval"
         return self.low is not None and not self.low <= self.value <= self.high
 
 # %% ../../nbs/calibration/05_estimates.ipynb #225951d9
-def check_value(metric: str, value: float) -> None:
-    "A `ValueError` where a metric's value is no number, or lies outside its limits"
+def check_value(
+    metric: str, # name of a registered metric
+    value: float, # as functions return it: a fraction, or in nats
+) -> None:
+    "A `ValueError` if a metric's value is not a number, or lies outside its limits"
     low, high = METRICS[metric].limits
     expected = f"a number within its limits, {low} to {high}"
     check(low - 1e-6 <= value <= high + 1e-6, f"metric {metric!r}", value, expected)
@@ -171,22 +180,23 @@ def check_value(metric: str, value: float) -> None:
 # %% ../../nbs/calibration/05_estimates.ipynb #9d537c8c
 def _estimate_from_noise(
     name: str, # of a calibration metric
-    law: NoiseModel, # its noise
-    claims: BinaryPredictions, # (N, K)
-    n_bins: int,
+    model: NoiseModel, # its noise
+    predictions: BinaryPredictions, # (N, K)
+    n_bins: int, # 1 or more
     level: float, # of the interval and the null band
 ) -> Estimate:
-    "The estimate of one calibration metric from its law"
+    "The estimate of one calibration metric from its simulated noise"
     rule = METRICS[name]
-    value, null = binned_error(rule, claims, n_bins), central_range(law.peak, level)
+    value, null = binned_error(rule, predictions, n_bins), central_range(model.peak, level)
     check_value(name, value)
     if rule.bounds:
-        return Estimate(value, *rule.bounds(claims, rule.bins(claims.confidence, n_bins), level), None, *null)
-    gaps = bin_gaps(claims, *noise_bins(rule, claims, n_bins))
-    seen = float(law.length(gaps))
-    scale = value/seen if seen else 1.
-    low, middle, high = _invert_test(law, gaps, level)
-    if rule.upper_bound: high = rule.upper_bound(law, gaps, level)
+        bins = rule.bins(predictions.confidence, n_bins)
+        return Estimate(value, *rule.bounds(predictions, bins, level), None, *null)
+    gaps = bin_gaps(predictions, *noise_bins(rule, predictions, n_bins))
+    observed = float(model.length(gaps))
+    scale = value/observed if observed else 1.
+    low, middle, high = _invert_test(model, gaps, level)
+    if rule.upper_bound: high = rule.upper_bound(model, gaps, level)
     low, middle, high = (rule.clip(scale*e) for e in (low, middle, high))
     return Estimate(value, low, high, middle, *null)
 
@@ -195,13 +205,16 @@ def calibration_estimates(
     outputs: Any, # (N, C) logits or probabilities
     labels: Any, # (N,) integers from 0 to C-1
     metrics: str | Sequence[str] | None = None, # names of calibration metrics; None: the built-in ones
-    n_bins: int = 15,
-    n_boot: int = 1000, # draws
-    level: float = .95, # of the interval and of the null band
+    n_bins: int = 15, # bins of the metrics
+    n_boot: int = 1000, # draws, 2 or more
+    level: float = .95, # of the interval and of the null band, between 0 and 1
     seed: int = 0, # of the draws
     from_logits: bool = True, # False: they are probabilities
 ) -> dict[str, Estimate]: # for each metric
-    "Calibration metrics with interval, median-unbiased estimate and null band"
+    """Calibration metrics with interval, median-unbiased estimate and null band.
+
+    A `ValueError` names the argument that is wrong.
+    """
     check_bins_and_draws(n_bins, n_boot)
     tops, classes = split_metric_names(metrics)
     x, y = check_outputs_and_labels(outputs, labels, from_logits)
@@ -210,21 +223,21 @@ def calibration_estimates(
     if classes:
         every = classwise(x, y, from_logits)
         q = _recalibrated_probs(every, n_bins)
-        laws = classwise_noise(classes, every, [every.confidence, q/q.sum(1, keepdim=True)],
-                               n_bins, n_boot, seed)
-        found |= {k: _estimate_from_noise(k, law, every, n_bins, level) for k, law in laws.items()}
+        models = classwise_noise(classes, every, [every.confidence, q/q.sum(1, keepdim=True)],
+                                 n_bins, n_boot, seed)
+        found |= {k: _estimate_from_noise(k, m, every, n_bins, level) for k, m in models.items()}
     return found
 
 # %% ../../nbs/calibration/05_estimates.ipynb #6e87489c
 def top_label_estimates(
-    names: Sequence[str], # of metrics of the top label
-    predictions: BinaryPredictions, # (N, 1)
-    n_bins: int = 15,
-    n_boot: int = 1000, # draws
-    level: float = .95, # of the interval and the null band
+    names: Sequence[str], # of calibration metrics of the top label
+    predictions: BinaryPredictions, # (N, 1) of the top label
+    n_bins: int = 15, # bins of the metrics
+    n_boot: int = 1000, # draws, 2 or more
+    level: float = .95, # of the interval and the null band, between 0 and 1
     seed: int = 0, # of the draws
 ) -> dict[str, Estimate]: # by metric
-    "The same from the claims about the top label, for metrics that need no more"
-    chances = torch.cat([predictions.confidence, _recalibrated_probs(predictions, n_bins)], 1).T
-    laws = top_label_noise(names, predictions, chances, n_bins, n_boot, seed)
-    return {k: _estimate_from_noise(k, law, predictions, n_bins, level) for k, law in laws.items()}
+    "What `calibration_estimates` gives, from the predictions of the top label alone"
+    probs = torch.cat([predictions.confidence, _recalibrated_probs(predictions, n_bins)], 1).T
+    models = top_label_noise(names, predictions, probs, n_bins, n_boot, seed)
+    return {k: _estimate_from_noise(k, m, predictions, n_bins, level) for k, m in models.items()}

@@ -8,6 +8,7 @@ __all__ = ['TIE_TOLERANCE', 'simulate_calibrated', 'NoiseModel', 'noise_bins', '
 
 # %% ../../nbs/calibration/04_null_bands.ipynb #902b4a3b
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -24,33 +25,37 @@ from .metrics import METRICS, Metric, label_moments, select_metrics
 
 # %% ../../nbs/calibration/04_null_bands.ipynb #ca61d7a6
 def simulate_calibrated(
-    n: int, # samples
-    n_classes: int = 10,
+    n: int, # images, 1 or more
+    n_classes: int = 10, # 2 or more
     sharpness: float = 3., # standard deviation of the logits, above 0
-    seed: int = 0,
-) -> tuple[Tensor, Tensor]: # logits (n, n_classes) float64, labels (n,)
-    "A perfectly calibrated model: labels are drawn from its own probabilities"
+    seed: int = 0, # of logits and labels
+) -> tuple[Tensor, Tensor]: # logits (n, n_classes) float64, labels (n,) int64
+    """Outputs of a perfectly calibrated model: the labels are drawn from its own probabilities.
+
+    >>> [tuple(t.shape) for t in simulate_calibrated(100)]
+    [(100, 10), (100,)]
+    """
     g = torch.Generator().manual_seed(seed)
     logits = sharpness*torch.randn(n, n_classes, generator=g, dtype=torch.float64)
     return logits, logits.softmax(1).multinomial(1, generator=g).squeeze(1)
 
 # %% ../../nbs/calibration/04_null_bands.ipynb #2dcde076
 def _simulate_top_label(
-    chances: Tensor, # (H, N) chances that the sorted images' top labels are correct, one row a hypothesis
-    steps: Tensor, # (N,) 1 where the walk may be read: at the last of equal confidences
+    probs: Tensor, # (H, N) that the top labels of the sorted images are correct, one row a hypothesis
+    steps: Tensor, # (N,) 1 where the running sum may be read: at the last of equal confidences
     ends: Tensor, # (E,) numbers of images after which it is read
     n_boot: int, # draws
     seed: int, # of the draws
-    norms: Sequence[Callable] = (), # of walks (R, N), zero where they may not be read -> (R,)
-) -> tuple[Tensor, list[Tensor]]: # (H, n_boot, E) hits among the first; first walk's norms (n_boot,)
-    "How many of the first images would be correct, if the labels were drawn with these chances"
-    n, chance, expected = chances.shape[1], chances.float(), chances[0].cumsum(0).float()
+    norms: Sequence[Callable] = (), # of running sums (R, N), zero where they may not be read -> (R,)
+) -> tuple[Tensor, list[Tensor]]: # (H, n_boot, E) correct ones; norms of the first row (n_boot,) each
+    "How many of the first images would be correct, if that were drawn with these probabilities"
+    n, prob, expected = probs.shape[1], probs.float(), probs[0].cumsum(0).float()
     rng, read, peaks = np.random.default_rng(seed), [], [[] for _ in norms]
     for start in range(0, n_boot, rows := max(1, 2**19//n)):
         u = torch.from_numpy(rng.random((min(rows, n_boot - start), n), dtype=np.float32))
-        hits = [(u < q).cumsum(1, dtype=torch.float32) for q in chance]
-        read.append(torch.stack([h[:, ends - 1] for h in hits]))
-        if norms: walks = (expected - hits[0]).mul_(steps)/n
+        correct = [(u < q).cumsum(1, dtype=torch.float32) for q in prob]
+        read.append(torch.stack([c[:, ends - 1] for c in correct]))
+        if norms: walks = (expected - correct[0]).mul_(steps)/n
         for norm, peak in zip(norms, peaks): peak.append(norm(walks))
     return torch.cat(read, 1), [torch.cat(peak) for peak in peaks]
 
@@ -61,7 +66,7 @@ def _simulate_classwise(
     n_bins: Sequence[int], # how many bins each has
     n_boot: int, # draws
     seed: int, # of the draws
-) -> list[Tensor]: # for each table (n_boot, C, n_bins) sums of p - hit over N
+) -> list[Tensor]: # for each table (n_boot, C, n_bins) gaps as `bin_gaps` gives them
     "The noise of the class-wise gaps, if the labels were drawn from `probs`"
     n, c = probs.shape
     rng, cdf = np.random.default_rng(seed), probs.cumsum(1).float()
@@ -72,38 +77,45 @@ def _simulate_classwise(
         labels = torch.searchsorted(cdf, u, right=True).clamp_(max=c - 1)
         draw = torch.arange(u.shape[1])
         for count, cell, m in zip(counts, cells, n_bins):
-            hits = torch.bincount((cell.gather(1, labels) + m*c*draw).flatten(), minlength=m*c*len(draw))
-            count.append(hits.view(-1, c, m))
+            drawn = torch.bincount((cell.gather(1, labels) + m*c*draw).flatten(), minlength=m*c*len(draw))
+            count.append(drawn.view(-1, c, m))
     return [((bin_sums(probs, b, m) - torch.cat(k))/n).float() for b, k, m in zip(bins, counts, n_bins)]
 
 # %% ../../nbs/calibration/04_null_bands.ipynb #c99587f8
 class NoiseModel(NamedTuple):
-    "The observed gaps of a metric and what noise does to them, with H hypotheses and R draws"
+    "Simulated noise of a metric's gaps: K predictions an image, B bins, H hypotheses on the labels, R draws"
     norm: Callable # of the metric
-    share: Tensor # (K, B) what part of the images each bin holds
+    share: Tensor # (K, B) what part of the images each bin holds, 0 to 1
     noise: Tensor # (H, R, K, B) noise of the gaps under each hypothesis
     peak: Tensor # (R,) the metric itself under the first hypothesis
 
-    def length(self, gaps: Tensor) -> Tensor: # (...) the metric of gaps (..., K, B)
+    def length(self,
+        gaps: Tensor, # (..., K, B) as `bin_gaps` gives them
+    ) -> Tensor: # (...)
+        "The metric of gaps"
         return self.norm(gaps, self.share)
 
 # %% ../../nbs/calibration/04_null_bands.ipynb #37f2ead9
-def noise_bins(rule: Metric, claims: BinaryPredictions, n_bins: int) -> tuple[Tensor, int]: # (N, K), how many
-    "The bins in which a metric's noise is simulated: its own, or 256 slices for one that has none"
+def noise_bins(
+    rule: Metric, # a calibration metric
+    claims: BinaryPredictions, # (N, K)
+    n_bins: int, # that the metric is asked for
+) -> tuple[Tensor, int]: # (N, K) the bin of each prediction, and how many bins there are
+    "The bins in which a metric's noise is simulated: its own, or 256 of equal mass if it needs no bins"
     if rule.walk: return equal_mass_bins(claims.confidence, 256), 256
     bins = rule.bins(claims.confidence, n_bins)
     return bins, max(n_bins, int(bins.max()) + 1)
 
 # %% ../../nbs/calibration/04_null_bands.ipynb #35cb1db4
 def top_label_noise(
-    names: Sequence[str], # metrics of the top label
+    names: Sequence[str], # of registered metrics of the top label
     predictions: BinaryPredictions, # (N, 1)
-    label_probs: Tensor, # (H, N) that the top labels are correct, one row a hypothesis
-    n_bins: int,
+    label_probs: Tensor, # (H, N) that the top labels are correct, 0 to 1, one row a hypothesis
+    n_bins: int, # 1 or more
     n_boot: int, # draws
     seed: int, # of the draws
 ) -> dict[str, NoiseModel]: # by metric
-    "The noise of metrics of the top label"
+    "The noise of metrics of the top label, if whether it is correct is drawn with given probabilities"
     conf, order = predictions.confidence.squeeze(1).sort()
     steps = torch.cat([conf[1:] > conf[:-1], torch.tensor([True])]).float()
     rules = [METRICS[k] for k in names]
@@ -112,68 +124,99 @@ def top_label_noise(
     ends = [torch.searchsorted(b, torch.arange(m), right=True) for b, m in bins]
     walks = [r.walk for r in rules if r.walk]
     label_probs, places = label_probs[:, order], torch.cat(ends).clamp(min=1)
-    hits, peaks = _simulate_top_label(label_probs, steps, places, n_boot, seed, walks)
+    correct, peaks = _simulate_top_label(label_probs, steps, places, n_boot, seed, walks)
     sums = label_probs.cumsum(1)
-    laws = {}
-    for k, r, e, h in zip(names, rules, ends, hits.split([len(e) for e in ends], -1)):
-        walk = (sums[:, None, e.clamp(min=1) - 1] - h)*(e > 0)/len(conf)
+    models = {}
+    for k, r, e, c in zip(names, rules, ends, correct.split([len(e) for e in ends], -1)):
+        walk = (sums[:, None, e.clamp(min=1) - 1] - c)*(e > 0)/len(conf)
         noise = walk.diff(dim=-1, prepend=walk.new_zeros(*walk.shape[:2], 1))[..., None, :].float()
         share = e.diff(prepend=e.new_zeros(1))[None]/len(conf)
-        laws[k] = NoiseModel(r.norm, share, noise, peaks.pop(0) if r.walk else r.norm(noise[0], share))
-    return laws
+        models[k] = NoiseModel(r.norm, share, noise, peaks.pop(0) if r.walk else r.norm(noise[0], share))
+    return models
 
 # %% ../../nbs/calibration/04_null_bands.ipynb #d1b9baa0
 def classwise_noise(
-    names: Sequence[str], # class-wise metrics
+    names: Sequence[str], # of registered class-wise metrics
     predictions: BinaryPredictions, # (N, C)
     probs: Sequence[Tensor], # (N, C) probabilities of the labels, one table a hypothesis
-    n_bins: int,
+    n_bins: int, # 1 or more
     n_boot: int, # draws
     seed: int, # of the draws
 ) -> dict[str, NoiseModel]: # by metric
-    "The noise of class-wise metrics"
+    "The noise of class-wise metrics, if the labels are drawn with given probabilities"
     bins, many = zip(*(noise_bins(METRICS[k], predictions, n_bins) for k in names))
     noise = zip(*[_simulate_classwise(q, bins, many, n_boot, seed) for q in probs])
-    laws = {}
+    models = {}
     for k, b, m, parts in zip(names, bins, many, noise):
         share = bin_sums(torch.ones_like(predictions.confidence), b, m)/len(b)
-        laws[k] = NoiseModel(METRICS[k].norm, share, torch.stack(parts), METRICS[k].norm(parts[0], share))
-    return laws
+        models[k] = NoiseModel(METRICS[k].norm, share, torch.stack(parts), METRICS[k].norm(parts[0], share))
+    return models
 
 # %% ../../nbs/calibration/04_null_bands.ipynb #b679f7b2
-def split_metric_names(metrics: str | Sequence[str] | None) -> list[list[str]]:
-    "Names of calibration metrics, those of the top label and the class-wise ones"
+def split_metric_names(
+    metrics: str | Sequence[str] | None, # names of calibration metrics; None: the built-in ones
+) -> list[list[str]]: # two lists: metrics of the top label, class-wise metrics
+    "Split names of calibration metrics; a `ValueError` lists those that can be asked for"
     rules = select_metrics(metrics, lambda m: m.norm)
-    return [[k for k, r in rules.items() if r.predictions is claims] for claims in (top_label, classwise)]
+    return [[k for k, r in rules.items() if r.predictions is kind] for kind in (top_label, classwise)]
 
 # %% ../../nbs/calibration/04_null_bands.ipynb #63a6c3eb
 def null_draws(
     outputs: Any, # (N, C) logits or probabilities
     metrics: str | Sequence[str] | None = None, # names of calibration metrics; None: the built-in ones
-    n_bins: int = 15,
-    n_boot: int = 1000, # draws
+    n_bins: int = 15, # bins of the metrics
+    n_boot: int = 1000, # draws, 2 or more
     seed: int = 0, # of the draws
     from_logits: bool = True, # False: they are probabilities
 ) -> dict[str, Tensor]: # (n_boot,) scores for each metric
-    "Scores of a perfectly calibrated model with these very probabilities: labels are drawn from them"
+    """Scores of a perfectly calibrated model with these very probabilities: the labels are drawn from them.
+
+    A `ValueError` names the argument that is wrong.
+    """
     check_bins_and_draws(n_bins, n_boot)
     tops, classes = split_metric_names(metrics)
     p = to_probs(check_outputs(outputs, from_logits), from_logits)
-    laws, top = {}, BinaryPredictions(p.amax(1, keepdim=True), None)
-    if tops: laws |= top_label_noise(tops, top, top.confidence.T, n_bins, n_boot, seed)
-    if classes: laws |= classwise_noise(classes, BinaryPredictions(p, None), [p], n_bins, n_boot, seed)
-    return {k: law.peak.double() for k, law in laws.items()}
+    models, top = {}, BinaryPredictions(p.amax(1, keepdim=True), None)
+    if tops: models |= top_label_noise(tops, top, top.confidence.T, n_bins, n_boot, seed)
+    if classes: models |= classwise_noise(classes, BinaryPredictions(p, None), [p], n_bins, n_boot, seed)
+    return {k: m.peak.double() for k, m in models.items()}
 
 # %% ../../nbs/calibration/04_null_bands.ipynb #f15f37ea
 class NullBand(NamedTuple):
-    "The noise floor of a metric"
-    low: float # lower end of the central part
-    mean: float
-    high: float # its upper end
+    "The range of scores of a perfectly calibrated model: the noise floor of a metric"
+    low: float # lower end of the central part of the scores
+    mean: float # of all scores
+    high: float # upper end of the central part
+
+# %% ../../nbs/calibration/04_null_bands.ipynb #7bd26ddc
+def _nll_moments(p: Tensor) -> tuple[Tensor, Tensor]:
+    "Mean and variance of each image's NLL if its label were drawn from `p` (N, C)"
+    log = p.clamp(min=torch.finfo(p.dtype).tiny).log()
+    return -(p*log).sum(1), (p*log.square()).sum(1) - (p*log).sum(1).square()
+
+
+def _brier_moments(p: Tensor) -> tuple[Tensor, Tensor]:
+    "Mean and variance of each image's Brier score if its label were drawn from `p` (N, C)"
+    square = p.square().sum(1)
+    return 1 - square, 4*((p**3).sum(1) - square.square())
+
+
+def _top1_moments(p: Tensor) -> tuple[Tensor, Tensor]:
+    "Mean and variance of whether the top label is correct, if the label were drawn from `p` (N, C)"
+    return p.amax(1), p.amax(1)*(1 - p.amax(1))
+
+# %% ../../nbs/calibration/04_null_bands.ipynb #45e3a969
+METRICS.data.update({k: replace(METRICS[k], moments=f) for k, f in
+                     (("nll", _nll_moments), ("brier", _brier_moments), ("top1", _top1_moments))})
 
 # %% ../../nbs/calibration/04_null_bands.ipynb #3fa08291
-def null_band_of_mean(m: Metric, x: Tensor, from_logits: bool, level: float) -> NullBand:
-    "The same of a mean over images, of checked outputs"
+def null_band_of_mean(
+    m: Metric, # with `per_sample`
+    x: Tensor, # (N, C) outputs that were checked
+    from_logits: bool, # whether they are logits; False: they are probabilities
+    level: float, # of the band, between 0 and 1
+) -> NullBand:
+    "The null band of a metric that is a mean over images, which needs no draws; a `ValueError` for the level"
     check(0 < level < 1, "level", level, "a number between 0 and 1")
     expected, variance = label_moments(m, x, from_logits)
     centre = float(expected.mean())
@@ -181,27 +224,38 @@ def null_band_of_mean(m: Metric, x: Tensor, from_logits: bool, level: float) -> 
     return NullBand(m.clip(centre - spread), centre, m.clip(centre + spread))
 
 # %% ../../nbs/calibration/04_null_bands.ipynb #1dc20f79
-def central_range(draws: Tensor, level: float) -> tuple[float, float]:
-    "The ends of the central part `level` of the draws"
+def central_range(
+    draws: Tensor, # (R,)
+    level: float, # part of the draws that lies within, between 0 and 1
+) -> tuple[float, float]: # low, high
+    "The ends of the central part of draws, widened by `TIE_TOLERANCE`; a `ValueError` for the level"
     check(0 < level < 1, "level", level, "a number between 0 and 1")
     low, high = torch.quantile(draws.double(),
                                torch.tensor([(1 - level)/2, (1 + level)/2], dtype=torch.float64)).tolist()
     return low*(1 - TIE_TOLERANCE), high*(1 + TIE_TOLERANCE)
 
 
-TIE_TOLERANCE = 1e-6 # scores closer than this, relatively, are the same score, rounded differently
+TIE_TOLERANCE = 1e-6 # scores that differ by less than this part of them are equal up to rounding
 
 # %% ../../nbs/calibration/04_null_bands.ipynb #9b6a6b78
 def null_band(
     outputs: Any, # (N, C) logits or probabilities
     metrics: str | Sequence[str] | None = None, # names of metrics; None: the built-in calibration metrics
-    n_bins: int = 15,
-    n_boot: int = 1000, # draws
-    level: float = .95, # the part of the draws inside the band
+    n_bins: int = 15, # bins of calibration metrics
+    n_boot: int = 1000, # draws, 2 or more
+    level: float = .95, # part of the draws inside the band, between 0 and 1
     seed: int = 0, # of the draws
     from_logits: bool = True, # False: they are probabilities
-) -> dict[str, NullBand]: # for each metric
-    "The central part of what a perfectly calibrated model with these very probabilities would score"
+) -> dict[str, NullBand]: # for each metric; fractions, NLL in nats
+    """The central part of what a perfectly calibrated model with these very probabilities would score.
+
+    A `ValueError` names the argument that is wrong.
+
+    >>> logits, labels = simulate_calibrated(500)
+    >>> band = null_band(logits, "ece")["ece"]
+    >>> 0 < band.low < band.mean < band.high < .1
+    True
+    """
     rules = select_metrics(metrics, bool if metrics is not None else lambda m: m.norm)
     binned, x = [k for k, m in rules.items() if m.norm], check_outputs(outputs, from_logits)
     draws = null_draws(x, binned, n_bins, n_boot, seed, from_logits) if binned else {}

@@ -18,39 +18,42 @@ from .metrics import METRICS, binned_error
 
 # %% ../../nbs/calibration/02_outcomes.ipynb #eb3a9315
 class Outcomes(NamedTuple):
-    "How a model fares on each of N images"
-    pred: Tensor # (N,) int64, the label it predicts
-    correct: Tensor # (N,) float64, 1 where that is correct
+    "What a model predicted for each of N images, and how well"
+    pred: Tensor # (N,) int64, the top label
+    correct: Tensor # (N,) float64, 1 where the top label is correct, else 0
     log_odds: Tensor # (N,) float64, log(p/(1 - p)) of its confidence p
     nll: Tensor # (N,) float64, in nats
-    classwise_gaps: Tensor # (C, n_bins) float64, the class-wise gaps of SCE: sum of p - hit over N
+    classwise_gaps: Tensor # (C, n_bins) float64, the gaps of SCE as `bin_gaps` gives them
 
     @property
-    def per_sample(self) -> dict[str, Tensor]: return {"nll": self.nll, "top1": self.correct} # (N,) by metric
+    def per_sample(self) -> dict[str, Tensor]: # (N,) by name of the metric
+        "What each image contributes to the metrics that are means over images"
+        return {"nll": self.nll, "top1": self.correct}
 
     @property
-    def predictions(self) -> BinaryPredictions:
+    def predictions(self) -> BinaryPredictions: # (N, 1)
+        "Confidence and correctness of the top labels"
         return BinaryPredictions(self.log_odds.sigmoid()[:, None], self.correct[:, None])
 
 
 def compute_outcomes(
     logits: Any, # (N, C)
     labels: Any, # (N,) integers from 0 to C-1
-    n_bins: int = 15, # of SCE
+    n_bins: int = 15, # bins of SCE
 ) -> Outcomes:
-    "What is kept of a model's outputs"
+    "The outcomes of a model's logits; a `ValueError` names what is wrong with logits or labels"
     x, y = check_outputs_and_labels(logits, labels)
     top = x.argmax(1, keepdim=True)
     odds = x.gather(1, top) - x.scatter(1, top, -torch.inf).logsumexp(1, keepdim=True)
     gaps = bin_gaps(every := classwise(x, y, True), equal_width_bins(every.confidence, n_bins), n_bins)
-    hit, loss = (METRICS[k].per_sample(x, y, True) for k in ("top1", "nll"))
-    return Outcomes(top.squeeze(1), hit, odds.squeeze(1), loss, gaps)
+    correct, loss = (METRICS[k].per_sample(x, y, True) for k in ("top1", "nll"))
+    return Outcomes(top.squeeze(1), correct, odds.squeeze(1), loss, gaps)
 
 # %% ../../nbs/calibration/02_outcomes.ipynb #b9326545
 def metrics_from_outcomes(
-    o: Outcomes,
-    n_bins: int = 15, # for the top label
-) -> dict[str, float]: # by name
+    o: Outcomes, # of one model
+    n_bins: int = 15, # bins of the metrics of the top label
+) -> dict[str, float]: # by name; fractions, NLL in nats
     "The metrics that follow from outcomes: all but Brier score and class-wise ACE"
     top = {k: binned_error(m, o.predictions, n_bins)
            for k, m in METRICS.items() if m.predictions is top_label}

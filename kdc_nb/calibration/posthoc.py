@@ -18,7 +18,7 @@ from ..values import NamedSpec
 from .predictions import check_outputs_and_labels, softmax64
 
 # %% ../../nbs/calibration/03_posthoc.ipynb #8f63ed45
-_T_RANGE = (1e-2, 1e2) # where a temperature is looked for
+_T_RANGE = (1e-2, 1e2) # within which a temperature is fitted
 
 
 def _nll_derivatives(d: Tensor, u: float) -> tuple[float, float]:
@@ -33,8 +33,12 @@ def fit_temperature(
     labels: Any, # (N,) integers from 0 to C-1
     from_logits: bool = True, # False: they are probabilities; one of 0 counts as 2e-308
 ) -> float: # T, from 0.01 to 100
-    """The T that minimises the NLL of softmax(z/T), to machine precision (Guo et al. 2017); an end of the
-    range where the minimum lies beyond it
+    """The temperature T that minimises the NLL of softmax(z/T) (Guo et al. 2017), to machine precision.
+
+    It is 0.01 or 100 if the minimum lies beyond. A `ValueError` names what is wrong with outputs or labels.
+
+    >>> round(fit_temperature([[2., 0.], [2., 0.], [2., 0.], [2., 0.]], [0, 0, 0, 1]), 2)
+    1.82
     """
     x, y = check_outputs_and_labels(outputs, labels, from_logits)
     z = to_logits(x, from_logits)
@@ -53,13 +57,21 @@ def fit_temperature(
     return 1/u
 
 
-def to_logits(x: Tensor, from_logits: bool) -> Tensor:
-    "Logits that can be divided by a temperature: those given, or the logs of probabilities"
+def to_logits(
+    x: Tensor, # (N, C) outputs that were checked
+    from_logits: bool, # whether they are logits; False: they are probabilities
+) -> Tensor: # (N, C) logits
+    "Logits that can be divided by a temperature: those given, or the logarithms of probabilities"
     return x.clamp(min=torch.finfo(x.dtype).tiny).log() if not from_logits else x
 
 # %% ../../nbs/calibration/03_posthoc.ipynb #8a8aee65
-def cross_fit_temperature(x: Tensor, y: Tensor, from_logits: bool, seed: int) -> Tensor: # (N, C) logits
-    "Each fifth of the images divided by the temperature fitted on the other four"
+def cross_fit_temperature(
+    x: Tensor, # (N, C) outputs that were checked, N of at least 5
+    y: Tensor, # (N,) labels, 0 to C-1
+    from_logits: bool, # whether the outputs are logits; False: they are probabilities
+    seed: int, # of the division into five folds
+) -> Tensor: # (N, C) logits
+    "The logits of each fifth of the images, divided by the temperature fitted to the other four fifths"
     fold = torch.from_numpy(np.random.default_rng(seed).permutation(len(y)) % 5)
     T = torch.tensor([fit_temperature(x[fold != k], y[fold != k], from_logits) for k in range(5)],
                      dtype=torch.float64)
@@ -67,8 +79,10 @@ def cross_fit_temperature(x: Tensor, y: Tensor, from_logits: bool, seed: int) ->
 
 # %% ../../nbs/calibration/03_posthoc.ipynb #287c295d
 class Calibrator(NamedSpec, n_given=2):
-    """A post-hoc calibrator by name; `build(logits, labels)` fits it and gives a
-    function from logits to logits
+    """A post-hoc calibrator by name: "ts", "vector", "isotonic" or one of your own.
+
+    `build(logits, labels)` fits it to logits (N, C) and labels (N,) and returns a function from logits to
+    logits.
     """
 
 
@@ -81,7 +95,7 @@ def _temperature_scaling(logits: Any, labels: Any) -> Callable[[Tensor], Tensor]
 
 @Calibrator.register("vector")
 def _vector_scaling(logits: Any, labels: Any) -> Callable[[Tensor], Tensor]:
-    "Vector scaling (Guo et al., 2017); a `ValueError` where a class has no image, and so no finite offset"
+    "Vector scaling (Guo et al., 2017); a `ValueError` if a class has no image, and so no finite offset"
     from scipy.optimize import minimize
     z, y = check_outputs_and_labels(logits, labels, True)
     C = z.shape[1]
@@ -105,7 +119,7 @@ def _isotonic_regression(logits: Any, labels: Any) -> Callable[[Tensor], Tensor]
     least = 1/(len(y) + 2)
     steps = [IsotonicRegression(y_min=least, y_max=1 - least, out_of_bounds="clip").fit(p, y == c)
              for c, p in enumerate(softmax64(z).T)]
-    def after(z):
+    def calibrated(z):
         q = torch.from_numpy(np.stack([s.predict(p) for s, p in zip(steps, softmax64(z).T)], 1))
         return (q/q.sum(1, keepdim=True)).log()
-    return after
+    return calibrated

@@ -21,19 +21,19 @@ from .estimates import Estimate, calibration_estimates, wilson_interval
 
 # %% ../../nbs/calibration/06_reliability.ipynb #9cb747ff
 class ReliabilityBins(NamedTuple):
-    "The bins of a reliability diagram, arrays (n_bins,); NaN where a bin is empty"
+    "The bins of a reliability diagram: arrays (n_bins,), 0 to 1 but for `count`, NaN where a bin is empty"
     lower: np.ndarray # left edge
     upper: np.ndarray # right edge, which belongs to the bin
-    count: np.ndarray # images
+    count: np.ndarray # number of images
     confidence: np.ndarray # their mean confidence
-    accuracy: np.ndarray # the fraction that was correct
-    low: np.ndarray # Wilson's interval of the accuracy
-    high: np.ndarray
-    null_low: np.ndarray # where the accuracy of a perfectly calibrated model would be
-    null_high: np.ndarray
+    accuracy: np.ndarray # the fraction of them that is correct
+    low: np.ndarray # lower end of Wilson's interval of the accuracy
+    high: np.ndarray # upper end of the interval
+    null_low: np.ndarray # lower end of the null band: the accuracy of a perfectly calibrated model
+    null_high: np.ndarray # upper end of the null band
 
     def diagram(self) -> "DiagramData":
-        "For whoever has the bins alone"
+        "What a diagram shows of the bins alone"
         return DiagramData(self, int(self.count.sum()), None)
 
 
@@ -41,37 +41,42 @@ def reliability_bins(
     outputs: Any, # (N, C) logits or probabilities
     labels: Any, # (N,) integers from 0 to C-1
     n_bins: int = 15, # bins of equal width
-    n_boot: int = 1000, # draws for the null band
-    confidence_level: float = .95, # of the interval and the band
+    n_boot: int = 1000, # draws for the null band, 2 or more
+    confidence_level: float = .95, # of the interval and the band, between 0 and 1
     seed: int = 0, # of the draws
     from_logits: bool = True, # False: they are probabilities
 ) -> ReliabilityBins:
-    "What a reliability diagram shows: the bins of ECE"
+    "The bins of ECE as a reliability diagram shows them; a `ValueError` names the argument that is wrong"
     check_bins_and_draws(n_bins, n_boot)
     return bins_from_predictions(top_label(*check_outputs_and_labels(outputs, labels, from_logits),
                                            from_logits),
                                  n_bins, n_boot, confidence_level, seed)
 
 
-def bins_from_predictions(predictions: BinaryPredictions, n_bins: int = 15, n_boot: int = 1000,
-                          level: float = .95, seed: int = 0) -> ReliabilityBins:
-    "The same from the claims about the top label"
-    law = top_label_noise(["ece"], predictions, predictions.confidence.T, n_bins, n_boot, seed)["ece"]
-    count, p, hit = (bin_sums(t, equal_width_bins(predictions.confidence, n_bins), n_bins)[0].numpy()
-                     for t in (torch.ones_like(predictions.confidence), *predictions))
+def bins_from_predictions(
+    predictions: BinaryPredictions, # (N, 1) of the top label
+    n_bins: int = 15, # bins of equal width
+    n_boot: int = 1000, # draws for the null band, 2 or more
+    level: float = .95, # of the interval and the band, between 0 and 1
+    seed: int = 0, # of the draws
+) -> ReliabilityBins:
+    "What `reliability_bins` gives, from the predictions of the top label alone"
+    model = top_label_noise(["ece"], predictions, predictions.confidence.T, n_bins, n_boot, seed)["ece"]
+    count, p, correct = (bin_sums(t, equal_width_bins(predictions.confidence, n_bins), n_bins)[0].numpy()
+                         for t in (torch.ones_like(predictions.confidence), *predictions))
     ends = torch.tensor([(1 - level)/2, (1 + level)/2])
-    noise = torch.quantile(law.noise[0, :, 0], ends, dim=0).double().numpy()*len(predictions.confidence)
+    noise = torch.quantile(model.noise[0, :, 0], ends, dim=0).double().numpy()*len(predictions.confidence)
     edges = np.arange(n_bins + 1)/n_bins
     with np.errstate(invalid="ignore", divide="ignore"):
-        low, high = wilson_interval(hit, count, level)
-        table = (p/count, hit/count, low, high, (p - noise[1])/count, (p - noise[0])/count)
+        low, high = wilson_interval(correct, count, level)
+        table = (p/count, correct/count, low, high, (p - noise[1])/count, (p - noise[0])/count)
     return ReliabilityBins(edges[:-1], edges[1:], count.astype(int),
                            *(np.where(count > 0, t, np.nan) for t in table))
 
 # %% ../../nbs/calibration/06_reliability.ipynb #5796bb4f
 def format_ece(
-    e: Estimate,
-) -> str:
+    e: Estimate, # of an ECE, with interval and null band
+) -> str: # such as "ECE 2.1% [1.6, 2.7], null 0.8 to 1.9"
     "An ECE in percent with its 95% interval and null band"
     return (f"ECE {100*e.value:.1f}% [{100*e.low:.1f}, {100*e.high:.1f}], "
             f"null {100*e.null_low:.1f} to {100*e.null_high:.1f}")
@@ -79,25 +84,25 @@ def format_ece(
 # %% ../../nbs/calibration/06_reliability.ipynb #5ab1d0c2
 class DiagramData(NamedTuple):
     "What a reliability diagram of one model shows"
-    bins: "ReliabilityBins"
-    n: int # samples
-    ece: Estimate | None # None where only the bins are known
+    bins: "ReliabilityBins" # of equal width
+    n: int # number of images
+    ece: Estimate | None # None if only the bins are known
 
     @property
     def error(self) -> str: # "ECE 2.1% [1.6, 2.7], null 0.8 to 1.9"
-        "The ECE in percent; without interval and null band where only the bins are known"
+        "The ECE in percent; without interval and null band if only the bins are known"
         if self.ece: return format_ece(self.ece)
         gaps = abs(self.bins.accuracy - self.bins.confidence)
         return f"ECE {100*np.nansum(self.bins.count*gaps)/self.n:.1f}%"
 
 
 def prepare_diagram(
-    # (N, C) logits or probabilities of any framework; or what has a `diagram()`: a result, `ReliabilityBins`
+    # (N, C) logits or probabilities of any framework; or what has a `diagram()`: `Result`, `ReliabilityBins`
     outputs: Any,
     labels: Any = None, # (N,) integers from 0 to C-1; None beside a result or bins
     from_logits: bool = True, # False: they are probabilities
 ) -> DiagramData:
-    "Bins, N and ECE of a model; a `ValueError` says what is wrong with outputs and labels"
+    "Bins, number of images and ECE of a model; a `ValueError` names what is wrong with outputs or labels"
     if hasattr(outputs, "diagram"):
         check(labels is None, "labels", "some", "none beside a result or bins, which have their own")
         return outputs.diagram()

@@ -68,7 +68,7 @@ class Result:
 
     def title(self) -> str:
         "The run in one line, with what was fitted to its logits afterwards"
-        return run_label(self.spec) + (f", after {self.facts['after']['name']}"
+        return run_label(self.spec) + (f", after {self.facts['after'].name}"
                                        if "after" in self.facts else "")
 
     def table(self) -> Table:
@@ -180,7 +180,7 @@ def recalibrate(
     calibrator = Calibrator(calibrator) if isinstance(calibrator, str) else calibrator
     after = calibrator.build(result.logits["valid"], load_data(result.spec.data).valid.labels)
     logits = {k: after(z) for k, z in result.logits.items()}
-    return make_result(result.spec, logits, result.history, result.facts | {"after": encode(calibrator)})
+    return make_result(result.spec, logits, result.history, result.facts | {"after": calibrator})
 
 # %% ../../nbs/experiments/02_results.ipynb #9151f3ea
 def result_outcomes(result: Result) -> dict[str, Outcomes]:

@@ -169,8 +169,9 @@ def run_id(spec: RunSpec) -> str: # 16 hexadecimal digits
     "The id under which a run is stored"
     parts = list(_walk_specs(spec))
     code = {"code": own} if (own := [f for p in parts for f in _own_code(p)]) else {} # none in most runs
-    return spec_hash(spec, schema=_SCHEMA,
-                     data=[load_data(p).fingerprint for p in parts if isinstance(p, DataSpec)], **code)
+    data = [p for p in parts if isinstance(p, DataSpec)]
+    prints = {d: load_data(d).fingerprint for d in dict.fromkeys(data)}
+    return spec_hash(spec, schema=_SCHEMA, data=[prints[d] for d in data], **code)
 
 
 def _own_code(part: Any) -> list[str]:

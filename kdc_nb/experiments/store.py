@@ -30,9 +30,10 @@ class Store:
 
     def put(self, result: Result, net: nn.Module) -> None:
         "Keep a finished run; its checkpoint is removed"
-        save_tensors(self.path(result.spec, "net"), net.state_dict())
-        save_tensors(self.path(result.spec, "run"), result.logits, **result_to_json(result))
-        self.path(result.spec, "part").unlink(missing_ok=True)
+        path = self.path(result.spec, "run")
+        save_tensors(path.with_suffix(".net"), net.state_dict())
+        save_tensors(path, result.logits, **result_to_json(result))
+        path.with_suffix(".part").unlink(missing_ok=True)
 
     def get(self, spec: RunSpec) -> Result | None:
         "The stored result, or None; a damaged one is named, and counts as none"

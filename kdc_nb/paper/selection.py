@@ -19,7 +19,7 @@ from ..experiments.results import Result
 from .settings import PAPER_METHODS, Hyperparameters, paper_specs, resolve_setting
 
 # %% ../../nbs/paper/01_selection.ipynb #911be44f
-METHOD_GRID = { # from the literature, by the names of METHODS; those that are not here have one
+METHOD_GRID = { # from the literature, by the names of PAPER_METHODS; those that are not here have one
     "LS": [Method("ls", eps=e) for e in (.01, .05, .1)],
     "MMCE": [Method("mmce", beta=b, double_normalised=p)
              for p, several in ((False, (.1, .5, 2, 4)), (True, (2, 4))) for b in several],
@@ -34,9 +34,9 @@ _KD_GRID = [(T, alpha) for T in (1, 1.5, 2, 3, 4, 5, 10, 20) for alpha in (.9, 1
 
 # %% ../../nbs/paper/01_selection.ipynb #cb0f7a12
 def candidate_specs(
-    name: str, # of PAPER
+    name: str, # of PAPER_EXPERIMENTS
     recipe: Recipe | str | None = None, # None: the usual one
-    small: str | None = None, # of MINIATURES; None: as the paper has it
+    small: str | None = None, # of MINIATURE_DATA; None: as the paper has it
 ) -> dict[str, list[RunSpec]]: # by method; "KD": of temperature and weight
     "What the validation images may choose from for a table or figure: runs with seed 0"
     setting, recipe = resolve_setting(name, recipe, small)

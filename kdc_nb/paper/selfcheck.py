@@ -35,7 +35,8 @@ _CHECKED_METHODS |= {"mdca, focal": PAPER_METHODS["MDCA"], "mmce, ported": PAPER
 _DISTILLATION = "distillation"
 
 # %% ../../nbs/paper/04_selfcheck.ipynb #35e54f1f
-def _make_trainer(name: str, device: str, use_cuda_graph: bool = True) -> Trainer: # of _METHODS, or _KD
+def _make_trainer(name: str, device: str,
+                  use_cuda_graph: bool = True) -> Trainer: # of _CHECKED_METHODS, or _DISTILLATION
     "A small network that is to learn by a method, or from a teacher"
     data = replace(load_data(_CHECK_DATA), augment=_CHECK_RECIPE.augment)
     with seeded_rng(0): net, master = (build_model(m, data.n_classes) for m in ("resnet8", "resnet14"))
@@ -75,7 +76,7 @@ def _compare_losses(name: str, losses: dict[str, list[float]]) -> _CheckOutcome:
     return _CheckOutcome(name, ", ".join(faults), ", ".join(f"{k} {v[-1]:.4f}" for k, v in losses.items()))
 
 # %% ../../nbs/paper/04_selfcheck.ipynb #e015d858
-def _check_method(name: str, device: str) -> _CheckOutcome: # of _METHODS, or _KD
+def _check_method(name: str, device: str) -> _CheckOutcome: # of _CHECKED_METHODS, or _DISTILLATION
     "Train by a method in every way that there is on the device"
     ways = {"recorded": (device, True), "step by step": (device, False), "on the CPU": ("cpu", False)}
     if device == "cpu": ways = {"the second time": ("cpu", False), "the first": ("cpu", False)}

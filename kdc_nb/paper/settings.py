@@ -46,7 +46,7 @@ PAPER_METHODS = { # of the paper's tables, by its names
 
 class Hyperparameters(NamedTuple):
     "Strengths of the methods, and how to teach"
-    methods: Mapping[str, Method] # by the names of METHODS
+    methods: Mapping[str, Method] # by the names of PAPER_METHODS
     T: float
     alpha: float # weight of the teacher
 
@@ -179,9 +179,9 @@ _MINIATURE_MODELS = {"wrn_40_2": "resnet14", "resnet50": "resnet14", "resnet56_b
 
 
 def resolve_setting(
-    name: str, # of PAPER
+    name: str, # of PAPER_EXPERIMENTS
     recipe: Recipe | str | None, # None: the usual one
-    small: str | None, # of MINIATURES; None: as the paper has it
+    small: str | None, # of MINIATURE_DATA; None: as the paper has it
 ) -> tuple[Setting, Recipe | str]:
     "Who teaches whom, and by which recipe, in a table or figure or its miniature"
     setting = SETTINGS[lookup(PAPER_EXPERIMENTS, name, "name").setting]
@@ -197,11 +197,11 @@ def resolve_setting(
 
 
 def paper_specs(
-    name: str, # of PAPER
+    name: str, # of PAPER_EXPERIMENTS
     # None: "paper", and "cpu" for a miniature; of texts "text" and "text_small"
     recipe: Recipe | str | None = None,
     seed: int = 0,
-    small: str | None = None, # of MINIATURES; None: as the paper has it
+    small: str | None = None, # of MINIATURE_DATA; None: as the paper has it
     choice: Hyperparameters = PUBLISHED_HYPERPARAMETERS,
 ) -> dict[str, RunSpec]: # by row
     "One seed of a table or figure"

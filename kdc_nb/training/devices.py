@@ -205,7 +205,7 @@ def worker_processes(
 def pack_own_code() -> tuple[int, bytes]: # this process, what it has
     "What users registered here, for `call_with_own_code` in another process"
     entries, fingerprints = own_entries(), own_fingerprints()
-    if not fingerprints: return os.getpid(), b""
+    if not entries and not fingerprints: return os.getpid(), b""
     import cloudpickle
     return os.getpid(), cloudpickle.dumps((entries, fingerprints))
 
