@@ -8,7 +8,7 @@ __all__ = ['register_image_folder', 'register_tiny_imagenet', 'register_imagenet
 # %% ../../nbs/training/04_streams.ipynb #174ac2cf
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from multiprocessing import parent_process
@@ -88,6 +88,14 @@ def _ignore_interrupt(worker: int) -> None:
     "Leave Ctrl-C to the process that reads: a worker that is gone before it looks is an error of torch's"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+
+def _start_unhearing(loader: Iterable) -> Iterator:
+    "An iterator whose workers, where that is possible, do not hear Ctrl-C before they can ignore it either"
+    if not hasattr(signal, "pthread_sigmask"): return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) # which processes inherit
+    try: return iter(loader)
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
 # %% ../../nbs/training/04_streams.ipynb #4dc294f9
 def _iter_batches(
     source: _ImageReader,
@@ -101,7 +109,7 @@ def _iter_batches(
     loader = torch.utils.data.DataLoader(source, batch_sampler=[b.tolist() for b in batches],
                                          num_workers=workers, generator=torch.Generator(),
                                          worker_init_fn=_ignore_interrupt)
-    try: yield from loader
+    try: yield from _start_unhearing(loader)
     except ValueError as e:
         # without the worker's traceback
         raise ValueError(str(e).splitlines()[-1].removeprefix("ValueError: ")) from None
