@@ -73,12 +73,12 @@ def corrupt_images(
     >>> corrupt_images(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "brightness", 1).unique()
     tensor([12], dtype=torch.uint8)
     """
-    how = lookup(CORRUPTIONS, corruption, "corruption")
+    apply = lookup(CORRUPTIONS, corruption, "corruption")
     check_severity(severity)
     _check_image_batch(inputs)
     check(isinstance(seed, int) and seed >= 0, "seed", repr(seed), "an integer from 0")
     rng = np.random.default_rng([seed, zlib.crc32(corruption.encode()), severity])
-    parts = (how(x.numpy()/np.float32(255), how.by_severity[severity - 1], rng)
+    parts = (apply(x.numpy()/np.float32(255), apply.by_severity[severity - 1], rng)
              for x in inputs.cpu().split(500))
     return torch.cat([torch.from_numpy((np.clip(x, 0, 1)*255 + 1e-3).astype(np.uint8)) for x in parts])
 

@@ -76,9 +76,9 @@ def generations_frame(
         for number, view in sorted(({0: views[first]} | later).items()):
             own = {"gap": _estimate_mean(view.confidence - (view.pred == view.labels).float()),
                    "agreement": _estimate_mean((view.pred == views[first].pred).float())}
-            told = describe_run(first) | {"chain": method_label(first.method), "T": T, "alpha": alpha,
-                                          "generation": number, "output": "raw"}
-            lines += metric_lines(told, view.result.raw.metrics | own, len(view.labels))
+            columns = describe_run(first) | {"chain": method_label(first.method), "T": T, "alpha": alpha,
+                                             "generation": number, "output": "raw"}
+            lines += metric_lines(columns, view.result.raw.metrics | own, len(view.labels))
     return pd.DataFrame(lines)
 
 

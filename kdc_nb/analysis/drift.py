@@ -102,7 +102,7 @@ def _load_corrupted_test(
 @frozen_spec
 class DriftResult:
     "A run on clean and corrupted test images, as it is and after temperature scaling"
-    spec: RunSpec
+    spec: RunSpec # the run whose network was evaluated
     n: int # images of each kind
     T: float # the temperature, of the clean validation images
     rows: dict # "clean" and "name/severity" -> "raw" and "scaled" -> what `_evaluate_with_noise` gives
@@ -113,13 +113,13 @@ def evaluate_drift(
     spec: RunSpec, # a finished run
     store: Store | None = None, # None: the one in the cache folder
     names: Sequence[str] | None = None, # corruptions, or names of published files; None: all corruptions
-    severities: Sequence[int] = (1, 2, 3, 4, 5),
+    severities: Sequence[int] = (1, 2, 3, 4, 5), # any of 1 to 5, from weak to strong
     n: int | None = None, # the first so many test images; None: all
     folder: Path | str | None = None, # of the published .npy files; None: the corruptions are made here
     device: str | None = None, # None: the fastest there is
 ) -> DriftResult:
-    """Ask the network of a finished run about corrupted test images; a `ValueError` says which run is
-    missing, or what is wrong with a file
+    """Evaluate a finished run on corrupted test images (Hendrycks and Dietterich, 2019); a `ValueError` says
+    which run is missing, which severity or n is out of range, or what is wrong with a file
     """
     store, names = store or Store(), tuple(CORRUPTIONS) if names is None else names
     result, data = store.get(spec), load_data(spec.data)
@@ -141,13 +141,13 @@ def evaluate_drift(
 
 # %% ../../nbs/analysis/08_drift.ipynb #5843350e
 def average_by_severity(
-    drift: DriftResult,
+    drift: DriftResult, # of one run
     output: str, # "raw" or "scaled"
     # (6,) for each number that `_evaluate_with_noise` gives: clean images first, then severity 1 to 5; NaN
     # where none were asked about
 ) -> dict[str, np.ndarray]:
-    """Figures averaged over the corruptions at each severity; the ends of intervals and bands too, so they
-    are those of one kind of images
+    """Metrics averaged over the corruptions at each severity; the ends of intervals and bands too, so they
+    are those of one kind of images. A `ValueError` for an unknown output
     """
     check(output in ("raw", "scaled"), "output", repr(output), "'raw' or 'scaled'")
     at = [[row[output] for key, row in drift.rows.items() if key.endswith(end)]
@@ -160,7 +160,7 @@ def write_drifts(
     drift_results: Iterable[DriftResult], # of different runs
     path: Path | str, # of an .npz file
 ) -> None:
-    "Keep drifts, numbers to 6 digits but for the descriptions"
+    "Write drifts to a file, numbers to 6 digits but for the descriptions; a `ValueError` for two of one run"
     drift_results = list(drift_results)
     check(len({d.spec for d in drift_results}) == len(drift_results),
           "drift_results", "two of one run", "one of each")
@@ -171,7 +171,7 @@ def write_drifts(
 def read_drifts(
     path: Path | str, # written by `write_drifts`
 ) -> dict[RunSpec, DriftResult]:
-    "Drifts by description"
+    "Drifts by description; a `ValueError` for a damaged file"
     return {d.spec: d for d in map(decode, load_npz(path)[1]["drifts"])}
 
 # %% ../../nbs/analysis/08_drift.ipynb #c17fb817

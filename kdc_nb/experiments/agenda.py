@@ -38,23 +38,23 @@ _SECONDS_PER_UNIT = {"": 1., "s": 1., "min": 60., "h": 3600.}
 
 def parse_duration(
     budget: str | float, # such as "90s", "9min", "1.5h", or seconds
-) -> float:
-    "A budget of time in seconds"
+) -> float: # 0 or more
+    "A time budget in seconds; a `ValueError` for what is none"
     if isinstance(budget, float) and budget >= 0: return budget
     match = re.fullmatch(r"(\d+\.?\d*|\.\d+) *(s|min|h|)", str(budget))
     check(bool(match), "budget", repr(budget), "a time such as '90s', '9min' or '1.5h'")
     return float(match[1])*_SECONDS_PER_UNIT[match[2]]
 
 # %% ../../nbs/experiments/05_agenda.ipynb #6fb47708
-def _runs_teachers_first(
-    specs: Iterable[RunSpec],
-) -> list[RunSpec]:
+def _runs_teachers_first(specs: Iterable[RunSpec]) -> list[RunSpec]:
     "Each run once, after those that teach it"
     return list(dict.fromkeys(r for s in specs for r in lineage(s)))
 
 # %% ../../nbs/experiments/05_agenda.ipynb #5cefde93
-def count_training_images(spec: RunSpec) -> int: # in all epochs
-    "How many images a run trains on"
+def count_training_images(
+    spec: RunSpec, # any run; its data are loaded
+) -> int: # in all epochs
+    "Images that a run trains on, epochs times training images"
     return spec.recipe.epochs*len(load_data(spec.data).train.labels)
 
 # %% ../../nbs/experiments/05_agenda.ipynb #1c92db3c
@@ -87,9 +87,7 @@ class _TrainingPace:
         latest.append(result.facts["seconds"]/count_training_images(result.spec))
 
     def seconds_per_image(self, kind: tuple) -> float | None:
-        """Seconds for an image by the latest runs of a kind: their median, as a laptop
-        may have slept during one
-        """
+        "Median over the latest runs of a kind, as a laptop may have slept during one; None: no run yet"
         return median_low(self.latest[kind]) if kind in self.latest else None
 
     def slowest_seconds_per_image(self) -> float:
@@ -110,12 +108,12 @@ class _TrainingPace:
 
 
 def plan_sweep(
-    specs: Iterable[RunSpec],
+    specs: Iterable[RunSpec], # the most telling first, with repeats if you like
     store: Store | None = None, # None: the one in the cache folder
     device: str | None = None, # None: the fastest there is
     n_parallel: int = 1, # by the pace of runs that were measured with as many at a time
 ) -> list[_PlannedRun]: # teachers first
-    "What `sweep` would do, and how long it would take one by one; nothing is fetched for it"
+    "What `sweep` would do, and how long it would take one by one; nothing is downloaded for it"
     pace = _TrainingPace(store or Store(), device, n_parallel)
     def planned(r):
         fetched = not pending_download(full_data(r.data)) # before that nobody knows its id
@@ -123,16 +121,16 @@ def plan_sweep(
     return [planned(r) for r in _runs_teachers_first(specs)]
 
 # %% ../../nbs/experiments/05_agenda.ipynb #bcda93dc
-def _format_duration(
-    seconds: float | None,
-) -> str:
+def _format_duration(seconds: float | None) -> str:
     "A span of time in words"
     if seconds is None: return "not measured here"
     return (f"{seconds:.0f} s" if seconds < 100
             else f"{seconds/60:.0f} min" if seconds < 6000 else f"{seconds/3600:.1f} h")
 
 
-def format_plan(planned: list[_PlannedRun]) -> str:
+def format_plan(
+    planned: list[_PlannedRun], # from `plan_sweep`
+) -> str:
     "A line for each run, and the sum"
     def left(p): return f"{p.epochs} of {p.spec.recipe.epochs} epochs left" if p.epochs else "done"
     known, unknown = sum(p.seconds or 0. for p in planned), sum(p.seconds is None for p in planned)
@@ -148,7 +146,10 @@ def format_plan(planned: list[_PlannedRun]) -> str:
 OnResult = Callable[[Result], None] # called with each finished run
 
 # %% ../../nbs/experiments/05_agenda.ipynb #a6e2d001
-def has_result_and_weights(run: RunSpec, context: RunContext) -> bool:
+def has_result_and_weights(
+    run: RunSpec, # the run to look up
+    context: RunContext, # its store is searched
+) -> bool:
     "Whether a run and its weights are in the store"
     return context.find_result(run) is not None and context.store.path(run, "net").exists()
 
@@ -163,7 +164,7 @@ class Scheduler:
 
     def __init__(self,
         specs: Iterable[RunSpec], # the most telling first
-        context: RunContext,
+        context: RunContext, # store, device, and how many runs there are at a time
         deadline: float | None, # when to stop, as `time.time()` tells it; None: when all is done
         uncaptured: Iterable[RunSpec] = (), # whose steps cannot be recorded
     ):
@@ -181,7 +182,10 @@ class Scheduler:
         # seconds of the latest runs beside their training; first ones wait for imports
         self.overhead = deque([0.], maxlen=4)
 
-    def next(self, can_begin: Callable[[RunSpec], bool] = lambda run: True) -> RunSpec | None:
+    def next(self,
+        # whether a run may begin beside those that are running
+        can_begin: Callable[[RunSpec], bool] = lambda run: True,
+    ) -> RunSpec | None:
         "The first run that can begin now, if there is one"
         runs = [r for r, wait in self.start_times().items() if wait <= 0]
         if self.pace and not self.any_begun and not runs and time.time() < self.deadline:
@@ -217,10 +221,10 @@ class Scheduler:
             ends, free, out = then, places, out | begins
         return out
 
-    def seconds(self, run: RunSpec) -> float:
-        """How long a run will take, or what is left of it; if nothing is like it, as long as by
-        the slowest measured pace
-        """
+    def seconds(self,
+        run: RunSpec, # a run of the sweep
+    ) -> float:
+        "Seconds that a run, or what is left of it, will take; if nothing is like it, by the slowest pace"
         known = self.pace.plan_run(run).seconds
         total = max(self.overhead) + (count_training_images(run)*self.pace.slowest_seconds_per_image()
                                       if known is None else known)
@@ -229,11 +233,15 @@ class Scheduler:
         except FileNotFoundError: saved = 0.
         return max(0., total - (time.time() - max(self.running[run], saved))) # what is known is from then
 
-    def mark_trained(self, run: RunSpec) -> None:
-        "Note that a run needs its place no longer, only its evaluation"
+    def mark_trained(self,
+        run: RunSpec, # one that is running
+    ) -> None:
+        "Note that a run needs its slot no longer, only its evaluation"
         self.awaiting_evaluation.add(run)
 
-    def mark_done(self, result: Result) -> None:
+    def mark_done(self,
+        result: Result, # of a run that is running, as it is in the store
+    ) -> None:
         "Note that a run is finished"
         began = self.running.pop(result.spec)
         self.not_stored.remove(result.spec)
@@ -244,7 +252,10 @@ class Scheduler:
         if beside > 0:
             self.overhead.append(beside) # a run that was resumed counts the seconds of its first part, too
 
-    def leave_out(self, run: RunSpec, why: Exception) -> None:
+    def leave_out(self,
+        run: RunSpec, # one that failed
+        why: Exception, # its error, to which the run's name is added
+    ) -> None:
         "Note that a run failed or ran out of time: neither it nor its students are tried again"
         self.running.pop(run, None)
         self.awaiting_evaluation.discard(run)
@@ -257,7 +268,7 @@ class Scheduler:
         self.running, self.awaiting_evaluation = {}, set()
 
     def halve_parallel(self) -> None:
-        "As many runs at a time are too many: begin those anew that found the device full, too"
+        "Halve the number of runs at a time, as the device is out of memory, and restart those it stopped"
         self.left_out = {r: e for r, e in self.left_out.items() if not isinstance(e, torch.OutOfMemoryError)}
         self.context = self.context._replace(n_parallel=self.context.n_parallel//2)
         left = f"{len(self.not_stored)} runs start again, {self.context.n_parallel} at a time"
@@ -266,10 +277,10 @@ class Scheduler:
 
 # %% ../../nbs/experiments/05_agenda.ipynb #fb0deb05
 def write_specs(
-    specs: Iterable[RunSpec],
+    specs: Iterable[RunSpec], # any runs, in the order of the file
     path: Path | str, # of a .json file
 ) -> None:
-    "Keep descriptions in a file, for `kdc_sweep`"
+    "Write descriptions to a file, for `kdc_sweep`"
     text = "[" + ",\n".join(json.dumps(encode(s)) for s in specs) + "]\n"
     with atomic_write(path) as part: part.write_text(text, encoding="utf-8")
 
@@ -277,7 +288,7 @@ def write_specs(
 def read_specs(
     path: Path | str, # written by `write_specs`, or by hand
 ) -> list[RunSpec]:
-    "The descriptions in a file; a `ValueError` says what is wrong with it"
+    "The descriptions in a file; a `ValueError` where it is missing, no JSON, or holds something else"
     try: specs = [decode(v) for v in json.loads(Path(path).read_text(encoding="utf-8"))]
     except FileNotFoundError: check(False, "file", path, "a file that is there")
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as e:

@@ -26,12 +26,12 @@ from .tables import format_seed_count, seed_means
 # %% ../../nbs/experiments/09_panels.ipynb #0ca38b23
 def plot_metric(
     frame: "pandas.DataFrame", # of `results_frame`, or with its columns
-    metric: str = "ece",
+    metric: str = "ece", # a metric of the frame, such as "ece", "top1" or "nll"
     x: str = "row", # the column that it is drawn against: texts are a list, numbers an axis
     hue: str = "training", # the column that gives the colours
     output: str = "raw", # or "scaled": after temperature scaling
     ax: Axes | None = None, # None: a new one
-    title: str = "",
+    title: str = "", # above the axes; "": none
 ) -> Axes:
     """A metric of runs with all that belongs to it, of those lines that have `x` and `hue`.
 
@@ -134,9 +134,11 @@ def plot_panels(
     metrics: Sequence[str], # a panel for each
     x: str, # the column that they are drawn against
     hue: str, # the column that gives the colours
-    title: str = "",
+    title: str = "", # above all panels, before the sizes
 ) -> Figure:
-    "Several metrics of the same runs beside each other, with one legend"
+    """Several metrics of the same runs in panels, with one legend; a `ValueError` without metrics, or for
+    one that the frame lacks
+    """
     check(len(metrics) > 0, "metrics", "none", "one or more")
     fig, axs = plt.subplots(1, len(metrics), figsize=(3.7*len(metrics), 3.6),
                             layout="constrained", squeeze=False)
@@ -152,10 +154,10 @@ def plot_panels(
 
 # %% ../../nbs/experiments/09_panels.ipynb #16d8bbe1
 def plot_reliability_grid(
-    results_by_name: Mapping[str, Result],
-    columns: int = 4,
+    results_by_name: Mapping[str, Result], # by the title of their panels
+    columns: int = 4, # panels in a line, at most; 1 or more
 ) -> Figure:
-    "The reliability diagrams of several runs, each with its ECE"
+    "Reliability diagrams of several runs, each with its ECE; a `ValueError` if there are none"
     check(bool(results_by_name), "results_by_name", "no results", "one or more")
     columns = min(columns, len(results_by_name))
     lines = -(-len(results_by_name)//columns)
@@ -170,7 +172,7 @@ def plot_tradeoff(
     frame: "pandas.DataFrame", # of `results_frame`
     metric: str = "ece", # an error; its interval and null band are drawn
     ax: Axes | None = None, # None: a new one
-    title: str = "Accuracy against calibration",
+    title: str = "Accuracy against calibration", # above the axes
 ) -> Axes:
     "Accuracy against an error, seeds as ellipses; a `ValueError` says which metrics there are"
     check(len(frame) > 0, "frame", "no lines", "one or more, from `results_frame`")
@@ -214,9 +216,9 @@ def plot_histories(
     table: "pandas.DataFrame", # from `prepare_histories`
     column: str = "loss", # what to draw: "loss", "accuracy", "valid_accuracy", "valid_ece"
     ax: Axes | None = None, # None: a new one
-    title: str = "Training",
+    title: str = "Training", # above the axes
 ) -> Axes:
-    "One column of the histories by epoch: mean over seeds, and their range"
+    "One column of the histories by epoch: mean over seeds, and their range; a `ValueError` lists the columns"
     import seaborn as sns
     check(column in table, "column", repr(column),
           "one of " + ", ".join(c for c in table if c not in ("run", "seed", "epoch")))

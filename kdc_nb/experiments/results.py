@@ -50,17 +50,15 @@ class OutputSummary(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Result:
     "What a run left behind"
-    spec: RunSpec
+    spec: RunSpec # the run's description, under which it is stored
     evaluation: Evaluation # on the test images; the temperature is that of the validation images
     history: list[dict[str, float]] # a row an epoch
     facts: dict[str, Any] # device, versions, commit, seconds of training
     raw: OutputSummary # as the network is
     scaled: OutputSummary # after temperature scaling
     bins: ReliabilityBins # of the reliability diagram, raw
-    # NLL, top-1 and ECE on the validation images, by which runs are chosen; empty in older files
-    valid: dict[str, float] = field(default_factory=dict)
-    # "valid" and "test", (N, C); empty if read from a light file
-    logits: dict[str, Tensor] = field(default_factory=dict)
+    valid: dict[str, float] = field(default_factory=dict) # validation NLL, top-1, ECE; empty in older files
+    logits: dict[str, Tensor] = field(default_factory=dict) # "valid", "test": (N, C); empty in a light file
 
     def diagram(self) -> DiagramData: # of the test images, raw
         "What a reliability diagram of this run shows"
@@ -68,13 +66,10 @@ class Result:
 
     def title(self) -> str:
         "The run in one line, with what was fitted to its logits afterwards"
-        return run_label(self.spec) + (f", after {self.facts['after'].name}"
-                                       if "after" in self.facts else "")
+        return run_label(self.spec) + (f", after {self.facts['after'].name}" if "after" in self.facts else "")
 
     def table(self) -> Table:
-        """The main metrics and the distance to the truth, where that is known, raw and
-        after temperature scaling
-        """
+        "Main metrics, raw and after temperature scaling; distance to the truth where it is known"
         shown = self.evaluation.table(("top1", "nll", "ece"))
         rows = [[name, format_metric(k, output.metrics[k].value), "", "", ""]
                 for k in ("error", "kl") if k in self.raw.metrics
@@ -93,8 +88,10 @@ class Result:
     def _repr_html_(self): return self.table()._repr_html_()
 
 # %% ../../nbs/experiments/02_results.ipynb #089936da
-def result_to_json(result: Result) -> dict[str, Any]:
-    "The light part of a result as plain JSON"
+def result_to_json(
+    result: Result, # with its logits or without
+) -> dict[str, Any]:
+    "All of a result but its logits and outcomes, as plain JSON"
     outputs = {"raw": result.raw, "scaled": result.scaled}
     truth = {f"{prefix}{k}": o.metrics[k].value for prefix, o in zip(("", "scaled_"), outputs.values())
              for k in _TRUTH_METRICS if k in o.metrics}
@@ -141,29 +138,30 @@ def evaluate_splits(
     test_labels: Tensor, # (N,)
     posterior: Tensor | None, # (N, C) on the test images
 ) -> dict[str, Any]: # by the names of `Result`
-    "All that is said of a trained network, from its logits: seconds of a processor, in whatever process"
+    "All metrics of a trained network, from its logits: on a CPU, in whatever process"
     evaluation = evaluate(test, test_labels, valid, valid_labels)
     def summary(metrics, T):
         probs = softmax64(test/T)
         return OutputSummary(metrics | _distances_to_truth(probs, posterior), float(probs.amax(1).mean()))
-    return {
-        "evaluation": evaluation, "bins": reliability_bins(test, test_labels),
-        "raw": summary(evaluation.raw, 1.), "scaled": summary(evaluation.scaled, evaluation.T),
-        "valid": {m.__name__: float(m(valid, valid_labels)) for m in (nll, top1, ece)},
-    }
+    return {"evaluation": evaluation, "bins": reliability_bins(test, test_labels),
+            "raw": summary(evaluation.raw, 1.), "scaled": summary(evaluation.scaled, evaluation.T),
+            "valid": {m.__name__: float(m(valid, valid_labels)) for m in (nll, top1, ece)}}
 
 # %% ../../nbs/experiments/02_results.ipynb #de284f2e
-def load_evaluation_inputs(spec: RunSpec, logits: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
-    "What `evaluate_splits` looks at"
+def load_evaluation_inputs(
+    spec: RunSpec, # the run, whose data are loaded
+    logits: dict[str, Tensor], # "valid" (M, C) and "test" (N, C)
+) -> tuple[Tensor | None, ...]:
+    "The arguments of `evaluate_splits`: logits, and the labels and posterior of the run's data"
     data = load_data(spec.data)
     return logits["valid"], data.valid.labels, logits["test"], data.test.labels, data.test.posterior
 
 # %% ../../nbs/experiments/02_results.ipynb #169278aa
 def make_result(
-    spec: RunSpec,
+    spec: RunSpec, # the run's description
     logits: dict[str, Tensor], # "valid" and "test", (N, C)
-    history: list[dict[str, float]],
-    facts: dict[str, Any],
+    history: list[dict[str, float]], # a row an epoch: loss, accuracy, ...
+    facts: dict[str, Any], # at least "device" and "seconds", as `describe_environment` has them
     figures: dict[str, Any] | None = None, # what `evaluate_splits` gave; None: it is asked now
 ) -> Result:
     "The result of a trained network"
@@ -175,7 +173,7 @@ def recalibrate(
     result: Result, # with its logits: from `run` or the store
     calibrator: Calibrator | str, # or its name
 ) -> Result: # of the same run; its logits are those of the calibrator
-    "A result after a post-hoc calibrator, fitted on the validation images"
+    "A result after a post-hoc calibrator fitted on validation images; a `ValueError` if it has no logits"
     check(result.logits, "result", "one from a light file", "one with its logits, from `run` or the store")
     calibrator = Calibrator(calibrator) if isinstance(calibrator, str) else calibrator
     after = calibrator.build(result.logits["valid"], load_data(result.spec.data).valid.labels)
@@ -183,10 +181,10 @@ def recalibrate(
     return make_result(result.spec, logits, result.history, result.facts | {"after": calibrator})
 
 # %% ../../nbs/experiments/02_results.ipynb #9151f3ea
-def result_outcomes(result: Result) -> dict[str, Outcomes]:
-    """How a run fares on each test image, "raw" and "scaled"; a `ValueError` where neither
-    that nor the logits were kept
-    """
+def result_outcomes(
+    result: Result, # with its logits, or with outcomes
+) -> dict[str, Outcomes]:
+    """Outcomes on each test image, "raw" and "scaled"; a `ValueError` if neither they nor logits were kept"""
     if result.raw.outcomes is not None:
         return {"raw": result.raw.outcomes, "scaled": result.scaled.outcomes}
     check(result.logits, "result", f"{run_label(result.spec)} without its images",
@@ -196,7 +194,7 @@ def result_outcomes(result: Result) -> dict[str, Outcomes]:
 
 # %% ../../nbs/experiments/02_results.ipynb #da364001
 def without_logits(
-    result: Result,
+    result: Result, # with its logits or without; it stays as it is
     keep_outcomes: bool = True, # how it fares on each test image, where that is known
 ) -> Result:
     "The light part of a result"
@@ -254,23 +252,27 @@ def _decompress_outcomes(tensors: Mapping[str, Tensor]) -> dict[str, Outcomes]:
 
 # %% ../../nbs/experiments/02_results.ipynb #c219570f
 def write_results(
-    results: Iterable[Result],
+    results: Iterable[Result], # of any runs, with their logits or without
     path: Path | str, # of an .npz file
     keep_outcomes: bool = True, # keep how each fares on each test image, where that is known: 50 kB a run
 ) -> None:
-    "Keep the light part of results, numbers to 6 digits"
+    "Write the light part of results to a file, numbers to 6 digits"
     results = [without_logits(r, keep_outcomes) for r in results]
     parts = [{} if r.raw.outcomes is None else _compress_outcomes(result_outcomes(r)) for r in results]
     save_npz(path, {f"{i}/{k}": t for i, p in enumerate(parts) for k, t in p.items()},
              runs=[compact_json(r) for r in results])
 
 # %% ../../nbs/experiments/02_results.ipynb #92c8ae3c
-def compact_json(result: Result) -> dict[str, Any]:
-    "The light part, numbers to 6 digits, but for the description, which must stay what it is"
+def compact_json(
+    result: Result, # with its logits or without
+) -> dict[str, Any]:
+    "The light part, numbers to 6 digits, but for the description, which must stay as it is"
     return {k: v if k == "spec" else round_numbers(v) for k, v in result_to_json(result).items()}
 
 # %% ../../nbs/experiments/02_results.ipynb #82b43d8c
-def round_numbers(o: Any) -> Any:
+def round_numbers(
+    o: Any, # plain JSON: numbers, texts, lists, dicts
+) -> Any:
     "Plain JSON with its numbers to 6 digits"
     if isinstance(o, float): return float(f"{o:.6g}")
     if isinstance(o, dict): return {k: round_numbers(v) for k, v in o.items()}
@@ -280,7 +282,7 @@ def round_numbers(o: Any) -> Any:
 def read_results(
     path: Path | str, # written by `write_results`
 ) -> dict[RunSpec, Result]: # without logits
-    "Results by description"
+    "Results by description; a `ValueError` for a damaged file"
     tensors, meta = load_npz(path)
     parts = {}
     for name, t in tensors.items(): parts.setdefault(int(name.split("/")[0]), {})[name.split("/")[1]] = t
@@ -290,9 +292,9 @@ def read_results(
 
 # %% ../../nbs/experiments/02_results.ipynb #cda3c831
 def group_by_seed(
-    results: Mapping[RunSpec, Result],
+    results: Mapping[RunSpec, Result], # by description
 ) -> dict[RunSpec, list[Result]]: # by the description with seed 0
-    "Runs that differ in their seeds only, together"
+    "Runs that differ only in their seeds, together"
     out = {}
     for spec, r in results.items(): out.setdefault(with_seed(spec, 0), []).append(r)
     return out

@@ -35,23 +35,27 @@ from .results import Result, make_result
 from .store import Store, build_net
 
 # %% ../../nbs/experiments/04_runs.ipynb #ca8aa45b
-def has_live_teacher(spec: RunSpec) -> bool:
-    "Whether a network must be asked about each image as it is augmented"
+def has_live_teacher(
+    spec: RunSpec, # any run; one without a teacher has none
+) -> bool:
+    "Whether the teacher is queried about each augmented image, not once about the plain ones"
     if not (spec.recipe.live_teacher and spec.recipe.augment and spec.teacher_runs()): return False
     return not set(spec.recipe.augment).isdisjoint(load_data(spec.data).augment)
 
 
-def strip_scaling(teacher: Teacher) -> Teacher:
-    "A teacher before temperature scaling"
+def strip_scaling(
+    teacher: Teacher, # any teacher
+) -> Teacher:
+    "A teacher before temperature scaling; one that is not scaled, as it is"
     return teacher.run if isinstance(teacher, TemperatureScaled) else teacher
 
 
 def teacher_train_logits(
-    teacher: Teacher,
-    data_spec: DataSpec | LeaveFoldOut,
-    context: "RunContext",
+    teacher: Teacher, # any teacher; the runs behind it are done
+    data_spec: DataSpec | LeaveFoldOut, # whose training images it is asked about
+    context: "RunContext", # store and device
 ) -> Tensor: # (N, C) on the device
-    "A teacher's logits of the plain training images"
+    "A teacher's logits of the training images without augmentation"
     return _predict_train(teacher.predictor(data_spec, context), load_data(data_spec),
                           best_device(context.device))
 
@@ -90,13 +94,17 @@ def _build_teacher(
 # %% ../../nbs/experiments/04_runs.ipynb #8554ab40
 class RunContext(NamedTuple):
     "Where a run takes place, and beside what"
-    store: Store
+    store: Store # where runs are looked up and kept
     device: str | None = None # None: the fastest there is
     n_parallel: int = 1 # runs at a time, which share the devices
     use_cuda_graph: bool = True # on CUDA, turn the step into a graph
 
-    def find_result(self, spec: RunSpec) -> Result | None:
-        "The stored result, or None; a `ValueError` where processes share the work and not the store"
+    def find_result(self,
+        spec: RunSpec, # the run to look up
+    ) -> Result | None:
+        """The stored result, or None; a `ValueError` where processes that share the work do not share the
+        store
+        """
         result = self.store.get(spec)
         if not broadcast_int(result is not None, best_device(self.device)): return None
         check(result is not None, "store",
@@ -104,7 +112,9 @@ class RunContext(NamedTuple):
               "a folder that all processes share")
         return result
 
-    def trained_net(self, spec: RunSpec) -> nn.Module: # on the CPU, in evaluation mode
+    def trained_net(self,
+        spec: RunSpec, # a run whose teachers are done
+    ) -> nn.Module: # on the CPU, in evaluation mode
         "The network of a finished run; one without weights is trained, with a warning"
         if (net := self.store.load_net(spec)) is not None: return net
         if not self.store.path(spec, "net").exists():
@@ -116,19 +126,19 @@ class RunContext(NamedTuple):
 
 class TrainedRun(NamedTuple):
     "What came out of training, before it is evaluated"
-    spec: RunSpec
+    spec: RunSpec # the run's description
     net: nn.Module # on the CPU
     logits: dict[str, Tensor] # "valid" (M, C) and "test" (N, C)
-    history: list[dict[str, float]]
-    facts: dict[str, Any]
+    history: list[dict[str, float]] # a row an epoch: loss, accuracy, ...
+    facts: dict[str, Any] # device, versions, commit, and "seconds" of training
 
 
 def build_trainer(
-    spec: RunSpec,
-    context: RunContext,
-    teacher_cache: TeacherCache | None = None, # what other students of its teacher heard
+    spec: RunSpec, # a run whose teachers are done
+    context: RunContext, # store and device
+    teacher_cache: TeacherCache | None = None, # logits that other students of its teacher share
 ) -> Trainer:
-    "A run before its first step"
+    "A run before its first step: network, data, method and teacher together"
     net, data, method, device = (build_net(spec), load_data(spec.data),
                                  spec.method.build(), best_device(context.device))
     teacher, T = _build_teacher(spec, data, context)
@@ -136,8 +146,12 @@ def build_trainer(
                    spec.seed, device, teacher, T, teacher_cache, context.use_cuda_graph)
 
 
-def collect_trained_run(spec: RunSpec, context: RunContext, trainer: Trainer) -> TrainedRun: # that is over
-    "A trained network and its logits"
+def collect_trained_run(
+    spec: RunSpec, # the run that was trained
+    context: RunContext, # how many runs there were at a time
+    trainer: Trainer, # at the end of its training
+) -> TrainedRun:
+    "A trained network and its logits; `FloatingPointError` where they are not all finite"
     data = trainer.data
     logits = {k: predict_logits(trainer.net, data, getattr(data, k).inputs) for k in ("valid", "test")}
     if not all(z.isfinite().all() for z in logits.values()):
@@ -150,11 +164,11 @@ def collect_trained_run(spec: RunSpec, context: RunContext, trainer: Trainer) ->
 
 
 def store_result(
-    trained: TrainedRun,
-    store: Store,
+    trained: TrainedRun, # from `collect_trained_run`
+    store: Store, # where it is kept
     figures: dict[str, Any] | None = None, # what `evaluate_splits` gave; None: it is asked now
 ) -> Result:
-    "Put a run into the store"
+    "Evaluate a trained run and write it to the store"
     spec, net, *rest = trained
     result = make_result(spec, *rest, figures)
     if rank_and_world()[0] == 0: store.put(result, net)
@@ -162,9 +176,15 @@ def store_result(
     return result
 
 
-def train_run(spec: RunSpec, context: RunContext, progress: bool, deadline: float | None = None) -> Result:
-    """Train a run, from its checkpoint if there is one; where its step cannot be recorded, in a
-    fresh process and without
+def train_run(
+    spec: RunSpec, # a run whose teachers are done
+    context: RunContext, # store and device
+    progress: bool, # show a bar of its epochs
+    deadline: float | None = None, # when to stop, as `time.time()` gives it; None: when it is done
+) -> Result:
+    """Train a run, from its checkpoint if there is one; where its step cannot be captured as a CUDA graph,
+    in a fresh process without. `OutOfTime` at the deadline, `FloatingPointError` for a loss that is not
+    finite
     """
     if cuda_is_broken(): return call_in_fresh_process(train_run, spec, context, progress, deadline)
     try:
@@ -178,8 +198,10 @@ def train_run(spec: RunSpec, context: RunContext, progress: bool, deadline: floa
     return store_result(collect_trained_run(spec, context, training), context.store)
 
 
-def describe_environment(device: torch.device) -> dict[str, Any]:
-    "What else a result may depend on"
+def describe_environment(
+    device: torch.device, # the one that is trained on
+) -> dict[str, Any]:
+    "What else a result may depend on: device, threads, versions, commit"
     name = (torch.cuda.get_device_name(device) if device.type == "cuda"
             else platform.processor() or platform.machine())
     shared = {"processes": rank_and_world()[1]} if rank_and_world()[1] > 1 else {}
@@ -208,7 +230,9 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def explain_interrupt(folder: Path) -> Iterator[None]:
+def explain_interrupt(
+    folder: Path, # of the store, which the message names
+) -> Iterator[None]:
     "Turn Ctrl-C into `Stopped`, without a traceback of what was being computed"
     try: yield
     except KeyboardInterrupt:

@@ -28,32 +28,42 @@ from .agenda import OnResult, Scheduler, count_training_images, has_result_and_w
 
 # %% ../../nbs/experiments/06_side_by_side.ipynb #c0a7b2d3
 class TeacherCachePool:
-    "What live teachers said, for as long as a student may still ask for it, and no more than 4 GB of it"
+    "Logits of live teachers, kept for as long as a student may still need them, 4 GB at most"
 
-    def __init__(self, specs: Iterable[RunSpec]): # that are to be trained
+    def __init__(self,
+        specs: Iterable[RunSpec], # the runs of the sweep that are not in the store
+    ): # that are to be trained
         self.waiting = Counter(filter(None, map(self.key, specs)))
         self.caches, self.sizes = {}, {} # by key, the longest unused first
         # keys of those that a student is asking for; who has taken one
         self.filling, self.taken = set(), set()
 
     @staticmethod
-    def size(spec: RunSpec) -> int: # bytes
-        "What a teacher's logits take, in all epochs"
+    def size(
+        spec: RunSpec, # a student; its data are loaded
+    ) -> int: # bytes
+        "Memory for a teacher's logits of all epochs, in float32"
         return 4*count_training_images(spec)*load_data(spec.data).n_classes
 
-    def key(self, spec: RunSpec) -> tuple | None: # None: it has no live teacher, or one who says too much
-        """Equal for students of one network, whatever its temperature, who see the
-        same images in the same order
+    def key(self,
+        spec: RunSpec, # a run of the sweep
+    ) -> tuple | None: # None: it has no live teacher, or one who says too much
+        """Equal for students whose teachers give the same logits: one network, whatever its temperature, and
+        the same images in the same order
         """
         if not has_live_teacher(spec) or self.size(spec) > 4e9: return None
         return spec.data, spec.recipe, spec.seed, strip_scaling(spec.method.teacher)
 
-    def can_begin(self, spec: RunSpec) -> bool:
-        "Whether no other student is asking its teacher at the moment"
+    def can_begin(self,
+        spec: RunSpec, # a run that is to begin
+    ) -> bool:
+        "Whether no other student is filling the cache that a run would read"
         return self.key(spec) not in self.filling
 
-    def take(self, spec: RunSpec) -> TeacherCache | None: # None: nobody else will ask
-        "For a run that begins"
+    def take(self,
+        spec: RunSpec, # a run that begins
+    ) -> TeacherCache | None: # None: nobody else will ask
+        "The cache for a run that begins; the longest unused ones are dropped where memory is short"
         key = self.key(spec)
         self.taken.add(spec)
         if not key or self.waiting[key] < 2 and key not in self.caches: return None
@@ -64,8 +74,10 @@ class TeacherCachePool:
             if sum(self.sizes[k] for k in self.caches) > 4e9: del self.caches[old]
         return cache
 
-    def give_back(self, spec: RunSpec) -> None:
-        "For a run that is over"
+    def give_back(self,
+        spec: RunSpec, # a run that is over; nothing happens if it took none
+    ) -> None:
+        "Release the cache of a run that is over; it is dropped with its last student"
         if spec not in self.taken: return
         key = self.key(spec)
         self.taken.remove(spec)
@@ -115,8 +127,8 @@ class SideBySideRunner:
     """
 
     def __init__(self,
-        agenda: Scheduler,
-        on_result: OnResult,
+        agenda: Scheduler, # what to train, where, and how many runs at a time
+        on_result: OnResult, # called with each result as soon as it is there
         # called with how many runs the unfinished ones amount to
         on_progress: Callable[[float], None] = lambda done: None,
     ):
@@ -153,15 +165,22 @@ class SideBySideRunner:
         "Whether there is a free slot, and evaluation is not far behind"
         return len(self.slots) < self.agenda.context.n_parallel and len(self.evaluated) <= self.n_workers
 
-    def can_begin(self, run: RunSpec) -> bool:
-        """Runs that drop units out draw from one generator, which recorded steps of others could
-        disturb: they keep to themselves
+    def can_begin(self,
+        run: RunSpec, # a run of the sweep
+    ) -> bool:
+        """Whether a run may begin now: runs with dropout draw from one generator, which captured steps of
+        others could disturb, so they run only beside their like
         """
         alike = all(model_has_dropout(other.model) == model_has_dropout(run.model) for other in self.slots)
         return alike and self.caches.can_begin(run)
 
-    def guarded(self, run: RunSpec, do: Callable[[RunSpec], bool]) -> bool: # whether the agenda changed
-        "Do something for a run; its failure stops no other run"
+    def guarded(self,
+        run: RunSpec, # the one to leave out on an error
+        do: Callable[[RunSpec], bool], # what to do; it says whether the agenda changed
+    ) -> bool: # whether the agenda changed
+        """Do something for a run; an error leaves this run out and stops no other, but for
+        `GraphCaptureError` and, beside other runs, `OutOfMemoryError`, which are raised
+        """
         try: return do(run)
         except GraphCaptureError as e:
             e.run = run
@@ -172,8 +191,10 @@ class SideBySideRunner:
             self.end(run)
         return True
 
-    def begin(self, run: RunSpec) -> bool:
-        "Put a run into a slot, unless another process has done it"
+    def begin(self,
+        run: RunSpec, # one that the agenda gave
+    ) -> bool:
+        "Put a run into a slot, unless another process has finished it"
         context, cache = (self.agenda.context._replace(use_cuda_graph=run not in self.agenda.uncaptured),
                           self.caches.take(run))
         if has_result_and_weights(run, context):
@@ -182,16 +203,20 @@ class SideBySideRunner:
         else: self.slots[run] = _RunSlot(run, context, self.agenda.deadline, cache, self.stream_for(run))
         return True
 
-    def stream_for(self, run: RunSpec) -> torch.cuda.Stream | None:
-        """One that no other run is on; those that drop out are all on the first, as
-        they draw from one generator
+    def stream_for(self,
+        run: RunSpec, # one that begins
+    ) -> torch.cuda.Stream | None:
+        """A CUDA stream that no other run is on; runs with dropout are all on the first, as they draw from
+        one generator
         """
         if model_has_dropout(run.model): return self.streams[0]
         taken = [slot.stream for slot in self.slots.values()]
         return next(s for s in reversed(self.streams) if s is None or s not in taken)
 
-    def advance(self, run: RunSpec) -> bool:
-        "Ask for a run's next piece, or for its evaluation if there is none"
+    def advance(self,
+        run: RunSpec, # one that has a slot
+    ) -> bool:
+        "Launch a run's next chunk of steps, or its evaluation if there is none"
         if self.slots[run].advance(): return False
         trained = self.slots[run].trained()
         self.agenda.mark_trained(run)
@@ -199,7 +224,9 @@ class SideBySideRunner:
         self.evaluated[self.submit(trained)] = trained
         return True
 
-    def submit(self, trained: TrainedRun) -> Future: # never done where there is no pool, or not any more
+    def submit(self,
+        trained: TrainedRun, # a run at the end of its training
+    ) -> Future: # never done where there is no pool, or not any more
         "Have a run evaluated by another process"
         inputs = load_evaluation_inputs(trained.spec, trained.logits)
         try: return self.pool.submit(evaluate_splits, *inputs) if self.pool else Future()
@@ -214,20 +241,27 @@ class SideBySideRunner:
             self.guarded(trained.spec, lambda run: self.store(trained, future))
         return bool(over)
 
-    def store(self, trained: TrainedRun, future: Future) -> bool:
-        "Put a run into the store"
+    def store(self,
+        trained: TrainedRun, # a run at the end of its training
+        future: Future, # its evaluation, from `submit`; done, where there is a pool
+    ) -> bool:
+        "Put an evaluated run into the store"
         try: figures = future.result() if self.pool else None
         except BrokenExecutor: figures = self.pool = None # a process was killed
         self.on_result(store_result(trained, self.agenda.context.store, figures))
         return True
 
-    def end(self, run: RunSpec) -> None:
+    def end(self,
+        run: RunSpec, # one that is over; it need not have a slot
+    ) -> None:
         "Free a run's slot"
         self.slots.pop(run, None)
         self.caches.give_back(run)
 
-    def share(self, run: RunSpec) -> float: # 0 to 1
-        "How much of a run is done"
+    def share(self,
+        run: RunSpec, # one that has a slot
+    ) -> float: # 0 to 1
+        "The share of a run's epochs that is done"
         return self.slots[run].training.epochs_done()/run.recipe.epochs
 
     def pause(self) -> None:

@@ -28,7 +28,7 @@ from ..training.steps import Predictor, has_dropout
 
 # %% ../../nbs/experiments/00_specs.ipynb #3dfcbffa
 class Teacher:
-    "Whoever teaches: a description with these methods"
+    "A description of what teaches: its logits of the training images, and the runs behind it"
 
     def required_runs(self) -> "tuple[RunSpec, ...]": # none: there is no network behind it
         "The runs that must be done before it can teach"
@@ -42,7 +42,7 @@ class Teacher:
         data: "DataSpec | LeaveFoldOut", # whose training images it is asked about
         context: Any, # a `RunContext`: store and device
     ) -> Predictor: # of normalised inputs (B, ...) and their index (B,) in the training set
-        "The teacher as a function that gives logits (B, C)"
+        "The teacher as a function that gives logits (B, C); `NotImplementedError` where a kind has none"
         raise NotImplementedError(f"{type(self).__name__} has no predictor")
 
     def valid_logits(self,
@@ -58,15 +58,17 @@ class Teacher:
     def label(self,
         run_name: "Callable[[RunSpec], str]", # what a run behind it is called
     ) -> str:
-        "The teacher in a few words"
+        "The teacher in a few words, for tables and figures; `NotImplementedError` where a kind has none"
         raise NotImplementedError(f"{type(self).__name__} has no label")
 
 # %% ../../nbs/experiments/00_specs.ipynb #773b0157
 @frozen_spec
 class RunSpec(Teacher):
-    "A training run: on what, which network, by which method and recipe, with which seed"
+    """A training run: data, network, method, recipe and seed; a `ValueError` for what cannot be trained,
+    such as strengths out of range, or a teacher of other data
+    """
     data: DataSpec | LeaveFoldOut | str # a data set, or its name
-    model: str
+    model: str # name of a network, as in `MODELS`: "resnet8", "wrn_40_2"
     method: "Method | Distil | str" = Method("nll") # or its name
     recipe: Recipe | str = RECIPES["cpu"] # or its name
     seed: int = 0 # of the initial weights, the order of the images and their augmentation
@@ -91,16 +93,34 @@ class RunSpec(Teacher):
         "The runs that must be done before this one can be trained"
         return self.method.teacher.required_runs() if isinstance(self.method, Distil) else ()
 
-    def required_runs(self): return (self,)
-    def valid_logits(self, context): return context.store.get(self).logits["valid"]
-    def label(self, run_name): return run_name(self)
+    def required_runs(self) -> "tuple[RunSpec, ...]":
+        "The run itself: it teaches once it is trained"
+        return (self,)
 
-    def predictor(self, data, context):
+    def valid_logits(self,
+        context: Any, # a `RunContext`, whose store holds the run
+    ) -> Tensor: # (M, C) on the CPU
+        "Its logits of the validation images, from the store"
+        return context.store.get(self).logits["valid"]
+
+    def label(self,
+        run_name: Callable[["RunSpec"], str], # what to call a run, such as `run_label`
+    ) -> str:
+        "The run as `run_name` calls it"
+        return run_name(self)
+
+    def predictor(self,
+        data: DataSpec | LeaveFoldOut, # not needed: a network is asked about the inputs alone
+        context: Any, # a `RunContext`: store and device
+    ) -> Predictor:
+        "The trained network, from the store or trained again, as a function that gives logits (B, C)"
         net = context.trained_net(self).to(best_device(context.device), memory_format=torch.channels_last)
         return lambda x, index: net(x).float()
 
 # %% ../../nbs/experiments/00_specs.ipynb #f272b696
-def full_data(spec: DataSpec | LeaveFoldOut) -> DataSpec:
+def full_data(
+    spec: DataSpec | LeaveFoldOut, # a data set, or one without a fold
+) -> DataSpec:
     "A data set with all its folds"
     return getattr(spec, "data", spec)
 
@@ -114,14 +134,16 @@ def _check_model(name: str) -> None:
 
 
 @lru_cache
-def model_has_dropout(model: str) -> bool:
-    "Whether a network drops units out in training"
+def model_has_dropout(
+    model: str, # name of a network, as in `MODELS`: "resnet8"
+) -> bool:
+    "Whether a network has dropout with a rate above 0; a `ValueError` if no network has this name"
     with torch.device("meta"): return has_dropout(build_model(model, 2))
 
 # %% ../../nbs/experiments/00_specs.ipynb #e9ac81e5
 @frozen_spec
 class Distil:
-    "Distillation from a teacher; students by themselves learn with the NLL"
+    "Distillation (Hinton et al., 2015) from a teacher; a `ValueError` where T or alpha is out of its range"
     teacher: Teacher # a `RunSpec`, or one of the next page
     T: float = 1. # temperature, above 0
     alpha: float = .9 # weight of the teacher, 0 to 1
@@ -132,17 +154,21 @@ class Distil:
         self.build()
 
     def build(self) -> Distillation:
-        "The loss, which also checks T and alpha"
+        "The training method; a `ValueError` where T or alpha is out of its range"
         return Distillation(self.T, self.alpha)
 
 # %% ../../nbs/experiments/00_specs.ipynb #713a12ca
-def run_label(spec: RunSpec) -> str:
-    "A run in one line"
+def run_label(
+    spec: RunSpec, # any run; of a distilled one the teacher is named, too
+) -> str:
+    "A run in one line: data, network, method and seed"
     return f"{spec.data.title} {spec.model} {method_label(spec.method)}, seed {spec.seed}"
 
 
-def method_label(method: Method | Distil) -> str:
-    "A method in a few words"
+def method_label(
+    method: Method | Distil, # a training method, or distillation, whose teacher is named by its run
+) -> str:
+    "A method in a few words, with its strengths, or temperature, weight and teacher"
     if isinstance(method, Method):
         return " ".join([method.name, *(k if v is True else f"{k}={v:g}"
                                         for k, v in method.params.items() if v is not False)])
@@ -150,7 +176,9 @@ def method_label(method: Method | Distil) -> str:
             f"{method.teacher.label(lambda run: f'[{run_label(run)}]')}")
 
 
-def teacher_label(method: Distil) -> str:
+def teacher_label(
+    method: Distil, # distillation from any `Teacher`, with a network behind it or without
+) -> str:
     "A student's teacher in a few words, by the method of the run behind it"
     return method.teacher.label(lambda run: method_label(run.method))
 
@@ -165,8 +193,10 @@ def _walk_specs(obj: Any) -> Iterator[Any]:
         if written_name(type(v)) in SPEC_TYPES: yield from _walk_specs(v)
 
 
-def run_id(spec: RunSpec) -> str: # 16 hexadecimal digits
-    "The id under which a run is stored"
+def run_id(
+    spec: RunSpec, # any run; its data are loaded, as their fingerprint is part of the id
+) -> str: # 16 hexadecimal digits
+    "The id under which a run is stored: equal for equal descriptions of the same data"
     parts = list(_walk_specs(spec))
     code = {"code": own} if (own := [f for p in parts for f in _own_code(p)]) else {} # none in most runs
     data = [p for p in parts if isinstance(p, DataSpec)]
@@ -184,16 +214,18 @@ def _own_code(part: Any) -> list[str]:
     return [source_fingerprint(made) for made in used if not is_built_in(made)]
 
 # %% ../../nbs/experiments/00_specs.ipynb #2d14b9d4
-def lineage(spec: RunSpec) -> list[RunSpec]:
-    "A run and all that teach it, the first teacher first"
+def lineage(
+    spec: RunSpec, # any run; one without a teacher stands alone
+) -> list[RunSpec]:
+    "A run and all runs behind its teachers, the first teacher first, each once"
     return list(dict.fromkeys([*(r for t in spec.teacher_runs() for r in lineage(t)), spec]))
 
 # %% ../../nbs/experiments/00_specs.ipynb #79216b61
 def with_seed(
     spec: Any, # a description
-    seed: int,
+    seed: int, # integer from 0
 ) -> Any: # one like it
-    "A description with this seed in all its runs"
+    "A description with this seed in all its runs; a `ValueError` for a seed below 0"
     new = {k: with_seed(v, seed) for k, v in vars(spec).items() if is_dataclass(v)}
     return replace(spec, **new, **({"seed": seed} if isinstance(spec, RunSpec) else {}))
 
@@ -201,36 +233,44 @@ def with_seed(
 def self_distillation_chain(
     first: RunSpec, # generation zero
     n_generations: int, # generations after it
-    T: float = 1.,
+    T: float = 1., # temperature of distillation, above 0
     alpha: float = .9, # weight of the teacher
 ) -> list[RunSpec]: # n + 1, generation zero first
-    "Iterative self-distillation: each network is taught by the one before"
+    """Iterative self-distillation: each network is taught by the one before; a `ValueError` where T or alpha
+    is out of its range
+    """
     chain = [first]
     for _ in range(n_generations): chain.append(replace(first, method=Distil(chain[-1], T, alpha)))
     return chain
 
 # %% ../../nbs/experiments/00_specs.ipynb #034a0fcf
 def trace_generation(
-    spec: RunSpec,
+    spec: RunSpec, # any run; a teacher that is no plain run ends the chain
 ) -> tuple[RunSpec, int]: # generation zero, and how many students lie between
-    "Where in a chain of students a run stands; one that nobody taught is generation zero of itself"
+    """Generation zero of a run's chain, and the run's own generation; a run without a teacher is its own
+    generation zero
+    """
     n = 0
     while isinstance(spec.method, Distil) and isinstance(spec.method.teacher, RunSpec):
         spec, n = spec.method.teacher, n + 1
     return spec, n
 
 # %% ../../nbs/experiments/00_specs.ipynb #bded6d49
-def describe_run(spec: RunSpec) -> dict[str, Any]: # by column; "" and NaN where nobody taught it
-    "What tables and figures say of a run: its data, network, method and teacher, and the numbers among them"
-    told = {"data": spec.data.title, "model": spec.model, "seed": spec.seed}
-    if isinstance(how := spec.method, Method):
-        return told | {"training": "direct", "method": method_label(how), "teacher": "",
-                       "T": math.nan, "alpha": math.nan, "generation": 0}
-    return told | {"training": "distilled", "method": "KD", "teacher": teacher_label(how),
-                   "T": how.T, "alpha": how.alpha, "generation": trace_generation(spec)[1]}
+def describe_run(
+    spec: RunSpec, # any run, direct or distilled
+) -> dict[str, Any]: # by column; "" and NaN where nobody taught it
+    "A run as columns of tables and figures: data, network, method, teacher, T, alpha, generation and seed"
+    columns = {"data": spec.data.title, "model": spec.model, "seed": spec.seed}
+    if isinstance(method := spec.method, Method):
+        return columns | {"training": "direct", "method": method_label(method), "teacher": "",
+                          "T": math.nan, "alpha": math.nan, "generation": 0}
+    return columns | {"training": "distilled", "method": "KD", "teacher": teacher_label(method),
+                      "T": method.T, "alpha": method.alpha, "generation": trace_generation(spec)[1]}
 
 
-def row_label(spec: RunSpec) -> str: # the same for all seeds
-    "How a run was trained, in a few words"
-    if isinstance(how := spec.method, Method): return method_label(how)
-    return f"KD(T={how.T:g}, alpha={how.alpha:g}) from {teacher_label(how)}"
+def row_label(
+    spec: RunSpec, # any run, direct or distilled
+) -> str: # the same for all seeds
+    "How a run was trained, in a few words without data, network and seed"
+    if isinstance(method := spec.method, Method): return method_label(method)
+    return f"KD(T={method.T:g}, alpha={method.alpha:g}) from {teacher_label(method)}"

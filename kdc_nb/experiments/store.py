@@ -26,21 +26,34 @@ class Store:
         folder: Path | str | None = None, # None: `runs` in the cache folder
     ): self.folder = Path(folder) if folder else runs_folder()
 
-    def path(self, spec: RunSpec, kind: str) -> Path: return self.folder/f"{run_id(spec)}.{kind}"
+    def path(self,
+        spec: RunSpec, # a run; its data are loaded for its id
+        kind: str, # "run" (result), "net" (weights) or "part" (checkpoint)
+    ) -> Path:
+        "The file of a run, which need not exist"
+        return self.folder/f"{run_id(spec)}.{kind}"
 
-    def put(self, result: Result, net: nn.Module) -> None:
-        "Keep a finished run; its checkpoint is removed"
+    def put(self,
+        result: Result, # with its logits
+        net: nn.Module, # the trained network, on any device
+    ) -> None:
+        "Write the result and weights of a finished run; its checkpoint is removed"
         path = self.path(result.spec, "run")
         save_tensors(path.with_suffix(".net"), net.state_dict())
         save_tensors(path, result.logits, **result_to_json(result))
         path.with_suffix(".part").unlink(missing_ok=True)
 
-    def get(self, spec: RunSpec) -> Result | None:
-        "The stored result, or None; a damaged one is named, and counts as none"
+    def get(self,
+        spec: RunSpec, # the run to look up
+    ) -> Result | None:
+        "The stored result, or None; a damaged file is warned of, and counts as none"
         return self.read(self.path(spec, "run"))
 
-    def read(self, path: Path, otherwise: str = "the run is to be trained again") -> Result | None:
-        "The result in a file, or None; why it cannot be read is said, and what is done `otherwise`"
+    def read(self,
+        path: Path, # of a .run file, which need not exist
+        otherwise: str = "the run is to be trained again", # what happens without it, for the warning
+    ) -> Result | None:
+        "The result in a file, or None if there is none; a file that cannot be read is warned of"
         try:
             logits, light = load_tensors(path)
             return result_from_json(light, logits=logits)
@@ -48,9 +61,11 @@ class Store:
         except KeyError as e: warnings.warn(f"{path.name}: no {e} in it; {otherwise}", stacklevel=3)
         except (ValueError, TypeError) as e: warnings.warn(f"{path.name}: {e}; {otherwise}", stacklevel=3)
 
-    def load_net(self, spec: RunSpec) -> nn.Module | None:
-        """The trained network on the CPU, in evaluation mode, or None; damaged weights
-        are named, and count as none
+    def load_net(self,
+        spec: RunSpec, # the run whose weights to read
+    ) -> nn.Module | None:
+        """The trained network on the CPU, in evaluation mode, or None; damaged weights are warned of, and
+        count as none
         """
         try: weights, _ = load_tensors(self.path(spec, "net"))
         except FileNotFoundError: return None
@@ -60,18 +75,20 @@ class Store:
         return net.eval()
 
 # %% ../../nbs/experiments/03_store.ipynb #9ee1ca30
-def build_net(spec: RunSpec) -> nn.Module:
-    """The untrained network of a run; where it has a method `pretrain`, that puts weights in
-    that somebody trained before
-    """
+def build_net(
+    spec: RunSpec, # network, data and seed are used
+) -> nn.Module:
+    "The untrained network of a run, with pretrained weights where its class has a method `pretrain`"
     net = init_net(spec)
     if hasattr(net, "pretrain"):
         with seeded_rng(spec.seed): net.pretrain(load_data(spec.data))
     return net
 
 # %% ../../nbs/experiments/03_store.ipynb #031a4043
-def init_net(spec: RunSpec) -> nn.Module:
-    "A network of a run's kind, its weights drawn by the seed"
+def init_net(
+    spec: RunSpec, # network, data and seed are used
+) -> nn.Module:
+    "A network of a run's architecture, its weights drawn by the seed"
     data = load_data(spec.data)
     with seeded_rng(spec.seed): return build_model(spec.model, data.n_classes, data.in_channels)
 

@@ -200,8 +200,12 @@ class _ProgressSweep:
         except Exception as e: self.failures.append(e)
 
 
-def check_parallelism(n_jobs: int, slots: int, pool: Executor | None = None) -> None:
-    "Refuse numbers of runs at a time that mean nothing together"
+def check_parallelism(
+    n_jobs: int, # processes at a time, 1 or more
+    slots: int, # runs at a time in this process, 1 or more; above 1 only without other processes
+    pool: Executor | None = None, # who does the jobs; None: new processes, if there are several jobs
+) -> None:
+    "Refuse numbers of runs at a time that do not go together, with a `ValueError`"
     for k, v in dict(jobs=n_jobs, slots=slots).items():
         check(type(v) is int and v >= 1, k, v, "an integer, at least 1")
     other = f"{n_jobs} jobs" if n_jobs > 1 else "a pool" if pool else None

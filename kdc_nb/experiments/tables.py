@@ -67,20 +67,22 @@ def seed_means(
     "Means over seeds, with the standard deviation (0 for one seed) and the number of seeds"
     groups = frame.groupby(list(by), sort=False, dropna=False)
     means, seeds = groups[_VALUES].mean(), groups.size()
-    told = groups[[c for c in frame if c not in (*by, *_VALUES, "seed")]].first()
+    others = groups[[c for c in frame if c not in (*by, *_VALUES, "seed")]].first()
     spread = groups["value"].agg(lambda v: v.to_numpy().std(ddof=1) if len(v) > 1 else 0.)
-    return told.join(means).assign(std=spread, seeds=seeds).reset_index()
+    return others.join(means).assign(std=spread, seeds=seeds).reset_index()
 
 # %% ../../nbs/experiments/08_tables.ipynb #d36c9615
-def format_seed_count(means: "pandas.DataFrame") -> str: # of `seed_means`
-    "How many seeds the lines of a frame have, in words"
+def format_seed_count(
+    means: "pandas.DataFrame", # of `seed_means`
+) -> str: # of `seed_means`
+    "The number of seeds of a frame's lines in words, such as '3 seeds' or '1 to 3 seeds'"
     few, many = int(means.seeds.min()), int(means.seeds.max())
     return f"{few} to {many} seeds" if few < many else f"{few} seed{'s'*(few > 1)}"
 
 # %% ../../nbs/experiments/08_tables.ipynb #063a9d47
 def results_table(
     results_by_name: Mapping[str, Iterable[Result]], # results of the seeds of each row
-    caption: str = "",
+    caption: str = "", # of the table; "": none
 ) -> Table: # in percent, NLL and KL in nats
     "Runs as a table: means over seeds with their standard deviations; a `ValueError` if a row is empty"
     means = seed_means(results_frame(results_by_name))
@@ -88,8 +90,12 @@ def results_table(
     return add_footnotes([h for h in rows[0] if any(r[h] for r in rows)], rows, caption)
 
 
-def add_footnotes(head: Sequence[str], rows: Sequence[Mapping[str, str]], caption: str) -> Table:
-    "Rows by the names of their columns as a table, with what its daggers mean"
+def add_footnotes(
+    head: Sequence[str], # names of the columns to show
+    rows: Sequence[Mapping[str, str]], # cells by column, "ECE, %" among them
+    caption: str, # of the table; "": none
+) -> Table:
+    "Rows by their columns as a table, with a footnote if a dagger marks an ECE outside its interval"
     marked = any(DAGGER in r["ECE, %"] for r in rows)
     return Table(list(head), [[r[h] for h in head] for r in rows], caption, [OUTSIDE_NOTE]*marked)
 
@@ -121,8 +127,10 @@ TABLE_COLUMNS = ("Top-1, %", "ECE, %", "95% interval", "null band", "true error,
 # %% ../../nbs/experiments/08_tables.ipynb #a0e82a3b
 def collect_by_row(
     specs_by_seed: Sequence[Mapping[str, RunSpec]], # the rows of each seed
-    results: Mapping[RunSpec, Result],
+    results: Mapping[RunSpec, Result], # by description, as far as they are done
 ) -> dict[str, list[Result | None]]: # by row, a place for each seed
-    "Results (or anything by description) in the rows of a table; None where there is none yet"
+    """Results (or anything by description) in the rows of a table, None where there is none yet; a
+    `ValueError` without seeds
+    """
     check(len(specs_by_seed) > 0, "specs_by_seed", "none", "the rows of one seed or more")
     return {name: [results.get(rows[name]) for rows in specs_by_seed] for name in specs_by_seed[0]}

@@ -8,7 +8,7 @@ __all__ = ['TemperatureScaled', 'teacher_temperature', 'TemperedPosterior', 'log
 
 # %% ../../nbs/experiments/01_teachers.ipynb #2eb1a93a
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,15 @@ from ..training.data import DataSpec, LeaveFoldOut, load_data
 from ..training.images import check_fingerprint
 from ..training.methods import Method
 from ..training.devices import best_device
+from ..training.steps import Predictor
 from .specs import RunSpec, Teacher
 
 # %% ../../nbs/experiments/01_teachers.ipynb #5d81e7fe
 @frozen_spec
 class TemperatureScaled(Teacher):
-    "A teacher after temperature scaling, T fitted on its validation logits"
+    """A teacher after temperature scaling (Guo et al., 2017), T fitted on its validation logits; a
+    `ValueError` where no network is behind it, or it is scaled already
+    """
     run: Teacher # a `RunSpec`, `Ensemble` or `OutOfFold`
 
     def __post_init__(self):
@@ -38,29 +41,56 @@ class TemperatureScaled(Teacher):
               and not isinstance(self.run, TemperatureScaled))
         check(ok, "run", self.run, "a teacher with a network behind it, not scaled before")
 
-    def required_runs(self): return self.run.required_runs()
-    def label(self, run_name): return f"{self.run.label(run_name)} after TS"
+    def required_runs(self) -> tuple[RunSpec, ...]:
+        "Those of the teacher that is scaled"
+        return self.run.required_runs()
 
-    def predictor(self, data, context):
+    def label(self,
+        run_name: Callable[[RunSpec], str], # what to call each run behind it, such as `run_label`
+    ) -> str:
+        "The teacher that is scaled, with `after TS`"
+        return f"{self.run.label(run_name)} after TS"
+
+    def predictor(self,
+        data: DataSpec | LeaveFoldOut, # whose training images it is asked about
+        context: Any, # a `RunContext`: its store and device
+    ) -> Predictor:
+        "The teacher's logits divided by the T that was fitted"
         logits, T = self.run.predictor(data, context), teacher_temperature(self.run, context)
         return lambda x, index: logits(x, index)/T
 
 
-def teacher_temperature(teacher: Teacher, context: Any) -> float: # context: a `RunContext`
-    "The T that temperature scaling gives a teacher"
+def teacher_temperature(
+    teacher: Teacher, # one with validation logits: a `RunSpec`, `Ensemble` or `OutOfFold`
+    context: Any, # a `RunContext`, whose store holds the runs behind it
+) -> float: # above 0
+    """The temperature with the lowest NLL on a teacher's validation logits (Guo et al., 2017);
+    `NotImplementedError` for a kind of teacher without such logits
+    """
     z, labels = teacher.valid_logits(context), load_data(teacher.first_run().data).valid.labels
     return fit_temperature(z, labels.repeat(len(z)//len(labels)))
 
 # %% ../../nbs/experiments/01_teachers.ipynb #6c06b3a2
 @frozen_spec
 class TemperedPosterior(Teacher):
-    "The true posterior of a data set that has one, tempered: overconfident for tau below 1"
-    tau: float = 1.
+    """The true posterior of a data set that has one, tempered: overconfident for tau below 1, underconfident
+    above; a `ValueError` for tau of 0 or less
+    """
+    tau: float = 1. # temperature above 0, by which log-probabilities are divided; 1: the truth
 
     def __post_init__(self): check(self.tau > 0, "tau", self.tau, "a temperature above 0")
-    def label(self, run_name): return f"the truth at tau={self.tau:g}"
 
-    def predictor(self, data, context):
+    def label(self,
+        run_name: Callable[[RunSpec], str], # what to call each run behind it, such as `run_label`
+    ) -> str:
+        "The teacher in a few words, with tau"
+        return f"the truth at tau={self.tau:g}"
+
+    def predictor(self,
+        data: DataSpec | LeaveFoldOut, # data with a known posterior
+        context: Any, # a `RunContext`: its device
+    ) -> Predictor:
+        "Log-probabilities of the posterior over tau; a `ValueError` for data whose posterior is not known"
         posterior = load_data(data).train.posterior
         check(posterior is not None, "teacher", self,
               f"a data set with a known posterior, which {data} is not")
@@ -77,31 +107,49 @@ def log_mean_probs(
 # %% ../../nbs/experiments/01_teachers.ipynb #340f62f1
 @frozen_spec
 class Ensemble(Teacher):
-    "The mean of the probabilities of `n_networks` networks: a run and its like with other seeds"
-    run: RunSpec
-    n_networks: int = 5
+    """A deep ensemble (Lakshminarayanan et al., 2017): the mean probabilities of a run and its like with
+    other seeds; a `ValueError` for fewer than 2 networks
+    """
+    run: RunSpec # the first network; the others add 1000, 2000, ... to its seed
+    n_networks: int = 5 # 2 or more
 
     def __post_init__(self):
         check(isinstance(self.run, RunSpec), "run", self.run, "a run")
         check(isinstance(self.n_networks, int) and self.n_networks >= 2,
               "n_networks", self.n_networks, "2 networks or more")
 
-    def required_runs(self):
+    def required_runs(self) -> tuple[RunSpec, ...]:
+        "All networks of the ensemble"
         return tuple(replace(self.run, seed=self.run.seed + 1000*k) for k in range(self.n_networks))
-    def valid_logits(self, context):
-        return log_mean_probs([r.valid_logits(context) for r in self.required_runs()])
-    def label(self, run_name): return f"{self.n_networks} x {run_name(self.run)}"
 
-    def predictor(self, data, context):
+    def valid_logits(self,
+        context: Any, # a `RunContext`, whose store holds the runs
+    ) -> Tensor: # (M, C) log-probabilities
+        "Logits of the networks' mean probabilities on the validation images"
+        return log_mean_probs([r.valid_logits(context) for r in self.required_runs()])
+
+    def label(self,
+        run_name: Callable[[RunSpec], str], # what to call each run behind it, such as `run_label`
+    ) -> str:
+        "How many networks, and which"
+        return f"{self.n_networks} x {run_name(self.run)}"
+
+    def predictor(self,
+        data: DataSpec | LeaveFoldOut, # whose training images it is asked about
+        context: Any, # a `RunContext`: its store and device
+    ) -> Predictor:
+        "Log-probabilities (B, C): of the mean of the networks' probabilities"
         networks = [r.predictor(data, context) for r in self.required_runs()]
         return lambda x, index: log_mean_probs([net(x, index) for net in networks])
 
 # %% ../../nbs/experiments/01_teachers.ipynb #e6907683
 @frozen_spec
 class OutOfFold(Teacher):
-    "`n_folds` networks, each trained without one fold of the training images and asked about that fold alone"
+    """`n_folds` networks, each trained without one fold of the training images and asked about that fold
+    alone; a `ValueError` for fewer than 2 folds, or a run that has a teacher or lacks a fold
+    """
     run: RunSpec # how each is trained, on the full data set
-    n_folds: int = 5
+    n_folds: int = 5 # 2 or more; image i is in fold i modulo n_folds
 
     def __post_init__(self):
         check(isinstance(self.n_folds, int) and self.n_folds >= 2, "n_folds", self.n_folds, "2 folds or more")
@@ -110,14 +158,30 @@ class OutOfFold(Teacher):
         check(full, "run", self.run,
               "a run on a full data set, which nobody taught: its teacher would have seen every fold")
 
-    def required_runs(self):
+    def required_runs(self) -> tuple[RunSpec, ...]:
+        "A run for each fold, trained without it"
         return tuple(replace(self.run, data=LeaveFoldOut(self.run.data, k, self.n_folds))
                      for k in range(self.n_folds))
-    def valid_logits(self, context): # each alone, as it teaches
-        return torch.cat([r.valid_logits(context) for r in self.required_runs()])
-    def label(self, run_name): return f"{run_name(self.run)} out of {self.n_folds} folds"
 
-    def predictor(self, data, context):
+    def valid_logits(self,
+        context: Any, # a `RunContext`, whose store holds the runs
+    ) -> Tensor: # (n_folds*M, C)
+        "The networks' logits of the validation images, one below the other, as each teaches alone"
+        return torch.cat([r.valid_logits(context) for r in self.required_runs()])
+
+    def label(self,
+        run_name: Callable[[RunSpec], str], # what to call each run behind it, such as `run_label`
+    ) -> str:
+        "The run, and the number of folds"
+        return f"{run_name(self.run)} out of {self.n_folds} folds"
+
+    def predictor(self,
+        data: DataSpec | LeaveFoldOut, # the full data set that the folds are of
+        context: Any, # a `RunContext`: its store and device
+    ) -> Predictor:
+        """Of each image the logits of the network that was trained without it; a `ValueError` for other data
+        than the folds are of
+        """
         check(data == self.run.data, "teacher", f"one whose folds are of {self.run.data}",
               f"folds of the student's data, {data}")
         networks = [r.predictor(data, context) for r in self.required_runs()]
@@ -130,12 +194,22 @@ class OutOfFold(Teacher):
 @frozen_spec
 class StoredLogits(Teacher):
     "A teacher whose logits were kept by `teacher_from_logits`"
-    name: str
-    fingerprint: str
+    name: str # what tables and figures call it
+    fingerprint: str # 16 hexadecimal digits, of its logits and their data
 
-    def label(self, run_name): return self.name
+    def label(self,
+        run_name: Callable[[RunSpec], str], # what to call each run behind it, such as `run_label`
+    ) -> str:
+        "The name that it was given"
+        return self.name
 
-    def predictor(self, data, context):
+    def predictor(self,
+        data: DataSpec | LeaveFoldOut, # whose training images the logits are of
+        context: Any, # a `RunContext`: the store in which the logits were kept, and device
+    ) -> Predictor:
+        """The kept logits by index; a `ValueError` where the store does not have them, or they are of other
+        images
+        """
         path = _stored_logits_path(self, context.store.folder)
         check(path.exists(), "teacher", f"{self.name}, of which {context.store.folder} knows nothing",
               "one that was made by `teacher_from_logits` with this store")

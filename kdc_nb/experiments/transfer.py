@@ -75,7 +75,7 @@ def prepare_transfer(
     results: Mapping[RunSpec, Result], # students, and the runs that taught them
     # in the order of `results`; students whose teacher's result is not there are left out
 ) -> list[_TransferPair]:
-    "Students beside their teachers"
+    "The calibration of students beside that of their teachers"
     sides = {s: _teacher_calibration(s, results) for s in results if isinstance(s.method, Distil)}
     def row(s, t, r):
         raw = r.evaluation.raw
@@ -115,8 +115,12 @@ class TransferPlot:
         format_percent_axes(ax)
         ax.legend(fontsize="small", loc="upper left")
 
-    def show(self, pairs: Iterable[_TransferPair], T: float, alpha: float,
-             chosen: RunSpec | None = None) -> "TransferPlot":
+    def show(self,
+        pairs: Iterable[_TransferPair], # from `prepare_transfer`; those of other T and alpha are left out
+        T: float, # temperature of distillation, above 0
+        alpha: float, # weight of the teacher, 0 to 1
+        chosen: RunSpec | None = None, # the student with the ring; None: no ring
+    ) -> "TransferPlot":
         "The students of one temperature and one weight; a ring around the chosen one"
         rows = [p for p in pairs if (p.spec.method.T, p.spec.method.alpha) == (T, alpha)]
         colors = [_TEACHER_STYLES[type(p.spec.method.teacher)][1] for p in rows]
@@ -176,10 +180,12 @@ def direct_and_distilled_frame(
 # %% ../../nbs/experiments/10_transfer.ipynb #7be54780
 def plot_temperature_grid(
     frame: "pandas.DataFrame", # of `results_frame`: students of several teachers, temperatures and weights
-    metric: str = "ece",
-    title: str = "The student's temperature",
+    metric: str = "ece", # a metric of the frame, such as "ece" or "nll"
+    title: str = "The student's temperature", # above all panels
 ) -> Figure:
-    "A metric against the temperature of distillation, a panel for each teacher, a line for each weight"
+    """A metric against the temperature of distillation, a panel for each teacher, a line for each weight; a
+    `ValueError` if no run is distilled
+    """
     taught = frame[frame.training == "distilled"].sort_values("alpha", kind="stable")
     check(len(taught) > 0, "frame", "no student", "students of one teacher or more")
     teachers = [t for t in dict.fromkeys(frame.teacher) if t]

@@ -51,7 +51,9 @@ KD(C), from AdaFocal     | 88.71  0.68 0.49  0.70 | 89.56 0.63 0.41 0.65
 def published_values(
     setting: str, # of SETTINGS
 ) -> dict[str, dict[str, float]]: # by row and metric, fractions
-    "What the paper printed for a setting, as far as our source has it"
+    """Values that the paper printed for a setting, as far as our source has them; a `ValueError` for an
+    unknown setting
+    """
     lookup(SETTINGS, setting, "setting")
     if setting == "large to small": # of the abstract
         ece = {"Direct, NLL": 11.16, "Direct, AdaFocal": 7.61,
@@ -69,9 +71,9 @@ def paper_progress_table(
     results: Mapping[RunSpec, Result], # as far as they are done
     # `published_values`; empty: there is nothing to stand beside
     published: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
-    caption: str = "",
+    caption: str = "", # of the table; "": none
 ) -> Table: # in percent, NLL and KL in nats
-    "A table as far as it is done, beside what the paper printed"
+    "A table as far as it is done, beside the values that the paper printed; a `ValueError` without seeds"
     named = collect_by_row(specs_by_seed, results)
     rows = [(name, own, "raw") for name, own in named.items()]
     rows += [(f"{name} after TS", named[name], "scaled") for name, s in specs_by_seed[0].items()
@@ -173,15 +175,17 @@ def row_differences(
     # finished seeds that both rows of a pair must have, or it is left out; two where the truth is known
     min_seeds: int = 1,
 ) -> _ClaimDifferences:
-    "Two rows of a table for each pair, seed by seed and image by image"
-    said = lambda s: s[0] + " + TS"*(s[1] == "scaled")
+    """Differences of two rows of a table for each pair, paired by seed and image; a `ValueError` for rows of
+    several data sets, an unknown output, or a truth that is not known
+    """
+    label = lambda s: s[0] + " + TS"*(s[1] == "scaled")
     done = lambda s: {r.spec.seed for r in results_by_name.get(s[0], ()) if r}
     ready = [(a, b) for a, b in pairs if len(done(a) & done(b)) >= min_seeds]
     data = {r.spec.data for pair in ready for s in pair for r in results_by_name[s[0]] if r}
     check(len(data) < 2, "results_by_name", f"rows on {len(data)} data sets", "rows on one")
     tables = {s: _contributions_of_row(results_by_name, s, metric)
               for s in dict.fromkeys(s for pair in ready for s in pair)}
-    less = {f"{said(a)} less {said(b)}": {k: tables[a][k] - tables[b][k] for k in sorted(done(a) & done(b))}
+    less = {f"{label(a)} less {label(b)}": {k: tables[a][k] - tables[b][k] for k in sorted(done(a) & done(b))}
             for a, b in ready}
     shared = sorted(set.intersection(*map(set, less.values()))) if less else []
     mean = np.mean([[d[k] for k in shared] for d in less.values()], 0) if shared else None

@@ -74,8 +74,10 @@ def _build_parser() -> argparse.ArgumentParser:
     return p
 
 # %% ../../nbs/paper/05_commands.ipynb #82b9c0a4
-def main(args: Iterable[str] | None = None) -> int: # exit status, see `_EXIT_STATUS_HELP`
-    "The command `kdc_sweep`"
+def main(
+    args: Iterable[str] | None = None, # of the command line; None: those of this process
+) -> int: # exit status, see `_EXIT_STATUS_HELP`
+    "The command `kdc_sweep`; errors are printed, and are an exit status"
     a = _build_parser().parse_args(args)
     store = Store(a.store)
     try:

@@ -174,9 +174,9 @@ def _report_part(
 ) -> tuple[str, str]: # text for a terminal, HTML
     "Table, verdict and figures of one block; the figures are written as PNG"
     table = results_table(results)
-    said = f"{_format_verdict(results)}\n{_format_summary(results)}"
+    message = f"{_format_verdict(results)}\n{_format_summary(results)}"
     html = (f"<h2>{escape(block.title)}</h2>"
-            + f"<p>{escape(said)}</p>".replace("\n", "<br>") + table._repr_html_())
+            + f"<p>{escape(message)}</p>".replace("\n", "<br>") + table._repr_html_())
     for name, fig in _plot_part(block, results).items():
         with atomic_write(folder/f"{name}.png") as part: fig.savefig(part, format="png", dpi=120)
         plt.close(fig)
@@ -184,17 +184,19 @@ def _report_part(
             f'<p><img alt="{name}" '
             f'src="data:image/png;base64,{b64encode((folder/f"{name}.png").read_bytes()).decode()}"></p>'
         )
-    return f"{block.title}\n\n{table}\n\n{said}\n", html
+    return f"{block.title}\n\n{table}\n\n{message}\n", html
 
 # %% ../../nbs/paper/03_demo.ipynb #db7e15d4
 def run_demo(
     data: str | None = None, # cifar10 or cifar100; None: known images and digits
-    n_seeds: int = 3,
+    n_seeds: int = 3, # how often all is trained, 1 or more
     folder: Path | str = "demo_out", # for figures, page and runs
     device: str | None = None, # None: the fastest there is
     progress: bool = True, # show bars
 ) -> str: # the tables, as text
-    "Train, tabulate and draw; called again it goes on where it was stopped"
+    """Train, tabulate and draw; called again it goes on where it was stopped. A `ValueError` for fewer than
+    1 seed, or unknown data or device
+    """
     check(n_seeds >= 1, "seeds", n_seeds, "at least 1")
     folder, texts, page = Path(folder), [], _PAGE_HEAD
     folder.mkdir(parents=True, exist_ok=True)
@@ -206,8 +208,10 @@ def run_demo(
     return "\n".join(texts)
 
 # %% ../../nbs/paper/03_demo.ipynb #be20806d
-def main(args: Iterable[str] | None = None) -> int: # exit status
-    "The command behind `make demo`"
+def main(
+    args: Iterable[str] | None = None, # of the command line; None: those of this process
+) -> int: # exit status
+    "The command behind `make demo`: 0 if all is done, 1 or 2 after an error, 130 if stopped by Ctrl-C"
     p = argparse.ArgumentParser(prog="kdc_demo", description="Calibration passing from teacher to student")
     p.add_argument("--data", choices=["cifar10", "cifar100"],
                    help="photographs in place of known images and digits")

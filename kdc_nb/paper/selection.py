@@ -38,7 +38,9 @@ def candidate_specs(
     recipe: Recipe | str | None = None, # None: the usual one
     small: str | None = None, # of MINIATURE_DATA; None: as the paper has it
 ) -> dict[str, list[RunSpec]]: # by method; "KD": of temperature and weight
-    "What the validation images may choose from for a table or figure: runs with seed 0"
+    """Runs with seed 0 among which validation images choose strengths, temperature and weight for a table or
+    figure; a `ValueError` for an unknown name, or a miniature of texts in place of images
+    """
     setting, recipe = resolve_setting(name, recipe, small)
     used = {r.method for s in paper_specs(name, recipe, 0, small).values() for r in lineage(s)}
     plain = RunSpec(setting.data, setting.teacher, PAPER_METHODS["NLL"], recipe)
@@ -50,10 +52,10 @@ def candidate_specs(
 # %% ../../nbs/paper/01_selection.ipynb #bfc1951f
 def select_on_validation(
     candidates: Mapping[str, Sequence[RunSpec]], # by method, as `candidate_specs` has them
-    results: Mapping[RunSpec, Result],
+    results: Mapping[RunSpec, Result], # of all candidates, by description
 ) -> dict[str, RunSpec]: # by method
-    """Of each method the candidate with the lowest NLL on the validation images; a `ValueError` names
-    those of which it is not known
+    """The candidate with the lowest NLL on the validation images, for each method; a `ValueError` names
+    those whose validation NLL is not known
     """
     unknown = [run_label(s) for several in candidates.values()
                for s in several if s not in results or not results[s].valid]
@@ -62,27 +64,31 @@ def select_on_validation(
     return {k: min(several, key=lambda s: results[s].valid["nll"]) for k, several in candidates.items()}
 
 
-def as_hyperparameters(best: Mapping[str, RunSpec]) -> Hyperparameters: # from `select_on_validation`
-    "The choice as `paper_specs` takes it; methods without candidates are as published"
+def as_hyperparameters(
+    best: Mapping[str, RunSpec], # from `select_on_validation`, "KD" among them
+) -> Hyperparameters:
+    """The choice as `paper_specs` takes it; methods without candidates are as published, and without "KD"
+    there is a `KeyError`
+    """
     return Hyperparameters(PAPER_METHODS | {k: s.method for k, s in best.items() if k != "KD"},
                            best["KD"].method.T, best["KD"].method.alpha)
 
 # %% ../../nbs/paper/01_selection.ipynb #c243c2e2
 def candidates_table(
     candidates: Mapping[str, Sequence[RunSpec]], # by method, as `candidate_specs` has them
-    results: Mapping[RunSpec, Result],
-    caption: str = "",
+    results: Mapping[RunSpec, Result], # by description, as far as they are done
+    caption: str = "", # of the table; "": none
 ) -> Table: # in percent, NLL in nats
-    """Candidates as the validation images see them, as far as they are done; a star for the chosen one of
-    a method of which all are
+    """Metrics of the candidates on the validation images, as far as they are done; a star marks the chosen
+    one where all of a method are. A `ValueError` for one without a validation NLL
     """
     body = []
     for name, several in candidates.items():
         best = select_on_validation({name: several}, results)[name] if set(several) <= set(results) else None
         for s in several:
-            v, how = results[s].valid if s in results else {}, s.method
+            v, method = results[s].valid if s in results else {}, s.method
             seen = ([format_metric(k, v[k]) + " *"*(k == "nll" and s == best) for k in ("nll", "top1", "ece")]
                     if v else ["to do", "", ""])
-            body.append([name, f"T={how.T:g} alpha={how.alpha:g}" if isinstance(how, Distil)
-                               else method_label(how), *seen])
+            body.append([name, f"T={method.T:g} alpha={method.alpha:g}" if isinstance(method, Distil)
+                               else method_label(method), *seen])
     return Table(["", "on the validation images", *map(metric_label, ("nll", "top1", "ece"))], body, caption)

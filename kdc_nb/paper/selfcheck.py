@@ -70,9 +70,9 @@ def _max_relative_gap(a: list[float], b: list[float]) -> float:
 # %% ../../nbs/paper/04_selfcheck.ipynb #f74f424b
 def _compare_losses(name: str, losses: dict[str, list[float]]) -> _CheckOutcome: # the first with the others
     "Whether a run went as it did in other ways"
-    (how, first), *others = losses.items()
+    (label, first), *others = losses.items()
     far = {k: _max_relative_gap(first, other) for k, other in others}
-    faults = [f"{how} is {100*off:.0f}% off {k}" for k, off in far.items() if not off <= _LOSS_TOLERANCE]
+    faults = [f"{label} is {100*off:.0f}% off {k}" for k, off in far.items() if not off <= _LOSS_TOLERANCE]
     return _CheckOutcome(name, ", ".join(faults), ", ".join(f"{k} {v[-1]:.4f}" for k, v in losses.items()))
 
 # %% ../../nbs/paper/04_selfcheck.ipynb #e015d858
@@ -108,8 +108,12 @@ def _check_side_by_side(device: str) -> _CheckOutcome:
     return _compare_losses("side by side", {"two at a time": losses(together), "one by one": losses(alone)})
 
 # %% ../../nbs/paper/04_selfcheck.ipynb #a0000014
-def check_device(device: str) -> Iterator[_CheckOutcome]: # "cpu", "cuda", ...
-    "Whether everything trains on a device as it should, one thing after another"
+def check_device(
+    device: str, # "cpu", "cuda" or "mps"
+) -> Iterator[_CheckOutcome]: # as each check ends
+    """Whether everything trains on a device as it should, one check after another; an error counts as a
+    fault and is not raised
+    """
     things = {k: (_check_method, k, device) for k in ("nll", _DISTILLATION, *_CHECKED_METHODS)}
     things |= {"stopped and resumed": (_check_resuming, device),
                "side by side": (_check_side_by_side, device)}
@@ -118,8 +122,10 @@ def check_device(device: str) -> Iterator[_CheckOutcome]: # "cpu", "cuda", ...
         except Exception as e: yield _CheckOutcome(name, f"{type(e).__name__}: {e}")
 
 # %% ../../nbs/paper/04_selfcheck.ipynb #03f1454d
-def print_device_check(device: str | None) -> bool: # whether all is well
-    "Check a device and print how it goes, line by line"
+def print_device_check(
+    device: str | None, # "cpu", "cuda" or "mps"; None: the fastest there is
+) -> bool: # whether all is well
+    "Check a device and print how it goes, line by line; a `ValueError` where there is no such device"
     device = str(best_device(device))
     print(*(f"{k} {v}" for k, v in describe_environment(torch.device(device)).items()), sep=", ")
     if device == "cpu":

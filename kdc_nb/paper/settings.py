@@ -19,10 +19,10 @@ from ..experiments.teachers import TemperatureScaled
 
 # %% ../../nbs/paper/00_settings.ipynb #bf78273b
 class Setting(NamedTuple):
-    "Who teaches whom, and what"
-    data: DataSpec
-    teacher: str # a network
-    student: str # a network
+    "A data set, and which network teaches which on it"
+    data: DataSpec # both networks are trained on it
+    teacher: str # name of a network, such as "wrn_40_2"
+    student: str # likewise
 
 # %% ../../nbs/paper/00_settings.ipynb #0d369438
 SETTINGS = { # of the paper's tables and figures
@@ -45,24 +45,26 @@ PAPER_METHODS = { # of the paper's tables, by its names
 
 
 class Hyperparameters(NamedTuple):
-    "Strengths of the methods, and how to teach"
+    "Strengths of the methods, and temperature and weight of distillation"
     methods: Mapping[str, Method] # by the names of PAPER_METHODS
-    T: float
-    alpha: float # weight of the teacher
+    T: float # temperature of distillation, above 0
+    alpha: float # weight of the teacher, 0 to 1
 
 
 PUBLISHED_HYPERPARAMETERS = Hyperparameters(PAPER_METHODS, T=1., alpha=.9)
 
 # %% ../../nbs/paper/00_settings.ipynb #34ccf7e2
 def table_specs(
-    setting: Setting,
+    setting: Setting, # data, teacher and student, such as one of `SETTINGS`
     methods: Mapping[str, Method], # by the name that its rows shall have; "NLL" among them
-    recipe: Recipe | str = "paper",
-    seed: int = 0,
-    T: float = 1.,
-    alpha: float = .9, # weight of the teacher
+    recipe: Recipe | str = "paper", # of all runs, or its name in `RECIPES`
+    seed: int = 0, # of all runs, an integer from 0
+    T: float = 1., # temperature of distillation, above 0
+    alpha: float = .9, # weight of the teacher, 0 to 1
 ) -> dict[str, RunSpec]: # by row
-    "One seed of a block of the paper's tables"
+    """One seed of a block of the paper's tables: every method as teacher, directly, and distilled; a
+    `ValueError` without the NLL, or where T or alpha is out of its range
+    """
     check("NLL" in methods, "methods", ", ".join(methods), "NLL among them, whose students are KD(UC)")
     def net(model, method): return RunSpec(setting.data, model, method, recipe, seed)
     teachers = {name: net(setting.teacher, m) for name, m in methods.items() if m.name != "pskd"}
@@ -73,8 +75,10 @@ def table_specs(
                        net(setting.student, Distil(TemperatureScaled(teachers["NLL"]), T, alpha))}
 
 
-def kd_label(name: str) -> str: # of a teacher's method
-    "What the paper calls a student of such a teacher"
+def kd_label(
+    name: str, # "NLL", or a calibrated one of `PAPER_METHODS`
+) -> str: # also the name of its row
+    "The paper's name of a student: KD(UC) from an uncalibrated teacher, KD(C) from a calibrated one"
     return f"KD({'UC' if name == 'NLL' else 'C'}), from {name}"
 
 # %% ../../nbs/paper/00_settings.ipynb #7166f5d5
@@ -183,7 +187,9 @@ def resolve_setting(
     recipe: Recipe | str | None, # None: the usual one
     small: str | None, # of MINIATURE_DATA; None: as the paper has it
 ) -> tuple[Setting, Recipe | str]:
-    "Who teaches whom, and by which recipe, in a table or figure or its miniature"
+    """Data, networks and recipe of a table or figure of the paper, or of its miniature; a `ValueError` for
+    an unknown name, or a miniature of texts in place of images
+    """
     setting = SETTINGS[lookup(PAPER_EXPERIMENTS, name, "name").setting]
     texts = setting == SETTINGS["text"]
     if small:
@@ -200,11 +206,13 @@ def paper_specs(
     name: str, # of PAPER_EXPERIMENTS
     # None: "paper", and "cpu" for a miniature; of texts "text" and "text_small"
     recipe: Recipe | str | None = None,
-    seed: int = 0,
+    seed: int = 0, # of all runs, an integer from 0
     small: str | None = None, # of MINIATURE_DATA; None: as the paper has it
-    choice: Hyperparameters = PUBLISHED_HYPERPARAMETERS,
+    choice: Hyperparameters = PUBLISHED_HYPERPARAMETERS, # strengths, temperature and weight
 ) -> dict[str, RunSpec]: # by row
-    "One seed of a table or figure"
+    """One seed of a table or figure of the paper; a `ValueError` for an unknown name, or a miniature of
+    texts in place of images
+    """
     setting, recipe = resolve_setting(name, recipe, small)
     return PAPER_EXPERIMENTS[name].specs(setting, recipe, seed, choice)
 
@@ -212,11 +220,11 @@ def paper_specs(
 def order_by_priority(
     specs_by_row: Mapping[str, RunSpec], # of one seed
 ) -> list[RunSpec]:
-    """The rows of a table or figure, the most telling first.
+    """The rows of a table or figure, in the order in which to train them.
 
-    First those with the teacher's weight that the table names first, then early generations before late ones,
-    then methods as in `_METHOD_PRIORITY`; of each method the student before what was trained directly, and
-    the student of a scaled teacher last.
+    First those with the teacher's weight that the table names first, then early generations before late
+    ones, then methods as in `_METHOD_PRIORITY`; of each method the student before what was trained
+    directly, and the student of a scaled teacher last.
     """
     alphas = list(dict.fromkeys(s.method.alpha
                                 for s in specs_by_row.values() if isinstance(s.method, Distil)))

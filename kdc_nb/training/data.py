@@ -49,10 +49,14 @@ class Dataset:
     eval_batch_size = 500 # how many a network is asked about at a time
 
     @property
-    def n_classes(self) -> int: return len(self.classes)
+    def n_classes(self) -> int:
+        "The number of classes"
+        return len(self.classes)
 
     @property
-    def in_channels(self) -> int: return self.train.inputs.shape[1]
+    def in_channels(self) -> int:
+        "Channels of an image: 1 for grey, 3 for colour"
+        return self.train.inputs.shape[1]
 
     def augment_batch(self,
         x: Tensor, # (B, C, H, W) uint8, any device
@@ -95,7 +99,9 @@ class DataSpec(NamedSpec, rooms=[f"kdc_nb.training.{room}"
     "A data set by name, such as `DataSpec('cifar10', n_train=5000)`"
 
     @property
-    def title(self) -> str: return self.params.get("title", self.name)
+    def title(self) -> str:
+        "The name that tables and figures show: the parameter `title`, or else the name"
+        return self.params.get("title", self.name)
 
 # %% ../../nbs/training/00_data.ipynb #411815dd
 @lru_cache(maxsize=4)
@@ -177,7 +183,7 @@ def check_labels(
           what, f"labels of {y.dtype} and shape {y.shape}", f"{n} integers from 0")
     return torch.from_numpy(y.astype(np.int64))
 
-
+# %% ../../nbs/training/00_data.ipynb #c1d8abfa
 def check_class_names(
     labels: Mapping[str, Tensor], # of "train", "valid" and "test"
     classes: Sequence[str] | None, # None: their numbers
@@ -228,10 +234,14 @@ class LeaveFoldOut:
               "fold", self.fold, f"0 to {self.n_folds - 1}")
 
     @property
-    def name(self) -> str: return f"{self.data.name} without fold {self.fold} of {self.n_folds}"
+    def name(self) -> str:
+        "The name of the whole set, and which fold is left out"
+        return f"{self.data.name} without fold {self.fold} of {self.n_folds}"
 
     @property
-    def title(self) -> str: return f"{self.data.title} without fold {self.fold} of {self.n_folds}"
+    def title(self) -> str:
+        "The title of the whole set, and which fold is left out"
+        return f"{self.data.title} without fold {self.fold} of {self.n_folds}"
 
     def build(self) -> Dataset:
         "The data set; validation, test and statistics are those of the whole"
@@ -263,14 +273,14 @@ def check_augmentations(
     "A `ValueError` where an operation is no augmentation"
     check(set(ops) <= {"crop", "flip"}, "augment", tuple(ops), "some of crop and flip")
 
-
+# %% ../../nbs/training/00_data.ipynb #dcf5ebb2
 def max_shift(
     inputs: Tensor, # (..., H, W), of any type
 ) -> int: # pixels
     "The largest shift: an eighth of the width, 4 pixels for 32"
     return inputs.shape[-1]//8
 
-
+# %% ../../nbs/training/00_data.ipynb #b1ced007
 def draw_shifts_and_flips(
     n: int, # how many images
     ops: Sequence[str], # of "crop", "flip"

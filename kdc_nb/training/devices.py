@@ -40,12 +40,14 @@ def best_device(
 def list_devices(
     device: str | None, # None: the fastest there is
 ) -> list[str]:
-    "All GPUs for 'cuda', else the one device"
+    "All GPUs for 'cuda', else the one device; a `ValueError` when it is not there"
     name = str(best_device(device))
     return [f"cuda:{k}" for k in range(torch.cuda.device_count())] if name == "cuda" else [name]
 
 # %% ../../nbs/training/11_devices.ipynb #33978bb7
-def bf16_autocast(device: torch.device) -> torch.autocast:
+def bf16_autocast(
+    device: torch.device, # the one that is trained on
+) -> torch.autocast:
     "bf16 on CUDA, full precision elsewhere"
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
@@ -55,8 +57,8 @@ _RNG_LOCK = threading.Lock()
 
 @contextmanager
 def seeded_rng(
-    seed: int,
-    device: torch.device = torch.device("cpu"),
+    seed: int, # integer from 0
+    device: torch.device = torch.device("cpu"), # a GPU whose generator is seeded, too; the CPU's always is
 ) -> Iterator[None]:
     "Torch's generators seeded for as long as the block lasts, for one thread at a time"
     with _RNG_LOCK, torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -88,8 +90,10 @@ def rank_and_world() -> tuple[int, int]:
     return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
 
 # %% ../../nbs/training/11_devices.ipynb #f1f7b017
-def rank_slice(batch: Tensor) -> slice:
-    "Which rows of a batch this process takes"
+def rank_slice(
+    batch: Tensor, # (B, ...) the whole batch, the same in all processes
+) -> slice:
+    "The rows of a batch that this process computes"
     rank, world = rank_and_world()
     return slice(rank*len(batch)//world, (rank + 1)*len(batch)//world)
 
@@ -108,8 +112,8 @@ def gather_batch(
 # %% ../../nbs/training/11_devices.ipynb #2b57107b
 def gather_strided(
     own_rows: Tensor, # (n, ...): every P-th row, from the process's own number
-    n_total: int,
-) -> Tensor: # (total, ...)
+    n_total: int, # N, rows of all processes together
+) -> Tensor: # (N, ...)
     "The rows of all processes in their order, none twice"
     rank, world = rank_and_world()
     if world == 1: return own_rows
@@ -120,25 +124,30 @@ def gather_strided(
     return torch.stack(parts, 1).flatten(0, 1)[:n_total]
 
 # %% ../../nbs/training/11_devices.ipynb #ee77a6a2
-def broadcast_int(number: int, device: torch.device) -> int: # a bool is one
-    "What the first process thinks"
+def broadcast_int(
+    number: int, # this process's own; a bool counts as 0 or 1
+    device: torch.device, # of this process, through which they communicate
+) -> int:
+    "The first process's number, in all processes"
     if rank_and_world()[1] == 1: return number
-    said = torch.tensor(number, device=device)
-    distributed.broadcast(said, 0)
-    return said.item()
+    message = torch.tensor(number, device=device)
+    distributed.broadcast(message, 0)
+    return message.item()
 
 # %% ../../nbs/training/11_devices.ipynb #7e3d90b2
 _CUDA_BROKEN = False
 
 
-def mark_cuda_broken(spoilt: bool = True) -> None:
-    "Note that what CUDA does in this process is not sound any more"
+def mark_cuda_broken(
+    spoilt: bool = True, # False: it can be again
+) -> None:
+    "Note that CUDA can no longer be relied on in this process"
     global _CUDA_BROKEN
     _CUDA_BROKEN = spoilt
 
-
+# %% ../../nbs/training/11_devices.ipynb #da7d6bf2
 def cuda_is_broken() -> bool:
-    "Whether CUDA's work belongs into a fresh process"
+    "Whether work on CUDA has to go to a fresh process"
     return _CUDA_BROKEN
 
 # %% ../../nbs/training/11_devices.ipynb #d2f1c0a7
@@ -154,13 +163,13 @@ def _ignore_ctrl_c() -> Iterator[None]:
 
 # %% ../../nbs/training/11_devices.ipynb #4b7a90e3
 def free_gpu_memory() -> None:
-    "Give back what this process holds of a GPU and does not use"
+    "Free the GPU memory that this process has cached and does not use"
     gc.collect()
     if not torch.cuda.is_initialized(): return
     try: torch.cuda.empty_cache()
     except RuntimeError: pass # after a recording that failed, that may be too much to ask
 
-
+# %% ../../nbs/training/11_devices.ipynb #f1f46f7a
 class _UninterruptedPool(loky.ProcessPoolExecutor):
     "One that starts its processes, which it does when it is given something to do, without an ear for Ctrl-C"
     def submit(self, *args, **kw):
@@ -174,7 +183,7 @@ class _UninterruptedPool(loky.ProcessPoolExecutor):
             while kill_workers: self._work_ids.get_nowait()
         super().shutdown(wait, kill_workers)
 
-
+# %% ../../nbs/training/11_devices.ipynb #7429993c
 def _exit_with_parent(parent: int) -> None: # a process
     "End this process when its parent has ended, in whatever way"
     def watch():
@@ -182,10 +191,10 @@ def _exit_with_parent(parent: int) -> None: # a process
         os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
-
+# %% ../../nbs/training/11_devices.ipynb #dfeec23b
 @contextmanager
 def worker_processes(
-    n_workers: int,
+    n_workers: int, # 1 or more
 ) -> Iterator[loky.ProcessPoolExecutor]:
     """Processes that share the threads of this one and end with the block, after an error at
     once, or when this one dies
@@ -209,8 +218,12 @@ def pack_own_code() -> tuple[int, bytes]: # this process, what it has
     import cloudpickle
     return os.getpid(), cloudpickle.dumps((entries, fingerprints))
 
-
-def call_with_own_code(packed: tuple[int, bytes], function: Callable, *args: Any) -> Any:
+# %% ../../nbs/training/11_devices.ipynb #02ffe959
+def call_with_own_code(
+    packed: tuple[int, bytes], # from `pack_own_code`
+    function: Callable, # one that can be pickled
+    *args: Any, # of the function, likewise
+) -> Any:
     "Call a function where all is registered that was registered where `packed` was made"
     sender, code = packed
     if code and sender != os.getpid():
@@ -220,9 +233,12 @@ def call_with_own_code(packed: tuple[int, bytes], function: Callable, *args: Any
         for kind, name, made in entries: (Registry.by_kind.get(kind) or Registry(kind)).data[name] = made
     return function(*args)
 
-
-def call_in_fresh_process(function: Callable, *args: Any) -> Any:
-    "What a function gives in a process of its own, which nothing has happened to"
+# %% ../../nbs/training/11_devices.ipynb #83de486b
+def call_in_fresh_process(
+    function: Callable, # one that can be pickled
+    *args: Any, # of the function, likewise
+) -> Any:
+    "What a function returns in a process of its own; its errors are raised here"
     free_gpu_memory()
     with worker_processes(1) as pool:
         return pool.submit(call_with_own_code, pack_own_code(), function, *args).result()

@@ -112,9 +112,9 @@ def target_loss_field(
     teacher: float, # probability of the label, between 0 and 1
 ) -> _LossField:
     "Smoothed labels, and a teacher who gives the label this probability"
-    said = torch.tensor([[teacher, (1 - teacher)/2, (1 - teacher)/2]]).log()
+    teacher_logits = torch.tensor([[teacher, (1 - teacher)/2, (1 - teacher)/2]]).log()
     return prepare_loss_field(lambda z, y: (1 - alpha)*label_smoothing(z, y, eps)
-                                           + alpha*distillation(z, y, said.expand_as(z), alpha=1.))
+                                           + alpha*distillation(z, y, teacher_logits.expand_as(z), alpha=1.))
 
 
 def weight_loss_field(

@@ -107,8 +107,8 @@ def confidence_and_correct(
     labels: Tensor, # (B,)
 ) -> tuple[Tensor, Tensor]: # (B,) and (B,) bool
     "How confident the network is of each sample, and whether it is correct"
-    sure, best = upcast(logits).softmax(1).max(1)
-    return sure, best == labels
+    confidence, best = upcast(logits).softmax(1).max(1)
+    return confidence, best == labels
 
 
 def dca(
@@ -116,8 +116,8 @@ def dca(
     labels: Tensor, # (B,)
 ) -> Tensor: # scalar, 0 to 1
     "Difference of confidence and accuracy, a penalty (Liang et al., 2020)"
-    sure, right = confidence_and_correct(logits, labels)
-    return (sure.mean() - right.to(sure.dtype).mean()).abs()
+    confidence, correct = confidence_and_correct(logits, labels)
+    return (confidence.mean() - correct.to(confidence.dtype).mean()).abs()
 
 # %% ../../nbs/training/08_losses.ipynb #7db067c9
 def mmce(
@@ -126,10 +126,11 @@ def mmce(
     double_normalised: bool = False, # normalise twice, as the public ports do
 ) -> Tensor: # scalar
     "Maximum mean calibration error, weighted, a penalty (Kumar et al., 2018)"
-    sure, right = confidence_and_correct(logits, labels)
-    m, n = right.sum(), (~right).sum()
-    u = (right.to(sure.dtype) - sure)/torch.where(right, m, n)**(2 if double_normalised else 1)
-    kernel = torch.exp(-(sure[:, None] - sure).abs()/.4)
+    confidence, correct = confidence_and_correct(logits, labels)
+    m, n = correct.sum(), (~correct).sum()
+    u = ((correct.to(confidence.dtype) - confidence)
+         /torch.where(correct, m, n)**(2 if double_normalised else 1))
+    kernel = torch.exp(-(confidence[:, None] - confidence).abs()/.4)
     return ((u @ kernel @ u).clamp_min(0) + 1e-10).sqrt()*((m > 0) & (n > 0))
 
 # %% ../../nbs/training/08_losses.ipynb #e60973ec
@@ -138,8 +139,8 @@ def crl(
     correctness: Tensor, # (B,) how often each sample was correct so far, 0 to 1
 ) -> Tensor: # scalar
     "Correctness ranking, a penalty (Moon et al., 2020)"
-    sure = upcast(logits).softmax(1).amax(1)
-    d, gap = correctness - correctness.roll(-1), sure - sure.roll(-1)
+    confidence = upcast(logits).softmax(1).amax(1)
+    d, gap = correctness - correctness.roll(-1), confidence - confidence.roll(-1)
     return F.relu(d.abs() - d.sign()*gap).mean()
 
 # %% ../../nbs/training/08_losses.ipynb #776b0c23

@@ -39,26 +39,45 @@ class TrainingMethod(nn.Module):
     """
     needs_valid = False # True: validation logits are computed for `after_epoch`
 
-    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy):
+    def __init__(self,
+        loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy, # of (B, C) logits and targets, a scalar
+    ):
         super().__init__()
         self.loss = loss
 
-    def before_fit(self, n_train: int, n_classes: int, epochs: int) -> None:
+    def before_fit(self,
+        n_train: int, # training images
+        n_classes: int, # classes, 2 or more
+        epochs: int, # of the whole training, 1 or more
+    ) -> None:
         "Before training: make the buffers"
 
-    def draw_epoch(self, steps: int, generator: torch.Generator) -> Tensor: # (steps, ...)
+    def draw_epoch(self,
+        steps: int, # S, of the epoch
+        generator: torch.Generator, # seeded for the epoch; on the CPU
+    ) -> Tensor: # (steps, ...)
         "Before each epoch: the random numbers of its steps"
         return torch.zeros(steps)
 
-    def mix_batch(self, x: Tensor, labels: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
-        "Before the forward pass: the inputs and targets to train on, with what was drawn for the step"
+    def mix_batch(self,
+        x: Tensor, # (B, ...) normalised inputs
+        labels: Tensor, # (B,) int64, 0 to n_classes - 1
+        drawn: Tensor, # what `draw_epoch` gave for this step
+    ) -> tuple[Tensor, Tensor]:
+        "Before the forward pass: the inputs and targets to train on"
         return x, labels
 
-    def forward(self, step: TrainingStep) -> Tensor:
-        "The scalar to be made small"
+    def forward(self,
+        step: TrainingStep, # its logits, targets, and what else is known
+    ) -> Tensor:
+        "The loss of one step, to be minimised"
         return self.loss(step.logits, step.targets)
 
-    def after_epoch(self, epoch: int, valid_logits: Tensor | None, valid_labels: Tensor | None) -> None:
+    def after_epoch(self,
+        epoch: int, # the one that ended, from 0
+        valid_logits: Tensor | None, # (M, C) on the CPU; None: not computed
+        valid_labels: Tensor | None, # (M,) int64 on the CPU
+    ) -> None:
         "After each epoch: look back, on validation data if `needs_valid`"
 
 # %% ../../nbs/training/10_methods.ipynb #72924e49
@@ -102,7 +121,7 @@ def with_penalty(
     beta: float, # its weight, 0 or more
     gamma: float = 0., # of the focal loss beside it; 0: the NLL
 ) -> TrainingMethod:
-    "A loss and a penalty"
+    "A loss plus `beta` times a penalty; a `ValueError` for a strength below 0"
     _check_not_negative(beta=beta, gamma=gamma)
     return TrainingMethod(lambda z, y:
                               (focal(z, y, gamma) if gamma else cross_entropy(z, y)) + beta*penalty(z, y))
@@ -150,7 +169,7 @@ def _cpc_method(discrimination: float = .1, exclusion: float = 1.) -> TrainingMe
 
 # %% ../../nbs/training/10_methods.ipynb #6328659f
 class Distillation(TrainingMethod):
-    "Distillation from the teacher whose logits come with each step"
+    "Distillation (Hinton et al., 2015) from a teacher; a `ValueError` where T or alpha is out of range"
 
     def __init__(self,
         T: float = 1., # temperature, above 0
@@ -161,7 +180,10 @@ class Distillation(TrainingMethod):
         super().__init__()
         self.T, self.alpha = T, alpha
 
-    def forward(self, step: TrainingStep) -> Tensor:
+    def forward(self,
+        step: TrainingStep, # with the teacher's logits (B, C)
+    ) -> Tensor:
+        "The loss of `distillation`, in nats"
         return distillation(step.logits, step.targets, step.teacher_logits, self.T, self.alpha)
 
 # %% ../../nbs/training/10_methods.ipynb #c44a4d84

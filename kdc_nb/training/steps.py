@@ -51,7 +51,7 @@ class EpochPlan(NamedTuple):
 # %% ../../nbs/training/13_steps.ipynb #170577e8
 def batch_shape(
     n_train: int, # images
-    recipe: Recipe,
+    recipe: Recipe, # its batch size counts
 ) -> tuple[int, int]: # S steps, B images in each
     "Steps of an epoch, and images of a step"
     size = min(recipe.batch_size, n_train)
@@ -64,10 +64,10 @@ def _epoch_generator(seed: int, epoch: int) -> torch.Generator:
 
 # %% ../../nbs/training/13_steps.ipynb #533f2b4c
 def draw_epoch_plan(
-    data: Dataset,
-    method: TrainingMethod,
+    data: Dataset, # how many images, and which augmentations are allowed
+    method: TrainingMethod, # draws the random numbers of its steps
     recipe: Recipe, # batch size, augmentation as far as `data` allows it, learning rate
-    seed: int,
+    seed: int, # of the run, an integer from 0
     epoch: int, # from 0
 ) -> EpochPlan: # on the CPU
     "The batches of an epoch, the augmentation of each image and the learning rate of each step"
@@ -84,7 +84,9 @@ def draw_epoch_plan(
 Predictor = Callable[[Tensor, Tensor], Tensor] # (normalised inputs (B, ...), index (B,)) to logits (B, C)
 
 # %% ../../nbs/training/13_steps.ipynb #c99eb75d
-def match_grad_strides(net: nn.Module) -> None:
+def match_grad_strides(
+    net: nn.Module, # after a backward pass; gradients may be replaced
+) -> None:
     """Lay gradients out in memory as their parameters are.
 
     Fused optimizers require it, and autograd does not promise it (pytorch issue 106951). A stride along one
@@ -108,12 +110,14 @@ class TeacherCache:
         epochs: int, # E
         index: Tensor, # (S, B) of an epoch's plan
         n_classes: int, # C
-        device: torch.device,
+        device: torch.device, # the one that is trained on
     ) -> None:
         "Make room for the logits, once; steps that are captured write to the same memory for ever"
         if self.logits is None: self.logits = torch.zeros(epochs, *index.shape, n_classes, device=device)
 
-    def holds(self, epochs: range) -> bool:
+    def holds(self,
+        epochs: range, # from 0
+    ) -> bool:
         "Whether the logits of all these epochs are there"
         return set(epochs) <= self.cached_epochs
 
@@ -164,8 +168,10 @@ def capture_graph(
     return graph.replay
 
 # %% ../../nbs/training/13_steps.ipynb #e71b11dc
-def has_dropout(net: nn.Module) -> bool:
-    "Whether a network has layers that drop units out in training"
+def has_dropout(
+    net: nn.Module, # any network
+) -> bool:
+    "Whether a network has dropout with a rate above 0"
     return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in net.modules())
 
 # %% ../../nbs/training/13_steps.ipynb #b05d3c5f
@@ -173,7 +179,7 @@ def has_dropout(net: nn.Module) -> bool:
 def dropout_rng(
     seed: int, # of this epoch and this process
     states: dict[str, Tensor], # as an earlier block of the epoch left them; empty at its start. Written to
-    device: torch.device,
+    device: torch.device, # the one that is trained on
 ) -> Iterator[None]:
     "Torch's generators as an earlier block left them, or newly seeded; afterwards as they were before"
     with seeded_rng(seed, device):
@@ -189,11 +195,11 @@ class TrainerState:
 
     def __init__(self,
         net: nn.Module, # initialised; trained in place
-        data: Dataset,
-        method: TrainingMethod,
-        recipe: Recipe,
+        data: Dataset, # what to train and validate on
+        method: TrainingMethod, # its loss and state; moved to the device
+        recipe: Recipe, # epochs, batch size, learning rate, optimizer, augmentation
         seed: int, # of order, augmentation and dropout
-        device: torch.device,
+        device: torch.device, # the one to train on
         teacher: Predictor | None = None, # for `Distillation`
         teacher_T: float = 1., # temperature above 0, by which the teacher's logits are divided
         teacher_cache: TeacherCache | None = None, # shared with other students of the teacher
@@ -246,7 +252,7 @@ class TrainerState:
     def load_state_dict(self,
         tensors: dict[str, Tensor], # of `state_dict`; copied into the run's own, which stay where they are
         epoch: int, # finished epochs
-        history: list[dict[str, float]],
+        history: list[dict[str, float]], # a dict for each finished epoch
     ) -> None:
         "Make the run what it was when `tensors` were taken from it"
         parts = {"net": {}, "method": {}, "optimizer_state": {}, "best_weights": {}, "epoch": {}}
@@ -269,7 +275,7 @@ class CheckpointWriter:
     "Where a run is saved, and when"
 
     def __init__(self,
-        trainer: TrainerState,
+        trainer: TrainerState, # what is saved
         path: Path | None, # None: it is not saved
         interval: float = 10., # seconds
     ):

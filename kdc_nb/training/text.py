@@ -44,10 +44,14 @@ class TextDataset(Dataset):
     eval_batch_size = 50
 
     @property
-    def in_channels(self) -> int: return len(self.tokens)
+    def in_channels(self) -> int:
+        "The size of the vocabulary"
+        return len(self.tokens)
 
     @cached_property
-    def fingerprint(self) -> str: return content_hash({}, f"{super().fingerprint} {self.tokens}")[:16]
+    def fingerprint(self) -> str: # 16 hexadecimal digits
+        "That of `Dataset`, with the vocabulary"
+        return content_hash({}, f"{super().fingerprint} {self.tokens}")[:16]
 
     def augment_batch(self,
         x: Tensor, # (B, L) int32 tokens

@@ -225,12 +225,17 @@ class Trainer(_TrainerEpochs):
         if self.best_weights: self.net.load_state_dict(self.best_weights)
         self.net.eval()
 
-    def epoch_is_too_late(self, deadline: float | None) -> bool:
+    def epoch_is_too_late(self,
+        deadline: float | None, # as `time.time()` gives it; None: never
+    ) -> bool:
         "Whether the next epoch must not begin; several processes agree, as they cannot stop within one"
         epoch_seconds = self.seconds/(self.epochs_done() or 1) if self.world > 1 else 0
         return broadcast_int(deadline is not None and time.time() + epoch_seconds > deadline, self.device)
 
-    def stop_if(self, late: bool, writer: CheckpointWriter) -> None:
+    def stop_if(self,
+        late: bool, # whether the deadline has passed
+        writer: CheckpointWriter, # saves the run before it stops
+    ) -> None:
         "Save and raise `OutOfTime` if it is late"
         if not late: return
         writer.save()
@@ -262,9 +267,9 @@ class Trainer(_TrainerEpochs):
 # %% ../../nbs/training/14_trainer.ipynb #6fae9e71
 def fit(
     net: nn.Module, # trained in place; it ends on `device`, in evaluation mode
-    data: Dataset,
-    method: TrainingMethod,
-    recipe: Recipe,
+    data: Dataset, # trained on and, where needed, validated on
+    method: TrainingMethod, # such as `Method('mdca', beta=5).build()`
+    recipe: Recipe, # epochs, batch size, learning rate, optimizer, augmentation
     seed: int = 0, # of order, augmentation and dropout; the network comes initialised
     teacher: Predictor | None = None, # for `Distillation`
     device: str | None = None, # None: the fastest there is
@@ -273,6 +278,8 @@ def fit(
     deadline: float | None = None, # when to stop, as `time.time()` gives it; None: when all is done
     progress: bool = True, # show a bar
 ) -> Trainer: # `history` has a dict for each epoch: loss, accuracy; valid_accuracy and valid_ece if computed
-    "Train a network by a method and a recipe, or finish an interrupted call; `OutOfTime` at the deadline"
+    """Train a network by a method and a recipe, or finish an interrupted call; `OutOfTime` at the deadline,
+    `FloatingPointError` for a loss that is not finite, a `ValueError` for a teacher of other classes
+    """
     trainer = Trainer(net, data, method, recipe, seed, best_device(device), teacher)
     return trainer.run(checkpoint, checkpoint_every, deadline, progress)
