@@ -17,8 +17,8 @@ __all__ = ['results_file', 'Table', 'format_html_table', 'compare', 'decompose_s
            'prepare_histories', 'group_by_seed', 'read_results', 'recalibrate', 'result_outcomes', 'write_results',
            'RunContext', 'run', 'teacher_train_logits', 'Distil', 'RunSpec', 'lineage', 'method_label', 'run_label',
            'self_distillation_chain', 'teacher_label', 'trace_generation', 'Store', 'all_results', 'clean_store',
-           'sweep', 'collect_by_row', 'results_frame', 'results_table', 'seed_means', 'Ensemble', 'OutOfFold',
-           'TemperatureScaled', 'TemperedPosterior', 'direct_counterpart', 'teacher_from_logits',
+           'sweep', 'add_metrics', 'collect_by_row', 'results_frame', 'results_table', 'seed_means', 'Ensemble',
+           'OutOfFold', 'TemperatureScaled', 'TemperedPosterior', 'direct_counterpart', 'teacher_from_logits',
            'direct_and_distilled_frame', 'plot_temperature_grid', 'plot_transfer', 'prepare_transfer',
            'plot_class_matrix', 'plot_confidence_shift', 'prepare_agreement', 'prepare_class_similarity',
            'prepare_confidence_shift', 'corrupt_images', 'register_corruption', 'generations_frame', 'merging_frame',
@@ -76,7 +76,7 @@ from kdc_nb.experiments.specs import (
 )
 from .experiments.store import Store, all_results, clean_store
 from .experiments.sweeps import sweep
-from .experiments.tables import collect_by_row, results_frame, results_table, seed_means
+from .experiments.tables import add_metrics, collect_by_row, results_frame, results_table, seed_means
 from kdc_nb.experiments.teachers import (
     Ensemble, OutOfFold, TemperatureScaled, TemperedPosterior, direct_counterpart, teacher_from_logits,
 )
@@ -126,18 +126,19 @@ _all_ = [
     'prepare_histories', 'group_by_seed', 'read_results', 'recalibrate', 'result_outcomes',
     'write_results', 'RunContext', 'run', 'teacher_train_logits', 'Distil', 'RunSpec', 'lineage',
     'method_label', 'run_label', 'self_distillation_chain', 'teacher_label', 'trace_generation', 'Store',
-    'all_results', 'clean_store', 'sweep', 'collect_by_row', 'results_frame', 'results_table',
-    'seed_means', 'Ensemble', 'OutOfFold', 'TemperatureScaled', 'TemperedPosterior', 'direct_counterpart',
-    'teacher_from_logits', 'direct_and_distilled_frame', 'plot_temperature_grid', 'plot_transfer',
-    'prepare_transfer', 'plot_class_matrix', 'plot_confidence_shift', 'prepare_agreement',
-    'prepare_class_similarity', 'prepare_confidence_shift', 'corrupt_images', 'register_corruption',
-    'generations_frame', 'merging_frame', 'plot_generations', 'average_by_severity', 'drift_frame',
-    'evaluate_drift', 'read_drifts', 'write_drifts', 'similar_classes', 'fit_linear_student',
-    'tempered_probs', 'weight_hessian', 'compute_umap', 'plot_penultimate', 'plot_umap',
-    'calibration_gap', 'draw_linear_problem', 'fit_intercept', 'null_gap_bound', 'project_to_span',
-    'theorem1_cubic_term', 'theorem1_weights', 'extract_features', 'read_features', 'write_features',
-    'paper_progress_table', 'published_values', 'row_differences', 'table_claims', 'METHOD_GRID',
-    'as_hyperparameters', 'candidate_specs', 'candidates_table', 'select_on_validation',
-    'PAPER_EXPERIMENTS', 'PAPER_METHODS', 'SETTINGS', 'Setting', 'kd_label', 'paper_specs', 'table_specs',
-    'explore_classes', 'explore_method', 'explore_reliability', 'explore_theory', 'explore_transfer',
+    'all_results', 'clean_store', 'sweep', 'add_metrics', 'collect_by_row', 'results_frame',
+    'results_table', 'seed_means', 'Ensemble', 'OutOfFold', 'TemperatureScaled', 'TemperedPosterior',
+    'direct_counterpart', 'teacher_from_logits', 'direct_and_distilled_frame', 'plot_temperature_grid',
+    'plot_transfer', 'prepare_transfer', 'plot_class_matrix', 'plot_confidence_shift',
+    'prepare_agreement', 'prepare_class_similarity', 'prepare_confidence_shift', 'corrupt_images',
+    'register_corruption', 'generations_frame', 'merging_frame', 'plot_generations',
+    'average_by_severity', 'drift_frame', 'evaluate_drift', 'read_drifts', 'write_drifts',
+    'similar_classes', 'fit_linear_student', 'tempered_probs', 'weight_hessian', 'compute_umap',
+    'plot_penultimate', 'plot_umap', 'calibration_gap', 'draw_linear_problem', 'fit_intercept',
+    'null_gap_bound', 'project_to_span', 'theorem1_cubic_term', 'theorem1_weights', 'extract_features',
+    'read_features', 'write_features', 'paper_progress_table', 'published_values', 'row_differences',
+    'table_claims', 'METHOD_GRID', 'as_hyperparameters', 'candidate_specs', 'candidates_table',
+    'select_on_validation', 'PAPER_EXPERIMENTS', 'PAPER_METHODS', 'SETTINGS', 'Setting', 'kd_label',
+    'paper_specs', 'table_specs', 'explore_classes', 'explore_method', 'explore_reliability',
+    'explore_theory', 'explore_transfer',
 ]

@@ -9,10 +9,13 @@ __all__ = ['SPEC_TYPES', 'KNOWN_FINGERPRINTS', 'check', 'lookup', 'Registry', 'i
 # %% ../nbs/core.ipynb #c3e4d5f2
 import hashlib
 import inspect
+import sys
+import sysconfig
 import textwrap
 from collections import UserDict
 from collections.abc import Callable, Mapping
 from importlib import import_module
+from pathlib import Path
 from types import CodeType
 from typing import Any, ClassVar
 
@@ -70,6 +73,8 @@ class Registry(UserDict):
         return self.by_kind.__getitem__, (self.kind,)
 
     def __setitem__(self, name, made):
+        check(isinstance(name, str) and name != "" and name == name.strip(), f"name of a {self.kind}",
+              repr(name), "a text, without spaces around it")
         if not is_built_in(made): self.load()
         old = self.data.get(name)
         again = _is_defined_again(old, made)
@@ -101,8 +106,9 @@ def _is_defined_again(old: Any, made: Any) -> bool:
     "Whether a cell was run again that defined `old`; of the kit's own, and of values, only the same"
     if not hasattr(made, "__qualname__"): return old == made
     if getattr(old, "__qualname__", "<lambda>") != getattr(made, "__qualname__", None): return False
+    if not is_built_in(old): return getattr(old, "__module__", None) == made.__module__
     mentions = "co_names", "co_varnames" # byte code itself also depends on where lines are broken
-    return not is_built_in(old) or _byte_code(old, *mentions) == _byte_code(made, *mentions)
+    return _byte_code(old, *mentions) == _byte_code(made, *mentions)
 
 # %% ../nbs/core.ipynb #19cd2670
 # the classes of descriptions, such as `DataSpec`, by the name that files and ids use
@@ -129,20 +135,62 @@ KNOWN_FINGERPRINTS: dict[str, str] = {}
 def source_fingerprint(
     made: Any, # a function or class
 ) -> str: # 16 hexadecimal digits
-    "A hash of the source of a function or class, and of all that it uses of its own module"
+    """A hash of the source of a function or class, and of all that it uses of its own files.
+
+    That is functions and classes, numbers and texts, lists and dicts of them, arrays, and objects of one's
+    own classes; not what an installed package does, nor an object of one of its classes.
+    """
     if known := KNOWN_FINGERPRINTS.get(f"{made.__module__}.{made.__qualname__}"): return known
     seen: dict[int, str] = {}
-    def visit(thing):
-        if id(thing) in seen: return
+    _note_source(made, seen)
+    parts = sorted(seen.values()) or [_source(made)] # of an installed package: itself alone
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+# %% ../nbs/core.ipynb #6b2f58b5
+def _note_source(thing: Any, seen: dict[int, str]) -> None:
+    "Note what a function, class or value is made of, by its place in memory"
+    if id(thing) in seen: return
+    if isinstance(thing, (bool, int, float, complex, str, bytes, type(None))): seen[id(thing)] = repr(thing)
+    elif inspect.isclass(thing) or inspect.isfunction(thing):
+        if not _is_own_file(thing.__module__): return
         seen[id(thing)] = _source(thing)
         for f in _functions(thing):
-            nonlocals = [c.cell_contents for c in f.__closure__ or ()]
-            own = [f.__globals__[k] for k in _names_in(f.__code__) if k in f.__globals__]
-            for used in [*nonlocals, *own, *(f.__defaults__ or ())]:
-                if isinstance(used, (bool, int, float, str, tuple)): seen[id(used)] = repr(used)
-                elif getattr(used, "__module__", None) == f.__module__ and callable(used): visit(used)
-    visit(made)
-    return hashlib.sha256("\n".join(sorted(seen.values())).encode()).hexdigest()[:16]
+            for used in _values_used(f): _note_source(used, seen)
+    elif hasattr(thing, "tolist"): seen[id(thing)] = repr(thing.tolist()) # arrays and tensors
+    elif isinstance(thing, Mapping): _note_parts(thing, [*thing, *thing.values()], seen)
+    elif isinstance(thing, (list, tuple)): _note_parts(thing, list(thing), seen)
+    elif isinstance(thing, (set, frozenset)): _note_parts(thing, sorted(thing, key=repr), seen)
+    elif _is_own_file(type(thing).__module__):
+        _note_parts(thing, [type(thing), *getattr(thing, "__dict__", {}).values()], seen)
+
+
+def _note_parts(thing: Any, parts: list[Any], seen: dict[int, str]) -> None:
+    "Note what is in a container or object, in its order"
+    seen[id(thing)] = type(thing).__name__ # for what is in itself
+    for part in parts: _note_source(part, seen)
+    seen[id(thing)] += repr([seen.get(id(part), "") for part in parts])
+
+# %% ../nbs/core.ipynb #7d18b6d5
+def _values_used(f: Callable) -> list[Any]:
+    "What a function looks up outside itself, and its defaults; of one's own modules what it takes from them"
+    names = _names_in(f.__code__)
+    found = [c.cell_contents for c in f.__closure__ or ()]
+    found += [*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()]
+    found += [f.__globals__[k] for k in sorted(names) if k in f.__globals__]
+    modules = [m for m in found if inspect.ismodule(m) and _is_own_file(m.__name__)]
+    taken = [vars(m)[k] for m in modules for k in sorted(names) if k in vars(m)]
+    return [v for v in [*found, *taken] if not inspect.ismodule(v)]
+
+
+_INSTALLED = [sysconfig.get_path(k) for k in ("stdlib", "platstdlib", "purelib", "platlib")] # folders
+
+
+def _is_own_file(module: str | None) -> bool: # by its name
+    "Whether a module is a user's: a notebook, a script or a file, and not of an installed package"
+    if module == "__main__": return True
+    file = getattr(sys.modules.get(module or ""), "__file__", None)
+    if file is None or module.partition(".")[0] == "kdc_nb": return False
+    return not any(Path(file).is_relative_to(folder) for folder in _INSTALLED)
 
 # %% ../nbs/core.ipynb #df0d3a5d
 def _functions(thing: Any) -> list[Callable]:

@@ -104,7 +104,7 @@ def test_a_persons_own_runs_are_left_out_and_not_said_to_be_trained_again(tmp_pa
 def test_a_whole_file_that_is_no_result_is_left_out(tmp_path):
     "Such as weights under another name"
     save_tensors(tmp_path/"x.run", {})
-    with pytest.warns(UserWarning, match="x.run: no 'history' in it; left out"):
+    with pytest.warns(UserWarning, match="x.run: no 'evaluation' in it; left out"):
         assert all_results(Store(tmp_path)) == []
 
 

@@ -12,7 +12,8 @@ from kdc_nb.calibration.diagrams import (
 )
 from kdc_nb.calibration.differences import estimate_difference
 from kdc_nb.calibration.estimates import Estimate
-from kdc_nb.calibration.metrics import ece
+from kdc_nb.calibration.metrics import ece, register_metric, unregister_metric
+from kdc_nb.calibration.predictions import to_probs
 from kdc_nb.calibration.reliability import prepare_diagram, reliability_bins
 from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.methods import Method
@@ -142,16 +143,26 @@ def test_a_table_has_the_columns_that_its_rows_speak_of(results):
 
 def test_rows_refuse_what_is_not_there(results):
     frame = results_frame({"a": [results[net("nll")]]})
-    for call, message in ((lambda: results_frame({"a": []}), "results: got none"),
-                          (lambda: results_frame([]), "results: got none"),
-                          (lambda: plot_metric(frame, output="Raw"), "output: got 'Raw'"),
-                          (lambda: plot_metric(frame, "foo"), "metric: got 'foo'"),
-                          (lambda: plot_metric(frame[:0]), "frame: got no lines"),
-                          (lambda: plot_metric(frame, hue="foo"), "hue: got 'foo'"),
-                          (lambda: plot_metric(frame, x="T"), "frame: got no raw ece with T and training"),
-                          (lambda: plot_panels(frame, (), "row", "training"), "metrics: got none"),
-                          (lambda: plot_tradeoff(frame[:0]), "frame: got no lines"),
-                          (lambda: plot_tradeoff(frame, "foo"), "metric: got 'foo'")):
+    one, other = results[net("nll")], results[net("ls")]
+    for call, message in (
+        (lambda: results_frame({"a": []}), "results: got none"),
+        (lambda: results_frame({"a": [None]}), "results: got none"),
+        (lambda: results_frame(one), "results: got one, expected a list"),
+        (lambda: results_frame({"a": [one, other]}), "results: got runs in row 'a' that differ"),
+        (lambda: results_frame({"a": [one, one]}), r"results: got seeds \[0, 0\] in row 'a'"),
+        (lambda: results_frame([one], ["own"]), "metrics: got 'own'"),
+        (lambda: results_frame([replace(one, logits={})], ["spherical"]), "without its logits"),
+        (lambda: seed_means(frame, ("row", "metric")), "by: got .* expected output among them"),
+        (lambda: results_frame([]), "results: got none"),
+        (lambda: plot_metric(frame, output="Raw"), "output: got 'Raw'"),
+        (lambda: plot_metric(frame, "foo"), "metric: got 'foo'"),
+        (lambda: plot_metric(frame[:0]), "frame: got no lines"),
+        (lambda: plot_metric(frame, hue="foo"), "hue: got 'foo'"),
+        (lambda: plot_metric(frame, x="T"), "frame: got no raw ece with T and training"),
+        (lambda: plot_panels(frame, (), "row", "training"), "metrics: got none"),
+        (lambda: plot_tradeoff(frame[:0]), "frame: got no lines"),
+        (lambda: plot_tradeoff(frame, "foo"), "metric: got 'foo'")
+    ):
         with pytest.raises(ValueError, match=message): call()
 
 
@@ -345,3 +356,26 @@ def test_drift_is_drawn_as_means_over_corruptions_and_seeds(results, store):
     assert clean.null_high.tolist() == [d.rows["clean"]["raw"]["null_high"] for d in own]
     with pytest.raises(ValueError, match="drifts: got none"): drift_frame({})
     with pytest.raises(ValueError, match="metric: got 'sce'"): plot_metric(frame, "sce", "severity", "row")
+
+
+def test_a_metric_of_ones_own_is_in_frames_tables_and_figures(results):
+    register_metric("squared_top1", label="own", unit="%", higher_is_better=True, limits=(0, 1),
+                    per_sample=lambda x, y, from_logits:
+                                   to_probs(x, from_logits).gather(1, y[:, None])[:, 0]**2)
+    try:
+        own = [results[net("nll", s)] for s in (0, 1)]
+        frame = results_frame({"a": own}, ["squared_top1"])
+        labels = load_data(DATA).test.labels
+        def by_hand(r, T):
+            return float((r.logits["test"].double()/T).softmax(1)[range(300), labels].square().mean())
+        seen = frame[frame.metric == "squared_top1"].set_index(["seed", "output"]).value
+        for seed, r in enumerate(own):
+            assert seen[seed, "raw"] == pytest.approx(by_hand(r, 1.))
+            assert seen[seed, "scaled"] == pytest.approx(by_hand(r, r.evaluation.T))
+        assert plot_metric(frame, "squared_top1").get_xlabel() == "own in % (N = 300, 2 seeds)"
+        head, ((*_, last),) = results_table({"a": own}, metrics=["squared_top1"])
+        values = [by_hand(r, 1.) for r in own]
+        assert head[-1] == "own, %" and last == f"{100*np.mean(values):.2f} ±{100*np.std(values, ddof=1):.2f}"
+        with pytest.raises(ValueError, match="metrics: got 'squared_top1', which was not evaluated"):
+            own[0].evaluation.table(["squared_top1"])
+    finally: unregister_metric("squared_top1")

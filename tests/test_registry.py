@@ -5,6 +5,7 @@ is there in other processes
 import subprocess
 import sys
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -200,3 +201,80 @@ def test_a_corruption_of_ones_own_is_like_the_kits():
     with pytest.raises(ValueError, match="corruption: got 'fog', expected a name that is not taken"):
         @register_corruption(1, 2, 3, 4, 5)
         def fog(x, strength, rng): return x
+
+
+@pytest.mark.parametrize("name", ["", " a", 3, None])
+def test_a_name_is_a_text(name):
+    with pytest.raises(ValueError, match="name of a Method: got .* expected a text"):
+        Method.register(name)(lambda: 1)
+    assert Method("nll").build() is not None
+
+
+def test_another_files_entry_of_the_same_name_is_refused(monkeypatch):
+    source = "from kdc_nb.training.methods import Method\n@Method.register('mine')\ndef mine(): pass"
+    def take(module):
+        monkeypatch.setitem(sys.modules, module, ModuleType(module))
+        exec(source, vars(sys.modules[module]))
+    take("first_file")
+    take("first_file") # run again
+    with pytest.raises(ValueError, match="Method: got 'mine', expected a name that is not taken"):
+        take("second_file")
+
+
+@pytest.mark.parametrize("taken, name", [
+    (None, "resnet8"), (None, "resnet{n}"), (None, "wrn_40_2"),
+    ("zz_{a}", "zz_{b}"), ("zz_{a}", "zz_3"),
+])
+def test_two_networks_cannot_be_meant_by_one_name(taken, name):
+    def one(n_classes, in_channels, **numbers): pass
+    def other(n_classes, in_channels, **numbers): pass
+    if taken: MODELS.register(taken)(one)
+    with pytest.raises(ValueError, match="model: got .* expected a name that is not also"):
+        MODELS.register(name)(other)
+    MODELS.register("resnet{depth}_of_mine")(other)
+
+
+def test_a_network_with_other_outputs_is_refused_before_it_is_trained(tmp_path):
+    @MODELS.register("one_too_many")
+    def one_too_many(n_classes, in_channels):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(n_classes + 1))
+    with pytest.raises(ValueError,
+                       match=r"model: got 'one_too_many', whose outputs are \(2, 21\), expected \(2, 20\)"):
+        run(replace(SPEC, model="one_too_many"), Store(tmp_path), "cpu", progress=False)
+
+
+def test_a_method_that_gives_a_bare_function_is_told(tmp_path):
+    @Method.register("bare_loss")
+    def bare_loss(): return cross_entropy
+    with pytest.raises(ValueError,
+                       match=r"method: got a function of Method\('bare_loss'\), expected a `TrainingMethod`"):
+        run(replace(SPEC, method=Method("bare_loss")), Store(tmp_path), "cpu", progress=False)
+
+
+@pytest.mark.parametrize("use, change", [
+    ("CFG['k']", "CFG = dict(k=3.)"), ("LST[0]", "LST = [3.]"), ("W.sum()", "W = torch.ones(3)*3"),
+    ("OBJ.k", "OBJ.k = 3."), ("NESTED['a'][0].k", "NESTED['a'][0].k = 3."),
+    ("helper.SCALE", "SCALE"), ("h(1.)", "SCALE"),
+])
+def test_whatever_of_ones_own_is_used_is_in_the_fingerprint(use, change, tmp_path, monkeypatch):
+    """Dicts, lists, arrays, objects, and another file: changed, they are another id,
+    and the same again the same
+    """
+    file = tmp_path/"helper.py"
+    file.write_text("SCALE = 1.\ndef h(x): return x*SCALE")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "helper", raising=False)
+    space = {"__name__": "__main__"}
+    exec(f"""
+import torch, helper
+from helper import h
+class Own: pass
+CFG, LST, W, OBJ = dict(k=1.), [1.], torch.ones(3), Own()
+OBJ.k = 1.; OBJ.itself = OBJ
+NESTED = dict(a=(OBJ,))
+def loss(z): return z*{use}
+""", space)
+    before, again = (source_fingerprint(space["loss"]) for _ in range(2))
+    if change == "SCALE": space["helper"].SCALE = 3.
+    else: exec(change, space)
+    assert before == again != source_fingerprint(space["loss"])

@@ -117,7 +117,10 @@ class Evaluation:
     ) -> Iterator[tuple[str, str, Estimate]]: # metric, "raw" or "scaled", and its estimate
         "The estimates one by one; a `ValueError` for a metric that was not evaluated"
         order = [metrics] if isinstance(metrics, str) else metrics or table_order(self.raw)
-        for k in order: lookup(self.raw, k, "metrics")
+        for k in order:
+            if k not in METRICS: lookup(self.raw, k, "metrics")
+            check(k in self.raw, "metrics", f"{k!r}, which was not evaluated",
+                  "one that was named in `metrics`")
         return ((k, which, table[k]) for k in order
                 for which in ("raw", "scaled") if (table := getattr(self, which)))
 

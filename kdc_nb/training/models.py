@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..core import Registry, check, lookup
+from ..core import Registry, check, is_built_in, lookup
 
 # %% ../../nbs/training/05_models.ipynb #f80d0ea8
 class Net(nn.Module):
@@ -238,7 +238,23 @@ def _torchvision_resnet(n_classes: int, in_channels: int, depth: int) -> nn.Modu
 
 # %% ../../nbs/training/05_models.ipynb #c7e19528
 # constructors: (n_classes, in_channels, numbers of the name) to a net
-MODELS = Registry("model", "kdc_nb.training.text_models")
+class _ModelRegistry(Registry):
+    "Networks, whose names may have numbers in them: one that an earlier name stands for is taken"
+    def __setitem__(self, name, made):
+        if not is_built_in(made) and name not in self: # a cell that is run again is left to `Registry`
+            for other in self:
+                check(not _stands_for(other, name), self.kind,
+                      repr(name), f"a name that is not also {other!r}")
+        super().__setitem__(name, made)
+
+
+def _stands_for(entry: str, name: str) -> bool: # with or without braces, both
+    "Whether a network is meant by an entry"
+    pattern = re.sub(r"\\{\w+\\}", r"[1-9]\\d*", re.escape(entry))
+    return re.fullmatch(pattern, re.sub(r"{\w+}", "7", name)) is not None
+
+
+MODELS = _ModelRegistry("model", "kdc_nb.training.text_models")
 MODELS.update({
     "resnet50": _resnet50,
     "resnet{depth}": _resnet,
