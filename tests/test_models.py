@@ -107,11 +107,14 @@ def test_a_name_of_ones_own(monkeypatch):
     monkeypatch.setitem(MODELS, "Mine.{a}x{b}",
                         lambda n_classes, in_channels, a, b:
                             made.append((n_classes, in_channels, a, b)) or torch.nn.Identity())
-    monkeypatch.setitem(MODELS, "resnet8",
+    monkeypatch.setitem(MODELS, "mine_8",
                         lambda n_classes, in_channels: made.append("exact") or torch.nn.Identity())
-    build_model("Mine.3x14", 5, 1)
-    build_model("resnet8", 5)
-    assert made == [(5, 1, 3, 14), "exact"]
+    monkeypatch.setitem(MODELS, "mine_{n}",
+                        lambda n_classes, in_channels, n: made.append(n) or torch.nn.Identity())
+    for name in ("Mine.3x14", "mine_8", "mine_9"): build_model(name, 5, 1)
+    assert made == [(5, 1, 3, 14), "exact", 9]
+    with pytest.raises(ValueError, match="model: got 'resnet8', expected a name that is not also"):
+        MODELS["resnet8"] = lambda n_classes, in_channels: torch.nn.Identity()
 
 
 @pytest.mark.parametrize("depth, published", [(18, 11_689_512), (34, 21_797_672), (50, 25_557_032)])

@@ -109,6 +109,8 @@ def test_a_metric_is_drawn_with_all_that_belongs_to_it(results):
     assert interval[:, 0] == pytest.approx([np.mean([getattr(e, k) for e in found]) for k in ("low", "high")])
     assert ax.get_xlabel() == "ECE in % (N = 300, 1 to 2 seeds)" and ax.get_xlim()[0] == 0
     assert plot_metric(results_frame(own), "nll").get_xlabel() == "NLL in nats (N = 300, 2 seeds)"
+    frame = results_frame({"a": own})
+    assert plot_metric(frame.astype({"row": "category"})).lines[0].get_xdata() == mean.get_xdata()
 
 
 def test_the_trade_off_is_that_of_the_rows(results):

@@ -37,13 +37,13 @@ def plot_metric(
 
     A `ValueError` says which metrics, outputs or columns there are.
     """
-    check(len(frame) > 0, "frame", "no lines", "one or more, from `results_frame`")
+    _check_frame(frame)
     for column, name in ((x, "x"), (hue, "hue")): lookup(dict.fromkeys(frame), column, name)
     for value, name in ((metric, "metric"), (output, "output")):
         lookup(dict.fromkeys(frame[name]), value, name)
     part = frame[(frame.metric == metric) & (frame.output == output)].dropna(subset=[x, hue])
     check(len(part) > 0, "frame", f"no {output} {metric} with {x} and {hue}", "one or more")
-    part = part.assign(x=part[x], hue=part[hue])
+    part = part.assign(x=part[x].astype(object), hue=part[hue].astype(object))
     means = seed_means(part, ("x", "hue"))
     is_error = metric in METRICS and METRICS[metric].norm is not None # whose best is 0
     if not is_error: means = means.assign(null_low=np.nan, null_high=np.nan) # a promise, no yardstick
@@ -63,6 +63,16 @@ def _label_with_unit(means: "pandas.DataFrame") -> str: # of one metric
 def _format_size(means: "pandas.DataFrame") -> str: # of `seed_means`
     "Test images and seeds"
     return f"N = {means.n[0]:,}, {format_seed_count(means)}"
+
+
+def _check_frame(frame: "pandas.DataFrame") -> None:
+    "Refuse what is no frame of `results_frame`, has lost columns that every picture needs, or is empty"
+    expected = "one or more lines, from `results_frame`"
+    check(hasattr(frame, "columns"), "frame", f"a {type(frame).__name__}", expected)
+    needed = "metric", "output", "unit", "n", "value", "low", "high", "null_low", "null_high"
+    lost = [k for k in needed if k not in frame]
+    check(not lost, "frame", f"no column {', '.join(lost)}", expected)
+    check(len(frame) > 0, "frame", "no lines", expected)
 
 # %% ../../nbs/experiments/09_panels.ipynb #18788c39
 def _draw_list(
@@ -175,7 +185,7 @@ def plot_tradeoff(
     title: str = "Accuracy against calibration", # above the axes
 ) -> Axes:
     "Accuracy against an error, seeds as ellipses; a `ValueError` says which metrics there are"
-    check(len(frame) > 0, "frame", "no lines", "one or more, from `results_frame`")
+    _check_frame(frame)
     lookup(dict.fromkeys(frame.metric), metric, "metric")
     ax = ax or plt.subplots(figsize=(7, 4.6), layout="constrained")[1]
     raw = seed_means(frame[frame.output == "raw"], ("row", "metric")).set_index(["row", "metric"])
