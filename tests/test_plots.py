@@ -110,7 +110,8 @@ def test_a_metric_is_drawn_with_all_that_belongs_to_it(results):
     assert ax.get_xlabel() == "ECE in % (N = 300, 1 to 2 seeds)" and ax.get_xlim()[0] == 0
     assert plot_metric(results_frame(own), "nll").get_xlabel() == "NLL in nats (N = 300, 2 seeds)"
     frame = results_frame({"a": own})
-    assert plot_metric(frame.astype({"row": "category"})).lines[0].get_xdata() == mean.get_xdata()
+    again = plot_metric(frame.astype({"row": "category"})).lines[0]
+    assert list(again.get_xdata()) == list(mean.get_xdata())[:1]
 
 
 def test_the_trade_off_is_that_of_the_rows(results):
