@@ -150,7 +150,8 @@ def test_rows_refuse_what_is_not_there(results):
     for call, message in (
         (lambda: results_frame({"a": []}), "results: got none"),
         (lambda: results_frame({"a": [None]}), "results: got none"),
-        (lambda: results_frame(one), "results: got one, expected a list"),
+        (lambda: results_frame(one), "results: got a single one, expected a list"),
+                          (lambda: results_frame({"a": one}), "results: got a single one, expected a list"),
         (lambda: results_frame({"a": [one, other]}), "results: got runs in row 'a' that differ"),
         (lambda: results_frame({"a": [one, one]}), r"results: got seeds \[0, 0\] in row 'a'"),
         (lambda: results_frame([one], ["own"]), "metrics: got 'own'"),

@@ -180,6 +180,20 @@ def test_the_command_imports_a_file(tmp_path, jobs):
     assert without.returncode == 2 and "own_" in without.stderr
 
 
+def test_a_file_may_sweep_while_it_is_imported(tmp_path):
+    "Its workers take what it registered, and do not import it again, sweep and all"
+    sweeping = "from kdc_nb.experiments.store import Store\nfrom kdc_nb.experiments.sweeps import sweep\n"
+    (tmp_path/"mine.py").write_text(OWN.format(factor=1.) + SPECS + sweeping
+                                    + "write_specs(specs, 'runs.json')\n"
+                                    "sweep(specs, Store('store'), 'cpu', jobs=2, progress=False)")
+    done = subprocess.run([sys.executable, "-m", "kdc_nb", "runs.json",
+                           "--import", "mine.py", "--store", "store",
+                           "--device", "cpu"],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and "3 of 3 runs done" in done.stdout, done.stderr
+    assert len([*(tmp_path/"store").glob("*.run")]) == 3
+
+
 @pytest.mark.parametrize("text, message",
                          [("x = ", "SyntaxError"), ("import nothing_of_this_name", "ModuleNotFoundError"),
                           (None, "a .py file that is there")])

@@ -75,8 +75,9 @@ def results_frame(
     or if the runs of a named row differ in more than their seeds.
     """
     import pandas as pd
-    check(not isinstance(results, Result), "results", "one", "a list of them, or such by name")
     named = results if isinstance(results, Mapping) else {"": results}
+    check(not any(isinstance(own, Result) for own in named.values()), "results", "a single one",
+          "a list of them, or such a list for each row")
     named = {name: [r for r in own if r is not None] for name, own in named.items()}
     check(bool(named) and all(named.values()), "results", "none", "one or more for each row")
     lines = []

@@ -58,7 +58,7 @@ def _build_parser() -> argparse.ArgumentParser:
                    help="strengths, T and alpha as the validation images choose from the candidates in this "
                         ".npz file (as published)")
     p.add_argument("--import", dest="modules", action="append", default=[], metavar="FILE",
-                   help="import a .py file that registers methods, networks or data; may be repeated")
+                   help="import a .py file that registers methods, networks, data or recipes; may be repeated")
     p.add_argument("--store", help="folder of the runs (the cache folder's)")
     p.add_argument("--device", help="cpu, cuda, cuda:1 or mps (the fastest there is)")
     p.add_argument("--jobs", type=int, default=1, help="processes at a time, each with a run (1)")
@@ -104,9 +104,9 @@ def _import_file(path: str) -> None:
     check(name not in sys.modules, "--import", path, f"another name than {name}, which is that of a module")
     spec = spec_from_file_location(name, path)
     sys.modules[name] = module = module_from_spec(spec)
+    cloudpickle.register_pickle_by_value(module) # before it runs: a sweep in it has workers, too
     try: spec.loader.exec_module(module)
     except Exception as e: raise ValueError(f"--import: {path}: {type(e).__name__}: {e}") from e
-    cloudpickle.register_pickle_by_value(module)
 
 # %% ../../nbs/paper/05_commands.ipynb #b0000006
 def _run_command(a: argparse.Namespace, store: Store) -> int:
