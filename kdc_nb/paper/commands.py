@@ -57,8 +57,10 @@ def _build_parser() -> argparse.ArgumentParser:
     p.add_argument("--chosen",
                    help="strengths, T and alpha as the validation images choose from the candidates in this "
                         ".npz file (as published)")
-    p.add_argument("--import", dest="modules", action="append", default=[], metavar="FILE",
-                   help="import a .py file that registers methods, networks, data or recipes; may be repeated")
+    p.add_argument(
+        "--import", dest="modules", action="append", default=[], metavar="FILE",
+        help="import a .py file that registers methods, networks, data or recipes; may be repeated"
+    )
     p.add_argument("--store", help="folder of the runs (the cache folder's)")
     p.add_argument("--device", help="cpu, cuda, cuda:1 or mps (the fastest there is)")
     p.add_argument("--jobs", type=int, default=1, help="processes at a time, each with a run (1)")
