@@ -146,7 +146,7 @@ def test_ctrl_c_leaves_the_results_of_what_was_done(tmp_path):
     child = subprocess.Popen([sys.executable, "-m", "kdc_nb", *map(str, args)],
                              stderr=subprocess.PIPE, text=True, start_new_session=True)
     began = time.monotonic()
-    while len(list(tmp_path.glob("s/*.run"))) < 2 and child.poll() is None and time.monotonic() - began < 240:
+    while len(list(tmp_path.glob("s/*.run"))) < 3 and child.poll() is None and time.monotonic() - began < 240:
         time.sleep(.1)
     os.killpg(child.pid, signal.SIGINT)
     assert "Stopped. What is done is kept" in child.communicate(timeout=60)[1] and child.returncode == 130
