@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -109,9 +109,11 @@ def lab(root):
     config = root.parent/"config"
     config.mkdir()
     (config/"jupyter_server_config.py").write_text(f"load_subconfig('_jupyter.py', path={str(root/'nbs')!r})")
-    with pytest.MonkeyPatch.context() as patch:
-        for k, v in (build["ENV"] | {"JUPYTER_CONFIG_PATH": str(config)}).items(): patch.setenv(k, v)
-        with serving(root.parent, root) as url: yield url
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch: # for the server, not for what later tests start
+            for k, v in (build["ENV"] | {"JUPYTER_CONFIG_PATH": str(config)}).items(): patch.setenv(k, v)
+            url = stack.enter_context(serving(root.parent, root))
+        yield url
 
 
 def act(page, script: str, seconds: float = 60) -> None:
