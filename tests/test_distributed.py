@@ -24,7 +24,7 @@ from kdc_nb.experiments.specs import Distil, RunSpec
 from kdc_nb.experiments.store import Store
 
 PROGRAM = '''
-import sys
+import faulthandler, sys
 from pathlib import Path
 from plain_net import plain # which registers itself
 from kdc_nb.training.devices import distributed_session, rank_and_world
@@ -32,6 +32,7 @@ from kdc_nb.experiments.agenda import read_specs
 from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.store import Store
 
+faulthandler.dump_traceback_later(240, exit=True) # so that a process that waits for ever says where
 with distributed_session("cpu"):
     for spec in read_specs(sys.argv[1]): run(spec, Store(sys.argv[2]), "cpu", progress=False)
 '''
@@ -50,7 +51,9 @@ RECIPE = Recipe(2, 32, lr=.05)
 
 def launch(tmp_path, n, *args):
     "A program by itself, or in `n` processes of torchrun's"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)] if n > 1 else []
+    address = "--local-addr", "127.0.0.1" # which no name server has to find
+    several = ["-m", "torch.distributed.run", "--standalone", *address, "--nproc-per-node", str(n)]
+    torchrun = several if n > 1 else []
     return subprocess.run([sys.executable, *torchrun, *map(str, args)], capture_output=True, text=True,
                           timeout=300, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
