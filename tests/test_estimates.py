@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kdc_nb.values import decode, encode
-from kdc_nb.calibration.estimates import Estimate, _chernoff_interval, calibration_estimates, wilson_interval
+from kdc_nb.calibration.bins import chernoff_interval, wilson_interval
+from kdc_nb.calibration.estimates import Estimate, calibration_estimates
 from kdc_nb.calibration.evaluation import Evaluation, _per_sample_estimate, evaluate
 from kdc_nb.calibration.metrics import METRICS, binned_error, brier, ece, nll
 from kdc_nb.calibration.null_bands import null_band, null_draws
@@ -119,7 +120,7 @@ def test_wilson_and_chernoff():
     assert (low[0] == pytest.approx(0, abs=1e-12) and high[2] == pytest.approx(1)
             and low[1] == pytest.approx(1 - high[1]))
     fractions, counts = torch.tensor([0., .3, 1.]).double(), torch.tensor([20., 20, 20]).double()
-    low, high = _chernoff_interval(fractions, counts, .025)
+    low, high = chernoff_interval(fractions, counts, .025)
     assert low[0] == 0 and high[2] == 1
     assert high[0] == pytest.approx(1 - .025**(1/20)) and low[2] == pytest.approx(.025**(1/20))
     assert low[1] < wilson_interval(6, 20)[0] < .3 < wilson_interval(6, 20)[1] < high[1]

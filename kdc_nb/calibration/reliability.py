@@ -16,8 +16,9 @@ from kdc_nb.calibration.predictions import (
     BinaryPredictions, bin_sums, check_bins_and_draws, check_outputs_and_labels, equal_width_bins,
     top_label,
 )
-from .null_bands import top_label_noise
-from .estimates import Estimate, calibration_estimates, wilson_interval
+from .bins import wilson_interval
+from .null_bands import top_label_null_draws
+from .estimates import Estimate, calibration_estimates
 
 # %% ../../nbs/calibration/06_reliability.ipynb #9cb747ff
 class ReliabilityBins(NamedTuple):
@@ -61,11 +62,11 @@ def bins_from_predictions(
     seed: int = 0, # of the draws
 ) -> ReliabilityBins:
     "What `reliability_bins` gives, from the predictions of the top label alone"
-    model = top_label_noise(["ece"], predictions, predictions.confidence.T, n_bins, n_boot, seed)["ece"]
+    gaps = top_label_null_draws(["ece"], predictions, n_bins, n_boot, seed)["ece"].gaps
     count, p, correct = (bin_sums(t, equal_width_bins(predictions.confidence, n_bins), n_bins)[0].numpy()
                          for t in (torch.ones_like(predictions.confidence), *predictions))
     ends = torch.tensor([(1 - level)/2, (1 + level)/2])
-    noise = torch.quantile(model.noise[0, :, 0], ends, dim=0).double().numpy()*len(predictions.confidence)
+    noise = torch.quantile(gaps, ends, dim=0).double().numpy()*len(predictions.confidence)
     edges = np.arange(n_bins + 1)/n_bins
     with np.errstate(invalid="ignore", divide="ignore"):
         low, high = wilson_interval(correct, count, level)
