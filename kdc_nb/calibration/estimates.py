@@ -61,6 +61,25 @@ def _lengths(contents: BinContents, observed: float, length: Callable) -> Tensor
     return (observed + reach)*torch.linspace(0, 1, 41, dtype=torch.float64).square()
 
 # %% ../../nbs/calibration/05_estimates.ipynb #68ac6544
+def _score_chances(
+    contents: BinContents, # of the bins that hold images, (B,) each
+    direction: Tensor, # (B,) of the true gaps
+    length: Callable, # of gaps (..., B) in images -> (...) the metric
+    quantiles: Tensor, # (B, R) uniform numbers
+) -> np.ndarray: # (3, 41) true errors; how often the score is at least, and at most, the observed one
+    "What scores would be seen, for true gaps of one direction and many lengths"
+    observed = float(length(contents.confidence - contents.correct))
+    rows = []
+    for t in _lengths(contents, observed, length):
+        mean = _mean_correct(contents, direction, float(t), length)
+        scores = length(contents.confidence - draw_correct(contents.count, mean, quantiles).T)
+        at_least, at_most = (scores >= observed*(1 - TIE_TOLERANCE),
+                             scores <= observed*(1 + TIE_TOLERANCE) + 1e-12)
+        rows.append([float(s) for s in (length(contents.confidence - mean), at_least.double().mean(),
+                                        at_most.double().mean())])
+    return np.array(rows).T
+
+
 def _mean_correct(contents: BinContents, direction: Tensor, t: float, length: Callable) -> Tensor: # (B,)
     "How many of each bin are correct on the mean, if the true gaps have a direction and length `t`"
     gaps = t/float(length(direction))*direction
@@ -70,29 +89,19 @@ def _mean_correct(contents: BinContents, direction: Tensor, t: float, length: Ca
 def _invert_test(
     contents: BinContents, # of the bins that hold images, (B,) each
     length: Callable, # of gaps (..., B) in images -> (...) the metric
-    n_boot: int, # draws
-    seed: int, # of the draws
+    quantiles: Tensor, # (B, R) uniform numbers
     level: float, # of the interval
+    own_ends: Callable | None, # of the metric
 ) -> tuple[float, float, float]: # low, debiased, high
     "The true errors for which the observed one is unsurprising"
-    gaps = contents.confidence - contents.correct
-    observed, tail = float(length(gaps)), (1 - level)/2
-    u = torch.from_numpy(np.random.default_rng(seed).random((len(gaps), n_boot)))
-    def chances(direction): # the true error; how often the score is at least, and at most, the observed one
-        rows = []
-        for t in _lengths(contents, observed, length):
-            mean = _mean_correct(contents, direction, float(t), length)
-            scores = length(contents.confidence - draw_correct(contents.count, mean, u).T)
-            rows.append([float(length(contents.confidence - mean)),
-                         float((scores >= observed*(1 - TIE_TOLERANCE)).double().mean()),
-                         float((scores <= observed*(1 + TIE_TOLERANCE) + 1e-12).double().mean())])
-        return np.array(rows).T
-    lower, upper = _safe_directions(contents, gaps)
-    (t, above, _), (t_upper, _, below) = chances(lower), chances(upper)
-    above, below = np.maximum.accumulate(above), np.minimum.accumulate(below)
-    middle, high = np.interp([.5, tail*below[0]], below[::-1], t_upper[::-1])
-    low = 0. if above[0] >= tail else float(np.interp(tail, above, t))
-    return min(low, float(middle)), float(middle), float(high)
+    lower, upper = _safe_directions(contents, contents.confidence - contents.correct)
+    tail, (t, _, below) = (1 - level)/2, _score_chances(contents, upper, length, quantiles)
+    below = np.minimum.accumulate(below)
+    middle, high = map(float, np.interp([.5, tail*below[0]], below[::-1], t[::-1]))
+    if own_ends: return (ends := own_ends(contents, level))[0], middle, ends[1]
+    t, above, _ = _score_chances(contents, lower, length, quantiles)
+    above = np.maximum.accumulate(above)
+    return 0. if above[0] >= tail else float(np.interp(tail, above, t)), middle, high
 
 # %% ../../nbs/calibration/05_estimates.ipynb #12a2674b
 def _pooled_limit(contents: BinContents, level: float) -> float:
@@ -197,8 +206,8 @@ def _top_label_estimate(
     length, (filled, _) = _length_of(rule, contents, len(predictions.confidence)), _filled(contents)
     observed = float(length(filled.confidence - filled.correct))
     scale = value/observed if observed else 1.
-    low, middle, high = (scale*e for e in _invert_test(filled, length, n_boot, seed, level))
-    if rule.own_ends: low, high = rule.own_ends(filled, level)
+    quantiles = torch.from_numpy(np.random.default_rng(seed).random((len(filled.count), n_boot)))
+    low, middle, high = (scale*e for e in _invert_test(filled, length, quantiles, level, rule.own_ends))
     high = max(high, float(length(_pooled_limit(filled, level)*filled.count)))
     low, middle, high = map(rule.clip, (low, middle, high))
     return Estimate(value, min(low, middle), max(high, middle), middle, *band)

@@ -195,13 +195,15 @@ def null_band_of_mean(
     x: Tensor, # (N, C) outputs that were checked
     from_logits: bool, # whether they are logits; False: they are probabilities
     level: float, # of the band, between 0 and 1
-) -> NullBand:
+) -> tuple[NullBand, float]: # the band; the variance of an image's value
     "The null band of a metric that is a mean over images, which needs no draws; a `ValueError` for the level"
     check(0 < level < 1, "level", level, "a number between 0 and 1")
-    expected, variance = label_moments(m, x, from_logits)
-    centre = float(expected.mean())
-    spread = NormalDist().inv_cdf((1 + level)/2)*float(variance.clamp(min=0).sum())**.5/len(x)
-    return NullBand(m.clip(centre - spread), centre, m.clip(centre + spread))
+    parts = [label_moments(m, part, from_logits) for part in x.split(max(1, 2**22//x.shape[1]))]
+    expected, variance = map(torch.cat, zip(*parts))
+    variance, centre = variance.clamp(min=0), float(expected.mean())
+    spread = NormalDist().inv_cdf((1 + level)/2)*float(variance.sum())**.5/len(x)
+    band = NullBand(m.clip(centre - spread), centre, m.clip(centre + spread))
+    return band, float(variance.mean() + expected.var(unbiased=False))
 
 # %% ../../nbs/calibration/04_null_bands.ipynb #1dc20f79
 def central_range(
@@ -240,7 +242,7 @@ def null_band(
     binned, x = [k for k, m in rules.items() if m.norm], check_outputs(outputs, from_logits)
     draws = null_draws(x, binned, n_bins, n_boot, seed, from_logits) if binned else {}
     def band(k, m):
-        if k not in draws: return null_band_of_mean(m, x, from_logits, level)
+        if k not in draws: return null_band_of_mean(m, x, from_logits, level)[0]
         low, high = central_range(draws[k], level)
         return NullBand(low, float(draws[k].mean()), high)
     return {k: band(k, m) for k, m in rules.items()}
