@@ -26,6 +26,14 @@ class BinContents(NamedTuple):
     variance: Tensor # sum of p(1 - p)
     correct: Tensor # how many came true
 
+    @property
+    def deviation(self) -> Tensor: # (K, B)
+        """Standard deviation of how many come true; with half an image more of each
+        kind, so that it is never 0
+        """
+        fraction = (self.correct + .5)/(self.count + 1)
+        return (self.count*fraction*(1 - fraction)).sqrt()
+
 
 def bin_contents(
     predictions: BinaryPredictions, # (N, K); for all classes `correct` may be the labels (N,)
@@ -90,7 +98,7 @@ def absolute_gap_moments(
     """
     n, expected, variance = (t.numpy() for t in contents[:3])
     missing = (expected*(1 - expected/n) - variance).clip(min=0) # what unequal probabilities take away
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         part = np.fmin(np.fmin(mean/expected, (n - mean)/(n - expected)), 1)
     variance = mean*(1 - mean/n) - missing*part
     rare = np.where(mean > n/2, n - mean, mean).clip(min=1e-12) # the rarer outcome of the two

@@ -41,23 +41,20 @@ def _top1_interval(values: Tensor, level: float) -> tuple[float, float]:
 METRICS.data.update(top1=replace(METRICS["top1"], bounds=_top1_interval))
 
 # %% ../../nbs/calibration/05_estimates.ipynb #be6bd445
-def _safe_directions(contents: BinContents, gaps: Tensor) -> tuple[Tensor, Tensor]: # (B,) each
+def _safe_directions(contents: BinContents) -> tuple[Tensor, Tensor]: # (B,) each
     "Directions of the true gaps, for the lower and for the upper end of an interval"
-    count, correct = contents.count, contents.correct
-    acc = (correct + .5)/(count + 1) # never 0 or 1
-    z2 = gaps.square()/(count*acc*(1 - acc))
+    gaps = contents.confidence - contents.correct
+    z2 = (gaps/contents.deviation).square()
     clear = z2 > 2*math.log(len(z2))
     lower = torch.where(clear if clear.any() else z2 == z2.max(), gaps, 0.)
-    room = torch.where(correct > count/2, 1., -1.)
+    room = torch.where(contents.correct > contents.count/2, 1., -1.)
     upper = torch.where(z2 > 1, gaps, room*gaps.abs())
-    return tuple(d if d.any() else room*(acc*(1 - acc)*count).sqrt() for d in (lower, upper))
+    return tuple(d if d.any() else room*contents.deviation for d in (lower, upper))
 
 
 def _lengths(contents: BinContents, observed: float, length: Callable) -> Tensor: # (41,)
     "Lengths of true gaps to try, the closer the smaller"
-    acc = (contents.correct + .5)/(contents.count + 1)
-    spread = (contents.count*acc*(1 - acc)).sqrt()
-    reach = 5*float(spread.square().sum().sqrt())/float(contents.count.sum()) + 2*float(length(spread))
+    reach = 5*float(contents.deviation.norm()/contents.count.sum()) + 2*float(length(contents.deviation))
     return (observed + reach)*torch.linspace(0, 1, 41, dtype=torch.float64).square()
 
 # %% ../../nbs/calibration/05_estimates.ipynb #68ac6544
@@ -91,10 +88,10 @@ def _invert_test(
     length: Callable, # of gaps (..., B) in images -> (...) the metric
     quantiles: Tensor, # (B, R) uniform numbers
     level: float, # of the interval
-    own_ends: Callable | None, # of the metric
+    own_ends: Callable | None = None, # of the metric
 ) -> tuple[float, float, float]: # low, debiased, high
     "The true errors for which the observed one is unsurprising"
-    lower, upper = _safe_directions(contents, contents.confidence - contents.correct)
+    lower, upper = _safe_directions(contents)
     tail, (t, _, below) = (1 - level)/2, _score_chances(contents, upper, length, quantiles)
     below = np.minimum.accumulate(below)
     middle, high = map(float, np.interp([.5, tail*below[0]], below[::-1], t[::-1]))
@@ -133,9 +130,9 @@ METRICS.data.update(mce=replace(METRICS["mce"], bounds=_mce_bounds))
 # %% ../../nbs/calibration/05_estimates.ipynb #7097fb60
 def _ks_bounds(contents: BinContents, level: float) -> tuple[float, float]: # low, high
     "Ends for the largest absolute running sum of the true gaps, of bins in ascending order of confidence"
-    n, acc = contents.count.sum(), (contents.correct + .5)/(contents.count + 1)
+    n = contents.count.sum()
     walk = (contents.confidence - contents.correct).cumsum(0).abs()/n
-    spread = (contents.count*acc*(1 - acc)).cumsum(0).sqrt()/n
+    spread = contents.deviation.square().cumsum(0).sqrt()/n
     z, farthest = (NormalDist().inv_cdf(1 - (1 - level)/k) for k in (2, 8)) # P(max |walk| > x) < 4 P(end > x)
     return max(0., float(walk.max() - farthest*spread[-1])), float((walk + z*spread).max())
 
@@ -168,10 +165,14 @@ def check_value(
     check(low - 1e-6 <= value <= high + 1e-6, f"metric {metric!r}", value, expected)
 
 # %% ../../nbs/calibration/05_estimates.ipynb #9d537c8c
-def _filled(contents: BinContents) -> tuple[BinContents, Tensor]: # (B,) each; (K, B) True where images are
+def _filled(contents: BinContents) -> BinContents: # (B,) each
     "The bins that hold images, in one row"
-    used = contents.count > 0
-    return BinContents(*(t[used] for t in contents)), used
+    return BinContents(*(t[contents.count > 0] for t in contents))
+
+
+def _quantiles(contents: BinContents, n_boot: int, seed: int) -> Tensor: # (B, n_boot)
+    "Uniform numbers for the bins that hold images"
+    return torch.from_numpy(np.random.default_rng(seed).random((int((contents.count > 0).sum()), n_boot)))
 
 
 def _length_of(rule: Metric, contents: BinContents, n: int) -> Callable:
@@ -203,10 +204,10 @@ def _top_label_estimate(
         bins = rule.bins(predictions.confidence, n_bins)
         return Estimate(value, *rule.bounds(predictions, bins, level), None, *band)
     contents = bin_contents(predictions, *noise_bins(rule, predictions, n_bins))
-    length, (filled, _) = _length_of(rule, contents, len(predictions.confidence)), _filled(contents)
+    length, filled = _length_of(rule, contents, len(predictions.confidence)), _filled(contents)
     observed = float(length(filled.confidence - filled.correct))
     scale = value/observed if observed else 1.
-    quantiles = torch.from_numpy(np.random.default_rng(seed).random((len(filled.count), n_boot)))
+    quantiles = _quantiles(contents, n_boot, seed)
     low, middle, high = (scale*e for e in _invert_test(filled, length, quantiles, level, rule.own_ends))
     high = max(high, float(length(_pooled_limit(filled, level)*filled.count)))
     low, middle, high = map(rule.clip, (low, middle, high))
@@ -219,17 +220,16 @@ def _classwise_ends(
     level: float, # of the interval
 ) -> tuple[float, float, float]: # low, debiased, high: sums of absolute gaps, in images
     "The true sums of absolute gaps for which the observed one is unsurprising"
-    gaps = contents.confidence - contents.correct
-    observed, z = float(gaps.abs().sum()), NormalDist().inv_cdf((1 + level)/2)
+    total, z = lambda gaps: gaps.abs().sum(-1), NormalDist().inv_cdf((1 + level)/2)
+    observed = float(total(contents.confidence - contents.correct))
     m, v = absolute_gap_moments(contents, contents.confidence.numpy())
     ratio, widening = float(null.mean())/max(m.sum(), 1e-300), float(null.var())/max(v.sum(), 1e-300)
     def scores(direction): # true sums, and mean and deviation of the scores there
-        total = lambda g: g.abs().sum(-1)
         mean = torch.stack([_mean_correct(contents, direction, float(t), total)
                             for t in _lengths(contents, observed, total)])
         m, v = absolute_gap_moments(contents, mean.numpy())
         return total(contents.confidence - mean).numpy(), ratio*m.sum(1), (widening*v.sum(1))**.5
-    lower, upper = _safe_directions(contents, gaps)
+    lower, upper = _safe_directions(contents)
     (t, mean, spread), (t_upper, mean_upper, spread_upper) = scores(lower), scores(upper)
     curves = [np.maximum.accumulate(c) for c in (mean + z*spread, mean_upper, mean_upper - z*spread_upper)]
     low, middle, high = (0. if observed <= c[0] else float(np.interp(observed, c, x))
@@ -255,9 +255,9 @@ def _classwise_estimates(
                              classwise_null_scores(rules, p, bins, contents, n_boot, seed)):
         value = float(r.norm((c.confidence - c.correct)/len(p), c.count/len(p)))
         check_value(k, value)
-        ends = (_classwise_ends(_filled(c)[0], size*null.double(), level) if r.norm is l1_norm
-                else (None, None, None))
-        low, middle, high = (None if e is None else r.clip(e/size) for e in ends)
+        if r.norm is l1_norm: ends = (e/size for e in _classwise_ends(_filled(c), size*null.double(), level))
+        else: ends = _invert_test(_filled(c), _length_of(r, c, len(p)), _quantiles(c, n_boot, seed), level)
+        low, middle, high = map(r.clip, ends)
         found[k] = Estimate(value, low, high, middle, *central_range(null, level))
     return found
 

@@ -33,7 +33,8 @@ def _mean_interval(values: Tensor, least_variance: float, level: float) -> tuple
     """
     n, z, centred = len(values), NormalDist().inv_cdf((1 + level)/2), values - values.mean()
     spread = max(float(centred.square().mean()), least_variance)**.5
-    skew = float((centred**3).mean())/max(spread, 1e-300)**3
+    if spread == 0: return (float(values.mean()),)*2
+    skew = float((centred/spread).pow(3).mean())
     def quantile(z): # of (mean - true mean)/spread, times the root of n
         if abs(skew) < 1e-6: return z
         return 3*n**.5/skew*(math.cbrt(1 + skew*(z/n**.5 - skew/(6*n))) - 1)
