@@ -117,7 +117,8 @@ def main() -> None:
             low = [k for k in NAMES if rows[-1][k] < .93]
             print(f"{case:24} C={c:<4} N={n:<6}", " ".join(f"{k} {rows[-1][k]:.3f}" for k in NAMES),
                   f"below .93: {', '.join(low)}" if low else "", f"{time.time() - began:.0f} s", flush=True)
-            if given.out: atomic_write(given.out, lambda f: f.write(json.dumps(rows).encode()))
+            if given.out:
+                with atomic_write(given.out) as part: part.write_text(json.dumps(rows))
 
 
 if __name__ == "__main__": main()
