@@ -70,7 +70,7 @@ class Difference(NamedTuple):
         margin: float, # above 0, in the metric's unit
     ) -> bool:
         "Whether two one-sided tests at 5% say that the difference is smaller than a margin (Schuirmann 1987)"
-        return abs(self.mean) + self.reach(.1) < margin
+        return bool(abs(self.mean) + self.reach(.1) < margin)
 
     def detectable(self,
         level: float = .05, # of the two-sided test, 0 to 1; lower where many tests are corrected for
