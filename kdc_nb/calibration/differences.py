@@ -70,7 +70,7 @@ class Difference(NamedTuple):
         margin: float, # above 0, in the metric's unit
     ) -> bool:
         "Whether two one-sided tests at 5% say that the difference is smaller than a margin (Schuirmann 1987)"
-        return bool(abs(self.mean) + self.reach(.1) < margin)
+        return abs(self.mean) + self.reach(.1) < margin
 
     def detectable(self,
         level: float = .05, # of the two-sided test, 0 to 1; lower where many tests are corrected for
@@ -89,7 +89,7 @@ def _half_width(
 ) -> float:
     "Half of an interval whose variance is a sum of estimates with their degrees of freedom"
     from scipy.stats import t
-    return sum(v*t.isf(tail/2, df)**2 for v, df in parts)**.5
+    return float(sum(v*t.isf(tail/2, df)**2 for v, df in parts)**.5)
 
 # %% ../../nbs/calibration/08_differences.ipynb #84b3455e
 class SeedVariance(NamedTuple):
@@ -209,7 +209,8 @@ def contrast_seed_variance(
     means = sum(w.mean()*y.sum(0) for y, w in zip(tables, weights))
     parts = [(v, df) for v, df in [*parts, (means.var(ddof=1), len(means) - 1)] if v > 0]
     total = sum(v for v, _ in parts)
-    return SeedVariance(float(total), total**2/sum(v*v/df for v, df in parts) if parts else len(means) - 1)
+    df = total**2/sum(v*v/df for v, df in parts) if parts else len(means) - 1
+    return SeedVariance(float(total), float(df))
 
 
 def _row_parts(
