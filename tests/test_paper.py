@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import bartlett
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -238,24 +239,26 @@ def test_an_unfinished_table_says_what_is_missing(table):
 
 
 def test_an_ece_outside_its_interval_is_marked_and_said_below(table):
-    "The mean interval is moved below the mean ECE"
+    "The debiased values, over whose seeds the interval is, are moved below the ECE"
     seeds, results = table
-    def with_ece(high):
-        def spoiled(r):
+    def with_ece(debiased):
+        def spoiled(r, d):
             return replace(r, raw=r.raw._replace(metrics=r.raw.metrics | {
-                "ece": replace(r.raw.metrics["ece"], value=.5, low=.1, high=high)}))
-        return [spoiled(results[rows["Direct, NLL"]]) for rows in seeds]
-    low, inside = with_ece(.4), with_ece(.6)
+                "ece": replace(r.raw.metrics["ece"], value=.5, debiased=d)}))
+        return [spoiled(results[rows["Direct, NLL"]], d) for rows, d in zip(seeds, debiased)]
+    low, inside = with_ece((.39, .4, .41)), with_ece((.48, .49, .5))
     shown = results_table({"a": low, "b": inside}, "two rows")
     assert ([r[shown.head.index("ECE, %")] for r in shown.rows] == ["50.00 ±0.00†", "50.00 ±0.00"]
-            and len(shown.notes) == 1)
+            and [r[shown.head.index("95% interval")] for r in shown.rows]
+            == ["37.52 to 42.48", "46.52 to 51.48"]
+            and len(shown.notes) == 2), "t(2) is 4.303, times .01/sqrt(3)"
     text = repr(shown).splitlines()
-    assert (text[0] == "two rows" and text[-1] == shown.notes[0]
-            and text[-1].startswith("†") and shown.notes[0] in shown._repr_html_())
+    assert (text[0] == "two rows" and text[-2:] == shown.notes and "Student's t" in text[-2]
+            and text[-1].startswith("†") and shown.notes[1] in shown._repr_html_())
     rows = [{"a": r.spec} for r in low]
     def progress(own): return paper_progress_table(rows, {r.spec: r for r in own})
-    assert (results_table({"b": inside}).notes == progress(inside).notes == []
-            and len(progress(low).notes) == 1)
+    assert results_table({"b": inside}).notes == progress(inside).notes == shown.notes[:1]
+    assert progress(low).notes == shown.notes and results_table({"b": inside[:1]}).notes == shown.notes[1:]
 
 
 def test_tables_go_to_pandas(table, tmp_path):
@@ -279,8 +282,10 @@ def test_rows_are_compared_seed_by_seed_over_the_seeds_that_both_have(table, tmp
         theirs = paired_difference(*([result_outcomes(results[rows[name]])[which] for rows in seeds[:2]]
                                      for name, which in (a, b)), metric)
         ours = row_differences(named, [(a, b)], metric)
-        assert (ours.each == {"KD(C), from NLL after TS less Direct, NLL + TS": theirs}
-                and ours.mean == theirs and len(theirs.each) == 2)
+        (own,) = ours.each.values()
+        assert ours.mean == own and list(ours.each) == ["KD(C), from NLL after TS less Direct, NLL + TS"]
+        assert (own.mean, own.each, own.n) == (theirs.mean, theirs.each, theirs.n) and len(theirs.each) == 2
+        assert own.parts[1] == theirs.parts[1] and own.parts[0] != theirs.parts[0], "pooled over other rows"
     (truth,) = row_differences(named, [(a, b)], "kl").each.values()
     assert truth.each == pytest.approx(
         [results[r[a[0]]].raw.metrics["kl"].value - results[r[b[0]]].scaled.metrics["kl"].value
@@ -290,6 +295,35 @@ def test_rows_are_compared_seed_by_seed_over_the_seeds_that_both_have(table, tmp
     kept = row_differences(collect_by_row(seeds, read_results(tmp_path/"x.npz")), [(a, b)], "ece").mean
     assert kept.mean == pytest.approx(row_differences(named, [(a, b)], "ece").mean.mean,
                                       abs=2e-3), "from a light file"
+
+
+def test_two_rows_alone_are_the_paired_test(table):
+    seeds, results = table
+    one, other = ("KD(UC), from NLL", "raw"), ("Direct, NLL", "raw")
+    named = {k: own for k, own in collect_by_row(seeds, results).items() if k in (one[0], other[0])}
+    theirs = paired_difference(*([result_outcomes(r)["raw"] for r in named[k]] for k, _ in (one, other)),
+                               "nll")
+    ours = row_differences(named, [(one, other)], "nll").mean
+    assert (ours.mean, ours.low, ours.p) == pytest.approx((theirs.mean, theirs.low, theirs.p))
+
+
+def test_seeds_are_pooled_over_rows_of_the_same_network(table):
+    seeds, results = table
+    named = collect_by_row(seeds, results)
+    pair = ("KD(UC), from NLL", "raw"), ("Direct, NLL", "raw")
+    pooled = row_differences(named, [pair], "kl")
+    full = [k for k, own in named.items() if all(own)] # one lacks its last seed
+    y = np.array([[r.raw.metrics["kl"].value for r in named[k]] for k in full])
+    rest = y - y.mean(1, keepdims=True) - y.mean(0) + y.mean()
+    assert (pooled.homogeneity["raw"] == pytest.approx(bartlett(*(y - y.mean(0))).pvalue)
+            and len(full) == len(named) - 1)
+    assert pooled.homogeneity["raw"] > .05
+    variance, df = pooled.mean.parts[0]
+    assert variance == pytest.approx(2*(rest**2).sum()/df/3) and df == 2*(len(full) - 1)
+    fewer = {k: [r and replace(r, spec=replace(r.spec, model="resnet14")) if k == "Direct, PS-KD" else r
+                 for r in own]
+             for k, own in named.items()}
+    assert row_differences(fewer, [pair], "kl").mean.parts[0][1] == df - 2, "other networks are no part of it"
 
 
 def test_the_mean_of_a_claim_is_that_of_its_pairs_over_shared_seeds(table):
@@ -314,7 +348,7 @@ def test_claims_pair_each_student_with_its_own_calibrator(table):
     for claim, pairs in claims.items():
         assert len(row_differences(named, pairs, "ece").each) == len(pairs) > 0, claim
         assert (row_differences({}, pairs, "ece")
-                == row_differences(named, pairs, "ece", min_seeds=4) == ({}, None))
+                == row_differences(named, pairs, "ece", min_seeds=4) == ({}, None, {}))
     rows = seeds[0]
     assert (direct_counterpart(rows["KD(C), from NLL after TS"]) == (rows["Direct, NLL"], "scaled")
             and direct_counterpart(rows["KD(UC), from NLL"]) == (rows["Direct, NLL"], "raw"))

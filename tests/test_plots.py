@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.collections import LineCollection
+from scipy.stats import ttest_1samp
 
 from kdc_nb.calibration.diagrams import (
     BLUE, GREY, ORANGE, ReliabilityDiagram, plot_differences, plot_reliability, plot_reliability_overlay,
@@ -106,7 +107,10 @@ def test_a_metric_is_drawn_with_all_that_belongs_to_it(results):
     band, interval = ax.patches[0], ax.collections[0].get_segments()[0]
     assert (band.get_x(), band.get_width() + band.get_x()) == pytest.approx(
         [np.mean([getattr(e, k) for e in found]) for k in ("null_low", "null_high")])
-    assert interval[:, 0] == pytest.approx([np.mean([getattr(e, k) for e in found]) for k in ("low", "high")])
+    over_seeds = ttest_1samp([e.debiased for e in found], 0).confidence_interval()
+    assert interval[:, 0] == pytest.approx([max(0, over_seeds.low), min(1, over_seeds.high)])
+    alone = results[net("ls")].raw.metrics["ece"]
+    assert ax.collections[0].get_segments()[1][:, 0] == pytest.approx([alone.low, alone.high]), "of its run"
     assert ax.get_xlabel() == "ECE in % (N = 300, 1 to 2 seeds)" and ax.get_xlim()[0] == 0
     assert plot_metric(results_frame(own), "nll").get_xlabel() == "NLL in nats (N = 300, 2 seeds)"
     frame = results_frame({"a": own})
@@ -134,9 +138,13 @@ def test_a_table_has_the_columns_that_its_rows_speak_of(results):
     assert (scaled["value"] == pytest.approx(mean)
             and (row["T"], dict(zip(head, b))["T"]) == ("", "1"))
     seen = np.array([r.evaluation.raw["ece"].value for r in direct])
-    ends = [np.mean([getattr(r.evaluation.raw["ece"], k) for r in direct]) for k in ("low", "high")]
+    ends = ttest_1samp([r.evaluation.raw["ece"].debiased for r in direct], 0).confidence_interval()
+    low, high = max(0, ends.low), min(1, ends.high)
     assert (row["ECE, %"] == f"{100*seen.mean():.2f} ±{100*seen.std(ddof=1):.2f}"
-            + "†"*(not ends[0] <= seen.mean() <= ends[1]))
+            + "†"*(not low <= seen.mean() <= high))
+    assert row["95% interval"] == f"{100*low:.2f} to {100*high:.2f}"
+    own = student[0].evaluation.raw["ece"]
+    assert dict(zip(head, b))["95% interval"] == f"{100*own.low:.2f} to {100*own.high:.2f}"
     def forget(output): # the truth
         return output._replace(metrics={k: e for k, e in output.metrics.items() if k not in ("error", "kl")})
     unknown = [replace(r, raw=forget(r.raw), scaled=forget(r.scaled)) for r in direct]
@@ -177,6 +185,8 @@ def test_seeds_are_averaged_and_an_infinite_nll_stays_one(results):
         values = [getattr(r, output).metrics[metric].value for r in own]
         assert means.loc[output, metric]["value"] == pytest.approx(np.mean(values))
         assert means.loc[output, metric]["std"] == pytest.approx(np.std(values, ddof=1))
+        if metric != "ece": assert (means.loc[output, metric][["low", "high"]].tolist()
+                                    == pytest.approx(ttest_1samp(values, 0).confidence_interval()))
     assert set(means.seeds) == {2} and set(seed_means(results_frame(own[:1]))["std"]) == {0}
     lines = metric_lines({}, {"nll": Estimate(null_low=1., null_high=2.), "top1": Estimate()}, 9)
     assert [line["value"] for line in lines] == [np.inf, -np.inf] and np.isnan(lines[0]["low"])

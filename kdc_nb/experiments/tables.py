@@ -37,7 +37,7 @@ def metric_lines(
         worst = -math.inf if k in METRICS and METRICS[k].higher_is_better else math.inf
         return worst if e.value is None else e.value
     return [{**described, "metric": k, "unit": metric_unit(k), "n": n, "value": value(k, e),
-             **{f: number(getattr(e, f)) for f in ("low", "high", "null_low", "null_high")}}
+             **{f: number(getattr(e, f)) for f in ("low", "high", "debiased", "null_low", "null_high")}}
             for k, e in metrics.items()]
 
 # %% ../../nbs/experiments/08_tables.ipynb #f49cd76b
@@ -71,8 +71,8 @@ def results_frame(
 
     Columns: row, data, model, training ("direct" or "distilled"), method, teacher, T, alpha, generation,
     seed, output ("raw" or "scaled"), metric, unit, n (test images), value, low and high (95% interval),
-    null_low and null_high. Rows without names are called by their method. A `ValueError` if there is nothing,
-    or if the runs of a named row differ in more than their seeds.
+    debiased (of a calibration error), null_low and null_high. Rows without names are called by their method.
+    A `ValueError` if there is nothing, or if the runs of a named row differ in more than their seeds.
     """
     import pandas as pd
     named = results if isinstance(results, Mapping) else {"": results}
@@ -98,6 +98,22 @@ def _check_seeds(name: str, own: Sequence[Result]) -> None:
           "the seeds of one description")
     check(len(set(seeds)) == len(seeds), "results", f"seeds {seeds} in row {name!r}", "each seed once")
 
+# %% ../../nbs/experiments/08_tables.ipynb #0612708e
+def _t_interval(values: "pandas.Series") -> np.ndarray: # ends of the 95% interval of the mean; NaN for one
+    "Student's t"
+    from scipy.stats import t
+    x = values.to_numpy()
+    if len(x) < 2 or not np.isfinite(x).all(): return np.full(2, np.nan)
+    return x.mean() + np.array([-1, 1])*t.isf(.025, len(x) - 1)*x.std(ddof=1)/len(x)**.5
+
+
+def _within_limits(means: "pandas.DataFrame") -> "pandas.DataFrame":
+    "Intervals end where their metric does: an error, which a known truth gives, at 0"
+    limits = [METRICS[k].limits if k in METRICS else (0 if k in ("error", "kl") else -math.inf, math.inf)
+              for k in means.metric]
+    low, high = np.array(limits).T
+    return means.assign(low=means.low.clip(low), high=means.high.clip(upper=high))
+
 # %% ../../nbs/experiments/08_tables.ipynb #4e787bec
 _VALUES = ["value", "low", "high", "null_low", "null_high"]
 
@@ -106,14 +122,22 @@ def seed_means(
     frame: "pandas.DataFrame", # of `results_frame`
     by: Sequence[str] = ("row", "output", "metric"), # columns that tell apart what is not averaged
 ) -> "pandas.DataFrame": # with columns std and seeds; the other columns as in the first line
-    "Means over seeds, with the standard deviation (0 for one seed) and the number of seeds"
+    """Means over seeds, with the standard deviation (0 for one seed) and the number of seeds.
+
+    low and high are the 95% interval of Student's t over seeds, of the debiased values where there are some;
+    of one seed those of its run.
+    """
     mixed = [c for c in ("output", "metric") if c in frame and c not in by and frame[c].nunique() > 1]
     check(not mixed, "by", tuple(by), f"{', '.join(mixed)} among them, of which the frame has several")
+    frame = frame.assign(debiased=frame.debiased.fillna(frame.value))
     groups = frame.groupby(list(by), sort=False, dropna=False)
     means, seeds = groups[_VALUES].mean(), groups.size()
-    others = groups[[c for c in frame if c not in (*by, *_VALUES, "seed")]].first()
+    others = groups[[c for c in frame if c not in (*by, *_VALUES, "debiased", "seed")]].first()
     spread = groups["value"].agg(lambda v: v.to_numpy().std(ddof=1) if len(v) > 1 else 0.)
-    return others.join(means).assign(std=spread, seeds=seeds).reset_index()
+    means = others.join(means).assign(std=spread, seeds=seeds)
+    ends = np.stack([*groups["debiased"].agg(_t_interval)])
+    low, high = (np.where(seeds > 1, end, means[k]) for k, end in zip(("low", "high"), ends.T))
+    return _within_limits(means.assign(low=low, high=high).reset_index())
 
 # %% ../../nbs/experiments/08_tables.ipynb #d36c9615
 def format_seed_count(
@@ -140,9 +164,14 @@ def add_footnotes(
     rows: Sequence[Mapping[str, str]], # cells by column, "ECE, %" among them
     caption: str, # of the table; "": none
 ) -> Table:
-    "Rows by their columns as a table, with a footnote if a dagger marks an ECE outside its interval"
-    marked = any(DAGGER in r["ECE, %"] for r in rows)
-    return Table(list(head), [[r[h] for h in head] for r in rows], caption, [OUTSIDE_NOTE]*marked)
+    "Rows by their columns as a table; footnotes say what the interval is, and what a dagger means"
+    marked, several = (any(mark in r["ECE, %"] for r in rows) for mark in (DAGGER, "±"))
+    notes = [_SEEDS_NOTE]*several + [OUTSIDE_NOTE]*marked
+    return Table(list(head), [[r[h] for h in head] for r in rows], caption, notes)
+
+
+_SEEDS_NOTE = ("95% interval: by Student's t over the debiased ECEs of the seeds, on these test images; "
+               "of one seed that of its run. ±: standard deviation over seeds.")
 
 # %% ../../nbs/experiments/08_tables.ipynb #bcd516d6
 def format_cells(

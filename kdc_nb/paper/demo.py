@@ -162,8 +162,8 @@ table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}
 td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:right;
 white-space:nowrap}td:first-child{text-align:left}img{max-width:100%}</style>
 <h1>Calibration passing from teacher to student</h1>
-<p>Means over seeds, with their standard deviation, in percent (NLL in nats). The interval is that of one
-run's ECE on its test images;
+<p>Means over seeds, with their standard deviation, in percent (NLL in nats). The interval is
+that of Student's t over the seeds' debiased ECEs (of one seed, of its test images);
 the null band is where a perfectly calibrated model with the same confidences would lie.</p>"""
 
 # %% ../../nbs/paper/03_demo.ipynb #40b723b3
