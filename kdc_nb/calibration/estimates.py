@@ -25,7 +25,7 @@ from kdc_nb.calibration.predictions import (
 from .metrics import METRICS, Metric, binned_error
 from kdc_nb.calibration.bins import (
     BinContents, absolute_gap_moments, bin_contents, chernoff_interval, classwise_bins, draw_correct,
-    exact_interval, noise_bins, wilson_interval,
+    exact_interval, noise_bins,
 )
 from kdc_nb.calibration.null_bands import (
     TIE_TOLERANCE, NullDraws, central_range, classwise_null_scores, split_metric_names,
@@ -35,7 +35,7 @@ from kdc_nb.calibration.null_bands import (
 # %% ../../nbs/calibration/05_estimates.ipynb #40d2c59c
 def _top1_interval(values: Tensor, level: float) -> tuple[float, float]:
     "The interval of a mean of zeros and ones (N,)"
-    return wilson_interval(float(values.sum()), len(values), level)
+    return exact_interval(float(values.sum()), len(values), level)
 
 
 METRICS.data.update(top1=replace(METRICS["top1"], bounds=_top1_interval))

@@ -24,19 +24,20 @@ from ..values import decode, encode
 from ..files import load_npz, save_npz
 from ..tables import Table
 from ..calibration.predictions import equal_width_bins, softmax64
-from ..calibration.metrics import ece, kl_to_truth, nll, top1, true_calibration_error
+from ..calibration.metrics import ece, kl_to_truth, nll, top1
 from ..calibration.outcomes import Outcomes, compute_outcomes
 from ..calibration.posthoc import Calibrator
 from ..calibration.estimates import Estimate
 from ..calibration.reliability import DiagramData, ReliabilityBins, reliability_bins
 from ..calibration.evaluation import Evaluation, evaluate, format_metric, metric_label
+from ..calibration.truth import estimate_true_error
 from ..training.data import load_data
 from .specs import RunSpec, run_label, with_seed
 
 # %% ../../nbs/experiments/02_results.ipynb #ecd54ed3
 class OutputSummary(NamedTuple):
     "What the outputs of a network on the test images come to"
-    # those of `evaluate`; where the posterior is known also "error" and "kl", exact and so without interval
+    # those of `evaluate`; where the posterior is known also "error" and "kl" (exact, so without interval)
     metrics: dict[str, Estimate]
     confidence: float # mean, 0 to 1
     outcomes: Outcomes | None = None # image by image; None if they were not kept
@@ -93,8 +94,9 @@ def result_to_json(
 ) -> dict[str, Any]:
     "All of a result but its logits and outcomes, as plain JSON"
     outputs = {"raw": result.raw, "scaled": result.scaled}
-    truth = {f"{prefix}{k}": o.metrics[k].value for prefix, o in zip(("", "scaled_"), outputs.values())
-             for k in _TRUTH_METRICS if k in o.metrics}
+    truth = {f"{prefix}{k}": encode(outputs[o].metrics[k])
+             for prefix, o in (("", "raw"), ("scaled_", "scaled"))
+             for k in _TRUTH_METRICS if k in outputs[o].metrics}
     bins = {k: [None if v != v else float(v) for v in column] for k, column in result.bins._asdict().items()}
     return {**{k: encode(getattr(result, k)) for k in ("spec", "evaluation", "history", "facts")},
             "confidence": {k: o.confidence for k, o in outputs.items()},
@@ -113,8 +115,9 @@ def result_from_json(
     parts = {k: decode(v) for k, v in light.items()}
     evaluation, truth, confidence = parts["evaluation"], parts.pop("truth"), parts.pop("confidence")
     def summary(which, prefix):
-        exact = {k: Estimate(truth[prefix + k]) for k in _TRUTH_METRICS} if truth else {}
-        return OutputSummary(getattr(evaluation, which) | exact, confidence[which], outcomes.get(which))
+        estimate = lambda e: e if isinstance(e, Estimate) else Estimate(e) # older files hold its value
+        known = {k: estimate(truth[prefix + k]) for k in _TRUTH_METRICS if truth}
+        return OutputSummary(getattr(evaluation, which) | known, confidence[which], outcomes.get(which))
     bins = ReliabilityBins(*(np.array(parts["bins"][k], float) for k in ReliabilityBins._fields))
     return Result(**parts | {"history": list(parts["history"]), "bins": bins},
                   raw=summary("raw", ""), scaled=summary("scaled", "scaled_"), **more)
@@ -127,8 +130,7 @@ def _distances_to_truth(
     "True calibration error and KL(truth || model)"
     if posterior is None: return {}
     posterior = posterior.double()/posterior.double().sum(1, keepdim=True)
-    return {"error": Estimate(true_calibration_error(probs, posterior)),
-            "kl": Estimate(kl_to_truth(probs, posterior))}
+    return {"error": estimate_true_error(probs, posterior), "kl": Estimate(kl_to_truth(probs, posterior))}
 
 # %% ../../nbs/experiments/02_results.ipynb #12aa5274
 def evaluate_splits(
