@@ -148,8 +148,17 @@ class Evaluation:
         shown = list(self.estimates(metrics))
         name = {"raw": metric_label, "scaled": lambda k: "  after TS"}
         rows = [[name[which](k), *_format_estimate(k, e)] for k, which, e in shown]
-        return Table(_EVALUATION_HEAD, rows, self.caption(),
-                     [OUTSIDE_NOTE]*any(e.is_outside_interval() for *_, e in shown))
+        notes = [OUTSIDE_NOTE]*any(e.is_outside_interval() for *_, e in shown)
+        return Table(_EVALUATION_HEAD, rows, self.caption(), [*notes, *self._few_errors()])
+
+    def _few_errors(self) -> list[str]:
+        "A note where the wrong images, or the correct ones, are too few to trust an interval"
+        if "top1" not in self.raw: return []
+        n_correct = round(self.n*self.raw["top1"].value)
+        few, which = min((self.n - n_correct, "wrong"), (n_correct, "correct"))
+        if few >= 10: return []
+        return [f"Only {few} of {self.n:,} images {'is' if few == 1 else 'are'} {which}: "
+                "intervals rest on few errors and may be too short."]
 
     def to_frame(
         self

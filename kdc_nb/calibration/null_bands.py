@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..core import check
 from kdc_nb.calibration.predictions import (
@@ -72,7 +73,7 @@ def _simulate_classwise(
     n, c = probs.shape
     rng, cdf, scores = np.random.default_rng(seed), probs.cumsum(1).float(), [[] for _ in bins]
     rows = max(1, min(2**20//n, 2**24//max(s.numel() for s in sums)))
-    for start in range(0, n_boot, rows):
+    for start in tqdm(range(0, n_boot, rows), "null band", leave=False, delay=5): # seen where it takes long
         u = torch.from_numpy(rng.random((n, min(rows, n_boot - start)), dtype=np.float32))
         labels = torch.searchsorted(cdf, u, right=True).clamp_(max=c - 1)
         draw = torch.arange(u.shape[1])

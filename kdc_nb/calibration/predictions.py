@@ -196,11 +196,12 @@ def equal_mass_bins(
     The bin of a value is floor(n_bins (below + not above)/(2N)), where `below` is how many of the N values
     are smaller, and `not above` how many are smaller or equal.
     """
-    columns = p.T.contiguous()
-    ordered, order = columns.sort(1)
-    below = torch.searchsorted(ordered, ordered)
-    not_above = torch.searchsorted(ordered, ordered, right=True)
-    bins = n_bins*(below + not_above)//(2*len(p))
+    ordered, order = p.T.contiguous().sort(1)
+    N, at, end = len(p), torch.arange(len(p)), torch.ones(p.shape[1], 1, dtype=torch.bool)
+    step = ordered[:, 1:] > ordered[:, :-1]
+    below = torch.where(torch.cat([end, step], 1), at, 0).cummax(1).values
+    above = torch.where(torch.cat([step, end], 1), at.flip(0), 0).flip(1).cummax(1).values.flip(1)
+    bins = n_bins*(below + N - above)//(2*N)
     return torch.empty_like(bins).scatter_(1, order, bins).T
 
 # %% ../../nbs/calibration/00_predictions.ipynb #00bb9dd4
