@@ -34,6 +34,10 @@ class BinContents(NamedTuple):
         fraction = (self.correct + .5)/(self.count + 1)
         return (self.count*fraction*(1 - fraction)).sqrt()
 
+    def filled(self) -> "BinContents": # (B,) each
+        "The bins that hold images, in one row"
+        return BinContents(*(t[self.count > 0] for t in self))
+
 
 def bin_contents(
     predictions: BinaryPredictions, # (N, K); for all classes `correct` may be the labels (N,)

@@ -41,10 +41,13 @@ def _top1_interval(values: Tensor, level: float) -> tuple[float, float]:
 METRICS.data.update(top1=replace(METRICS["top1"], bounds=_top1_interval))
 
 # %% ../../nbs/calibration/05_estimates.ipynb #be6bd445
-def _safe_directions(contents: BinContents) -> tuple[Tensor, Tensor]: # (B,) each
+def _safe_directions(
+    contents: BinContents, # of the bins that hold images, (B,) each
+    deviation: Tensor, # (B,) of how many are correct
+) -> tuple[Tensor, Tensor]: # (B,) each
     "Directions of the true gaps, for the lower and for the upper end of an interval"
     gaps = contents.confidence - contents.correct
-    z2 = (gaps/contents.deviation).square()
+    z2 = (gaps/deviation.clamp(min=1e-300)).square()
     clear = z2 > 2*math.log(len(z2))
     lower = torch.where(clear if clear.any() else z2 == z2.max(), gaps, 0.)
     room = torch.where(contents.correct > contents.count/2, 1., -1.)
@@ -72,8 +75,8 @@ def _score_chances(
         scores = length(contents.confidence - draw_correct(contents.count, mean, quantiles).T)
         at_least, at_most = (scores >= observed*(1 - TIE_TOLERANCE),
                              scores <= observed*(1 + TIE_TOLERANCE) + 1e-12)
-        rows.append([float(s) for s in (length(contents.confidence - mean), at_least.double().mean(),
-                                        at_most.double().mean())])
+        rows.append([float(length(contents.confidence - mean)), *(float(s.double().mean())
+                                                                  for s in (at_least, at_most))])
     return np.array(rows).T
 
 
@@ -91,7 +94,7 @@ def _invert_test(
     own_ends: Callable | None = None, # of the metric
 ) -> tuple[float, float, float]: # low, debiased, high
     "The true errors for which the observed one is unsurprising"
-    lower, upper = _safe_directions(contents)
+    lower, upper = _safe_directions(contents, contents.deviation)
     tail, (t, _, below) = (1 - level)/2, _score_chances(contents, upper, length, quantiles)
     below = np.minimum.accumulate(below)
     middle, high = map(float, np.interp([.5, tail*below[0]], below[::-1], t[::-1]))
@@ -165,11 +168,6 @@ def check_value(
     check(low - 1e-6 <= value <= high + 1e-6, f"metric {metric!r}", value, expected)
 
 # %% ../../nbs/calibration/05_estimates.ipynb #9d537c8c
-def _filled(contents: BinContents) -> BinContents: # (B,) each
-    "The bins that hold images, in one row"
-    return BinContents(*(t[contents.count > 0] for t in contents))
-
-
 def _quantiles(contents: BinContents, n_boot: int, seed: int) -> Tensor: # (B, n_boot)
     "Uniform numbers for the bins that hold images"
     return torch.from_numpy(np.random.default_rng(seed).random((int((contents.count > 0).sum()), n_boot)))
@@ -204,7 +202,7 @@ def _top_label_estimate(
         bins = rule.bins(predictions.confidence, n_bins)
         return Estimate(value, *rule.bounds(predictions, bins, level), None, *band)
     contents = bin_contents(predictions, *noise_bins(rule, predictions, n_bins))
-    length, filled = _length_of(rule, contents, len(predictions.confidence)), _filled(contents)
+    length, filled = _length_of(rule, contents, len(predictions.confidence)), contents.filled()
     observed = float(length(filled.confidence - filled.correct))
     scale = value/observed if observed else 1.
     quantiles = _quantiles(contents, n_boot, seed)
@@ -229,7 +227,8 @@ def _classwise_ends(
                             for t in _lengths(contents, observed, total)])
         m, v = absolute_gap_moments(contents, mean.numpy())
         return total(contents.confidence - mean).numpy(), ratio*m.sum(1), (widening*v.sum(1))**.5
-    lower, upper = _safe_directions(contents)
+    chance = (contents.correct + contents.confidence/contents.count)/(contents.count + 1)
+    lower, upper = _safe_directions(contents, (contents.count*chance*(1 - chance)).sqrt())
     (t, mean, spread), (t_upper, mean_upper, spread_upper) = scores(lower), scores(upper)
     curves = [np.maximum.accumulate(c) for c in (mean + z*spread, mean_upper, mean_upper - z*spread_upper)]
     low, middle, high = (0. if observed <= c[0] else float(np.interp(observed, c, x))
@@ -255,8 +254,8 @@ def _classwise_estimates(
                              classwise_null_scores(rules, p, bins, contents, n_boot, seed)):
         value = float(r.norm((c.confidence - c.correct)/len(p), c.count/len(p)))
         check_value(k, value)
-        if r.norm is l1_norm: ends = (e/size for e in _classwise_ends(_filled(c), size*null.double(), level))
-        else: ends = _invert_test(_filled(c), _length_of(r, c, len(p)), _quantiles(c, n_boot, seed), level)
+        if r.norm is l1_norm: ends = (e/size for e in _classwise_ends(c.filled(), size*null.double(), level))
+        else: ends = _invert_test(c.filled(), _length_of(r, c, len(p)), _quantiles(c, n_boot, seed), level)
         low, middle, high = map(r.clip, ends)
         found[k] = Estimate(value, low, high, middle, *central_range(null, level))
     return found
