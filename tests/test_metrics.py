@@ -1,5 +1,6 @@
 """Metrics: by hand, at the edges, against the reference libraries, and on data whose truth is known."""
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ from scipy.optimize import minimize_scalar
 from kdc_nb.calibration.metrics import (
     ace, brier, classwise_ace, ece, kl_to_truth, ks, mce, nll, sce, top1, true_calibration_error,
 )
-from kdc_nb.calibration.posthoc import fit_temperature
+from kdc_nb.calibration.posthoc import (
+    Calibrator, _find_temperature, _nll_derivatives, cross_fit_temperature, estimate_temperature,
+    fit_temperature,
+)
 from kdc_nb.calibration.predictions import (
     check_outputs_and_labels, equal_mass_bins, equal_width_bins, load_outputs, softmax64,
 )
@@ -138,7 +142,9 @@ def test_extreme_logits_are_finite():
     y = [1, 1, 2]
     assert all(math.isfinite(f(z, y)) for f in ALL.values())
     assert nll(z, y) == pytest.approx((2e4 + math.log(3))/3)
-    assert .01 <= fit_temperature(z, y) <= 100
+    # the labels' logits are -1e4, 1e4 and 0: on average just the mean, no better than chance
+    with pytest.warns(UserWarning, match="no better than chance"):
+        assert fit_temperature(z, y) == pytest.approx(1e6*2e4/3)
 
 
 @pytest.mark.parametrize("x, y, from_logits, says", [
@@ -264,13 +270,93 @@ def test_temperature_is_the_minimum(factor):
     assert fit_temperature(z.softmax(1), y, from_logits=False) == pytest.approx(T, rel=1e-9)
 
 
-def test_temperature_at_the_ends():
-    z, y, _ = made(50)
-    assert fit_temperature(z, z.argmax(1)) < .2 # separable: as cold as float64 can tell
-    assert fit_temperature(10*z, z.argmin(1)) == 100
-    assert fit_temperature(torch.zeros(3, 2), [0, 1, 0]) == 100 # no T matters
-    assert fit_temperature(1e4*z, y) == 100
-    assert fit_temperature([[0., 1.]], [1]) == .01
+@pytest.mark.parametrize("scale", [1e-6, .01, 1e4, 1e9])
+@pytest.mark.parametrize("n, c", [(1, 3), (7, 2), (400, 10)])
+def test_the_temperature_goes_with_the_scale_of_the_logits(n, c, scale):
+    z = made(n, c)[0]
+    z[0] = torch.tensor([3., 2., *[-9.]*(c - 2)])
+    y = z.argmax(1)
+    y[:1 + n//10] = z[:1 + n//10].topk(2)[1][:, 1] # some are wrong, and all together better than chance
+    one, other = estimate_temperature(z, y), estimate_temperature(scale*z + 5*scale, y)
+    assert one.note is None and (one.low is None) == (n == 1)
+    for a, b in zip(one, other): assert b == (pytest.approx(scale*a, rel=1e-9) if a else None)
+
+
+def test_distances_and_cosines_are_logits():
+    "Classes at the corners of a simplex, images around them: at T = 2 s^2, minus squared distances are exact"
+    g, s = torch.Generator().manual_seed(0), 40.
+    y = torch.randint(5, (4000,), generator=g)
+    x = 60*torch.eye(5).double()[y] + s*torch.randn(4000, 5, generator=g, dtype=torch.float64)
+    distances = torch.cdist(x, 60*torch.eye(5).double()).square()
+    found = estimate_temperature(-distances, y)
+    assert distances.mean() > 9000 and found.low < 2*s**2 < found.high and found.high/found.low < 1.2
+    z, labels, _ = made(4000, 10)
+    assert fit_temperature(.9 + .003*z, labels) == pytest.approx(.003*fit_temperature(z, labels), rel=1e-9)
+
+
+SEPARABLE, CHANCE, CONSTANT = "every label is the top label", "no better than chance", "are equal"
+
+
+@pytest.mark.parametrize("z, y, T, says", [
+    ([[0., 2.]], [1], 2e-6, SEPARABLE), ([[0., 2.]], [0], 2e6, CHANCE),
+    ([[3., 0.], [0., 1.]], [0, 1], 2e-6, SEPARABLE), ([[3., 0.], [0., 1.]], [1, 0], 2e6, CHANCE),
+    ([[0., 0.]]*3, [0, 1, 0], 1, CONSTANT), ([[7.]*4], [2], 1, CONSTANT),
+    ([[5., 5., 0.]]*2, [0, 1], 5/3*1e-6, SEPARABLE), # ties for the top: no image has a gap
+    ([[0., 1., .5 + 1e-10]], [2], 5e5, CHANCE), # better than chance by a rounding error
+])
+def test_temperature_at_the_ends(z, y, T, says):
+    with pytest.warns(UserWarning, match=says) as said: found = estimate_temperature(z, y)
+    assert len(said) == 1 and found.T == pytest.approx(T, rel=1e-3)
+    assert found.low is None and says in found.note
+    with pytest.warns(UserWarning, match=says) as said: assert fit_temperature(z, y) == found.T
+    assert len(said) == 1
+    with pytest.warns(UserWarning, match=says) as said: scaled = Calibrator("ts").build(z, y)(torch.tensor(z))
+    assert len(said) == 1 and scaled.isfinite().all()
+
+
+def test_masked_classes_and_one_wild_image_do_not_move_the_range():
+    z, y, p = made(300, 6, 2.)
+    T = fit_temperature(z, y)
+    masked = torch.cat([z, torch.full((300, 1), -1e9)], 1)
+    assert fit_temperature(masked, y) == pytest.approx(T, rel=1e-9)
+    wild = torch.cat([z, z[:1]*0 + torch.tensor([1e8, 0, 0, 0, 0, 0])])
+    assert fit_temperature(wild, [*y.tolist(), 0]) == pytest.approx(T, rel=1e-6)
+
+
+@pytest.mark.parametrize("n, c, factor", [(300, 10, 1.5), (2000, 3, .4), (800, 100, 3.)])
+def test_the_temperatures_interval_is_that_of_the_bootstrap(n, c, factor):
+    z, y, _ = made(n, c, factor)
+    draws = torch.randint(n, (200, n), generator=torch.Generator().manual_seed(1))
+    again = np.log([_find_temperature(z[k], y[k]).T for k in draws])
+    found = estimate_temperature(z, y)
+    assert found.low*found.high == pytest.approx(found.T**2)
+    assert np.log(found.high/found.T)/1.96 == pytest.approx(again.std(), rel=.2) # 4 sd of 200 draws' spread
+
+
+def test_the_temperatures_interval_covers():
+    hits = sum(f.low <= 1.7 <= f.high for f in (estimate_temperature(*made(500, 5, 1.7, seed=s)[:2])
+                                                for s in range(300)))
+    assert hits >= 274, hits # at 95% fewer have a chance of .4%
+
+
+@pytest.mark.parametrize("n, c", [(5, 2), (40, 3), (3000, 50)])
+def test_cross_fitted_temperatures_are_those_of_the_other_four_fifths(n, c):
+    z, y, _ = made(n, c, 2., seed=3)
+    T = cross_fit_temperature(z, y, 1, 2.)
+    fold = np.random.default_rng(1).permutation(n) % 5
+    for k in range(5):
+        rest = torch.from_numpy(fold != k)
+        with warnings.catch_warnings(action="ignore"): expected = fit_temperature(z[rest], y[rest])
+        assert T[~rest].tolist() == pytest.approx([expected]*int((~rest).sum()), rel=1e-9)
+
+
+def test_pieces_of_a_large_set_give_the_same_derivatives():
+    z, y, _ = made(5000, 40, 1.5)
+    first, second = _nll_derivatives(z, y, .8) # in four pieces
+    d = z - z.gather(1, y[:, None])
+    q = (.8*d).softmax(1)
+    assert torch.allclose(first, (q*d).sum(1), rtol=1e-12)
+    assert torch.allclose(second, (q*(d - first[:, None]).square()).sum(1), rtol=1e-9, atol=1e-12)
 
 
 # -- against the truth --------------------------------------------------------
