@@ -243,10 +243,11 @@ class TemperatureCurves:
         ax, _ = self.axes
         format_percent_axes(ax, "y")
         ax.axvline(fitted.T, c=GREY, ls="--", lw=1)
-        ax.set(xscale="log", xticks=[.125, .25, .5, 1, 2, 4, 8],
+        ax.set(xscale="log", xlim=(.1, 10), xticks=[.125, .25, .5, 1, 2, 4, 8],
                xticklabels=["1/8", "1/4", "1/2", "1", "2", "4", "8"],
                xlabel="temperature T of softmax(z/T)")
-        ax.set_title(f"N = {len(labels):,}; least NLL (dashed):\n{fitted}", fontsize="medium")
+        least = f"no least NLL,\n{fitted.note}" if fitted.note else f"least NLL (dashed):\n{fitted}"
+        ax.set_title(f"N = {len(labels):,}; {least}", fontsize="medium")
         ax.minorticks_off()
 
     def show(self,
