@@ -195,7 +195,8 @@ def _estimate_from_noise(
     gaps = bin_gaps(predictions, *noise_bins(rule, predictions, n_bins))
     observed = float(model.length(gaps))
     scale = value/observed if observed else 1.
-    low, middle, high = _invert_test(model, gaps, level)
+    ends = _invert_test(model, gaps, level) # multiples of the gaps: a norm need not grow in proportion
+    low, middle, high = (float(model.length(gaps*(e/observed))) if observed else e for e in ends)
     if rule.upper_bound: high = rule.upper_bound(model, gaps, level)
     low, middle, high = (rule.clip(scale*e) for e in (low, middle, high))
     return Estimate(value, low, high, middle, *null)
