@@ -68,8 +68,10 @@ def smooth_norm(
             n_modes = min(2*n_modes, _CELLS)
             width = _fixed_point(_smoothed_l1(rows, n_modes), low, high)
             if n_modes == _CELLS or not bool((width[high > 0]*n_modes < 2).any()): break
-    size = torch.minimum(torch.maximum(_smoothed_l1(rows, n_modes)(width), low), high) # narrower than a cell
-    return size.view(gaps.shape[:-1]).mean(-1)
+    size = _smoothed_l1(rows, n_modes)(width)
+    known = size.detach().clamp(min=torch.finfo(size.dtype).tiny)
+    exact = torch.minimum(torch.maximum(known, low), high)/known # 1 but for kernels narrower than a cell
+    return (size*exact).view(gaps.shape[:-1]).mean(-1)
 
 
 def fine_bins(
