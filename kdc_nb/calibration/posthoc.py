@@ -42,7 +42,7 @@ class FittedTemperature(NamedTuple):
         span = "" if self.low is None else f" [{self.low:.3g}, {self.high:.3g}]"
         return f"T = {self.T:.4g}{span}" + (f" ({self.note})" if self.note else "")
 
-
+# %% ../../nbs/calibration/03_posthoc.ipynb #a21c38e7
 _CONSTANT = "all logits of each image are equal: no temperature matters"
 _SEPARABLE = "end of its range: every label is the top label, T goes to 0"
 _CHANCE = "end of its range: no better than chance, T goes to infinity"
@@ -92,7 +92,7 @@ def estimate_temperature(
     if found.note: warnings.warn(f"temperature: {found}", stacklevel=2)
     return found
 
-
+# %% ../../nbs/calibration/03_posthoc.ipynb #125674ee
 def fit_temperature(
     outputs: Any, # (N, C) logits or probabilities, of images the model was not trained on
     labels: Any, # (N,) integers from 0 to C-1
@@ -108,7 +108,7 @@ def fit_temperature(
     """
     return estimate_temperature(outputs, labels, from_logits).T
 
-
+# %% ../../nbs/calibration/03_posthoc.ipynb #fbb05426
 def to_logits(
     x: Tensor, # (N, C) outputs that were checked
     from_logits: bool, # whether they are logits; False: they are probabilities
