@@ -16,7 +16,7 @@ import numpy as np
 
 from .core import check, lookup
 from .calibration.predictions import check_outputs_and_labels
-from .calibration.posthoc import fit_temperature, to_logits
+from .calibration.posthoc import estimate_temperature, to_logits
 from .calibration.reliability import format_ece
 from kdc_nb.calibration.diagrams import (
     SMALL_FONT, ReliabilityDiagram, TemperatureCurves, create_panels, evaluate_at_temperature,
@@ -57,7 +57,7 @@ def explore_reliability(
     check(labels is not None, "labels", "none", "one for each row of the outputs")
     x, y = check_outputs_and_labels(outputs, labels, from_logits)
     z = to_logits(x, from_logits)
-    fitted = fit_temperature(z, y)
+    fitted = estimate_temperature(z, y)
     figure, (left, right) = create_panels(2, 3.8)
     diagram, curves = ReliabilityDiagram(left, animated=True), TemperatureCurves(z, y, fitted, right)
     at = lru_cache(64)(lambda T, n_bins: evaluate_at_temperature(z, y, T, n_bins))
@@ -70,8 +70,8 @@ def explore_reliability(
     steps = [float(f"{2**e:.3g}") for e in np.arange(-3, 3.01, .05)]
     controls = {"T": NumberControl("temperature T", steps, 1.),
                 "n_bins": NumberControl("bins", range(2, 51), 15, whole=True)}
-    return Explorer(figure, show, controls, "reliability",
-                    {"go to the fitted T": {"T": float(f"{fitted:.4g}")}})
+    buttons = {} if fitted.note else {"go to the fitted T": {"T": float(f"{fitted.T:.4g}")}}
+    return Explorer(figure, show, controls, "reliability", buttons)
 
 # %% ../nbs/explorers.ipynb #6e7c8d83
 @plt.rc_context(SMALL_FONT)

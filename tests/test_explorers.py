@@ -27,7 +27,7 @@ from kdc_nb.experiments.teachers import TemperedPosterior
 from kdc_nb.experiments.transfer import TransferPlot, prepare_transfer
 from kdc_nb.analysis.views import extract_features
 from kdc_nb.explorers import explore_classes, explore_method, explore_reliability, explore_transfer
-from tests.conftest import patch_name
+from tests.conftest import made, patch_name
 
 DATA, RECIPE = DataSpec("known", n_train=100, n_valid=60, n_test=300), Recipe(1, 32)
 TEACHER = RunSpec(DATA, "resnet8", "nll", RECIPE)
@@ -202,6 +202,15 @@ def test_buttons_set_several_controls_and_draw_once(outputs, monkeypatch):
     assert drawn[2:] == [{"T": 1., "n_bins": 15}] and bytes(explorer.image.value) == first
     with pytest.raises(ValueError, match="values: got 'bins', expected one of T, n_bins"):
         explorer.move(bins=7)
+
+
+def test_a_temperature_without_end_is_said_and_has_no_button():
+    z = made(60, 3)[0]
+    with pytest.warns(UserWarning, match="every label is the top label"):
+        explorer = explore_reliability(z, z.argmax(1))
+    assert not [b for b in explorer.children[2].children if b.description == "go to the fitted T"]
+    title = "N = 60; no least NLL,\nend of its range: every label is the top label, T goes to 0"
+    assert title in [ax.get_title() for ax in explorer.blitter.figure.axes]
 
 
 @pytest.mark.parametrize("name, typed, message",

@@ -1,5 +1,6 @@
 """Metrics: by hand, at the edges, against the reference libraries, and on data whose truth is known."""
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -8,14 +9,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
+from kdc_nb.calibration.comparisons import compare
+from kdc_nb.calibration.estimates import calibration_estimates
 from kdc_nb.calibration.metrics import (
-    ace, brier, classwise_ace, ece, kl_to_truth, ks, mce, nll, sce, top1, true_calibration_error,
+    METRICS, ace, binned_error, brier, classwise_ace, ece, kl_to_truth, ks, mce, nll, sce, top1,
+    true_calibration_error,
 )
-from kdc_nb.calibration.posthoc import fit_temperature
+from kdc_nb.calibration.null_bands import null_band
+from kdc_nb.calibration.posthoc import (
+    Calibrator, _find_temperature, _nll_derivatives, cross_fit_temperature, estimate_temperature,
+    fit_temperature,
+)
 from kdc_nb.calibration.predictions import (
-    check_outputs_and_labels, equal_mass_bins, equal_width_bins, load_outputs, softmax64,
+    BinaryPredictions, check_outputs_and_labels, equal_mass_bins, equal_width_bins, gaps_and_shares,
+    load_outputs, softmax64, top_label,
 )
-from kdc_nb.calibration.reliability import reliability_bins
+from kdc_nb.calibration.reliability import corp_decomposition, reliability_bins
+from kdc_nb.calibration.smoothing import _smoothed_l1, fine_bins, smooth_ece, smooth_norm
 
 from .conftest import made
 
@@ -138,7 +148,9 @@ def test_extreme_logits_are_finite():
     y = [1, 1, 2]
     assert all(math.isfinite(f(z, y)) for f in ALL.values())
     assert nll(z, y) == pytest.approx((2e4 + math.log(3))/3)
-    assert .01 <= fit_temperature(z, y) <= 100
+    # the labels' logits are -1e4, 1e4 and 0: on average just the mean, no better than chance
+    with pytest.warns(UserWarning, match="no better than chance"):
+        assert fit_temperature(z, y) == pytest.approx(1e6*2e4/3)
 
 
 @pytest.mark.parametrize("x, y, from_logits, says", [
@@ -249,6 +261,104 @@ def test_uncertainty_calibration(n, c):
     assert theirs("marginal", ref.get_equal_bins) == pytest.approx(classwise_ace(z, y), abs=1e-9)
 
 
+# -- smooth ECE ---------------------------------------------------------------
+
+# of `relplot` 1.0.3 (Blasiok and Nakkiran's own), with `relplot.config.smECE_mesh_pts = 10001`:
+# smECE(c, y, eps=1e-7), which searches the width in steps of 1/1024, and
+# smECE_sigma(c, y, .05) and (c, y, .02),
+# for the data that `confidences` draws
+RELPLOT = {(0, 100, 1.): (.03695890602566893, .03015570256765561, .056178174620729535),
+           (1, 1000, 2.): (.09467811844287131, .09467296696908264, .09501369796718717),
+           (2, 1000, 1.): (.021835957481038722, .012272929482130561, .02344902986676691),
+           (3, 5000, .5): (.054299033499110624, .05429849971148238, .05429464878457009),
+           (4, 20000, 1.1): (.010402841477478334, .009754645906325462, .009758616503172111)}
+
+
+def confidences(seed, n, power):
+    rng = np.random.default_rng(seed)
+    c = .5 + .5*rng.beta(3, 1, n)
+    return c, (rng.random(n) < c**power).astype(float)
+
+
+@pytest.mark.parametrize("data", RELPLOT)
+def test_smooth_ece_is_that_of_its_authors(data):
+    c, y = confidences(*data)
+    theirs, at_5, at_2 = RELPLOT[data]
+    p = np.stack([c, 1 - c], 1)
+    assert smooth_ece(p, 1 - y, from_logits=False) == pytest.approx(theirs, abs=4e-4) # half a step
+    claims = BinaryPredictions(*(torch.from_numpy(t)[:, None] for t in (c, y)))
+    gaps, _ = gaps_and_shares(claims, fine_bins(claims.confidence, 1), 1000)
+    norm = _smoothed_l1(gaps, 500)
+    for width, value in ((.05, at_5), (.02, at_2)): # a cell is .001 wide
+        assert float(norm(torch.tensor([width]).double())) == pytest.approx(value, rel=8e-3)
+
+
+@pytest.mark.parametrize("data", list(RELPLOT)[:3])
+def test_smooth_ece_is_the_fixed_point_of_mirrored_gaussians(data):
+    "Image by image, with neither cells nor cosines"
+    from scipy.optimize import brentq
+    c, y = confidences(*data)
+    t = (np.arange(1000)[:, None] + .5)/1000
+    def size(s):
+        bells = sum(np.exp(-(t - 2*m - sign*c)**2/2/s**2) for m in (-1, 0, 1) for sign in (-1, 1))
+        return abs(bells @ (c - y)).mean()/len(c)/s/math.tau**.5
+    root = brentq(lambda s: size(s) - s, .01, .3, xtol=1e-6)
+    assert smooth_ece(np.stack([c, 1 - c], 1), 1 - y, from_logits=False) == pytest.approx(root, rel=5e-3)
+
+
+@pytest.mark.parametrize("n, m", [(1, 0), (1, 1), (50, 10), (1000, 300)])
+def test_smooth_ece_of_one_confidence_is_its_gap(n, m):
+    p, y = binary([.8]*n, [1]*(n - m) + [0]*m)
+    assert smooth_ece(p, y, from_logits=False) == pytest.approx(abs(.8 - (n - m)/n), abs=1e-9)
+
+
+def test_smooth_ece_falls_with_images_and_knows_a_smooth_gap():
+    falls = [np.mean([smooth_ece(*made(n, 10, seed=s)[:2]) for s in range(10)]) for n in (300, 3000, 30_000)]
+    assert falls[0] > 1.6*falls[1] > 1.6**2*falls[2] # about N^(-1/3): 2.2 each
+    z, y, _ = made(20_000, 10, 2.) # overconfident everywhere
+    assert smooth_ece(z, y) == pytest.approx(ece(z, y), rel=.02) and ece(z, y) > .2
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    assert smooth_ece(z[order], y[order]) == pytest.approx(smooth_ece(z, y), rel=1e-9)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 60), st.sampled_from((.3, 1., 4.)))
+def test_smooth_ece_lies_between_the_sum_of_all_gaps_and_of_their_sizes(seed, n, factor):
+    z, y, _ = made(n, 3, factor, seed=seed)
+    p, correct = (t[:, 0] for t in top_label(z, y, True))
+    low, high = float((p - correct).mean().abs()), float((p - correct).abs().mean())
+    assert low - 1e-9 <= smooth_ece(z, y) <= high + 1e-9
+
+
+def test_the_smooth_errors_interval_and_null_band_hold():
+    inside, band = 0, 0
+    for seed in range(60):
+        z, y, p = made(500, 10, 1.3, 2.5, seed)
+        q, top = z.softmax(1), z.argmax(1, keepdim=True)
+        known = BinaryPredictions(q.gather(1, top), p.gather(1, top))
+        truth = binned_error(METRICS["smece"], known, 15)
+        e = calibration_estimates(z, y, "smece", n_boot=120, seed=seed)["smece"]
+        inside += e.low <= truth <= e.high
+        calibrated, labels, _ = made(500, 10, 1., 2.5, seed)
+        null = null_band(calibrated, "smece", n_boot=120, seed=seed)["smece"]
+        band += null.low <= smooth_ece(calibrated, labels) <= null.high
+    assert min(inside, band) >= 51, (inside, band) # at 95% fewer have a chance of .1%
+
+
+def test_the_smooth_error_is_compared():
+    z, y, _ = made(2000, 10)
+    c = compare(2*z, z, y, metrics=["smece", "ece"])
+    assert c.raw["smece"].better == "b"
+    assert c.raw["smece"].difference.mean == pytest.approx(c.raw["ece"].difference.mean, abs=.02)
+
+
+def test_draws_together_are_draws_alone():
+    g = torch.Generator().manual_seed(0)
+    gaps = torch.randn(1, 1000, generator=g)*10**torch.linspace(-6, -2, 20).view(-1, 1, 1)
+    gaps[3] = 0
+    together, alone = smooth_norm(gaps, None), torch.cat([smooth_norm(g[None], None) for g in gaps])
+    assert torch.allclose(together, alone, rtol=1e-3) and together[3] == 0 and (together[4:].diff() > 0).all()
+
+
 # -- temperature --------------------------------------------------------------
 
 @pytest.mark.parametrize("factor", [.3, 1., 2.5, 30.])
@@ -264,13 +374,93 @@ def test_temperature_is_the_minimum(factor):
     assert fit_temperature(z.softmax(1), y, from_logits=False) == pytest.approx(T, rel=1e-9)
 
 
-def test_temperature_at_the_ends():
-    z, y, _ = made(50)
-    assert fit_temperature(z, z.argmax(1)) < .2 # separable: as cold as float64 can tell
-    assert fit_temperature(10*z, z.argmin(1)) == 100
-    assert fit_temperature(torch.zeros(3, 2), [0, 1, 0]) == 100 # no T matters
-    assert fit_temperature(1e4*z, y) == 100
-    assert fit_temperature([[0., 1.]], [1]) == .01
+@pytest.mark.parametrize("scale", [1e-6, .01, 1e4, 1e9])
+@pytest.mark.parametrize("n, c", [(1, 3), (7, 2), (400, 10)])
+def test_the_temperature_goes_with_the_scale_of_the_logits(n, c, scale):
+    z = made(n, c)[0]
+    z[0] = torch.tensor([3., 2., *[-9.]*(c - 2)])
+    y = z.argmax(1)
+    y[:1 + n//10] = z[:1 + n//10].topk(2)[1][:, 1] # some are wrong, and all together better than chance
+    one, other = estimate_temperature(z, y), estimate_temperature(scale*z + 5*scale, y)
+    assert one.note is None and (one.low is None) == (n == 1)
+    for a, b in zip(one, other): assert b == (pytest.approx(scale*a, rel=1e-9) if a else None)
+
+
+def test_distances_and_cosines_are_logits():
+    "Classes at the corners of a simplex, images around them: at T = 2 s^2, minus squared distances are exact"
+    g, s = torch.Generator().manual_seed(0), 40.
+    y = torch.randint(5, (4000,), generator=g)
+    x = 60*torch.eye(5).double()[y] + s*torch.randn(4000, 5, generator=g, dtype=torch.float64)
+    distances = torch.cdist(x, 60*torch.eye(5).double()).square()
+    found = estimate_temperature(-distances, y)
+    assert distances.mean() > 9000 and found.low < 2*s**2 < found.high and found.high/found.low < 1.2
+    z, labels, _ = made(4000, 10)
+    assert fit_temperature(.9 + .003*z, labels) == pytest.approx(.003*fit_temperature(z, labels), rel=1e-9)
+
+
+SEPARABLE, CHANCE, CONSTANT = "every label is the top label", "no better than chance", "are equal"
+
+
+@pytest.mark.parametrize("z, y, T, says", [
+    ([[0., 2.]], [1], 2e-6, SEPARABLE), ([[0., 2.]], [0], 2e6, CHANCE),
+    ([[3., 0.], [0., 1.]], [0, 1], 2e-6, SEPARABLE), ([[3., 0.], [0., 1.]], [1, 0], 2e6, CHANCE),
+    ([[0., 0.]]*3, [0, 1, 0], 1, CONSTANT), ([[7.]*4], [2], 1, CONSTANT),
+    ([[5., 5., 0.]]*2, [0, 1], 5/3*1e-6, SEPARABLE), # ties for the top: no image has a gap
+    ([[0., 1., .5 + 1e-10]], [2], 5e5, CHANCE), # better than chance by a rounding error
+])
+def test_temperature_at_the_ends(z, y, T, says):
+    with pytest.warns(UserWarning, match=says) as said: found = estimate_temperature(z, y)
+    assert len(said) == 1 and found.T == pytest.approx(T, rel=1e-3)
+    assert found.low is None and says in found.note
+    with pytest.warns(UserWarning, match=says) as said: assert fit_temperature(z, y) == found.T
+    assert len(said) == 1
+    with pytest.warns(UserWarning, match=says) as said: scaled = Calibrator("ts").build(z, y)(torch.tensor(z))
+    assert len(said) == 1 and scaled.isfinite().all()
+
+
+def test_masked_classes_and_one_wild_image_do_not_move_the_range():
+    z, y, p = made(300, 6, 2.)
+    T = fit_temperature(z, y)
+    masked = torch.cat([z, torch.full((300, 1), -1e9)], 1)
+    assert fit_temperature(masked, y) == pytest.approx(T, rel=1e-9)
+    wild = torch.cat([z, z[:1]*0 + torch.tensor([1e8, 0, 0, 0, 0, 0])])
+    assert fit_temperature(wild, [*y.tolist(), 0]) == pytest.approx(T, rel=1e-6)
+
+
+@pytest.mark.parametrize("n, c, factor", [(300, 10, 1.5), (2000, 3, .4), (800, 100, 3.)])
+def test_the_temperatures_interval_is_that_of_the_bootstrap(n, c, factor):
+    z, y, _ = made(n, c, factor)
+    draws = torch.randint(n, (200, n), generator=torch.Generator().manual_seed(1))
+    again = np.log([_find_temperature(z[k], y[k]).T for k in draws])
+    found = estimate_temperature(z, y)
+    assert found.low*found.high == pytest.approx(found.T**2)
+    assert np.log(found.high/found.T)/1.96 == pytest.approx(again.std(), rel=.2) # 4 sd of 200 draws' spread
+
+
+def test_the_temperatures_interval_covers():
+    hits = sum(f.low <= 1.7 <= f.high for f in (estimate_temperature(*made(500, 5, 1.7, seed=s)[:2])
+                                                for s in range(300)))
+    assert hits >= 274, hits # at 95% fewer have a chance of .4%
+
+
+@pytest.mark.parametrize("n, c", [(5, 2), (40, 3), (3000, 50)])
+def test_cross_fitted_temperatures_are_those_of_the_other_four_fifths(n, c):
+    z, y, _ = made(n, c, 2., seed=3)
+    T = cross_fit_temperature(z, y, 1, 2.)
+    fold = np.random.default_rng(1).permutation(n) % 5
+    for k in range(5):
+        rest = torch.from_numpy(fold != k)
+        with warnings.catch_warnings(action="ignore"): expected = fit_temperature(z[rest], y[rest])
+        assert T[~rest].tolist() == pytest.approx([expected]*int((~rest).sum()), rel=1e-9)
+
+
+def test_pieces_of_a_large_set_give_the_same_derivatives():
+    z, y, _ = made(5000, 40, 1.5)
+    first, second = _nll_derivatives(z, y, .8) # in four pieces
+    d = z - z.gather(1, y[:, None])
+    q = (.8*d).softmax(1)
+    assert torch.allclose(first, (q*d).sum(1), rtol=1e-12)
+    assert torch.allclose(second, (q*(d - first[:, None]).square()).sum(1), rtol=1e-9, atol=1e-12)
 
 
 # -- against the truth --------------------------------------------------------
@@ -283,6 +473,52 @@ def test_against_the_truth():
     assert (kl_to_truth(softmax64(z), p)
             == pytest.approx(nll(z, labels) - float(-(p*p.log()).sum(1).mean()), abs=.03))
     assert kl_to_truth([[1., 0.]], [[.5, .5]]) == math.inf
+
+
+# -- a score in parts ---------------------------------------------------------
+
+def test_corp_by_hand_with_confidences_in_the_wrong_order():
+    """Four of .6, three of them correct, and four of .9, of which two are: pooled to
+    5/8, nothing is discriminated
+    """
+    p, y = binary([.6]*4 + [.9]*4, [1, 1, 1, 0, 1, 1, 0, 0])
+    corp = corp_decomposition(p, y, from_logits=False)
+    score = (3*.16 + .36 + 2*.01 + 2*.81)/8
+    assert corp["brier"] == pytest.approx((score, score - 15/64, 0, 15/64), abs=1e-12)
+    entropy = -(5*math.log(5/8) + 3*math.log(3/8))/8
+    score = -(3*math.log(.6) + math.log(.4) + 2*math.log(.9) + 2*math.log(.1))/8
+    assert corp["log"] == pytest.approx((score, score - entropy, 0, entropy), abs=1e-12)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 80), st.sampled_from((.3, 1., 4., 60.)))
+def test_parts_of_corp_add_up_and_are_never_negative(seed, n, factor):
+    z, y, _ = made(n, 3, factor, seed=seed)
+    for name, c in corp_decomposition(z, y).items():
+        assert min(c) >= -1e-12 and c.uncertainty <= (.25 if name == "brier" else math.log(2)) + 1e-12
+        if math.isfinite(c.score):
+            assert c.score == pytest.approx(c.miscalibration - c.discrimination + c.uncertainty, abs=1e-9)
+    p, correct = top_label(z, y, True)
+    assert corp_decomposition(z, y)["brier"].score == pytest.approx(float((p - correct).square().mean()))
+
+
+def test_what_was_pooled_has_no_miscalibration_and_an_increasing_function_changes_no_other_part():
+    z, y, _ = made(500, 2, 2.)
+    p, correct = (t[:, 0].numpy() for t in top_label(z, y, True))
+    assert corp_decomposition(z, y)["brier"].miscalibration > .01
+    from sklearn.isotonic import IsotonicRegression
+    pooled = IsotonicRegression().fit_transform(p, correct)
+    keep = pooled > .5 # those whose top label stays on top
+    q, labels = binary(pooled[keep].tolist(), correct[keep].tolist())
+    again = corp_decomposition(q, labels, from_logits=False)
+    assert [again[k].miscalibration for k in again] == pytest.approx([0, 0], abs=1e-12)
+    one, other = corp_decomposition(z, y), corp_decomposition(5*z, y)
+    for k in one: assert one[k][2:] == pytest.approx(other[k][2:]) and other[k].score > one[k].score
+
+
+def test_a_certain_mistake_has_an_infinite_log_score():
+    corp = corp_decomposition([[1., 0.], [.7, .3]], [1, 0], from_logits=False)
+    assert corp["log"].score == corp["log"].miscalibration == math.inf
+    assert math.isfinite(corp["log"].discrimination) and math.isfinite(corp["brier"].score)
 
 
 # -- files --------------------------------------------------------------------

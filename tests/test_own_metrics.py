@@ -16,7 +16,7 @@ from kdc_nb.calibration.differences import (
 from kdc_nb.calibration.estimates import calibration_estimates
 from kdc_nb.calibration.evaluation import evaluate, format_metric, metric_label, metric_unit
 from kdc_nb.calibration.metrics import (
-    BUILT_IN, METRICS, Metric, binned_error, ece, label_moments, register_metric, select_metrics,
+    BUILT_IN, METRICS, ON_REQUEST, Metric, binned_error, ece, label_moments, register_metric, select_metrics,
     unregister_metric,
 )
 from kdc_nb.calibration.null_bands import null_band, null_draws
@@ -103,7 +103,8 @@ def test_own_metrics_have_ranks_labels_and_a_part_in_outcomes():
     assert paired_difference(o["2.5"], o["1.0"], "l2_ece").low > 0
     assert (metric_label("l2_ece"), axis_label("l2_ece")) == ("l2 ECE, %", "l2 ECE")
     assert (metric_unit("spherical"), format_metric("spherical", .5)) == ("", "0.500")
-    with pytest.raises(ValueError, match="metric: got 'spherical', expected top1, nll, ece, ace, ks, l2_ece"):
+    with pytest.raises(ValueError,
+                       match="metric: got 'spherical', expected top1, nll, ece, ace, ks, smece, l2_ece"):
         debiased_contributions(o["1.0"], "spherical")
 
 
@@ -219,7 +220,7 @@ def test_null_moments_are_what_they_were():
 
 
 @given(st.integers(0, 999), st.integers(1, 200), st.sampled_from((.3, 1., 3.)),
-       st.sampled_from(("ece", "ace", "ks", "l2_ece")), st.integers(1, 20))
+       st.sampled_from(("ece", "ace", "ks", "smece", "l2_ece")), st.integers(1, 20))
 def test_slopes_of_a_norm_give_it_back(seed, n, factor, name, n_bins):
     "What images contribute has the metric as its mean, for every norm (Euler)"
     z, y, _ = made(n, 4, factor, seed=seed)
@@ -247,7 +248,7 @@ def test_metrics_come_in_the_order_asked_for(names):
 
 # -- refusals -----------------------------------------------------------------
 
-@pytest.mark.parametrize("name", [*BUILT_IN, "error", "kl", "l2_ece"])
+@pytest.mark.parametrize("name", [*BUILT_IN, *ON_REQUEST, "error", "kl", "l2_ece"])
 def test_a_taken_name_is_refused(name):
     before = dict(METRICS)
     for declared in (SPHERICAL, L2 | dict(norm=l1_norm)):
@@ -271,7 +272,7 @@ def test_a_cell_may_be_run_again_and_another_function_may_not_take_the_name():
     assert METRICS["halved"].per_sample is scaled
 
 
-@pytest.mark.parametrize("name", [*BUILT_IN, "nothing"])
+@pytest.mark.parametrize("name", [*BUILT_IN, *ON_REQUEST, "nothing"])
 def test_only_ones_own_are_taken_out(name):
     with pytest.raises(ValueError, match=f"metric: got '{name}', expected one of l2_ece, spherical"):
         unregister_metric(name)

@@ -63,14 +63,16 @@ def test_a_result_is_shown_in_short(store):
     assert (by["true error, %", "after TS"] == f"{100*result.scaled.metrics['error'].value:.2f}"
             and by["KL to truth, nats", "raw"] == f"{result.raw.metrics['kl'].value:.3f}")
     assert by["NLL, nats", "after TS"] == f"{result.evaluation.scaled['nll'].value:.3f}"
-    title, facts = str(result).splitlines()[:2]
-    assert (title == run_label(STUDENT) and facts.startswith("80 images")
-            and f"T = {result.evaluation.T:.4g}; 2 epochs, " in facts and facts.endswith("s on cpu"))
+    title, images, facts = str(result).splitlines()[:3]
+    assert title == run_label(STUDENT) and images.startswith("80 images")
+    e = result.evaluation
+    assert facts.startswith(f"T = {e.T:.4g} [{e.T_low:.3g}, {e.T_high:.3g}]; 2 epochs, ")
+    assert facts.endswith("s on cpu")
     assert ("<br>" in result._repr_html_()
             and result._repr_html_().count("<tr>") == 1 + 10 + len(result.table().notes))
     def forget(output): return output._replace(metrics={k: output.metrics[k] for k in result.evaluation.raw})
     photos = replace(result, raw=forget(result.raw), scaled=forget(result.scaled))
-    assert len(photos.table().rows) == 6 and len(str(photos).splitlines()) == 9 + len(photos.table().notes)
+    assert len(photos.table().rows) == 6 and len(str(photos).splitlines()) == 10 + len(photos.table().notes)
     assert "after ts" in str(recalibrate(result, "ts")).splitlines()[0]
 
 

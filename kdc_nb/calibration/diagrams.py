@@ -20,6 +20,7 @@ from torch import Tensor
 from ..core import check
 from .predictions import BinaryPredictions
 from .metrics import METRICS, ece, nll
+from .posthoc import FittedTemperature
 from .estimates import Estimate, top_label_estimates
 from .reliability import ReliabilityBins, bins_from_predictions, prepare_diagram
 from .evaluation import metric_name
@@ -226,10 +227,10 @@ class TemperatureCurves:
     def __init__(self,
         logits: Tensor, # (N, C) float64
         labels: Tensor, # (N,) int64, 0 to C-1
-        fitted: float, # the temperature of least NLL, for a dashed line
+        fitted: FittedTemperature, # the temperature of least NLL, for a dashed line
         ax: Axes, # of the ECE; the NLL gets an axis on its right
     ):
-        grid = np.sort(np.append(2**np.linspace(-3, 3, 49), np.clip(fitted, 1/8, 8)))
+        grid = np.sort(np.append(2**np.linspace(-3, 3, 49), np.clip(fitted.T, 1/8, 8)))
         curves = [[f(logits/T, labels) for T in grid] for f in (ece, nll)]
         self.axes = ax, right = ax, ax.twinx()
         for ax, y, c, name in zip(self.axes, curves, (BLUE, ORANGE),
@@ -241,11 +242,12 @@ class TemperatureCurves:
         right.set_ylim(top=min(max(curves[1]), 4*min(curves[1])))
         ax, _ = self.axes
         format_percent_axes(ax, "y")
-        ax.axvline(fitted, c=GREY, ls="--", lw=1)
-        ax.set(xscale="log", xticks=[.125, .25, .5, 1, 2, 4, 8],
+        ax.axvline(fitted.T, c=GREY, ls="--", lw=1)
+        ax.set(xscale="log", xlim=(.1, 10), xticks=[.125, .25, .5, 1, 2, 4, 8],
                xticklabels=["1/8", "1/4", "1/2", "1", "2", "4", "8"],
                xlabel="temperature T of softmax(z/T)")
-        ax.set_title(f"N = {len(labels):,}; least NLL: T = {fitted:.3g} (dashed)", fontsize="medium")
+        least = f"no least NLL,\n{fitted.note}" if fitted.note else f"least NLL (dashed):\n{fitted}"
+        ax.set_title(f"N = {len(labels):,}; {least}", fontsize="medium")
         ax.minorticks_off()
 
     def show(self,

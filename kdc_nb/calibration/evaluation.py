@@ -9,6 +9,7 @@ __all__ = ['DAGGER', 'OUTSIDE_NOTE', 'metric_name', 'metric_unit', 'metric_label
 # %% ../../nbs/calibration/07_evaluation.ipynb #3f5d63c9
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from statistics import NormalDist
 from typing import Any
 
@@ -18,9 +19,13 @@ from torch import Tensor
 from ..core import check, lookup
 from ..values import frozen_spec
 from ..tables import Table
-from .predictions import check_bins_and_draws, check_outputs_and_labels
-from .metrics import DERIVED_LABELS, METRICS, select_metrics
-from .posthoc import cross_fit_temperature, fit_temperature, to_logits
+from kdc_nb.calibration.predictions import (
+    BinaryPredictions, check_bins_and_draws, check_outputs_and_labels, to_probs, top_label,
+)
+from .metrics import DERIVED_LABELS, METRICS, binned_error, select_metrics
+from kdc_nb.calibration.posthoc import (
+    FittedTemperature, cross_fit_temperature, estimate_temperature, to_logits,
+)
 from .null_bands import null_band_of_mean
 from .estimates import Estimate, calibration_estimates, check_value
 
@@ -128,6 +133,9 @@ class Evaluation:
     scaled: dict = None
     T: float = None # the temperature: fitted to the validation set, or to all images if it was cross-fitted
     cross_fitted: bool = False # whether each fifth was scaled by the temperature of the other four
+    T_low: float = None # lower end of the temperature's 95% interval; None: not known
+    T_high: float = None # its upper end
+    T_note: str = None # why the temperature is no minimum of the NLL, if it is none
 
     def estimates(self,
         metrics: str | Sequence[str] | None = None, # names; None: all, in the order of tables
@@ -174,11 +182,12 @@ class Evaluation:
         return table.fillna({"value": table.metric.map(lambda k: worst.get(k, math.inf))})
 
     def caption(self) -> str:
-        "The numbers of images, classes, bins and draws, and the temperature"
-        scaled = ("no temperature" if self.T is None
-                  else f"T = {self.T:.4g}" + (", cross-fitted in 5 folds" if self.cross_fitted else ""))
+        "The numbers of images, classes, bins and draws, and the temperature with its 95% interval"
+        scaled = ("No temperature" if self.T is None
+                  else str(FittedTemperature(self.T, self.T_low, self.T_high, self.T_note))
+                  + (", cross-fitted in 5 folds" if self.cross_fitted else ""))
         return (f"{self.n:,} images, {self.n_classes} classes, {self.n_bins} bins, "
-                f"{self.n_boot:,} draws; {scaled}")
+                f"{self.n_boot:,} draws\n{scaled}")
 
     def __repr__(self): return repr(self.table())
     def _repr_html_(self): return self.table()._repr_html_()
@@ -195,6 +204,24 @@ def _format_estimate(metric: str, e: Estimate) -> tuple[str, ...]: # value, inte
     span = lambda a, b: "" if a is None else f"{number(a)} to {number(b)}"
     value = "infinite" if e.value is None else number(e.value) + DAGGER*e.is_outside_interval()
     return value, span(e.low, e.high), number(e.debiased), span(e.null_low, e.null_high)
+
+# %% ../../nbs/calibration/07_evaluation.ipynb #6fa4a236
+def _widen_for_temperature(scaled: dict[str, Estimate], z: Tensor, factor: float,
+                           n_bins: int) -> dict[str, Estimate]:
+    """Estimates of scaled logits (N, C), those of the top label's calibration with wider intervals: by how
+    far their gaps move if the temperature grows by `factor`, the upper end of its interval
+    """
+    top = z.argmax(1, keepdim=True)
+    p, moved = (to_probs(x, True).gather(1, top) for x in (z, z/factor))
+    def widened(k, e):
+        m = METRICS[k]
+        if m.predictions is not top_label or e.low is None: return e
+        move = binned_error(m, BinaryPredictions(moved, p), n_bins)
+        middle = min(max(e.value if e.debiased is None else e.debiased, e.low), e.high)
+        low, high = (m.clip(middle + s*math.hypot(end - middle, move))
+                     for s, end in ((-1, e.low), (1, e.high)))
+        return replace(e, low=low, high=high)
+    return {k: widened(k, e) for k, e in scaled.items()}
 
 # %% ../../nbs/calibration/07_evaluation.ipynb #ccfc6da0
 def evaluate(
@@ -231,10 +258,12 @@ def evaluate(
     check(valid[0].shape[1] == x.shape[1], "valid_logits",
           f"{valid[0].shape[1]} classes", f"{x.shape[1]}, as in the test set")
     crossed = valid_logits is None and len(y) >= 5
-    T = None if valid_logits is None and not crossed else fit_temperature(*valid, from_logits)
-    scaled = (None if T is None else cross_fit_temperature(x, y, from_logits, seed) if crossed
-              else to_logits(x, from_logits)/T)
-    def table(z, from_logits):
-        return _estimates(z, y, from_logits, names, n_bins=n_bins, n_boot=n_boot, seed=seed)
-    both = table(x, from_logits), None if scaled is None else table(scaled, True)
-    return Evaluation(len(y), x.shape[1], n_bins, n_boot, *both, T, crossed)
+    draws = dict(n_bins=n_bins, n_boot=n_boot, seed=seed)
+    raw = _estimates(x, y, from_logits, names, **draws)
+    if valid_logits is None and not crossed: return Evaluation(len(y), x.shape[1], n_bins, n_boot, raw)
+    fitted, z = estimate_temperature(*valid, from_logits), to_logits(x, from_logits)
+    z = z/(cross_fit_temperature(z, y, seed, fitted.T)[:, None] if crossed else fitted.T)
+    scaled = _estimates(z, y, True, names, **draws)
+    if crossed and fitted.high: scaled = _widen_for_temperature(scaled, z, fitted.high/fitted.T, n_bins)
+    T, low, high, note = fitted
+    return Evaluation(len(y), x.shape[1], n_bins, n_boot, raw, scaled, T, crossed, low, high, note)

@@ -14,7 +14,7 @@ from torch import Tensor
 from kdc_nb.calibration.predictions import (
     BinaryPredictions, bin_gaps, check_outputs_and_labels, classwise, equal_width_bins, l1_norm, top_label,
 )
-from .metrics import METRICS, binned_error
+from .metrics import METRICS, ON_REQUEST, binned_error
 
 # %% ../../nbs/calibration/02_outcomes.ipynb #eb3a9315
 class Outcomes(NamedTuple):
@@ -54,8 +54,10 @@ def metrics_from_outcomes(
     o: Outcomes, # of one model
     n_bins: int = 15, # bins of the metrics of the top label
 ) -> dict[str, float]: # by name; fractions, NLL in nats
-    "The metrics that follow from outcomes: all but Brier score and class-wise ACE"
+    """The metrics that follow from outcomes: your own and the built-in ones, but
+    Brier score and class-wise ACE
+    """
     top = {k: binned_error(m, o.predictions, n_bins)
-           for k, m in METRICS.items() if m.predictions is top_label}
+           for k, m in METRICS.items() if m.predictions is top_label and k not in ON_REQUEST}
     return ({k: float(v.mean()) for k, v in o.per_sample.items()}
             | top | {"sce": float(l1_norm(o.classwise_gaps, None))})
