@@ -91,14 +91,14 @@ def _invert_test(
     length: Callable, # of gaps (..., B) in images -> (...) the metric
     quantiles: Tensor, # (B, R) uniform numbers
     level: float, # of the interval
-    own_ends: Callable | None = None, # of the metric
+    own: tuple[float | None, ...] = (None, None, None), # of the metric; None: by this test
 ) -> tuple[float, float, float]: # low, debiased, high
     "The true errors for which the observed one is unsurprising"
     lower, upper = _safe_directions(contents, contents.deviation)
     tail, (t, _, below) = (1 - level)/2, _score_chances(contents, upper, length, quantiles)
     below = np.minimum.accumulate(below)
     middle, high = map(float, np.interp([.5, tail*below[0]], below[::-1], t[::-1]))
-    if own_ends: return (ends := own_ends(contents, level))[0], middle, ends[1]
+    if own[0] is not None: return own[0], middle, own[2]
     t, above, _ = _score_chances(contents, lower, length, quantiles)
     above = np.maximum.accumulate(above)
     return 0. if above[0] >= tail else float(np.interp(tail, above, t)), middle, high
@@ -131,13 +131,13 @@ def _mce_bounds(
 METRICS.data.update(mce=replace(METRICS["mce"], bounds=_mce_bounds))
 
 # %% ../../nbs/calibration/05_estimates.ipynb #7097fb60
-def _ks_bounds(contents: BinContents, level: float) -> tuple[float, float]: # low, high
+def _ks_bounds(contents: BinContents, level: float) -> tuple[float, None, float]: # low, high
     "Ends for the largest absolute running sum of the true gaps, of bins in ascending order of confidence"
     n = contents.count.sum()
     walk = (contents.confidence - contents.correct).cumsum(0).abs()/n
     spread = contents.deviation.square().cumsum(0).sqrt()/n
     z, farthest = (NormalDist().inv_cdf(1 - (1 - level)/k) for k in (2, 8)) # P(max |walk| > x) < 4 P(end > x)
-    return max(0., float(walk.max() - farthest*spread[-1])), float((walk + z*spread).max())
+    return max(0., float(walk.max() - farthest*spread[-1])), None, float((walk + z*spread).max())
 
 
 METRICS.data.update(ks=replace(METRICS["ks"], own_ends=_ks_bounds))
@@ -205,8 +205,10 @@ def _top_label_estimate(
     length, filled = _length_of(rule, contents, len(predictions.confidence)), contents.filled()
     observed = float(length(filled.confidence - filled.correct))
     scale = value/observed if observed else 1.
-    quantiles = _quantiles(contents, n_boot, seed)
-    low, middle, high = (scale*e for e in _invert_test(filled, length, quantiles, level, rule.own_ends))
+    own = (rule.own_ends or (lambda *_: (None,)*3))(BinContents(*(t[0] for t in contents)), level)
+    ends = (_invert_test(filled, length, _quantiles(contents, n_boot, seed), level, own) if None in own
+            else own)
+    low, middle, high = (scale*e for e in ends)
     high = max(high, float(length(_pooled_limit(filled, level)*filled.count)))
     low, middle, high = map(rule.clip, (low, middle, high))
     return Estimate(value, min(low, middle), max(high, middle), middle, *band)

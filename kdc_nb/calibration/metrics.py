@@ -56,7 +56,7 @@ class Metric:
     norm: Callable | None = None # gaps (..., K, B) as `bin_gaps` gives them, shares (K, B) -> (...)
     walk: Callable | None = None # running sums (R, N) of the gaps -> (R,): a norm of them that needs no bins
     bounds: Callable | None = None # own interval: (values, level) or (predictions, bins, level) -> low, high
-    own_ends: Callable | None = None # own ends: (contents of the bins that hold images, level) -> low, high
+    own_ends: Callable | None = None # own ends: (contents, level) -> low, debiased, high; None: by a test
 
     @property
     def paired(self) -> bool:

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from statistics import NormalDist
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .predictions import equal_width_bins, top_label
 from .metrics import METRICS, Metric, calibration_error
+from .bins import BinContents, draw_correct
 
 # %% ../../nbs/calibration/11_smoothing.ipynb #a8f845dd
 _CELLS, _POINTS = 1000, 250 # cells in which gaps are added up; points at which smoothed gaps are read
@@ -81,14 +83,24 @@ def fine_bins(
     return equal_width_bins(p, _CELLS)
 
 # %% ../../nbs/calibration/11_smoothing.ipynb #0e87b386
-def _smooth_upper_bound(model: NoiseModel, gaps: Tensor, level: float) -> float:
-    "Upper end for the smooth error: the value, and how far it scatters if the noise is drawn again"
-    spread = model.length(gaps + model.noise[1].to(gaps.dtype)).std()
-    return float(model.length(gaps) + NormalDist().inv_cdf((1 + level)/2)*spread)
+def _smooth_ends(contents: BinContents, level: float) -> tuple[float, float, float]: # low, debiased, high
+    """Ends for the smooth error, from labels that are drawn again: noise adds to it as
+    the legs of a triangle do
+    """
+    count, g = contents.count, torch.Generator().manual_seed(0)
+    mean, z = count*(contents.correct + .5)/(count + 1), NormalDist().inv_cdf((1 + level)/2)
+    drawn = draw_correct(count, mean, torch.rand(len(count), 500, generator=g, dtype=torch.float64)).T
+    noise, gaps = (mean - drawn)/count.sum(), (contents.confidence - contents.correct)/count.sum()
+    value, *scattered = smooth_norm(torch.cat([gaps[None], gaps + noise])[:, None].float(), None).tolist()
+    alone = smooth_norm(noise[:, None].float(), None).square()
+    spread = z*float(np.std(scattered))
+    less = lambda square: max(value**2 - float(square), 0)**.5
+    low = less(alone.quantile((1 + level)/2)) - spread
+    return max(low, 0.), less(alone.mean()), value + spread
 
 
 METRICS.data.update(smece=Metric("smECE", "%", limits=(0, 1), axis="smooth ECE", predictions=top_label,
-                                 bins=fine_bins, norm=smooth_norm, upper_bound=_smooth_upper_bound))
+                                 bins=fine_bins, norm=smooth_norm, own_ends=_smooth_ends))
 
 
 def smooth_ece(
