@@ -26,8 +26,8 @@ from .metrics import DERIVED_LABELS, METRICS, binned_error, select_metrics
 from kdc_nb.calibration.posthoc import (
     FittedTemperature, cross_fit_temperature, estimate_temperature, to_logits,
 )
-from .null_bands import null_band_of_mean
-from .estimates import Estimate, calibration_estimates, check_value
+from .null_bands import check_value, null_band_of_mean
+from .estimates import Estimate, calibration_estimates
 
 # %% ../../nbs/calibration/07_evaluation.ipynb #1285acc4
 def _mean_interval(values: Tensor, least_variance: float, level: float) -> tuple[float, float]: # low, high

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIE_TOLERANCE', 'simulate_calibrated', 'NullDraws', 'top_label_null_draws', 'classwise_null_scores',
-           'split_metric_names', 'null_draws', 'NullBand', 'null_band_of_mean', 'central_range', 'null_band']
+           'split_metric_names', 'check_value', 'null_draws', 'NullBand', 'null_band_of_mean', 'central_range',
+           'null_band']
 
 # %% ../../nbs/calibration/04_null_bands.ipynb #902b4a3b
 from collections.abc import Callable, Sequence
@@ -135,6 +136,16 @@ def split_metric_names(
     "Split names of calibration metrics; a `ValueError` lists those that can be asked for"
     rules = select_metrics(metrics, lambda m: m.norm)
     return [[k for k, r in rules.items() if r.predictions is kind] for kind in (top_label, classwise)]
+
+# %% ../../nbs/calibration/04_null_bands.ipynb #225951d9
+def check_value(
+    metric: str, # name of a registered metric
+    value: float, # as functions return it: a fraction, or in nats
+) -> None:
+    "A `ValueError` if a metric's value is not a number, or lies outside its limits"
+    low, high = METRICS[metric].limits
+    expected = f"a number within its limits, {low} to {high}"
+    check(low - 1e-6 <= value <= high + 1e-6, f"metric {metric!r}", value, expected)
 
 # %% ../../nbs/calibration/04_null_bands.ipynb #63a6c3eb
 def null_draws(
