@@ -44,15 +44,20 @@ def bin_contents(
     bins: Tensor, # (N, K) the bin of each, from 0
     n_bins: int, # how many bins there are
 ) -> BinContents:
-    "The contents of the bins, a few columns at a time, so that a thousand classes fit into memory"
+    "The contents of the bins, a few columns at a time"
     p, correct = predictions
-    parts = []
-    for k in range(0, p.shape[1], 64):
-        q, b = p[:, k:k + 64], bins[:, k:k + 64].long()
-        hit = (correct[:, k:k + 64] if correct.ndim == 2
+    parts, width = [], _columns_at_once(p)
+    for k in range(0, p.shape[1], width):
+        q, b = p[:, k:k + width], bins[:, k:k + width].long()
+        hit = (correct[:, k:k + width] if correct.ndim == 2
                else (correct[:, None] == torch.arange(k, k + q.shape[1])))
         parts.append([bin_sums(x.double(), b, n_bins) for x in (torch.ones_like(q), q, q*(1 - q), hit)])
     return BinContents(*map(torch.cat, zip(*parts)))
+
+
+def _columns_at_once(p: Tensor) -> int:
+    "How many columns of a table are worked on together, so that a thousand classes fit into memory"
+    return max(1, 2**19//len(p))
 
 # %% ../../nbs/calibration/03_bins.ipynb #37f2ead9
 def noise_bins(
@@ -72,7 +77,7 @@ def classwise_bins(
     n_bins: int, # that the metric is asked for
 ) -> tuple[Tensor, int]: # (N, C) int32 the bin of each probability, and how many bins there are
     "The bins of a class-wise metric, found for a few classes at a time"
-    bins = torch.cat([rule.bins(p, n_bins).int() for p in probs.split(64, 1)], 1)
+    bins = torch.cat([rule.bins(p, n_bins).int() for p in probs.split(_columns_at_once(probs), 1)], 1)
     return bins, max(n_bins, int(bins.max()) + 1)
 
 # %% ../../nbs/calibration/03_bins.ipynb #b5016aa0

@@ -72,7 +72,8 @@ def _simulate_classwise(
 ) -> list[Tensor]: # (n_boot,) scores of each metric
     "What metrics would score, if the labels were drawn from `probs`"
     n, c = probs.shape
-    rng, cdf, scores = np.random.default_rng(seed), probs.cumsum(1).float(), [[] for _ in bins]
+    rng, scores = np.random.default_rng(seed), [[] for _ in bins]
+    cdf = torch.cat([p.cumsum(1).float() for p in probs.split(max(1, 2**22//c))])
     rows = max(1, min(2**20//n, 2**24//max(s.numel() for s in sums)))
     for start in tqdm(range(0, n_boot, rows), "null band", leave=False, delay=5): # seen where it takes long
         u = torch.from_numpy(rng.random((n, min(rows, n_boot - start)), dtype=np.float32))
