@@ -53,7 +53,7 @@ def _safe_directions(
     upper = torch.where(z2 > 1, gaps, room*gaps.abs())
     return tuple(d if d.any() else room*contents.deviation for d in (lower, upper))
 
-
+# %% ../../nbs/calibration/05_estimates.ipynb #cd543b86
 def _lengths(contents: BinContents, observed: float, length: Callable) -> Tensor: # (41,)
     "Lengths of true gaps to try, the closer the smaller"
     reach = 5*float(contents.deviation.norm()/contents.count.sum()) + 2*float(length(contents.deviation))
@@ -78,7 +78,7 @@ def _score_chances(
                                                                   for s in (at_least, at_most))])
     return np.array(rows).T
 
-
+# %% ../../nbs/calibration/05_estimates.ipynb #3114be13
 def _mean_correct(contents: BinContents, direction: Tensor, t: float, length: Callable) -> Tensor: # (B,)
     "How many of each bin are correct on the mean, if the true gaps have a direction and length `t`"
     gaps = t/float(length(direction))*direction
@@ -161,7 +161,7 @@ def _quantiles(contents: BinContents, n_boot: int, seed: int) -> Tensor: # (B, n
     "Uniform numbers for the bins that hold images"
     return torch.from_numpy(np.random.default_rng(seed).random((int((contents.count > 0).sum()), n_boot)))
 
-
+# %% ../../nbs/calibration/05_estimates.ipynb #842493a6
 def _length_of(rule: Metric, contents: BinContents, n: int) -> Callable:
     "The metric of gaps (..., B) of the bins that hold images, given in images"
     used, share = contents.count > 0, contents.count/n
@@ -173,7 +173,7 @@ def _length_of(rule: Metric, contents: BinContents, n: int) -> Callable:
         return rule.norm(every/n, share)
     return length
 
-
+# %% ../../nbs/calibration/05_estimates.ipynb #61c2ca4b
 def _top_label_estimate(
     name: str, # of a calibration metric
     null: NullDraws, # of it
