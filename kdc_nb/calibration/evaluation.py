@@ -20,7 +20,7 @@ from ..core import check, lookup
 from ..values import frozen_spec
 from ..tables import Table
 from kdc_nb.calibration.predictions import (
-    BinaryPredictions, check_bins_and_draws, check_outputs_and_labels, to_probs, top_label,
+    BinaryPredictions, check_bins_and_draws, check_outputs_and_labels, classwise, to_probs, top_label,
 )
 from .metrics import DERIVED_LABELS, METRICS, binned_error, select_metrics
 from kdc_nb.calibration.posthoc import (
@@ -157,6 +157,8 @@ class Evaluation:
         name = {"raw": metric_label, "scaled": lambda k: "  after TS"}
         rows = [[name[which](k), *_format_estimate(k, e)] for k, which, e in shown]
         notes = [OUTSIDE_NOTE]*any(e.is_outside_interval() for *_, e in shown)
+        classwise_shown = any(METRICS[k].predictions is classwise for k, *_ in shown if k in METRICS)
+        notes += [_CLASSWISE_NOTE]*classwise_shown
         return Table(_EVALUATION_HEAD, rows, self.caption(), [*notes, *self._few_errors()])
 
     def _few_errors(self) -> list[str]:
@@ -193,6 +195,7 @@ class Evaluation:
     def _repr_html_(self): return self.table()._repr_html_()
 
 
+_CLASSWISE_NOTE = "Class-wise intervals may be too short where one class or bin alone is off."
 _EVALUATION_HEAD = ("metric", "value", "95% interval", "debiased", "null band")
 DAGGER = "†"
 OUTSIDE_NOTE = f"{DAGGER} outside its interval, which is for the error without the noise of the labels"
