@@ -24,7 +24,7 @@ from ..values import decode, encode
 from ..files import load_npz, save_npz
 from ..tables import Table
 from ..calibration.predictions import equal_width_bins, softmax64
-from ..calibration.metrics import DERIVED_LABELS, ece, kl_to_truth, nll, top1
+from ..calibration.metrics import ece, kl_to_truth, nll, top1
 from ..calibration.outcomes import Outcomes, compute_outcomes
 from ..calibration.posthoc import Calibrator
 from ..calibration.estimates import Estimate
@@ -96,7 +96,7 @@ def result_to_json(
     outputs = {"raw": result.raw, "scaled": result.scaled}
     truth = {f"{prefix}{k}": encode(outputs[o].metrics[k])
              for prefix, o in (("", "raw"), ("scaled_", "scaled"))
-             for k in DERIVED_LABELS if k in outputs[o].metrics}
+             for k in ("error", "kl") if k in outputs[o].metrics}
     bins = {k: [None if v != v else float(v) for v in column] for k, column in result.bins._asdict().items()}
     return {**{k: encode(getattr(result, k)) for k in ("spec", "evaluation", "history", "facts")},
             "confidence": {k: o.confidence for k, o in outputs.items()},
@@ -113,7 +113,7 @@ def result_from_json(
     evaluation, truth, confidence = parts["evaluation"], parts.pop("truth"), parts.pop("confidence")
     def summary(which, prefix):
         estimate = lambda e: e if isinstance(e, Estimate) else Estimate(e) # older files hold its value
-        known = {k: estimate(truth[prefix + k]) for k in DERIVED_LABELS if truth}
+        known = {k: estimate(truth[prefix + k]) for k in ("error", "kl") if truth}
         return OutputSummary(getattr(evaluation, which) | known, confidence[which], outcomes.get(which))
     bins = ReliabilityBins(*(np.array(parts["bins"][k], float) for k in ReliabilityBins._fields))
     return Result(**parts | {"history": list(parts["history"]), "bins": bins},
