@@ -37,8 +37,8 @@ def estimate_true_error(
     conf, gap = p.gather(1, top), p.gather(1, top) - truth.gather(1, top)
     bins = equal_width_bins(conf, n_bins)
     count, total, square = (bin_sums(t, bins, n_bins)[0] for t in (torch.ones_like(gap), gap, gap.square()))
-    gaps, deviation = (t[count > 0]
-                       for t in (total, (square - total**2/count.clamp(min=1)).clamp(min=0).sqrt()))
+    variance = (square - total**2/count.clamp(min=1)).clamp(min=0) + gap.var(unbiased=False) # as of one more
+    gaps, deviation = total[count > 0], variance[count > 0].sqrt()
     draws = np.random.default_rng(seed).standard_normal((n_boot, len(gaps)))
     noise = torch.from_numpy(draws)*deviation
     ends = _invert_normal(gaps, deviation, noise, (1 - level)/2)
