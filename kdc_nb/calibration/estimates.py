@@ -18,8 +18,7 @@ from torch import Tensor
 
 from ..values import frozen_spec
 from kdc_nb.calibration.predictions import (
-    BinaryPredictions, bin_sums, check_bins_and_draws, check_outputs_and_labels, l1_norm, to_probs,
-    top_label,
+    BinaryPredictions, check_bins_and_draws, check_outputs_and_labels, l1_norm, to_probs, top_label,
 )
 from .metrics import METRICS, Metric, binned_error
 from kdc_nb.calibration.bins import (
@@ -116,11 +115,8 @@ def _mce_bounds(
     level: float, # of the interval
 ) -> tuple[float, float]: # low, high
     "Bounds for the largest true gap of any bin that holds images"
-    n_bins = int(bins.max()) + 1
-    counts, p, correct = (bin_sums(t, bins, n_bins).flatten()
-                          for t in (torch.ones_like(predictions.confidence), *predictions))
-    used = counts > 0
-    conf, acc, counts, tail = (p/counts)[used], (correct/counts)[used], counts[used], (1 - level)/2
+    contents, tail = bin_contents(predictions, bins, int(bins.max()) + 1).filled(), (1 - level)/2
+    counts, conf, acc = contents.count, contents.confidence/contents.count, contents.correct/contents.count
     low, high = chernoff_interval(acc, counts, tail/len(counts))
     least = torch.maximum(low - conf, conf - high).max().clamp(min=0)
     low, high = chernoff_interval(acc, counts, tail)
@@ -130,7 +126,7 @@ def _mce_bounds(
 METRICS.data.update(mce=replace(METRICS["mce"], bounds=_mce_bounds))
 
 # %% ../../nbs/calibration/05_estimates.ipynb #7097fb60
-def _ks_bounds(contents: BinContents, level: float) -> tuple[float, None, float]: # low, high
+def _ks_bounds(contents: BinContents, level: float) -> tuple[float, None, float]: # low, -, high
     "Ends for the largest absolute running sum of the true gaps, of bins in ascending order of confidence"
     n = contents.count.sum()
     walk = (contents.confidence - contents.correct).cumsum(0).abs()/n
@@ -194,7 +190,7 @@ def _top_label_estimate(
     length, filled = _length_of(rule, contents, len(predictions.confidence)), contents.filled()
     observed = float(length(filled.confidence - filled.correct))
     scale = value/observed if observed else 1.
-    own = (rule.own_ends or (lambda *_: (None,)*3))(BinContents(*(t[0] for t in contents)), level)
+    own = rule.own_ends(BinContents(*(t[0] for t in contents)), level) if rule.own_ends else (None,)*3
     ends = (_invert_test(filled, length, _quantiles(contents, n_boot, seed), level, own) if None in own
             else own)
     low, middle, high = (scale*e for e in ends)

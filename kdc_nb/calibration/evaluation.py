@@ -23,6 +23,7 @@ from kdc_nb.calibration.predictions import (
     BinaryPredictions, check_bins_and_draws, check_outputs_and_labels, classwise, to_probs, top_label,
 )
 from .metrics import DERIVED_LABELS, METRICS, binned_error, select_metrics
+from .bins import split_rows
 from kdc_nb.calibration.posthoc import (
     FittedTemperature, cross_fit_temperature, estimate_temperature, to_logits,
 )
@@ -48,8 +49,8 @@ def _mean_interval(values: Tensor, least_variance: float, level: float) -> tuple
 # %% ../../nbs/calibration/07_evaluation.ipynb #d4a31c69
 def _per_sample_estimate(name: str, x: Tensor, y: Tensor, from_logits: bool, level: float) -> Estimate:
     "A metric that is a mean over images, with its interval and null band"
-    m, rows = METRICS[name], max(1, 2**22//x.shape[1]) # at a time, so that a thousand classes fit into memory
-    each = torch.cat([m.per_sample(*part, from_logits) for part in zip(x.split(rows), y.split(rows))])
+    m, parts = METRICS[name], split_rows(x)
+    each = torch.cat([m.per_sample(*part, from_logits) for part in zip(parts, y.split(len(parts[0])))])
     null, promised = null_band_of_mean(m, x, from_logits, level)
     value = float(each.mean())
     check_value(name, value)

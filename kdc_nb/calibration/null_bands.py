@@ -22,7 +22,7 @@ from kdc_nb.calibration.predictions import (
     BinaryPredictions, check_bins_and_draws, check_outputs, classwise, to_probs, top_label,
 )
 from .metrics import METRICS, Metric, label_moments, select_metrics
-from .bins import BinContents, bin_contents, classwise_bins, noise_bins
+from .bins import BinContents, bin_contents, classwise_bins, noise_bins, split_rows
 
 # %% ../../nbs/calibration/04_null_bands.ipynb #ca61d7a6
 def simulate_calibrated(
@@ -72,7 +72,7 @@ def _simulate_classwise(
     "What metrics would score, if the labels were drawn from `probs`"
     n, c = probs.shape
     rng, scores = np.random.default_rng(seed), [[] for _ in bins]
-    cdf = torch.cat([p.cumsum(1).float() for p in probs.split(max(1, 2**22//c))])
+    cdf = torch.cat([p.cumsum(1).float() for p in split_rows(probs)])
     rows = max(1, min(2**20//n, 2**24//max(s.numel() for s in sums)))
     for start in _with_bar(range(0, n_boot, rows)):
         u = torch.from_numpy(rng.random((n, min(rows, n_boot - start)), dtype=np.float32))
@@ -114,9 +114,9 @@ def top_label_null_draws(
     ends = [torch.searchsorted(b, torch.arange(m), right=True) for b, m in bins]
     correct, peaks = _simulate_top_label(conf, steps, torch.cat(ends).clamp(min=1), n_boot, seed,
                                          [r.walk for r in rules if r.walk])
-    draws = {}
+    sums, draws = conf.cumsum(0), {}
     for k, r, e, c in zip(names, rules, ends, correct.split([len(e) for e in ends], -1)):
-        walk = (conf.cumsum(0)[e.clamp(min=1) - 1] - c)*(e > 0)/len(conf)
+        walk = (sums[e.clamp(min=1) - 1] - c)*(e > 0)/len(conf)
         gaps = walk.diff(dim=-1, prepend=walk.new_zeros(len(walk), 1)).float()
         share = e.diff(prepend=e.new_zeros(1))[None]/len(conf)
         draws[k] = NullDraws(gaps, peaks.pop(0) if r.walk else r.norm(gaps[:, None], share))
@@ -217,7 +217,7 @@ def null_band_of_mean(
 ) -> tuple[NullBand, float]: # the band; the variance of an image's value
     "The null band of a metric that is a mean over images, which needs no draws; a `ValueError` for the level"
     check(0 < level < 1, "level", level, "a number between 0 and 1")
-    parts = [label_moments(m, part, from_logits) for part in x.split(max(1, 2**22//x.shape[1]))]
+    parts = [label_moments(m, part, from_logits) for part in split_rows(x)]
     expected, variance = map(torch.cat, zip(*parts))
     variance, centre = variance.clamp(min=0), float(expected.mean())
     spread = NormalDist().inv_cdf((1 + level)/2)*float(variance.sum())**.5/len(x)
