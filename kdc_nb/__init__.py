@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "evaluate": "calibration.evaluation", "compare": "calibration.comparisons",
     "plot_reliability": "calibration.diagrams",
-    "explore_reliability": "explorers", "load_outputs": "calibration.predictions",
+    "explore_reliability": "explorers", "load_outputs": "calibration.inputs",
     "DataSpec": "training.data", "Method": "training.methods",
     "Recipe": "training.recipes", "RunSpec": "experiments.specs",
     "Distil": "experiments.specs", "run": "experiments.runs", "sweep": "experiments.sweeps",

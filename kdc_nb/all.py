@@ -44,15 +44,17 @@ from kdc_nb.calibration.differences import (
 )
 from .calibration.estimates import Estimate, calibration_estimates
 from .calibration.evaluation import evaluate, metric_label
+from .calibration.inputs import load_outputs
 from kdc_nb.calibration.metrics import (
-    METRICS, Metric, ace, brier, classwise_ace, ece, kl_to_truth, ks, mce, nll, register_metric, sce,
-    top1, true_calibration_error, unregister_metric,
+    METRICS, Metric, ace, brier, classwise_ace, ece, ks, mce, nll, register_metric, sce, top1,
+    unregister_metric,
 )
 from .calibration.null_bands import null_band, simulate_calibrated
 from .calibration.outcomes import compute_outcomes
+from .calibration.outputs import softmax64
 from .calibration.posthoc import Calibrator, fit_temperature
-from .calibration.predictions import load_outputs, softmax64
 from .calibration.reliability import format_ece
+from .calibration.truth import kl_to_truth, true_calibration_error
 from .training.data import DataSpec, Dataset, load_data, show_images, stratified_split
 from .training.images import find_images, read_images, register_images
 from .training.loss_fields import plot_loss_field, prepare_loss_field

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from .core import check, lookup
-from .calibration.predictions import check_outputs_and_labels
+from .calibration.outputs import check_outputs_and_labels
 from .calibration.posthoc import estimate_temperature, to_logits
 from .calibration.reliability import format_ece
 from kdc_nb.calibration.diagrams import (

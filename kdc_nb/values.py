@@ -42,21 +42,26 @@ def _written_fields(kind: str, name: str | None) -> dict[str, str]: # by the nam
     "The names in files and ids of a class's fields or a named value's parameters, where they differ"
     return WRITTEN_FIELDS.get(kind, {}) | WRITTEN_FIELDS.get(f"{kind} {name}", {})
 
+# %% ../nbs/values.ipynb #be5ee91f
+def _plain(v: Any) -> Any:
+    "A number of NumPy as Python's, a list as a tuple; other things as they are"
+    if isinstance(v, np.generic): return v.item()
+    return tuple(map(_plain, v)) if type(v) in (list, tuple) else v
+
 # %% ../nbs/values.ipynb #7c894ddb
 def frozen_spec(
     cls: type, # with annotated fields, as a dataclass has
 ) -> type: # a decorator's result
     """Make `cls` a frozen dataclass that `encode` and `decode` know by its name.
 
-    Integers that are given for floats become floats, and lists become tuples. A `ValueError` if another class
-    of descriptions has the name.
+    Integers that are given for floats become floats, NumPy's numbers Python's, and lists tuples. A
+    `ValueError` if another class of descriptions has the name.
     """
     own = cls.__dict__.get("__post_init__", lambda self: None)
     def __post_init__(self):
         for f in fields(self):
-            v = getattr(self, f.name)
-            if f.type is float and type(v) is int: object.__setattr__(self, f.name, float(v))
-            if type(v) is list: object.__setattr__(self, f.name, tuple(v))
+            v = _plain(getattr(self, f.name))
+            object.__setattr__(self, f.name, float(v) if f.type is float and type(v) is int else v)
         own(self)
     cls.__post_init__ = __post_init__
     SPEC_TYPES[written_name(cls)] = cls = dataclass(frozen=True)(cls)
@@ -135,12 +140,12 @@ class NamedSpec:
 # %% ../nbs/values.ipynb #22b50130
 def _coerce(given: Any, default: Any, argument: str) -> Any: # `given`, as the default's type
     "`given` as the type of `default`; a `ValueError` names the argument if that would lose something"
+    given = _plain(given)
     if default is None or given is None or type(given) is type(default): return given
     number = isinstance(given, (int, float)) and not isinstance(given, bool)
     if isinstance(default, float) and number: return float(given)
     if isinstance(default, int) and not isinstance(default, bool) and number and given == int(given):
         return int(given)
-    if isinstance(default, tuple) and isinstance(given, list): return tuple(given)
     check(False, argument, repr(given), f"a {type(default).__name__}")
 
 # %% ../nbs/values.ipynb #1c3bdb30

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kdc_nb.values import encode, spec_hash
 from kdc_nb.calibration.metrics import nll, top1
 from kdc_nb.calibration.posthoc import Calibrator
-from kdc_nb.calibration.predictions import softmax64
+from kdc_nb.calibration.outputs import softmax64
 from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.methods import Method, TrainingStep, _AdaFocal, _update_gamma
 from kdc_nb.training.recipes import Recipe

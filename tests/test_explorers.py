@@ -15,7 +15,7 @@ from PIL import Image
 
 import kdc_nb.calibration.diagrams as explorers
 from kdc_nb.calibration.posthoc import fit_temperature
-from kdc_nb.calibration.predictions import check_outputs_and_labels
+from kdc_nb.calibration.outputs import check_outputs_and_labels
 from kdc_nb.training.data import DataSpec
 from kdc_nb.training.loss_fields import _batch_context
 from kdc_nb.training.recipes import Recipe

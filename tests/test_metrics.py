@@ -12,17 +12,17 @@ from scipy.optimize import minimize_scalar
 from kdc_nb.calibration.comparisons import compare
 from kdc_nb.calibration.estimates import calibration_estimates
 from kdc_nb.calibration.metrics import (
-    METRICS, ace, binned_error, brier, classwise_ace, ece, kl_to_truth, ks, mce, nll, sce, top1,
-    true_calibration_error,
+    METRICS, ace, binned_error, brier, classwise_ace, ece, ks, mce, nll, sce, top1,
 )
+from kdc_nb.calibration.truth import kl_to_truth, true_calibration_error
 from kdc_nb.calibration.null_bands import null_band
 from kdc_nb.calibration.posthoc import (
     Calibrator, _find_temperature, _nll_derivatives, cross_fit_temperature, estimate_temperature,
     fit_temperature,
 )
+from kdc_nb.calibration.outputs import check_outputs_and_labels, softmax64
 from kdc_nb.calibration.predictions import (
-    BinaryPredictions, check_outputs_and_labels, equal_mass_bins, equal_width_bins, gaps_and_shares,
-    load_outputs, softmax64, top_label,
+    BinaryPredictions, equal_mass_bins, equal_width_bins, gaps_and_shares, top_label,
 )
 from kdc_nb.calibration.reliability import corp_decomposition, reliability_bins
 from kdc_nb.calibration.smoothing import _smoothed_l1, fine_bins, smooth_ece, smooth_norm
@@ -156,16 +156,20 @@ def test_extreme_logits_are_finite():
 @pytest.mark.parametrize("x, y, from_logits, says", [
     ([[1., 2.]], [0, 1], True, "labels: got 2 of them, expected 1"),
     (np.zeros((0, 3)), [], True, "shape (0, 3)"),
-    ([[1.]], [0], True, "C of at least 2"),
-    ([1., 2.], [0], True, "shape (2,)"),
+    ([1., 2.], [0], True, "labels: got 1 of them, expected 2"), # two images of two classes
+    ([1., 2.], [0, 2], True, "labels: got 0 to 2, expected 0 to 1"),
+    (np.array([1, 0]), [0, 1], True, "whole numbers of shape (2,)"), # predicted classes
+    (np.zeros((2, 3, 4)), [0, 1], True, "flatten_outputs"),
+    ([[-math.inf, -math.inf]], [0], True, "nothing but -inf"),
     ([[1., math.inf]], [0], True, "NaN or infinity"),
     ([[math.nan, 0.]], [0], False, "NaN or infinity"),
-    ([[.5, .6]], [0], False, "sum 1 within 1e-4"),
+    ([[.5, .6]], [0], False, "row 0 with sum 1.1000, expected rows with sum 1 within 0.01"),
     ([[1.5, -.5]], [0], False, "between 0 and 1"),
     ([[1., 2.]], [-1], True, "labels: got -1 to -1, expected 0 to 1"),
     ([[1., 2.]], [.5], True, "integers"),
     ([[1., 2.]], [math.nan], True, "integers"),
-    ([[1., 2.]], [[0]], True, "labels: got shape (1, 1)"),
+    ([[1., 2.]], [[0]], True, "labels: got shape (1, 1), expected (N,); of one-hot labels take argmax(1)"),
+    ([[1., 2.], [0., "cat"]], [0, 1], True, "'cat' at 1, 1"),
     ([["a", "b"]], [0], True, "no table of numbers"),
     ([[1., 2.], [1.]], [0, 0], True, "no table of numbers"),
     ([[1., 2.]], [0], "odds", "from_logits: got 'odds'"),
@@ -519,44 +523,3 @@ def test_a_certain_mistake_has_an_infinite_log_score():
     corp = corp_decomposition([[1., 0.], [.7, .3]], [1, 0], from_logits=False)
     assert corp["log"].score == corp["log"].miscalibration == math.inf
     assert math.isfinite(corp["log"].discrimination) and math.isfinite(corp["brier"].score)
-
-
-# -- files --------------------------------------------------------------------
-
-def test_files_come_back(tmp_path):
-    z, y, _ = made(20, 3)
-    np.savez(tmp_path/"a.npz", logits=z.numpy(), labels=y.numpy())
-    rows = [",".join([*(repr(v) for v in row), str(int(t))]) for row, t in zip(z.tolist(), y)]
-    (tmp_path/"a.csv").write_text("\n".join(["a,b,c,label", *rows]))
-    (tmp_path/"excel.csv").write_text(
-        "\n".join(["label,a,b,c", *(",".join((r.rsplit(",", 1)[1], r.rsplit(",", 1)[0])) for r in rows)]),
-        encoding="utf-8-sig"
-    )
-    for name in ("a.npz", "a.csv", "excel.csv"):
-        logits, labels = load_outputs(tmp_path/name)
-        assert torch.equal(logits, z) and torch.equal(labels, y), name
-
-
-@pytest.mark.parametrize("name, content", [
-    ("none.npz", None), ("none.csv", None), ("odd.txt", b"1"), ("empty.npz", b""),
-    ("empty.csv", b""), ("cut.npz", "cut"), ("damaged.npz", "damaged"),
-    ("text.npz", b"not a zip file"), ("other.npz", dict(x=np.zeros(3))),
-    ("one.npz", dict(logits=np.zeros((2, 2)))),
-    ("object.npz", dict(logits=np.array([{}, {}]), labels=np.zeros(2))),
-    ("shape.npz", dict(logits=np.zeros(2), labels=np.zeros(2))),
-    ("head.csv", b"a,b\n1,2\n"), ("only.csv", b"label,a,b\n"),
-    ("ragged.csv", b"label,a,b\n0,1,2\n1,1\n"), ("words.csv", b"label,a,b\n0,one,2\n"),
-    ("label.csv", b"label,a,b\n7,1,2\n"), ("binary.csv", b"\xff\xfe\x00label"),
-    ("wide.csv", b"label,a,b\n0,1,2,3\n"),
-])
-def test_odd_files_are_refused_by_name(tmp_path, name, content):
-    path = tmp_path/name
-    if isinstance(content, bytes): path.write_bytes(content)
-    elif isinstance(content, dict): np.savez(path, **content)
-    elif content:
-        np.savez_compressed(path, logits=np.random.default_rng(0).normal(size=(99, 3)), labels=np.zeros(99))
-        raw = bytearray(path.read_bytes())
-        if content == "damaged": raw[300:400] = bytes(100)
-        path.write_bytes(raw if content == "damaged" else raw[:len(raw)//2])
-    with pytest.raises(ValueError) as error: load_outputs(path)
-    assert name in str(error.value)

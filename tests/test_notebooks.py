@@ -104,7 +104,7 @@ def test_calibration_stands_alone():
     neither matplotlib, pandas nor tqdm
     """
     rooms = [m for m in modules() if m.startswith("calibration.")]
-    assert rooms[-3:] == ["calibration.diagrams", "calibration.smoothing", "calibration.truth"]
+    assert len(rooms) == 16
     rooms.remove("calibration.diagrams")
     code = f"""
 import sys

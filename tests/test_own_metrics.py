@@ -21,9 +21,10 @@ from kdc_nb.calibration.metrics import (
 )
 from kdc_nb.calibration.null_bands import null_band, null_draws
 from kdc_nb.calibration.outcomes import compute_outcomes, metrics_from_outcomes
+from kdc_nb.calibration.outputs import to_log_probs, to_probs
 from kdc_nb.calibration.predictions import (
-    BinaryPredictions, classwise, equal_mass_bins, equal_width_bins, l1_norm, to_log_probs, to_probs,
-    top_label, unique_bins,
+    BinaryPredictions, classwise, equal_mass_bins, equal_width_bins, l1_norm, top_label,
+    unique_bins,
 )
 
 from .conftest import made

@@ -14,7 +14,7 @@ from kdc_nb.calibration.diagrams import (
 from kdc_nb.calibration.differences import estimate_difference
 from kdc_nb.calibration.estimates import Estimate
 from kdc_nb.calibration.metrics import ece, register_metric, unregister_metric
-from kdc_nb.calibration.predictions import to_probs
+from kdc_nb.calibration.outputs import to_probs
 from kdc_nb.calibration.reliability import prepare_diagram, reliability_bins
 from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.methods import Method

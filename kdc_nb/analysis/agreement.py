@@ -18,7 +18,7 @@ from matplotlib.colors import LogNorm
 from torch import Tensor
 
 from ..core import check
-from ..calibration.predictions import check_outputs_and_labels
+from ..calibration.outputs import check_outputs_and_labels
 from ..calibration.diagrams import ORANGE
 from .views import FeatureView
 

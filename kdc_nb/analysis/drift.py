@@ -17,7 +17,8 @@ from torch import Tensor
 from ..core import check
 from ..values import decode, encode, frozen_spec
 from ..files import load_npz, save_npz
-from ..calibration.predictions import check_outputs_and_labels, top_label
+from ..calibration.outputs import check_outputs_and_labels
+from ..calibration.predictions import top_label
 from ..calibration.metrics import nll, top1
 from ..calibration.estimates import Estimate, top_label_estimates
 from ..training.data import Split, load_data

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core import check
 from ..values import decode, encode
 from ..files import load_npz, save_npz
-from ..calibration.predictions import softmax64
+from ..calibration.outputs import softmax64
 from ..calibration.estimates import Estimate
 from ..training.data import load_data
 from ..training.devices import best_device

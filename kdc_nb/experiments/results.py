@@ -23,14 +23,15 @@ from ..core import check
 from ..values import decode, encode
 from ..files import load_npz, save_npz
 from ..tables import Table
-from ..calibration.predictions import equal_width_bins, softmax64
-from ..calibration.metrics import ece, kl_to_truth, nll, top1
+from ..calibration.outputs import softmax64
+from ..calibration.predictions import equal_width_bins
+from ..calibration.metrics import ece, nll, top1
 from ..calibration.outcomes import Outcomes, compute_outcomes
 from ..calibration.posthoc import Calibrator
 from ..calibration.estimates import Estimate
 from ..calibration.reliability import DiagramData, ReliabilityBins, reliability_bins
 from ..calibration.evaluation import Evaluation, evaluate, format_metric, metric_label
-from ..calibration.truth import estimate_true_error
+from ..calibration.truth import estimate_true_error, kl_to_truth
 from ..training.data import load_data
 from .specs import RunSpec, run_label, with_seed
 

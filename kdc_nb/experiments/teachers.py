@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core import check
 from ..values import frozen_spec
 from ..files import content_hash, load_tensors, runs_folder, save_tensors
-from ..calibration.predictions import check_outputs
+from ..calibration.outputs import check_outputs
 from ..calibration.posthoc import fit_temperature, to_logits
 from ..training.data import DataSpec, LeaveFoldOut, load_data
 from ..training.images import check_fingerprint

@@ -1,0 +1,313 @@
+"Outputs as people have them: files, rounded numbers, two classes, masks, pixels, several labels"
+import math
+import re
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from torch.nn import functional as F
+
+from kdc_nb.calibration.comparisons import compare
+from kdc_nb.calibration.evaluation import evaluate
+from kdc_nb.calibration.inputs import flatten_outputs, load_outputs
+from kdc_nb.calibration.metrics import ace, brier, ece, ks, nll, sce, top1
+from kdc_nb.calibration.outputs import check_outputs, softmax64
+from kdc_nb.calibration.posthoc import estimate_temperature, fit_temperature
+from kdc_nb.calibration.predictions import positive_class
+from kdc_nb.calibration.reliability import reliability_bins
+from kdc_nb.core import warn
+from kdc_nb.values import decode, encode, spec_hash
+from tests.conftest import made
+
+
+def warned(call) -> list[str]:
+    "The warnings of a call"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(w.message) for w in caught]
+
+
+# -- files --------------------------------------------------------------------
+
+def test_files_come_back(tmp_path):
+    z, y, _ = made(20, 3)
+    np.savez(tmp_path/"a.npz", logits=z.numpy(), labels=y.numpy())
+    rows = [",".join([*(repr(v) for v in row), str(int(t))]) for row, t in zip(z.tolist(), y)]
+    (tmp_path/"a.csv").write_text("\n".join(["a,b,c,label", *rows]))
+    (tmp_path/"excel.csv").write_text(
+        "\n".join(["label,a,b,c", *(",".join((r.rsplit(",", 1)[1], r.rsplit(",", 1)[0])) for r in rows)]),
+        encoding="utf-8-sig"
+    )
+    for name in ("a.npz", "a.csv", "excel.csv"):
+        logits, labels = load_outputs(tmp_path/name)
+        torch.testing.assert_close(logits, z, rtol=1e-15, atol=0)
+        assert torch.equal(labels, y), name
+
+
+@pytest.mark.parametrize("name, content", [
+    ("none.npz", None), ("none.csv", None), ("odd.txt", b"1"), ("empty.npz", b""),
+    ("empty.csv", b""), ("cut.npz", "cut"), ("damaged.npz", "damaged"),
+    ("text.npz", b"not a zip file"), ("other.npz", dict(x=np.zeros(3))),
+    ("one.npz", dict(logits=np.zeros((2, 2)))),
+    ("object.npz", dict(logits=np.array([{}, {}]), labels=np.zeros(2))),
+    ("shape.npz", dict(logits=np.zeros((2, 3, 4)), labels=np.zeros(2))),
+    ("head.csv", b"a,b\n1,2\n"), ("only.csv", b"label,a,b\n"),
+    ("ragged.csv", b"label,a,b\n0,1,2\n1,1\n"), ("words.csv", b"label,a,b\n0,one,2\n"),
+    ("label.csv", b"label,a,b\n7,1,2\n"), ("binary.csv", b"\xff\xfe\x00label"),
+    ("wide.csv", b"label,a,b\n0,1,2,3\n"), ("twice.csv", b"label,a,a\n0,1.5,2\n"),
+    ("alone.csv", b"label,a\n0,1.5\n"), ("names.csv", b"label,a,b\nc,1.5,2\n"),
+    ("hole.csv", b"label,logit_0,logit_2\n0,1.5,2\n1,2.5,3\n"),
+])
+def test_odd_files_are_refused_by_name(tmp_path, name, content):
+    path = tmp_path/name
+    if isinstance(content, bytes): path.write_bytes(content)
+    elif isinstance(content, dict): np.savez(path, **content)
+    elif content:
+        np.savez_compressed(path, logits=np.random.default_rng(0).normal(size=(99, 3)), labels=np.zeros(99))
+        raw = bytearray(path.read_bytes())
+        if content == "damaged": raw[300:400] = bytes(100)
+        path.write_bytes(raw if content == "damaged" else raw[:len(raw)//2])
+    with pytest.raises(ValueError) as error: load_outputs(path)
+    assert name in str(error.value)
+
+
+def test_the_index_of_a_table_is_no_class(tmp_path):
+    z, y, _ = made(400, 4)
+    table = pd.DataFrame(z.numpy()).assign(label=y.numpy())
+    table.to_csv(tmp_path/"mine.csv")
+    pd.read_csv(tmp_path/"mine.csv").to_csv(tmp_path/"again.csv") # and again: "" and "Unnamed: 0"
+    for name in ("mine.csv", "again.csv"):
+        said = warned(lambda: load_outputs(tmp_path/name))
+        assert len(said) == 1 and name in said[0] and "the classes are 0, 1, 2, 3" in said[0]
+        with pytest.warns(UserWarning): x, labels = load_outputs(tmp_path/name)
+        assert x.shape == (400, 4) and ece(x, labels) == pytest.approx(ece(z, y))
+    table.to_csv(tmp_path/"clean.csv", index=False)
+    assert not warned(lambda: load_outputs(tmp_path/"clean.csv"))
+
+
+@pytest.mark.parametrize("extra, why", [
+    (dict(id=np.arange(50)), "whole numbers"), (dict(argmax=np.arange(50) % 3), "whole numbers"),
+    (dict(confidence=np.linspace(.3, 1, 50)), "a known name"), (dict(file=["a.png"]*50), "texts"),
+    (dict(entropy_of_it=np.linspace(0, 1, 50)), "no number where the others have one"),
+])
+@pytest.mark.parametrize("names", [["z0", "z1", "z2"], ["cat", "dog", "owl"]])
+def test_columns_that_are_no_scores_are_refused_or_named(tmp_path, names, extra, why):
+    z, y, _ = made(50, 3)
+    table = pd.DataFrame(z.numpy(), columns=names).assign(label=y.numpy(), **extra)
+    table.to_csv(path := tmp_path/"mine.csv", index=False)
+    if "where the others" in why and names[0] == "cat": return # this one could be a class
+    with pytest.raises(ValueError, match=re.escape(f"columns: got {[*extra][0]} beside {', '.join(names)}")):
+        load_outputs(path)
+    x, labels = load_outputs(path, classes=names)
+    torch.testing.assert_close(x, z, rtol=1e-15, atol=0)
+    with pytest.raises(ValueError, match="classes: got bird"): load_outputs(path, classes=[*names, "bird"])
+
+
+def test_numbered_columns_are_taken_in_the_order_of_their_numbers(tmp_path):
+    z, y, _ = made(30, 12)
+    table = pd.DataFrame(z.numpy(), columns=[f"logit_{k}" for k in range(12)])
+    # 0, 1, 10, 11, 2, ...
+    table[sorted(table)].assign(label=y.numpy()).to_csv(tmp_path/"mine.csv", index=False)
+    assert nll(*load_outputs(tmp_path/"mine.csv")) == pytest.approx(nll(z, y))
+
+
+def test_labels_may_be_names_of_columns(tmp_path):
+    z, y, _ = made(30, 3)
+    names = np.array(["cat", "dog", "owl"])
+    pd.DataFrame(z.numpy(), columns=names).assign(label=names[y]).to_csv(tmp_path/"mine.csv", index=False)
+    assert load_outputs(tmp_path/"mine.csv")[1].tolist() == y.tolist()
+    turned = load_outputs(tmp_path/"mine.csv", classes=names[::-1])
+    assert nll(*turned) == pytest.approx(nll(z, y))
+
+
+def test_probabilities_in_a_file(tmp_path):
+    z, y, _ = made(30, 3)
+    np.savez(tmp_path/"p.npz", logits=z.softmax(1).numpy(), labels=y.numpy())
+    p, labels = load_outputs(tmp_path/"p.npz", from_logits=False)
+    assert ece(p, labels, from_logits=False) == pytest.approx(ece(z, y))
+
+
+# -- rounded probabilities ----------------------------------------------------
+
+@pytest.mark.parametrize("rounded", [lambda p: p.numpy().round(3), lambda p: p.half(), lambda p: p.bfloat16(),
+                                     lambda p: p.float()])
+def test_probabilities_are_those_of_their_format(rounded):
+    z, y, _ = made(400, 4, 1.5)
+    right, p = ece(z, y), rounded(softmax64(z))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert ece(p, y, from_logits=False) == pytest.approx(right, abs=.01)
+        assert abs(ece(p, y) - right) > .1 # read as logits
+    assert any("from_logits=False" in s for s in warned(lambda: ece(p, y)))
+    q = (check_outputs(p, False) if not isinstance(p, torch.Tensor) or p.dtype != torch.float32
+         else softmax64(z))
+    torch.testing.assert_close(q.sum(1), torch.ones(400, dtype=torch.float64))
+
+
+def test_a_refusal_says_which_row_and_what_mends_it():
+    p = softmax64(made(50, 3)[0])
+    p[17] *= .8
+    with pytest.raises(ValueError, match=r"row 17 with sum 0.8000, .* x/x.sum\(1, keepdims=True\)"):
+        check_outputs(p, False)
+    with pytest.raises(ValueError, match="probs: got -3, which is none"): check_outputs([[-3., 4.]], False)
+
+
+@given(st.integers(2, 30), st.integers(0, 10**6))
+def test_shares_of_scores_are_taken_as_they_are(c, seed):
+    p = torch.rand(20, c, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    p /= p.sum(1, keepdim=True)
+    assert torch.equal(check_outputs(p, False), p)
+
+
+def test_a_warning_points_at_the_callers_line():
+    p = softmax64(made(50, 3)[0])
+    for call in (lambda: ece(p, [0]*50), lambda: evaluate(p, [0]*50, n_boot=2), lambda: check_outputs(p)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        assert caught and {w.filename for w in caught} == {__file__}
+    with pytest.warns(UserWarning, match="hello"): warn("hello")
+
+
+# -- numbers of NumPy ---------------------------------------------------------
+
+def test_numbers_of_numpy_are_numbers():
+    z, y, _ = made(100, 3)
+    for f in (ece, ace, sce): assert f(z, y, np.int64(5)) == f(z, y, 5)
+    a, b = (evaluate(z, y, n_bins=k(5), n_boot=k(20), seed=k(1)) for k in (np.int32, int))
+    assert a == b and decode(encode(a)) == b and spec_hash(a) == spec_hash(b)
+    with pytest.raises(ValueError, match="n_bins: got 5.0"): ece(z, y, np.float64(5))
+
+
+# -- two classes --------------------------------------------------------------
+
+@given(st.integers(20, 200), st.floats(.3, 3), st.integers(0, 10**6))
+def test_one_number_an_image_is_two_classes(n, factor, seed):
+    z, y, _ = made(n, 2, factor, seed=seed)
+    s = z[:, 1] - z[:, 0]
+    for f in (ece, ace, ks, nll, brier, top1):
+        two = f(z, y)
+        assert f(s, y) == pytest.approx(two) and f(s[:, None], y[:, None]) == pytest.approx(two)
+        assert f(s.sigmoid(), y, from_logits=False) == pytest.approx(two)
+    if estimate_temperature(z, y).note is None:
+        assert fit_temperature(s, y) == pytest.approx(fit_temperature(z, y), rel=1e-6)
+
+
+def test_the_positive_class_is_what_other_libraries_measure():
+    torchmetrics = pytest.importorskip("torchmetrics.functional.classification")
+    z, y, _ = made(3000, 2, 1.7)
+    p = (z[:, 1] - z[:, 0]).sigmoid()
+    theirs = float(torchmetrics.binary_calibration_error(p, y, n_bins=15))
+    bins = reliability_bins(p, y, from_logits=False, predictions=positive_class)
+    ours = np.nansum(bins.count*abs(bins.accuracy - bins.confidence))/3000
+    assert ours == pytest.approx(theirs, abs=1e-6)
+    assert sce(p, y, from_logits=False) == pytest.approx(theirs, abs=1e-6) # both classes, in mirror image
+    assert abs(ece(p, y, from_logits=False) - theirs) > 1e-4 # the top label is another question
+    with pytest.raises(ValueError, match="outputs: got 5 classes, expected 2"):
+        reliability_bins(*made(50)[:2], predictions=positive_class)
+
+
+def test_two_classes_everywhere():
+    z, y, _ = made(300, 2, 1.5)
+    s = z[:, 1] - z[:, 0]
+    a, b = evaluate(s, y, n_boot=50), evaluate(z, y, n_boot=50)
+    assert {k: e.value for k, e in a.raw.items()} == pytest.approx({k: e.value for k, e in b.raw.items()})
+    assert a.T == pytest.approx(b.T) and a.n_classes == 2
+    assert compare(s, .5*s, y).raw["nll"].a == pytest.approx(nll(z, y))
+
+
+def test_rounded_probabilities_are_compared_as_such():
+    z, y, _ = made(300, 4, 1.5)
+    rounded = softmax64(z).bfloat16()
+    with pytest.warns(UserWarning, match="divided by its sum"):
+        c = compare(rounded, softmax64(z), y, from_logits=False)
+    with pytest.warns(UserWarning): q = check_outputs(rounded, False)
+    assert c.raw["brier"].a == pytest.approx(brier(q, y, from_logits=False), rel=1e-12)
+
+
+def test_single_logits_between_0_and_1_are_suspicious():
+    assert any("from_logits=False" in s for s in warned(lambda: ece([.2, .9], [0, 1])))
+    assert not warned(lambda: ece([-.2, .9], [0, 1]))
+
+
+# -- masked classes -----------------------------------------------------------
+
+def test_a_masked_class_has_probability_0():
+    z, y, _ = made(500, 4, 1.5)
+    wide = torch.cat([z, torch.full((500, 1), -math.inf, dtype=torch.float64)], 1)
+    for f in (ece, ace, ks, nll, brier, top1): assert f(wide, y) == pytest.approx(f(z, y)), f
+    assert sce(wide, y) == pytest.approx(sce(z, y)*4/5) # the masked class is never off
+    assert fit_temperature(wide, y) == pytest.approx(fit_temperature(z, y), rel=1e-9)
+    assert fit_temperature(1000*wide, y) == pytest.approx(1000*fit_temperature(z, y), rel=1e-9)
+    a, b = evaluate(wide, y, n_boot=50), evaluate(z, y, n_boot=50)
+    assert a.scaled["nll"].value == pytest.approx(b.scaled["nll"].value)
+    assert [a.raw["ece"].low, a.raw["ece"].high] == pytest.approx([b.raw["ece"].low, b.raw["ece"].high])
+
+
+def test_masks_that_differ_by_image():
+    z, y, _ = made(500, 6, 1.5)
+    allowed = torch.rand(500, 6, generator=torch.Generator().manual_seed(0)) < .7
+    allowed[torch.arange(500), y] = True
+    masked = z.where(allowed, -math.inf)
+    rows = [F.cross_entropy(r[m][None], m.cumsum(0)[t:t + 1] - 1) for r, m, t in zip(z, allowed, y)]
+    assert nll(masked, y) == pytest.approx(float(torch.stack(rows).mean()))
+    T = fit_temperature(masked, y)
+    assert all(nll(masked/T, y) < nll(masked/t, y) for t in (.9*T, 1.1*T))
+
+
+def test_a_label_that_was_masked_is_impossible():
+    z, y = [[0., -math.inf], [2., 0.], [0., 1.]], [1, 0, 1]
+    assert nll(z, y) == math.inf
+    with pytest.warns(UserWarning, match="infinite at every temperature"):
+        assert fit_temperature(z, y) == 1.
+
+
+# -- pixels, words, several labels --------------------------------------------
+
+@given(st.integers(1, 4), st.integers(2, 5), st.integers(1, 4), st.integers(1, 4), st.integers(0, 10**6))
+def test_flat_pixels_have_torchs_loss(n, c, h, w, seed):
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, c, h, w, generator=g, dtype=torch.float64)
+    y = torch.randint(c, (n, h, w), generator=g)
+    y[torch.rand(n, h, w, generator=g) < .3] = 255
+    if (y == 255).all():
+        with pytest.raises(ValueError, match="labels: got 255 everywhere"): flatten_outputs(z, y, 255)
+        return
+    theirs = float(F.cross_entropy(z, y, ignore_index=255))
+    assert nll(*flatten_outputs(z, y, 255)) == pytest.approx(theirs)
+    last = flatten_outputs(z.movedim(1, -1), y, 255, class_axis=-1)
+    assert nll(*last) == pytest.approx(theirs)
+
+
+def test_binary_masks_are_shaped_as_their_labels():
+    z, y = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0)), torch.ones(3, 4, 5)
+    y[0] = -100
+    flat = flatten_outputs(z, y)
+    assert flat[0].shape == flat[1].shape == (40,)
+    assert nll(*flat) == pytest.approx(float(F.softplus(-z[1:]).mean()))
+
+
+@pytest.mark.parametrize("z, y, more, says", [
+    ((2, 3, 4), (2, 3), {}, "labels: got shape (2, 3), expected (2, 4)"),
+    ((2, 3, 4), (2, 3), dict(class_axis=5), "class_axis: got 5"),
+    ((2, 3, 4), (2, 4, 1), {}, "labels: got shape (2, 4, 1)"),
+])
+def test_wrong_shapes_are_told(z, y, more, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        flatten_outputs(torch.zeros(z), torch.zeros(y), **more)
+
+
+def test_several_labels_are_binary_problems():
+    g = torch.Generator().manual_seed(0)
+    p = torch.rand(4000, 3, generator=g, dtype=torch.float64)
+    y, z = (torch.rand(4000, 3, generator=g) < p).long(), 2*p.logit()
+    assert nll(z.flatten(), y.flatten()) == pytest.approx(
+        float(F.binary_cross_entropy_with_logits(z, y.double())))
+    T = fit_temperature(z.flatten(), y.flatten())
+    assert T == pytest.approx(2, abs=.1)
+    assert (np.mean([sce(z[:, k]/T, y[:, k]) for k in range(3)]) < .03
+            < np.mean([sce(z[:, k], y[:, k]) for k in range(3)]))
