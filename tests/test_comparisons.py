@@ -215,7 +215,7 @@ a, b, y = two(60)
     (lambda: compare(a, b.clone().fill_(np.nan), y), "logits_b: got NaN or infinity"),
     (lambda: compare(a.softmax(1), b, y, from_logits=False),
      "logits_b: got .*, which is none, expected numbers between 0 and 1"),
-    (lambda: compare(a[:, 0], b, y.clamp(max=1)), "logits_b: got 60 images, 5 classes, expected 60 images, 1"),
+    (lambda: compare(a[:, 0], b, y.clamp(max=1)), "logits_b: got 60 images, 5 classes, expected 60"),
     (lambda: compare(a, b, y, from_logits="prob"), "from_logits: got 'prob'"),
     (lambda: compare("a.npz", b, y), "logits_a: got a str that is no table of numbers"),
     (lambda: compare([a, a], [b], y), "logits_b: got 1 seeds, expected 2, as logits_a has"),

@@ -14,7 +14,8 @@ from kdc_nb.calibration.bins import (
 )
 from kdc_nb.calibration.estimates import Estimate, calibration_estimates
 from kdc_nb.calibration.evaluation import Evaluation, _per_sample_estimate, evaluate
-from kdc_nb.calibration.metrics import BUILT_IN, METRICS, binned_error, brier, ece, nll
+from kdc_nb.calibration.metrics import BUILT_IN, METRICS, brier, ece, nll
+from kdc_nb.calibration.predictions import binned_error
 from kdc_nb.calibration.null_bands import null_band, null_draws
 from kdc_nb.calibration.posthoc import cross_fit_temperature
 from kdc_nb.calibration.predictions import BinaryPredictions, top_label

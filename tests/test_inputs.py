@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from kdc_nb.calibration.comparisons import compare
 from kdc_nb.calibration.evaluation import evaluate
 from kdc_nb.calibration.inputs import flatten_outputs, load_outputs
-from kdc_nb.calibration.metrics import ace, brier, ece, ks, nll, sce, top1
+from kdc_nb.calibration.metrics import ace, brier, classwise_ace, ece, ks, mce, nll, sce, top1
 from kdc_nb.calibration.outputs import check_outputs, softmax64
 from kdc_nb.calibration.posthoc import estimate_temperature, fit_temperature
 from kdc_nb.calibration.predictions import positive_class
@@ -311,3 +311,65 @@ def test_several_labels_are_binary_problems():
     assert T == pytest.approx(2, abs=.1)
     assert (np.mean([sce(z[:, k]/T, y[:, k]) for k in range(3)]) < .03
             < np.mean([sce(z[:, k], y[:, k]) for k in range(3)]))
+
+
+# -- weights ------------------------------------------------------------------
+
+@given(st.integers(5, 80), st.integers(2, 6), st.integers(1, 20), st.booleans(), st.integers(0, 10**6))
+def test_a_weight_of_k_is_k_images(n, c, n_bins, ties, seed):
+    z, y, _ = made(n, c, 1.5, seed=seed)
+    if ties: z = z.round()
+    k = np.random.default_rng(seed).integers(0, 4, n)
+    k[0] = 1
+    many = z.repeat_interleave(torch.from_numpy(k), 0), y.repeat_interleave(torch.from_numpy(k))
+    for f in (ks, nll, brier, top1): assert f(z, y, sample_weight=.3*k) == pytest.approx(f(*many), abs=1e-12)
+    for f in (ece, ace, mce, sce, classwise_ace):
+        assert f(z, y, n_bins, sample_weight=.3*k) == pytest.approx(f(*many, n_bins), abs=1e-12), f
+    with warnings.catch_warnings(action="ignore"):
+        a, b = estimate_temperature(z, y, sample_weight=.3*k), estimate_temperature(*many)
+    if a.note or b.note: assert a.note == b.note
+    else: assert a.T == pytest.approx(b.T, rel=1e-6)
+
+
+def test_weights_of_scikit_learn():
+    from sklearn.metrics import accuracy_score, log_loss
+    z, y, _ = made(300, 4)
+    w = np.random.default_rng(0).random(300)
+    assert nll(z, y, sample_weight=w) == pytest.approx(log_loss(y, softmax64(z).numpy(), sample_weight=w))
+    assert top1(z, y, sample_weight=w) == pytest.approx(accuracy_score(y, z.argmax(1), sample_weight=w))
+
+
+def test_weights_undo_a_sample_that_is_not_the_world():
+    z, y, _ = made(40_000, 3, 1.5)
+    z = z + torch.tensor([2., 0., 0.]) # the model is wrong about class 0
+    # which is rare here
+    kept = (y != 0) | (torch.rand(40_000, generator=torch.Generator().manual_seed(1)) < .2)
+    w = torch.where(y == 0, 5., 1.)[kept]
+    for f in (ece, sce, nll, top1, fit_temperature):
+        world, plain, weighted = f(z, y), f(z[kept], y[kept]), f(z[kept], y[kept], sample_weight=w)
+        assert abs(weighted - world) < .02*max(world, 1) and abs(plain - world) > 3*abs(weighted - world), f
+
+
+def test_a_weighted_diagrams_intervals_and_null_band():
+    n = 3000
+    w = np.random.default_rng(0).choice([.2, 4.], n)
+    inside, covered = [], []
+    for seed in range(40): # a calibrated model, weights that have nothing to do with it
+        z, y, _ = made(n, 2, seed=seed)
+        b = reliability_bins(z, y, 5, 300, sample_weight=w)
+        used = b.count > 50
+        inside += list(((b.null_low <= b.accuracy) & (b.accuracy <= b.null_high))[used])
+        covered += list(((b.low <= b.confidence) & (b.confidence <= b.high))[used])
+    assert len(inside) >= 100 and .9 <= np.mean(inside) <= .99 and .9 <= np.mean(covered) <= .99
+    narrow = reliability_bins(z, y, 5, 300)
+    assert np.all((b.high - b.low)[used] > 1.2*(narrow.high - narrow.low)[used])
+
+
+@pytest.mark.parametrize("w, says", [
+    ([1, 2], r"sample_weight: got shape \(2,\), expected \(3,\)"), ([1, 2, -1], "sample_weight: got -1 to 2"),
+    ([0, 0, 0], "sample_weight: got 0 everywhere"), ([1, 2, math.nan], "sample_weight: got"),
+    (["a", 1, 1], "sample_weight: got a list that is no table of numbers: 'a' at 0"),
+])
+def test_odd_weights_are_refused(w, says):
+    for f in (ece, nll, fit_temperature, reliability_bins):
+        with pytest.raises(ValueError, match=says): f(made(3, 2)[0], [0, 1, 0], sample_weight=w)

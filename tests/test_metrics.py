@@ -11,9 +11,8 @@ from scipy.optimize import minimize_scalar
 
 from kdc_nb.calibration.comparisons import compare
 from kdc_nb.calibration.estimates import calibration_estimates
-from kdc_nb.calibration.metrics import (
-    METRICS, ace, binned_error, brier, classwise_ace, ece, ks, mce, nll, sce, top1,
-)
+from kdc_nb.calibration.metrics import METRICS, ace, brier, classwise_ace, ece, ks, mce, nll, sce, top1
+from kdc_nb.calibration.predictions import binned_error
 from kdc_nb.calibration.truth import kl_to_truth, true_calibration_error
 from kdc_nb.calibration.null_bands import null_band
 from kdc_nb.calibration.posthoc import (
@@ -150,7 +149,7 @@ def test_extreme_logits_are_finite():
     assert nll(z, y) == pytest.approx((2e4 + math.log(3))/3)
     # the labels' logits are -1e4, 1e4 and 0: on average just the mean, no better than chance
     with pytest.warns(UserWarning, match="no better than chance"):
-        assert fit_temperature(z, y) == pytest.approx(1e6*2e4/3)
+        assert fit_temperature(z, y) == pytest.approx(1e6*1e4) # 1e4: how far the top logit leads
 
 
 @pytest.mark.parametrize("x, y, from_logits, says", [
@@ -410,7 +409,6 @@ SEPARABLE, CHANCE, CONSTANT = "every label is the top label", "no better than ch
     ([[3., 0.], [0., 1.]], [0, 1], 2e-6, SEPARABLE), ([[3., 0.], [0., 1.]], [1, 0], 2e6, CHANCE),
     ([[0., 0.]]*3, [0, 1, 0], 1, CONSTANT), ([[7.]*4], [2], 1, CONSTANT),
     ([[5., 5., 0.]]*2, [0, 1], 5/3*1e-6, SEPARABLE), # ties for the top: no image has a gap
-    ([[0., 1., .5 + 1e-10]], [2], 5e5, CHANCE), # better than chance by a rounding error
 ])
 def test_temperature_at_the_ends(z, y, T, says):
     with pytest.warns(UserWarning, match=says) as said: found = estimate_temperature(z, y)
@@ -429,6 +427,30 @@ def test_masked_classes_and_one_wild_image_do_not_move_the_range():
     assert fit_temperature(masked, y) == pytest.approx(T, rel=1e-9)
     wild = torch.cat([z, z[:1]*0 + torch.tensor([1e8, 0, 0, 0, 0, 0])])
     assert fit_temperature(wild, [*y.tolist(), 0]) == pytest.approx(T, rel=1e-6)
+
+
+def test_what_is_hardly_better_than_chance_has_a_minimum_far_away():
+    z, y = [[0., 1., .5 + 1e-6]], [2]
+    # the variance over the label's lead
+    assert fit_temperature(z, y) == pytest.approx(1/6/(2/3*1e-6), rel=1e-3)
+
+
+def test_some_masked_images_are_no_scale():
+    rng = np.random.default_rng(2)
+    z = 2*rng.normal(size=(1000, 10))
+    y = (z + rng.gumbel(size=z.shape)).argmax(1)
+    for i in range(300): z[i, (y[i] + 1) % 10] = -1e9
+    T = fit_temperature(z, y)
+    assert all(nll(z/T, y) <= nll(z/t, y) for t in np.geomspace(.2, 20, 200))
+    alone = np.vstack([z[300:], [1e10] + [0]*9])
+    assert fit_temperature(alone, [*y[300:], 0]) == pytest.approx(fit_temperature(z[300:], y[300:]), rel=1e-9)
+
+
+@pytest.mark.parametrize("factor", [1e-300, 1e-160, 1e160, 1e300])
+def test_a_temperature_follows_any_scale(factor):
+    z, y, _ = made(300, 6, 2.)
+    T, far = estimate_temperature(z, y), estimate_temperature(factor*z, y)
+    assert [far.T, far.low, far.high] == pytest.approx([factor*t for t in (T.T, T.low, T.high)], rel=1e-9)
 
 
 @pytest.mark.parametrize("n, c, factor", [(300, 10, 1.5), (2000, 3, .4), (800, 100, 3.)])
@@ -460,7 +482,7 @@ def test_cross_fitted_temperatures_are_those_of_the_other_four_fifths(n, c):
 
 def test_pieces_of_a_large_set_give_the_same_derivatives():
     z, y, _ = made(5000, 40, 1.5)
-    first, second = _nll_derivatives(z, y, .8) # in four pieces
+    first, second = _nll_derivatives(z, y, 1., .8) # in four pieces
     d = z - z.gather(1, y[:, None])
     q = (.8*d).softmax(1)
     assert torch.allclose(first, (q*d).sum(1), rtol=1e-12)

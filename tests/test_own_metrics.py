@@ -16,9 +16,10 @@ from kdc_nb.calibration.differences import (
 from kdc_nb.calibration.estimates import calibration_estimates
 from kdc_nb.calibration.evaluation import evaluate, format_metric, metric_label, metric_unit
 from kdc_nb.calibration.metrics import (
-    BUILT_IN, METRICS, ON_REQUEST, Metric, binned_error, ece, label_moments, register_metric, select_metrics,
+    BUILT_IN, METRICS, ON_REQUEST, Metric, ece, label_moments, register_metric, select_metrics,
     unregister_metric,
 )
+from kdc_nb.calibration.predictions import binned_error
 from kdc_nb.calibration.null_bands import null_band, null_draws
 from kdc_nb.calibration.outcomes import compute_outcomes, metrics_from_outcomes
 from kdc_nb.calibration.outputs import to_log_probs, to_probs

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..values import frozen_spec
 from .outputs import check_bins_and_draws, check_outputs_and_labels, to_probs
-from .predictions import BinaryPredictions, l1_norm, top_label
-from .metrics import METRICS, Metric, binned_error
+from .predictions import BinaryPredictions, binned_error, l1_norm, top_label
+from .metrics import METRICS, Metric
 from kdc_nb.calibration.bins import (
     BinContents, absolute_gap_moments, bin_contents, chernoff_interval, classwise_bins, draw_correct,
     exact_interval, noise_bins,

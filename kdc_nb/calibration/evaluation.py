@@ -20,8 +20,8 @@ from ..core import check, lookup
 from ..values import frozen_spec
 from ..tables import Table
 from .outputs import check_bins_and_draws, check_outputs_and_labels, to_probs
-from .predictions import BinaryPredictions, classwise, top_label
-from .metrics import DERIVED_LABELS, METRICS, binned_error, select_metrics
+from .predictions import BinaryPredictions, binned_error, classwise, top_label
+from .metrics import DERIVED_LABELS, METRICS, select_metrics
 from .bins import split_rows
 from kdc_nb.calibration.posthoc import (
     FittedTemperature, cross_fit_temperature, estimate_temperature, to_logits,

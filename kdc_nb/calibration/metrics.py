@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'DERIVED_LABELS', 'BUILT_IN', 'ON_REQUEST', 'Metric', 'register_metric', 'unregister_metric',
-           'label_moments', 'select_metrics', 'binned_error', 'calibration_error', 'ece', 'ace', 'mce', 'ks', 'sce',
-           'classwise_ace', 'nll', 'brier', 'top1']
+           'label_moments', 'select_metrics', 'calibration_error', 'ece', 'ace', 'mce', 'ks', 'sce', 'classwise_ace',
+           'nll', 'brier', 'top1']
 
 # %% ../../nbs/calibration/02_metrics.ipynb #a3ed7ce3
 import math
@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from ..core import Registry, check, is_built_in, lookup
-from .outputs import check_bins_and_draws, check_outputs_and_labels, to_log_probs, to_probs
+from kdc_nb.calibration.outputs import (
+    check_bins_and_draws, check_outputs_and_labels, check_sample_weight, to_log_probs, to_probs,
+)
 from kdc_nb.calibration.predictions import (
-    BinaryPredictions, classwise, equal_mass_bins, equal_width_bins, gaps_and_shares, ks_norm, l1_norm,
-    max_norm, top_label, unique_bins,
+    binned_error, classwise, equal_mass_bins, equal_width_bins, ks_norm, l1_norm, max_norm, top_label,
+    unique_bins,
 )
 
 # %% ../../nbs/calibration/02_metrics.ipynb #87f3aeab
@@ -165,16 +167,6 @@ def select_metrics(
     check(len(names) > 0, "metrics", "none", "one name or more")
     return {k: lookup(known, k, "metrics") for k in ([names] if isinstance(names, str) else names)}
 
-# %% ../../nbs/calibration/02_metrics.ipynb #85d342d2
-def binned_error(
-    metric: Metric, # with `norm`
-    predictions: BinaryPredictions, # (N, 1) or (N, C), as the metric's `predictions` gives them
-    n_bins: int, # 1 or more
-) -> float: # a fraction for the built-in metrics
-    "A calibration metric of predictions"
-    return float(metric.norm(*gaps_and_shares(predictions,
-                                              metric.bins(predictions.confidence, n_bins), n_bins)))
-
 # %% ../../nbs/calibration/02_metrics.ipynb #a42168ef
 def calibration_error(
     name: str, # of a registered calibration metric
@@ -182,12 +174,14 @@ def calibration_error(
     labels: Any, # (N,) integers from 0 to C-1
     n_bins: int, # 1 or more
     from_logits: bool, # whether the outputs are logits; False: they are probabilities
+    sample_weight: Any = None, # (N,) of the images, 0 or more; None: all weigh the same
 ) -> float: # a fraction for the built-in metrics
     "A calibration metric by its name; a `ValueError` names the argument that is wrong"
     check_bins_and_draws(n_bins)
     rule = select_metrics(name, lambda m: m.norm)[name]
     x, y = check_outputs_and_labels(outputs, labels, from_logits)
-    return binned_error(rule, rule.predictions(x, y, from_logits), n_bins)
+    return binned_error(rule, rule.predictions(x, y, from_logits), n_bins,
+                        check_sample_weight(sample_weight, len(y)))
 
 
 def ece(
@@ -195,13 +189,14 @@ def ece(
     labels: Any, # (N,) integers from 0 to C-1
     n_bins: int = 15, # bins (low, high] of equal width
     from_logits: bool = True, # False: they are probabilities
+    sample_weight: Any = None, # (N,) of the images, 0 or more; None: all weigh the same
 ) -> float: # 0 to 1
     """Expected calibration error of the top label (Guo et al. 2017); a `ValueError` names what is wrong.
 
     >>> round(ece([[.8, .2], [.6, .4]], [0, 1], from_logits=False), 3)
     0.4
     """
-    return calibration_error("ece", outputs, labels, n_bins, from_logits)
+    return calibration_error("ece", outputs, labels, n_bins, from_logits, sample_weight)
 
 
 def ace(
@@ -209,9 +204,10 @@ def ace(
     labels: Any, # (N,) integers from 0 to C-1
     n_bins: int = 15, # bins of equal mass
     from_logits: bool = True, # False: they are probabilities
+    sample_weight: Any = None, # (N,) of the images, 0 or more; None: all weigh the same
 ) -> float: # 0 to 1
     "Calibration error of the TOP LABEL in bins of equal mass, also called AdaECE (Nguyen and O'Connor 2015)"
-    return calibration_error("ace", outputs, labels, n_bins, from_logits)
+    return calibration_error("ace", outputs, labels, n_bins, from_logits, sample_weight)
 
 
 def mce(
@@ -219,18 +215,20 @@ def mce(
     labels: Any, # (N,) integers from 0 to C-1
     n_bins: int = 15, # bins (low, high] of equal width
     from_logits: bool = True, # False: they are probabilities
+    sample_weight: Any = None, # (N,) of the images, 0 or more; None: all weigh the same
 ) -> float: # 0 to 1
     "Maximum calibration error of the top label: the largest gap of any bin of ECE (Naeini et al. 2015)"
-    return calibration_error("mce", outputs, labels, n_bins, from_logits)
+    return calibration_error("mce", outputs, labels, n_bins, from_logits, sample_weight)
 
 
 def ks(
     outputs: Any, # (N, C) logits or probabilities
     labels: Any, # (N,) integers from 0 to C-1
     from_logits: bool = True, # False: they are probabilities
+    sample_weight: Any = None, # (N,) of the images, 0 or more; None: all weigh the same
 ) -> float: # 0 to 1
     "Kolmogorov-Smirnov calibration error of the top label, without bins (Gupta et al. 2021)"
-    return calibration_error("ks", outputs, labels, 1, from_logits)
+    return calibration_error("ks", outputs, labels, 1, from_logits, sample_weight)
 
 
 def sce(
@@ -238,9 +236,10 @@ def sce(
     labels: Any, # (N,) integers from 0 to C-1
     n_bins: int = 15, # bins of equal width for each class
     from_logits: bool = True, # False: they are probabilities
+    sample_weight: Any = None, # (N,) of the images, 0 or more; None: all weigh the same
 ) -> float: # 0 to 1
     "Static calibration error: class-wise, bins of equal width, mean over all C classes (Nixon et al. 2019)"
-    return calibration_error("sce", outputs, labels, n_bins, from_logits)
+    return calibration_error("sce", outputs, labels, n_bins, from_logits, sample_weight)
 
 
 def classwise_ace(
@@ -248,33 +247,45 @@ def classwise_ace(
     labels: Any, # (N,) integers from 0 to C-1
     n_bins: int = 15, # bins of equal mass for each class
     from_logits: bool = True, # False: they are probabilities
+    sample_weight: Any = None, # (N,) of the images, 0 or more; None: all weigh the same
 ) -> float: # 0 to 1
     "Adaptive calibration error: class-wise, bins of equal mass, mean over all C classes (Nixon et al. 2019)"
-    return calibration_error("classwise_ace", outputs, labels, n_bins, from_logits)
+    return calibration_error("classwise_ace", outputs, labels, n_bins, from_logits, sample_weight)
 
 # %% ../../nbs/calibration/02_metrics.ipynb #a3648c25
+def _weighted_mean(per_sample: Callable, outputs: Any, labels: Any,
+                   from_logits: bool, sample_weight: Any) -> float:
+    "The mean of what each image scores"
+    x, y = check_outputs_and_labels(outputs, labels, from_logits)
+    weight = check_sample_weight(sample_weight, len(y))
+    return float(torch.where(weight > 0, weight*per_sample(x, y, from_logits), 0.).mean())
+
+
 def nll(
     outputs: Any, # (N, C) logits or probabilities
     labels: Any, # (N,) integers from 0 to C-1
     from_logits: bool = True, # False: they are probabilities
+    sample_weight: Any = None, # (N,) of the images, 0 or more; None: all weigh the same
 ) -> float: # 0 or more, in nats
     "Mean negative log-likelihood, in nats; infinite where a label has probability 0"
-    return float(_nll_values(*check_outputs_and_labels(outputs, labels, from_logits), from_logits).mean())
+    return _weighted_mean(_nll_values, outputs, labels, from_logits, sample_weight)
 
 
 def brier(
     outputs: Any, # (N, C) logits or probabilities
     labels: Any, # (N,) integers from 0 to C-1
     from_logits: bool = True, # False: they are probabilities
+    sample_weight: Any = None, # (N,) of the images, 0 or more; None: all weigh the same
 ) -> float: # 0 to 2
     "Brier score: mean squared distance to the one-hot label, SUMMED over classes (Brier 1950)"
-    return float(_brier_values(*check_outputs_and_labels(outputs, labels, from_logits), from_logits).mean())
+    return _weighted_mean(_brier_values, outputs, labels, from_logits, sample_weight)
 
 
 def top1(
     outputs: Any, # (N, C) logits or probabilities
     labels: Any, # (N,) integers from 0 to C-1
     from_logits: bool = True, # False: they are probabilities
+    sample_weight: Any = None, # (N,) of the images, 0 or more; None: all weigh the same
 ) -> float: # 0 to 1
     "Top-1 accuracy: the fraction of images whose top label is correct"
-    return float(_top1_values(*check_outputs_and_labels(outputs, labels, from_logits), from_logits).mean())
+    return _weighted_mean(_top1_values, outputs, labels, from_logits, sample_weight)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .outputs import check_outputs_and_labels
 from kdc_nb.calibration.predictions import (
-    BinaryPredictions, bin_gaps, classwise, equal_width_bins, l1_norm, top_label,
+    BinaryPredictions, bin_gaps, binned_error, classwise, equal_width_bins, l1_norm, top_label,
 )
-from .metrics import METRICS, ON_REQUEST, binned_error
+from .metrics import METRICS, ON_REQUEST
 
 # %% ../../nbs/calibration/03_outcomes.ipynb #eb3a9315
 class Outcomes(NamedTuple):

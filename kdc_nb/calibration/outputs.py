@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_float64', 'check_outputs', 'check_outputs_and_labels', 'check_probs_and_posterior', 'check_bins_and_draws',
-           'softmax64', 'to_probs', 'to_log_probs']
+           'check_sample_weight', 'softmax64', 'to_probs', 'to_log_probs']
 
 # %% ../../nbs/calibration/00_outputs.ipynb #efbe2b08
 from numbers import Integral
@@ -144,6 +144,20 @@ def check_bins_and_draws(
     "A `ValueError` unless both are integers and large enough"
     check(isinstance(n_bins, Integral) and n_bins > 0, "n_bins", n_bins, "an integer above 0")
     check(isinstance(n_boot, Integral) and n_boot > 1, "n_boot", n_boot, "an integer above 1")
+
+# %% ../../nbs/calibration/00_outputs.ipynb #bfc91dd1
+def check_sample_weight(
+    sample_weight: Any, # (N,) numbers of 0 or more, some above 0; None: all weigh the same
+    n: int, # number of images
+) -> Tensor: # (N,) float64, with mean 1
+    "Weights of the images, divided by their mean; a `ValueError` names what is wrong with them"
+    if sample_weight is None: return torch.ones(n, dtype=torch.float64)
+    w = as_float64(sample_weight, "sample_weight")
+    check(w.shape == (n,), "sample_weight", f"shape {tuple(w.shape)}", f"({n},), one for each image")
+    check(bool((w.isfinite() & (w >= 0)).all()), "sample_weight", f"{float(w.min()):g} to {float(w.max()):g}",
+          "finite numbers of 0 or more")
+    check(float(w.sum()) > 0, "sample_weight", "0 everywhere", "some above 0")
+    return w/w.mean()
 
 # %% ../../nbs/calibration/00_outputs.ipynb #d65890d2
 def softmax64(

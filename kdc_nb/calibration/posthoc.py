@@ -16,14 +16,16 @@ from torch import Tensor
 
 from ..core import check, warn
 from ..values import NamedSpec
-from .outputs import check_outputs_and_labels, softmax64
+from .outputs import check_outputs_and_labels, check_sample_weight, softmax64
 
 # %% ../../nbs/calibration/05_posthoc.ipynb #8f63ed45
-def _nll_derivatives(z: Tensor, y: Tensor, u: float) -> tuple[Tensor, Tensor]: # (N,) each
-    "First and second derivative in u of the NLL of softmax(u z) of each image: logits (N, C), labels (N,)"
+def _nll_derivatives(z: Tensor, y: Tensor, scale: float, u: float) -> tuple[Tensor, Tensor]: # (N,) each
+    """First and second derivative in u of the NLL of softmax(u z/scale) of each image: logits (N, C), labels
+    (N,)
+    """
     rows, found = max(1, 2**16//z.shape[1]), []
     for z, y in zip(z.split(rows), y.split(rows)):
-        d = (z - z.gather(1, y[:, None])).clamp(min=-1e150) # a masked class stays at probability 0
+        d = ((z - z.gather(1, y[:, None]))/scale).clamp(min=-1e100) # a masked class stays at probability 0
         q = (u*d).softmax(1)
         mean = (q*d).sum(1)
         found.append((mean, (q*d.square()).sum(1) - mean.square()))
@@ -35,7 +37,7 @@ class FittedTemperature(NamedTuple):
     T: float # above 0
     low: float | None = None # lower end of the interval; None: not known
     high: float | None = None # upper end
-    note: str | None = None # why it is no minimum: it stands at the end of its range, or does not matter
+    note: str | None = None # why it is no minimum: there is none, or T does not matter
 
     def __str__(self):
         span = "" if self.low is None else f" [{self.low:.3g}, {self.high:.3g}]"
@@ -48,50 +50,69 @@ _CHANCE = "end of its range: no better than chance, T goes to infinity"
 _IMPOSSIBLE = "a label's class is masked: its NLL is infinite at every temperature"
 
 # %% ../../nbs/calibration/05_posthoc.ipynb #de106240
-_REACH = 1e6 # a temperature is sought up to this factor above and below the logits' own scale
+def _logit_scale(z: Tensor) -> float: # 0 if all logits of each image are equal
+    """How far the top logit is above the second, and if it is nowhere, above the mean:
+    the median of what is not 0
+    """
+    top = z.topk(2, 1)[0]
+    for lead in (top[:, 0] - top[:, 1], top[:, 0] - _mean_logit(z)):
+        if len(lead := lead[(lead > 0) & lead.isfinite()]): return float(np.median(lead))
+    return 0.
 
 
-def _find_temperature(z: Tensor, y: Tensor, start: float | None = None) -> FittedTemperature:
-    "The temperature of least NLL of logits (N, C) with labels (N,), sought from `start` on"
-    top, label = z.topk(2, 1)[0], z.gather(1, y[:, None])[:, 0]
+def _mean_logit(z: Tensor) -> Tensor: # (N,)
+    "The mean of each image's logits, of the classes that can be"
+    return z.where(z.isfinite(), math.nan).nanmean(1)
+
+# %% ../../nbs/calibration/05_posthoc.ipynb #e1407f46
+_FARTHEST = 1e6 # where there is no minimum, T is this factor below or above the logits' own scale
+
+
+def _find_temperature(
+    z: Tensor, # (N, C) logits
+    y: Tensor, # (N,) labels
+    start: float | None = None, # where to begin; None: at the logits' own scale
+    weight: Tensor | None = None, # (N,) of the images, above 0, with mean 1; None: all weigh the same
+) -> FittedTemperature:
+    "The temperature of least NLL"
+    weight = torch.ones(len(y)) if weight is None else weight
+    top, label, scale = z.amax(1), z.gather(1, y[:, None])[:, 0], _logit_scale(z)
     if not label.isfinite().all(): return FittedTemperature(1., note=_IMPOSSIBLE)
-    middle = z.where(z.isfinite(), math.nan).nanmean(1) # of the classes that can be
-    lead = top[:, 0] - top[:, 1].where(top[:, 1].isfinite(), top[:, 0])
-    scale = float(lead.mean()) or float((top[:, 0] - middle).mean())
     if scale == 0: return FittedTemperature(1., note=_CONSTANT)
-    cold, hot = (FittedTemperature(T, note=note)
-                 for T, note in ((scale/_REACH, _SEPARABLE), (scale*_REACH, _CHANCE)))
-    if bool((label == top[:, 0]).all()): return cold
-    if float((label - middle).mean()) <= 0: return hot
-    low, high = 1/hot.T, 1/cold.T
-    u = min(max(1/(start or scale), low), high)
-    for _ in range(200):
-        first, second = _nll_derivatives(z, y, u)
+    if bool((label == top).all()): return FittedTemperature(scale/_FARTHEST, note=_SEPARABLE)
+    if float((weight*((label - _mean_logit(z))/scale)).mean()) <= 0:
+        return FittedTemperature(scale*_FARTHEST, note=_CHANCE)
+    low, high, u = 0., math.inf, scale/(start or scale)
+    for _ in range(300):
+        first, second = (weight*d for d in _nll_derivatives(z, y, scale, u))
         slope, curvature = float(first.mean()), float(second.mean())
         low, high = (u, high) if slope < 0 else (low, u)
-        step = u - slope/curvature if curvature > 0 else low
-        new = step if low < step < high else (low*high)**.5
+        step = u - slope/curvature if curvature > 0 else -math.copysign(math.inf, slope)
+        new = min(max(step, u/100), 100*u)
+        new = new if low < new < high else (low*high)**.5
         done, u = abs(new - u) <= 1e-7*u, new # Newton's next step would be the square of this one
         if done: break
-    if end := next((end for end in (cold, hot) if abs(u*end.T - 1) < 1e-6), None): return end
-    if len(y) == 1: return FittedTemperature(1/u)
+    if len(y) == 1: return FittedTemperature(scale/u)
     spread = math.exp(min(1.96*float(first.std())/len(y)**.5/(u*curvature), 300.))
-    return FittedTemperature(1/u, 1/u/spread, spread/u)
+    return FittedTemperature(scale/u, scale/u/spread, scale/u*spread)
 
 # %% ../../nbs/calibration/05_posthoc.ipynb #e49f0d07
 def estimate_temperature(
     outputs: Any, # (N, C) logits or probabilities, of images the model was not trained on
     labels: Any, # (N,) integers from 0 to C-1
     from_logits: bool = True, # False: they are probabilities; one of 0 counts as 2e-308
+    sample_weight: Any = None, # (N,) of the images, 0 or more; None: all weigh the same
 ) -> FittedTemperature: # T with its 95% interval; without one if there is no minimum, or one image
     """The temperature T that minimises the NLL of softmax(z/T) (Guo et al. 2017), and how well it is known.
 
     A warning, and the `note` of the answer, if there is no minimum: T is then a millionth or a million times
     the logits' scale. The interval is that of the delta method for a minimum that need not be a true model
-    (Huber 1967). A `ValueError` names what is wrong with outputs or labels.
+    (Huber 1967). A `ValueError` names what is wrong with outputs, labels or weights.
     """
     x, y = check_outputs_and_labels(outputs, labels, from_logits)
-    found = _find_temperature(to_logits(x, from_logits), y)
+    weight = check_sample_weight(sample_weight, len(y))
+    used = weight > 0
+    found = _find_temperature(to_logits(x, from_logits)[used], y[used], weight=weight[used])
     if found.note: warn(f"temperature: {found}")
     return found
 
@@ -100,16 +121,17 @@ def fit_temperature(
     outputs: Any, # (N, C) logits or probabilities, of images the model was not trained on
     labels: Any, # (N,) integers from 0 to C-1
     from_logits: bool = True, # False: they are probabilities; one of 0 counts as 2e-308
+    sample_weight: Any = None, # (N,) of the images, 0 or more; None: all weigh the same
 ) -> float: # T, above 0
     """The temperature T that minimises the NLL of softmax(z/T) (Guo et al. 2017), to machine precision.
 
     A warning says why if there is no minimum, as for `estimate_temperature`. A `ValueError` names what is
-    wrong with outputs or labels.
+    wrong with outputs, labels or weights.
 
     >>> round(fit_temperature([[2., 0.], [2., 0.], [2., 0.], [2., 0.]], [0, 0, 0, 1]), 2)
     1.82
     """
-    return estimate_temperature(outputs, labels, from_logits).T
+    return estimate_temperature(outputs, labels, from_logits, sample_weight).T
 
 # %% ../../nbs/calibration/05_posthoc.ipynb #fbb05426
 def to_logits(

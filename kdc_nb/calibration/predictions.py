@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BinaryPredictions', 'top_label', 'classwise', 'positive_class', 'equal_width_bins', 'equal_mass_bins', 'unique_bins',
-           'bin_gaps', 'bin_sums', 'gaps_and_shares', 'l1_norm', 'max_norm', 'ks_norm']
+           'bin_gaps', 'bin_sums', 'gaps_and_shares', 'l1_norm', 'max_norm', 'ks_norm', 'binned_error']
 
 # %% ../../nbs/calibration/01_predictions.ipynb #71b5092d
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,18 +63,22 @@ def equal_width_bins(
 def equal_mass_bins(
     p: Tensor, # (N, K) probabilities
     n_bins: int, # bins of equal mass, in each column
+    weight: Tensor | None = None, # (N,) of the images, with mean 1; None: all weigh the same
 ) -> Tensor: # (N, K) the bin of each, from 0
-    """Bins that hold equally many images of a column, equal values in one bin.
+    """Bins that hold equally many images of a column, or equal weights of them, equal values in one bin.
 
     The bin of a value is floor(n_bins (below + not above)/(2N)), where `below` is how many of the N values
     are smaller, and `not above` how many are smaller or equal.
     """
     ordered, order = p.T.contiguous().sort(1)
-    N, at, end = len(p), torch.arange(len(p)), torch.ones(p.shape[1], 1, dtype=torch.bool)
+    N, end = len(p), torch.ones(p.shape[1], 1, dtype=torch.bool)
+    before = torch.arange(N + 1.).double().expand(p.shape[1], -1) # how much stands before each place
+    if weight is not None: before = torch.nn.functional.pad(weight[order].cumsum(1), (1, 0))
     step = ordered[:, 1:] > ordered[:, :-1]
-    below = torch.where(torch.cat([end, step], 1), at, 0).cummax(1).values
-    above = torch.where(torch.cat([step, end], 1), at.flip(0), 0).flip(1).cummax(1).values.flip(1)
-    bins = n_bins*(below + N - above)//(2*N)
+    below = torch.where(torch.cat([end, step], 1), before[:, :-1], 0).cummax(1).values
+    not_above = torch.where(torch.cat([step, end], 1), before[:, 1:], 2*N).flip(1).cummin(1).values.flip(1)
+    # sums of weights are rounded
+    bins = (n_bins*(below + not_above)/(2*N) + 1e-9).long().clamp(max=n_bins - 1)
     return torch.empty_like(bins).scatter_(1, order, bins).T
 
 # %% ../../nbs/calibration/01_predictions.ipynb #00bb9dd4
@@ -107,14 +111,18 @@ def bin_sums(
 
 # %% ../../nbs/calibration/01_predictions.ipynb #c2e77236
 def gaps_and_shares(
-    claims: BinaryPredictions, # (N, K)
+    predictions: BinaryPredictions, # (N, K)
     bins: Tensor, # (N, K) the bin of each prediction, from 0
     n_bins: int, # least number B of bins; there are more if `bins` has more
+    weight: Tensor | None = None, # (N,) of the images, with mean 1; None: all weigh the same
 ) -> tuple[Tensor, Tensor]: # gaps as `bin_gaps` gives them, and the bins' shares of the images, (K, B) each
     "The gaps of all bins, and what share of the images each bin holds"
     n_bins = max(n_bins, int(bins.max()) + 1)
-    return (bin_gaps(claims, bins, n_bins),
-            bin_sums(torch.ones_like(claims.confidence), bins, n_bins)/len(bins))
+    one = torch.ones_like(predictions.confidence)
+    if weight is not None:
+        one, (p, correct) = one*weight[:, None], predictions
+        predictions = BinaryPredictions(p*weight[:, None], correct*weight[:, None])
+    return bin_gaps(predictions, bins, n_bins), bin_sums(one, bins, n_bins)/len(bins)
 
 # %% ../../nbs/calibration/01_predictions.ipynb #d71a1abf
 def l1_norm(
@@ -139,3 +147,15 @@ def ks_norm(
 ) -> Tensor: # (...) 0 to 1
     "The largest absolute running sum of the gaps: the norm of the Kolmogorov-Smirnov calibration error"
     return gaps.cumsum(-1).abs().amax((-2, -1))
+
+# %% ../../nbs/calibration/01_predictions.ipynb #85d342d2
+def binned_error(
+    metric: Any, # a `Metric` with `bins` and `norm`
+    predictions: BinaryPredictions, # (N, 1) or (N, C), as the metric's `predictions` gives them
+    n_bins: int, # 1 or more
+    weight: Tensor | None = None, # (N,) of the images, with mean 1; None: all weigh the same
+) -> float: # a fraction for the built-in metrics
+    "A calibration metric of predictions"
+    how = (n_bins, weight) if metric.bins is equal_mass_bins else (n_bins,)
+    bins = metric.bins(predictions.confidence, *how)
+    return float(metric.norm(*gaps_and_shares(predictions, bins, n_bins, weight)))

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..core import check
-from .outputs import check_bins_and_draws, check_outputs_and_labels
+from .outputs import check_bins_and_draws, check_outputs_and_labels, check_sample_weight
 from .predictions import BinaryPredictions, bin_sums, equal_width_bins, top_label
 from .bins import wilson_interval
 from .null_bands import top_label_null_draws
@@ -25,7 +26,7 @@ class ReliabilityBins(NamedTuple):
     "The bins of a reliability diagram: arrays (n_bins,), 0 to 1 but for `count`, NaN where a bin is empty"
     lower: np.ndarray # left edge
     upper: np.ndarray # right edge, which belongs to the bin
-    count: np.ndarray # number of images
+    count: np.ndarray # number of images; if they have weights, N times the share of these
     confidence: np.ndarray # their mean confidence
     accuracy: np.ndarray # the fraction of them that is correct
     low: np.ndarray # lower end of Wilson's interval of the accuracy
@@ -35,7 +36,7 @@ class ReliabilityBins(NamedTuple):
 
     def diagram(self) -> "DiagramData":
         "What a diagram shows of the bins alone"
-        return DiagramData(self, int(self.count.sum()), None)
+        return DiagramData(self, round(float(self.count.sum())), None)
 
 
 def reliability_bins(
@@ -43,36 +44,54 @@ def reliability_bins(
     labels: Any, # (N,) integers from 0 to C-1
     n_bins: int = 15, # bins of equal width
     n_boot: int = 1000, # draws for the null band, 2 or more
-    confidence_level: float = .95, # of the interval and the band, between 0 and 1
+    level: float = .95, # of the interval and the band, between 0 and 1
     seed: int = 0, # of the draws
     from_logits: bool = True, # False: they are probabilities
     predictions: Callable = top_label, # or `positive_class`, of two
+    sample_weight: Any = None, # (N,) of the images, 0 or more; None: all weigh the same
 ) -> ReliabilityBins:
-    "The bins of ECE as a reliability diagram shows them; a `ValueError` names the argument that is wrong"
+    """The bins of ECE as a reliability diagram shows them, for `plot_reliability`; a `ValueError` names the
+    argument that is wrong
+    """
     check_bins_and_draws(n_bins, n_boot)
     made = predictions(*check_outputs_and_labels(outputs, labels, from_logits), from_logits)
-    return bins_from_predictions(made, n_bins, n_boot, confidence_level, seed)
+    weight = None if sample_weight is None else check_sample_weight(sample_weight, len(made.correct))
+    return bins_from_predictions(made, n_bins, n_boot, level, seed, weight)
 
 
 def bins_from_predictions(
-    predictions: BinaryPredictions, # (N, 1) of the top label
+    predictions: BinaryPredictions, # (N, 1)
     n_bins: int = 15, # bins of equal width
     n_boot: int = 1000, # draws for the null band, 2 or more
     level: float = .95, # of the interval and the band, between 0 and 1
     seed: int = 0, # of the draws
+    weight: Tensor | None = None, # (N,) of the images, with mean 1; None: all weigh the same
 ) -> ReliabilityBins:
-    "What `reliability_bins` gives, from the predictions of the top label alone"
-    gaps = top_label_null_draws(["ece"], predictions, n_bins, n_boot, seed)["ece"].gaps
-    count, p, correct = (bin_sums(t, equal_width_bins(predictions.confidence, n_bins), n_bins)[0].numpy()
-                         for t in (torch.ones_like(predictions.confidence), *predictions))
+    "What `reliability_bins` gives, from the predictions alone"
+    w = torch.ones_like(predictions.confidence) if weight is None else weight[:, None]
+    bins = equal_width_bins(predictions.confidence, n_bins)
+    count, square, p, correct = (bin_sums(t, bins, n_bins)[0].numpy()
+                                 for t in (w, w*w, *(w*t for t in predictions)))
+    gaps = (top_label_null_draws(["ece"], predictions, n_bins, n_boot, seed)["ece"].gaps if weight is None
+            else _weighted_null_gaps(predictions.confidence, weight, bins, n_bins, n_boot, seed))
     ends = torch.tensor([(1 - level)/2, (1 + level)/2])
-    noise = torch.quantile(gaps, ends, dim=0).double().numpy()*len(predictions.confidence)
+    noise = torch.quantile(gaps, ends.to(gaps.dtype), dim=0).double().numpy()*len(bins)
     edges = np.arange(n_bins + 1)/n_bins
     with np.errstate(invalid="ignore", divide="ignore"):
-        low, high = wilson_interval(correct, count, level)
+        size = count**2/square # so many images of equal weight have the same noise (Kish 1965)
+        low, high = wilson_interval(correct/count*size, size, level)
         table = (p/count, correct/count, low, high, (p - noise[1])/count, (p - noise[0])/count)
-    return ReliabilityBins(edges[:-1], edges[1:], count.astype(int),
+    return ReliabilityBins(edges[:-1], edges[1:], count.astype(int) if weight is None else count,
                            *(np.where(count > 0, t, np.nan) for t in table))
+
+
+def _weighted_null_gaps(p: Tensor, weight: Tensor, bins: Tensor,
+                        n_bins: int, n_boot: int, seed: int) -> Tensor:
+    "The gaps (n_boot, n_bins) of a perfect model with confidences (N, 1), as `bin_gaps` gives them"
+    g = torch.Generator().manual_seed(seed)
+    into = torch.nn.functional.one_hot(bins[:, 0], n_bins).double()*weight[:, None]/len(p)
+    rows = torch.arange(n_boot).split(max(1, 2**22//len(p)))
+    return torch.cat([(p.T - (torch.rand(len(r), len(p), generator=g) < p.T).double()) @ into for r in rows])
 
 # %% ../../nbs/calibration/08_reliability.ipynb #5796bb4f
 def format_ece(

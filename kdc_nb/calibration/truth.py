@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .outputs import check_bins_and_draws, check_probs_and_posterior
-from .predictions import BinaryPredictions, bin_sums, equal_width_bins
-from .metrics import METRICS, binned_error
+from .predictions import BinaryPredictions, bin_sums, binned_error, equal_width_bins
+from .metrics import METRICS
 from .null_bands import central_range
 from .estimates import Estimate
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from kdc_nb.calibration.evaluation import _estimates
-from kdc_nb.calibration.metrics import METRICS, binned_error
+from kdc_nb.calibration.metrics import METRICS
+from kdc_nb.calibration.predictions import binned_error
 from kdc_nb.calibration.predictions import BinaryPredictions, top_label
 from kdc_nb.files import atomic_write
 
