@@ -342,7 +342,7 @@ def test_unknown_metrics_are_refused(metrics, says):
 
 
 def test_own_equal_mass_bins_and_bounds_are_used():
-    bounds = lambda claims, bins, level: (0., .5)
-    register_metric("bounded", **L2 | dict(bins=equal_mass_bins, bounds=bounds))
+    bounds = lambda contents, level: (0., None, .5)
+    register_metric("bounded", **L2 | dict(bins=equal_mass_bins, interval=bounds, debiases=False))
     e = evaluate(*made(60)[:2], n_boot=2, metrics="bounded").raw["bounded"]
     assert (e.low, e.high, e.debiased) == (0., .5, None)

@@ -9,7 +9,6 @@ __all__ = ['TIE_TOLERANCE', 'simulate_calibrated', 'NullDraws', 'top_label_null_
 
 # %% ../../nbs/calibration/06_null_bands.ipynb #902b4a3b
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from ..core import check
 from .outputs import check_bins_and_draws, check_outputs, to_probs
 from .predictions import BinaryPredictions, classwise, top_label
-from .metrics import METRICS, Metric, label_moments, select_metrics
+from .metrics import METRICS, Metric, extend_metric, label_moments, select_metrics
 from .bins import BinContents, bin_contents, classwise_bins, noise_bins, split_rows
 
 # %% ../../nbs/calibration/06_null_bands.ipynb #ca61d7a6
@@ -204,8 +203,8 @@ def _top1_moments(p: Tensor) -> tuple[Tensor, Tensor]:
     return p.amax(1), p.amax(1)*(1 - p.amax(1))
 
 # %% ../../nbs/calibration/06_null_bands.ipynb #45e3a969
-METRICS.data.update({k: replace(METRICS[k], moments=f) for k, f in
-                     (("nll", _nll_moments), ("brier", _brier_moments), ("top1", _top1_moments))})
+for _name, _f in (("nll", _nll_moments), ("brier", _brier_moments), ("top1", _top1_moments)):
+    extend_metric(_name, moments=_f)
 
 # %% ../../nbs/calibration/06_null_bands.ipynb #3fa08291
 def null_band_of_mean(
