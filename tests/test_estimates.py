@@ -1,5 +1,6 @@
 """Null bands and intervals: what noise does to a metric, on data whose truth is known."""
 import json
+import math
 import warnings
 
 import numpy as np
@@ -173,6 +174,92 @@ def test_few_errors_are_said():
     assert any(n.startswith("Only 1 of 200 images is wrong") for n in notes(1))
     assert any("9 of 200 images are wrong" in n for n in notes(9)) and not any("Only" in n for n in notes(10))
     assert any("0 of 200 images are correct" in n for n in notes(200))
+    one = evaluate(*constant(200, .99, 1), n_boot=20, from_logits=False, metrics="nll")
+    # whatever was asked for
+    assert any(n.startswith("Only 1 of 200 images is wrong") for n in one.table().notes)
+    assert decode(encode(one)).table().notes == one.table().notes
+
+
+@pytest.mark.parametrize("valid, says", [
+    (dict(valid_logits=[[math.nan, 0.]]*6, valid_labels=[0]*6), "valid_logits: got NaN"),
+    (dict(valid_logits=[[1., 0.]]*6, valid_labels=[2]*6), "valid_labels: got 2 to 2, expected 0 to 1"),
+    (dict(valid_logits=[[1., 0.]]*6), "valid_labels: got none"),
+    (dict(valid_labels=[0]*6), "valid_logits: got none"),
+    (dict(valid_logits=[[1., 0., 2.]]*6, valid_labels=[0]*6), "valid_logits: got 3 classes, expected 2"),
+])
+def test_what_is_wrong_with_a_validation_set_is_told_by_its_name(valid, says):
+    with pytest.raises(ValueError, match=f"^{says}"): evaluate([[1., 0.]]*6, [0, 1]*3, n_boot=5, **valid)
+    with pytest.raises(ValueError, match="^valid_logits: got row 0 with sum"):
+        evaluate([[1., 0.]]*6, [0, 1]*3, valid_logits=[[.5, .6]]*6, valid_labels=[0]*6, from_logits=False)
+
+
+@pytest.mark.parametrize("n, accuracy", [(200, .99), (1000, .998)])
+def test_what_was_not_seen_is_in_the_intervals_of_means(n, accuracy):
+    "One image in a hundred is less sure than the others, and is often not among those that are seen"
+    def outputs(n, seed):
+        g = torch.Generator().manual_seed(seed)
+        conf = torch.where(torch.rand(n, generator=g) < .99, .9999, .9).double()
+        return torch.stack([conf, 1 - conf], 1), (torch.rand(n, generator=g) > accuracy).long()
+    p, _ = outputs(10**6, 10**6)
+    right = {"nll": float(-(accuracy*p[:, 0].log() + (1 - accuracy)*p[:, 1].log()).mean()),
+             "brier": float((2*accuracy*p[:, 1].square() + 2*(1 - accuracy)*p[:, 0].square()).mean())}
+    for k, truth in right.items():
+        found = [_per_sample_estimate(k, *outputs(n, seed), False, .95) for seed in range(200)]
+        assert sum(e.low <= truth <= e.high for e in found) >= 184, k # at 95% fewer have a chance of 5%
+
+
+def test_where_a_mistake_would_cost_infinitely_much_there_is_no_interval():
+    sure = evaluate([[1., 0.]]*200, [0]*200, n_boot=20, from_logits=False)
+    assert (sure.raw["nll"].value, sure.raw["nll"].low, sure.raw["nll"].high) == (0, None, None)
+    limit = binomtest(200, 200).proportion_ci(.95, "exact").low
+    assert sure.raw["brier"].low == 0 and sure.raw["brier"].high == pytest.approx(2*(1 - limit))
+
+
+def always_sure(n, error, confidence, seed):
+    "Ten classes, the top label as sure as that, and wrong in a share of the images: p, truth, labels"
+    top = torch.arange(n) % 10
+    def table(p):
+        t = torch.full((n, 10), (1 - p)/9, dtype=torch.float64)
+        t[torch.arange(n), top] = p
+        return t
+    truth = table(1 - error)
+    return (table(confidence), truth,
+            truth.multinomial(1, generator=torch.Generator().manual_seed(seed)).squeeze(1))
+
+
+def test_class_wise_intervals_of_a_model_that_is_always_sure():
+    p = np.eye(10)[np.arange(200) % 10]
+    y = p.argmax(1)
+    y[:3] = (y[:3] + 1) % 10
+    for k, e in calibration_estimates(p, y, ["sce", "classwise_ace"], from_logits=False).items():
+        # 3 of 200 wrong, in two of ten
+        assert e.value == pytest.approx(.003) and 0 < e.low < .003 <= e.high, k
+        assert e.high >= 2*binomtest(3, 200).proportion_ci(.95, "exact").high/10 - 1e-9, k
+
+
+@pytest.mark.parametrize("n, error, confidence", [(200, .015, 1.), (200, .1, 1.), (200, .01, .999999),
+                                                  (500, .3, 1.), (500, .05, .9999)])
+def test_class_wise_intervals_of_sure_models_cover(n, error, confidence):
+    covered = {"sce": 0, "classwise_ace": 0}
+    for seed in range(60):
+        p, truth, y = always_sure(n, error, confidence, seed)
+        for k, e in calibration_estimates(p, y, list(covered), n_boot=50, from_logits=False).items():
+            right = binned_error(METRICS[k], BinaryPredictions(p, truth), 15)
+            covered[k] += e.low - 1e-12 <= right <= e.high + 1e-12
+    assert min(covered.values()) >= 53, covered # of 60 at 95%, fewer have a chance of 1%
+
+
+def test_a_true_error_knows_that_other_images_fall_into_other_bins():
+    """Half are sure by .9 and right by .6, half are right: the error is .15, of these
+    images half of the first share
+    """
+    def found(seed):
+        sure = np.random.default_rng(seed).random(2000) < .5
+        p = np.where(sure, .9, .6)
+        return estimate_true_error(np.stack([p, 1 - p], 1), np.tile([.6, .4], (2000, 1)))
+    each = [found(seed) for seed in range(100)]
+    assert sum(e.low <= .15 <= e.high for e in each) >= 89 # at 95% fewer have a chance of 1%
+    assert np.mean([e.high - e.low for e in each]) == pytest.approx(2*1.96*.15/2000**.5, rel=.15)
 
 
 def test_skewed_means_cover():

@@ -89,7 +89,7 @@ def invert_chances(
     "The true errors for which the observed score is unsurprising"
     (t, below), (s, above) = upper, lower
     below, above = np.minimum.accumulate(below), np.maximum.accumulate(above)
-    middle, high = map(float, np.interp([.5, tail*below[0]], below[::-1], t[::-1]))
+    middle, high = map(float, np.interp([.5, tail*max(below[0], 1e-9)], below[::-1], t[::-1]))
     low = 0. if above[0] >= tail else float(np.interp(tail, above, s))
     return min(low, middle), middle, high
 

@@ -6,7 +6,6 @@
 __all__ = ['true_calibration_error', 'kl_to_truth', 'estimate_true_error']
 
 # %% ../../nbs/calibration/15_truth.ipynb #929a170e
-import math
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from .outputs import check_bins_and_draws, check_probs_and_posterior
 from .predictions import BinaryPredictions, bin_sums, binned_error, equal_width_bins
 from .metrics import METRICS
 from .null_bands import central_range
+from .intervals import invert_chances, strongest_gaps
 from .estimates import Estimate
 
 # %% ../../nbs/calibration/15_truth.ipynb #5d0f983d
@@ -57,33 +57,32 @@ def estimate_true_error(
     conf, gap = p.gather(1, top), p.gather(1, top) - truth.gather(1, top)
     bins = equal_width_bins(conf, n_bins)
     count, total, square = (bin_sums(t, bins, n_bins)[0] for t in (torch.ones_like(gap), gap, gap.square()))
-    variance = (square - total**2/count.clamp(min=1)).clamp(min=0) + gap.var(unbiased=False) # as of one more
-    gaps, deviation = total[count > 0], variance[count > 0].sqrt()
-    draws = np.random.default_rng(seed).standard_normal((n_boot, len(gaps)))
-    noise = torch.from_numpy(draws)*deviation
-    ends = _invert_normal(gaps, deviation, noise, (1 - level)/2)
-    low, middle, high = (float(e)/len(p) for e in ends)
-    null = central_range(noise.abs().sum(1)/len(p), level)
-    return Estimate(float(gaps.abs().sum())/len(p), low, high, middle, *null)
+    total, square, count = (t[count > 0] for t in (total, square, count))
+    more = gap.var(unbiased=False) # as of one image more
+    draws = torch.from_numpy(np.random.default_rng(seed).standard_normal((n_boot, len(total))))
+    covariance = torch.diag(square + more) - total[:, None]*total/len(p)
+    noise, perfect = draws @ _root(covariance), draws*((square - total**2/count).clamp(min=0) + more).sqrt()
+    low, middle, high = (e/len(p) for e in _true_sums(total, covariance.diag(), noise, (1 - level)/2))
+    null = central_range(perfect.abs().sum(1)/len(p), level)
+    return Estimate(float(total.abs().sum())/len(p), low, high, middle, *null)
 
 
-def _invert_normal(
-    gaps: Tensor, # (B,) sums of the gaps
-    deviation: Tensor, # (B,) of these sums
-    noise: Tensor, # (R, B) draws of their noise
-    tail: float, # probability of missing, on each side
-) -> tuple[float, float, float]: # low, debiased, high, as sums
-    "The sums of absolute true gaps for which the observed one is unsurprising"
-    observed, z2 = float(gaps.abs().sum()), (gaps/deviation.clamp(min=1e-300)).square()
-    if not deviation.any(): return (observed,)*3
-    clear = z2 > 2*math.log(len(z2))
-    lower = torch.where(clear if clear.any() else z2 == z2.max(), gaps, 0.)
-    lengths = torch.linspace(0, observed + 5*float(deviation.sum()), 201, dtype=torch.float64)
-    def below(direction): # how often the score is at most the observed one, by length
+def _root(covariance: Tensor) -> Tensor: # (B, B)
+    "A matrix whose square is a covariance (B, B)"
+    size, direction = torch.linalg.eigh(covariance)
+    return (direction*size.clamp(min=0).sqrt()) @ direction.T
+
+
+def _true_sums(gaps: Tensor, variance: Tensor, noise: Tensor, tail: float) -> tuple[float, float, float]:
+    """The sums of absolute true gaps (low, debiased, high) for which that of the gaps (B,) is unsurprising,
+    with draws of their noise (R, B)
+    """
+    observed = float(gaps.abs().sum())
+    if not noise.any(): return (observed,)*3
+    lengths = torch.linspace(0, observed + 5*float(variance.sqrt().sum()), 201, dtype=torch.float64)
+    def at_most(direction): # how often the score is at most the observed one, by length
         unit = direction/direction.abs().sum().clamp(min=1e-300)
-        rows = [((t*unit + noise).abs().sum(1) <= observed).double().mean() for t in lengths]
-        return np.minimum.accumulate(np.array(rows))
-    down, up = below(gaps), below(lower)
-    middle, high = np.interp([.5, tail*max(down[0], 1e-9)], down[::-1], lengths.numpy()[::-1])
-    low = 0. if up[0] <= 1 - tail else np.interp(tail - 1, -up, lengths.numpy())
-    return min(low, middle), middle, high
+        return np.array([float(((t*unit + noise).abs().sum(1) <= observed).double().mean()) for t in lengths])
+    lower = strongest_gaps(gaps, gaps.square()/variance.clamp(min=1e-300))
+    t = lengths.numpy()
+    return invert_chances((t, at_most(gaps)), (t, 1 - at_most(lower)), tail)
