@@ -25,7 +25,7 @@ from kdc_nb.calibration.null_bands import (
     NullDraws, central_range, check_value, classwise_null_scores, split_metric_names, top_label_null_draws,
 )
 from kdc_nb.calibration.intervals import (
-    invert_test, mean_correct, pooled_limit, safe_directions, trial_lengths,
+    debiased_error, invert_test, mean_correct, pooled_limit, safe_directions, trial_lengths,
 )
 
 # %% ../../nbs/calibration/08_estimates.ipynb #40d2c59c
@@ -84,12 +84,11 @@ def _top_label_estimate(
     band = central_range(null.scores, level)
     contents = bin_contents(predictions, *noise_bins(rule, predictions, n_bins))
     length, filled = _length_of(rule, contents, len(predictions.confidence)), contents.filled()
-    low, middle, high = (rule.interval(BinContents(*(t[0] for t in contents)), level) if rule.interval
-                         else (None,)*3)
-    if not rule.debiases: return Estimate(value, low, high, None, *band)
-    if middle is None: 
-        tested = invert_test(filled, length, _quantiles(contents, n_boot, seed), level)
-        low, middle, high = (b if a is None else a for a, b in zip((low, middle, high), tested))
+    own = rule.interval and rule.interval(BinContents(*(t[0] for t in contents)), level)
+    if not rule.debiases: return Estimate(value, own[0], own[2], None, *band)
+    noise = _quantiles(contents, n_boot, seed)
+    low, middle, high = own or invert_test(filled, length, noise, level)
+    if middle is None: middle = debiased_error(filled, length, noise)
     observed = float(length(filled.confidence - filled.correct))
     low, middle, high = (e*(value/observed if observed else 1.) for e in (low, middle, high))
     high = max(high, float(length(pooled_limit(filled, level)*filled.count)))
@@ -120,7 +119,7 @@ def _classwise_ends(
         return (total(contents.confidence - mean).numpy(),
                 ratio*m.sum(1), (widening*(v.sum(1) + float(more)))**.5)
     chance = (contents.correct + contents.confidence/contents.count)/(contents.count + 1)
-    lower, upper = safe_directions(contents, (contents.count*chance*(1 - chance)).sqrt())
+    lower, upper, _ = safe_directions(contents, (contents.count*chance*(1 - chance)).sqrt())
     (t, mean, spread), (t_upper, mean_upper, spread_upper) = scores(lower), scores(upper)
     curves = [np.maximum.accumulate(c) for c in (mean + z*spread, mean_upper, mean_upper - z*spread_upper)]
     low, middle, high = (0. if observed <= c[0] else float(np.interp(observed, c, x))

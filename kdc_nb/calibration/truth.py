@@ -85,4 +85,5 @@ def _true_sums(gaps: Tensor, variance: Tensor, noise: Tensor, tail: float) -> tu
         return np.array([float(((t*unit + noise).abs().sum(1) <= observed).double().mean()) for t in lengths])
     lower = strongest_gaps(gaps, gaps.square()/variance.clamp(min=1e-300))
     t = lengths.numpy()
-    return invert_chances((t, at_most(gaps)), (t, 1 - at_most(lower)), tail)
+    same = t, at_most(gaps)
+    return invert_chances((t, 1 - at_most(lower)), same, same, tail)

@@ -58,6 +58,8 @@ CASES = {
     "overconfident by 1.3": gaussian(4, 1.3), "overconfident by 2": gaussian(6, 2),
     "one class off": gaussian(4, off=1.5), "long tail": gaussian(4, tail=2),
     "long tail, by 1.3": gaussian(4, 1.3, tail=2),
+    "above and below by turns": with_confidence(lambda u: .3 + .075*(9*u).floor(),
+                                                lambda c: c + .05*(-1)**((c - .3)/.075).round()),
     "all .75": with_confidence(lambda u: 0*u + .75),
     "99.5%, sure": with_confidence(lambda u: 1 - .004*u, lambda c: c - .003),
     "99%, 1 point off": with_confidence(lambda u: 1 - .02*u**3, lambda c: c - .01),
