@@ -78,8 +78,9 @@ class Registry(UserDict):
         if name not in self.data: self.load()
         return name in self.data
 
-    def __getitem__(self, name): return self.data[name] if name in self else self.data[name]
+    def __missing__(self, name): self.load(); return self.data[name] # as UserDict asks
     def __iter__(self): self.load(); return iter(self.data)
+    def __len__(self): self.load(); return len(self.data)
     def __reduce__(self): # in another process it is that process's own
         return self.by_kind.__getitem__, (self.kind,)
 

@@ -11,7 +11,9 @@ from scipy.optimize import minimize_scalar
 
 from kdc_nb.calibration.comparisons import compare
 from kdc_nb.calibration.estimates import calibration_estimates
-from kdc_nb.calibration.metrics import METRICS, ace, brier, classwise_ace, ece, ks, mce, nll, sce, top1
+from kdc_nb.calibration.metrics import (
+    METRICS, ace, brier, calibration_error, classwise_ace, ece, ks, mce, nll, sce, top1,
+)
 from kdc_nb.calibration.predictions import binned_error
 from kdc_nb.calibration.truth import kl_to_truth, true_calibration_error
 from kdc_nb.calibration.null_bands import null_band
@@ -26,6 +28,7 @@ from kdc_nb.calibration.predictions import (
 from kdc_nb.calibration.reliability import corp_decomposition, reliability_bins
 from kdc_nb.calibration.smoothing import _smoothed_l1, fine_bins, smooth_ece, smooth_norm
 
+from kdc_nb.calibration.norms import signed_errors
 from .conftest import made
 
 BINNED = dict(ece=ece, ace=ace, mce=mce, sce=sce, classwise_ace=classwise_ace)
@@ -545,3 +548,31 @@ def test_a_certain_mistake_has_an_infinite_log_score():
     corp = corp_decomposition([[1., 0.], [.7, .3]], [1, 0], from_logits=False)
     assert corp["log"].score == corp["log"].miscalibration == math.inf
     assert math.isfinite(corp["log"].discrimination) and math.isfinite(corp["brier"].score)
+
+
+def test_root_mean_square_is_torchmetrics_l2():
+    torchmetrics = pytest.importorskip("torchmetrics.functional.classification")
+    for n, c, factor in ((990, 10, 1.5), (3000, 3, .6)):
+        z, y, _ = made(n, c, factor)
+        theirs = float(torchmetrics.multiclass_calibration_error(softmax64(z), y, c, n_bins=15, norm="l2"))
+        assert calibration_error("rms", z, y, 15, True) == pytest.approx(theirs, abs=1e-6)
+
+
+@given(st.integers(5, 60), st.integers(2, 5), st.floats(.3, 3), st.integers(0, 10**6))
+def test_signed_errors_are_the_parts_of_ece(n, c, factor, seed):
+    z, y, _ = made(n, c, factor, seed=seed)
+    over, under = signed_errors(z, y)
+    assert over + under == pytest.approx(ece(z, y)) and min(over, under) >= 0
+    assert over - under == pytest.approx(float(softmax64(z).amax(1).mean()) - top1(z, y))
+    assert ece(z, y) <= calibration_error("rms", z, y, 15, True) + 1e-12 <= mce(z, y) + 1e-9
+
+
+def test_the_root_mean_square_covers():
+    hits = 0
+    for seed in range(60):
+        z, y, p = made(1000, 4, 1.3, seed=seed)
+        e = calibration_estimates(z, y, "rms", n_boot=200, seed=seed)["rms"]
+        top = z.argmax(1, keepdim=True)
+        known = BinaryPredictions(softmax64(z).gather(1, top), p.gather(1, top))
+        hits += e.low <= binned_error(METRICS["rms"], known, 15) <= e.high
+    assert hits >= 53 # of 60 at 95%, fewer have a chance of 1%

@@ -106,7 +106,7 @@ def test_own_metrics_have_ranks_labels_and_a_part_in_outcomes():
     assert (metric_label("l2_ece"), axis_label("l2_ece")) == ("l2 ECE, %", "l2 ECE")
     assert (metric_unit("spherical"), format_metric("spherical", .5)) == ("", "0.500")
     with pytest.raises(ValueError,
-                       match="metric: got 'spherical', expected top1, nll, ece, ace, ks, smece, l2_ece"):
+                       match="metric: got 'spherical', expected top1, nll, ece, ace, ks, smece, rms, l2_ece"):
         debiased_contributions(o["1.0"], "spherical")
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..core import check
-from ..calibration.metrics import DERIVED_LABELS
+from ..calibration.metrics import DERIVED, Metric
 from ..calibration.estimates import Estimate
 from ..calibration.diagrams import COLORS, GREY
 from kdc_nb.experiments.specs import (
@@ -25,10 +25,11 @@ from ..experiments.panels import plot_panels
 from .views import FeatureView
 
 # %% ../../nbs/analysis/04_diffusion.ipynb #01d25d30
-DERIVED_LABELS.update({ # what is measured of features and chains, with its unit
-    "ratio": ("distance of similar over others", ""), "similar": ("overlap of similar classes", "%"),
-    "dissimilar": ("overlap of other classes", "%"), "gap": ("confidence less accuracy", "%"),
-    "agreement": ("agreement with generation 0", "%"),
+DERIVED.update({ # what is measured of features and chains, with its unit
+    "ratio": Metric("distance of similar over others", ""),
+    "similar": Metric("overlap of similar classes", "%"),
+    "dissimilar": Metric("overlap of other classes", "%"), "gap": Metric("confidence less accuracy", "%"),
+    "agreement": Metric("agreement with generation 0", "%"),
 })
 
 

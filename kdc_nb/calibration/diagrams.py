@@ -19,11 +19,11 @@ from torch import Tensor
 
 from ..core import check
 from .predictions import BinaryPredictions
-from .metrics import METRICS, ece, nll
+from .metrics import ece, nll
 from .posthoc import FittedTemperature
 from .estimates import Estimate, top_label_estimates
 from .reliability import ReliabilityBins, bins_from_predictions, prepare_diagram
-from .evaluation import metric_name
+from .evaluation import find_metric
 from .differences import Difference, holm
 
 # %% ../../nbs/calibration/13_diagrams.ipynb #90b8ee49
@@ -35,7 +35,7 @@ def axis_label(
     metric: str, # its name in the registry, such as "top1"
 ) -> str: # without its unit, such as "top-1 accuracy"
     "A metric's name at an axis"
-    return METRICS[metric].axis or METRICS[metric].label if metric in METRICS else metric_name(metric)
+    return find_metric(metric).axis or find_metric(metric).label
 
 # %% ../../nbs/calibration/13_diagrams.ipynb #5834f606
 def format_percent_axes(

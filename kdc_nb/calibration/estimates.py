@@ -17,9 +17,9 @@ from torch import Tensor
 from ..values import frozen_spec
 from .outputs import check_bins_and_draws, check_outputs_and_labels, to_probs
 from .predictions import BinaryPredictions, binned_error, l1_norm, top_label
-from .metrics import METRICS, Metric, extend_metric
+from .metrics import METRICS, Metric
 from kdc_nb.calibration.bins import (
-    BinContents, absolute_gap_moments, bin_contents, classwise_bins, exact_interval, noise_bins,
+    BinContents, absolute_gap_moments, bin_contents, classwise_bins, noise_bins,
 )
 from kdc_nb.calibration.null_bands import (
     NullDraws, central_range, check_value, classwise_null_scores, split_metric_names, top_label_null_draws,
@@ -27,14 +27,6 @@ from kdc_nb.calibration.null_bands import (
 from kdc_nb.calibration.intervals import (
     debiased_error, invert_test, mean_correct, pooled_limit, safe_directions, trial_lengths,
 )
-
-# %% ../../nbs/calibration/08_estimates.ipynb #40d2c59c
-def _top1_interval(values: Tensor, level: float) -> tuple[float, float]:
-    "The interval of a mean of zeros and ones (N,)"
-    return exact_interval(float(values.sum()), len(values), level)
-
-
-extend_metric("top1", interval=_top1_interval)
 
 # %% ../../nbs/calibration/08_estimates.ipynb #3de8b758
 @frozen_spec

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 
 from ..core import check, lookup
-from ..calibration.metrics import METRICS
+from ..calibration.evaluation import find_metric
 from kdc_nb.calibration.diagrams import (
     BLUE, COLORS, ORANGE, SKY, axis_label, format_percent_axes, plot_reliability,
 )
@@ -45,7 +45,7 @@ def plot_metric(
     check(len(part) > 0, "frame", f"no {output} {metric} with {x} and {hue}", "one or more")
     part = part.assign(x=part[x].astype(object), hue=part[hue].astype(object))
     means = seed_means(part, ("x", "hue"))
-    is_error = metric in METRICS and METRICS[metric].norm is not None # whose best is 0
+    is_error = find_metric(metric).norm is not None # whose best is 0
     if not is_error: means = means.assign(null_low=np.nan, null_high=np.nan) # a promise, no yardstick
     listed = isinstance(means.x[0], str)
     ax, axis = (_draw_list if listed else _draw_lines)(part, means, x, hue, ax), "x" if listed else "y"

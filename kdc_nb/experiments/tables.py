@@ -16,10 +16,9 @@ import numpy as np
 
 from ..core import check
 from ..tables import Table
-from ..calibration.metrics import METRICS
 from ..calibration.estimates import Estimate
 from kdc_nb.calibration.evaluation import (
-    DAGGER, OUTSIDE_NOTE, evaluate, format_metric, metric_label, metric_unit,
+    DAGGER, OUTSIDE_NOTE, evaluate, find_metric, format_metric, metric_label, metric_unit,
 )
 from ..training.data import load_data
 from .specs import RunSpec, describe_run, row_label, with_seed
@@ -34,7 +33,7 @@ def metric_lines(
     "Estimates as lines of a tidy frame; NaN where there is none, and infinite where the metric is"
     def number(x): return math.nan if x is None else x
     def value(k, e):
-        worst = -math.inf if k in METRICS and METRICS[k].higher_is_better else math.inf
+        worst = -math.inf if find_metric(k).higher_is_better else math.inf
         return worst if e.value is None else e.value
     return [{**described, "metric": k, "unit": metric_unit(k), "n": n, "value": value(k, e),
              **{f: number(getattr(e, f)) for f in ("low", "high", "debiased", "null_low", "null_high")}}
@@ -109,9 +108,7 @@ def _t_interval(values: "pandas.Series") -> np.ndarray: # ends of the 95% interv
 
 def _within_limits(means: "pandas.DataFrame") -> "pandas.DataFrame":
     "Intervals end where their metric does: an error, which a known truth gives, at 0"
-    limits = [METRICS[k].limits if k in METRICS else (0 if k in ("error", "kl") else -math.inf, math.inf)
-              for k in means.metric]
-    low, high = np.array(limits).T
+    low, high = np.array([find_metric(k).limits for k in means.metric]).T
     return means.assign(low=means.low.clip(low), high=means.high.clip(upper=high))
 
 # %% ../../nbs/experiments/08_tables.ipynb #4e787bec
