@@ -69,12 +69,12 @@ def _columns_at_once(p: Tensor) -> int:
 # %% ../../nbs/calibration/04_bins.ipynb #37f2ead9
 def noise_bins(
     rule: Metric, # a calibration metric
-    claims: BinaryPredictions, # (N, K)
+    predictions: BinaryPredictions, # (N, K)
     n_bins: int, # that the metric is asked for
 ) -> tuple[Tensor, int]: # (N, K) the bin of each prediction, and how many bins there are
     "The bins in which a metric's noise is simulated: its own, or 256 of equal mass if it needs no bins"
-    if rule.walk: return equal_mass_bins(claims.confidence, 256), 256
-    bins = rule.bins(claims.confidence, n_bins)
+    if rule.walk: return equal_mass_bins(predictions.confidence, 256), 256
+    bins = rule.bins(predictions.confidence, n_bins)
     return bins, max(n_bins, int(bins.max()) + 1)
 
 
