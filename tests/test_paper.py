@@ -118,12 +118,12 @@ def test_generations_are_measured_from_what_they_say(looks):
 
 def test_generations_are_drawn_with_what_theory_expects(looks):
     frame = generations_frame(looks[0])
-    fig = plot_generations(frame, 1, .9, ("ece", "gap"), label_only_gap=.1)
+    axs = plot_generations(frame, 1, .9, ("ece", "gap"), label_only_gap=.1)
     first = frame.query("chain == 'nll' and generation == 0 and metric == 'gap'").value.item()
-    dotted = [line for line in fig.axes[1].lines if line.get_linestyle() == ":"]
-    assert len(dotted) == 2 and not [l for l in fig.axes[0].lines if l.get_linestyle() == ":"]
+    dotted = [line for line in axs[1].lines if line.get_linestyle() == ":"]
+    assert len(dotted) == 2 and not [l for l in axs[0].lines if l.get_linestyle() == ":"]
     assert dotted[0].get_ydata() == pytest.approx([.1 + (first - .1)*.9**g for g in range(3)])
-    assert dotted[0].get_color() == fig.axes[1].lines[0].get_color()
+    assert dotted[0].get_color() == axs[1].lines[0].get_color()
     with pytest.raises(ValueError, match="T, alpha: got 2, 0.9, expected one of 1, 0.9"):
         plot_generations(frame, 2, .9)
 

@@ -1,5 +1,7 @@
 "Pictures: what they show is what went in, whether drawn once or moved; grids are paired as they should be."
+import ast
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from matplotlib.collections import LineCollection
 from scipy.stats import ttest_1samp
 
+import kdc_nb
 from kdc_nb.calibration.diagrams import (
     BLUE, GREY, ORANGE, ReliabilityDiagram, plot_differences, plot_reliability, plot_reliability_overlay,
 )
@@ -268,10 +271,10 @@ def test_clusters_share_the_axes_of_the_first(looks):
                 for _ in range(2) for c in (0, 4, 1)])
     np.testing.assert_allclose(_prepare_penultimate([teacher], (0, 4, 1))[0][0], both[0][0])
     assert not np.allclose(alone[0][0], both[1][0])
-    fig = plot_penultimate(dict(zip("ab", looks.values())), (0, 4, 1), columns=2)
-    assert (fig.axes[0].get_xlim() == fig.axes[1].get_xlim()
-            and [ax.get_title() for ax in fig.axes] == ["a", "b"])
-    stars = np.concatenate([line.get_xydata() for line in fig.axes[0].lines if line.get_marker() == "*"])
+    axs = plot_penultimate(dict(zip("ab", looks.values())), (0, 4, 1), columns=2)
+    assert (axs[0].get_xlim() == axs[1].get_xlim()
+            and [ax.get_title() for ax in axs] == ["a", "b"])
+    stars = np.concatenate([line.get_xydata() for line in axs[0].lines if line.get_marker() == "*"])
     np.testing.assert_allclose(stars, [xy.mean(0) for xy in both[0]], rtol=1e-6)
     with pytest.raises(ValueError, match="views: got none"): plot_penultimate({}, (0, 4, 1))
 
@@ -288,13 +291,13 @@ def test_merging_is_drawn_as_measured(looks, results):
     frame = merging_frame({teacher: t, student: l, scaled: l})
     assert (list(dict.fromkeys(zip(frame.teacher, frame["T"], frame.seed)))
             == [("nll", 1., 0), ("nll after TS", 1., 0)])
-    fig = plot_panels(frame, ("ratio", "ece"), "T", "teacher")
-    for ax, e in zip(fig.axes, (l.merging["ratio"], l.result.raw.metrics["ece"])):
+    axs = plot_panels(frame, ("ratio", "ece"), "T", "teacher")
+    for ax, e in zip(axs, (l.merging["ratio"], l.result.raw.metrics["ece"])):
         lines = [line for line in ax.lines if line.get_marker() == "o"]
         assert [line.get_ydata().tolist() for line in lines] == [[e.value]]*2
         bars = [c for c in ax.collections if isinstance(c, LineCollection)]
         assert [c.get_segments()[0][:, 1].tolist() for c in bars] == [[e.low, e.high]]*2
-    assert [text.get_text() for text in fig.legends[0].texts] == ["nll", "nll after TS"]
+    assert [text.get_text() for text in axs[0].figure.legends[0].texts] == ["nll", "nll after TS"]
     with pytest.raises(ValueError, match="metric: got 'mean'"): plot_panels(frame, ("mean",), "T", "teacher")
 
 
@@ -337,7 +340,7 @@ def test_a_grid_has_a_line_for_each_weight_in_the_order_of_t(store):
     runs = {s: run(s, store, "cpu", progress=False) for s in [*teachers, *specs]}
     frame = results_frame(runs.values())
     for metric in ("ece", "nll"):
-        (ax,) = plot_temperature_grid(frame, metric).axes
+        (ax,) = plot_temperature_grid(frame, metric)
         lines = {line.get_label(): line for line in ax.lines if line.get_marker() == "o"}
         assert list(lines) == ["alpha = 0.5", "alpha = 1"] and ax.get_xscale() == "log"
         for a, line in zip((.5, 1.), lines.values()):
@@ -393,3 +396,12 @@ def test_a_metric_of_ones_own_is_in_frames_tables_and_figures(results):
         with pytest.raises(ValueError, match="metrics: got 'squared_top1', which was not evaluated"):
             own[0].evaluation.table(["squared_top1"])
     finally: unregister_metric("squared_top1")
+
+
+def test_every_plot_returns_axes_and_no_figure():
+    "A figure that is returned is shown twice by a notebook: once as the cell's, once as its value"
+    functions = [node for path in Path(kdc_nb.__file__).parent.rglob("*.py")
+                 for node in ast.parse(path.read_text()).body
+                 if isinstance(node, ast.FunctionDef) and node.name.startswith("plot_")]
+    assert len(functions) > 15
+    assert {ast.unparse(node.returns) for node in functions} <= {"Axes", "np.ndarray"}

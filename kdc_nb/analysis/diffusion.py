@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..core import check
@@ -111,7 +110,7 @@ def plot_generations(
     # the gap of a network that learns from labels alone, -1 to 1, to which theory lets a
     # chain go; None: that is not drawn
     label_only_gap: float | None = None,
-) -> Figure:
+) -> np.ndarray: # of Axes, one for each panel
     """Metrics by generation, and for the gap, dotted, what theory expects.
 
     A `ValueError` says which temperatures and weights, or metrics, there are.
@@ -121,10 +120,10 @@ def plot_generations(
     check((T, alpha) in known, "T, alpha", f"{T:g}, {alpha:g}",
           "one of " + "; ".join(f"{a:g}, {b:g}" for a, b in known))
     own = frame[(frame["T"] == T) & (frame.alpha == alpha)]
-    fig = plot_panels(own, metrics, "generation", "chain", f"T = {T:g}, alpha = {alpha:g}")
-    for ax, metric in zip(fig.axes, metrics):
+    axs = plot_panels(own, metrics, "generation", "chain", f"T = {T:g}, alpha = {alpha:g}")
+    for ax, metric in zip(axs, metrics):
         if metric == "gap" and label_only_gap is not None: _draw_expected_gaps(ax, own, alpha, label_only_gap)
-    return fig
+    return axs
 
 
 def _draw_expected_gaps(ax: Axes, own: "pandas.DataFrame", alpha: float, label_only_gap: float) -> None:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..core import check
@@ -124,7 +123,7 @@ def plot_penultimate(
     classes: Sequence[int], # three: two similar ones and another, 0 to C-1
     split: str = "test", # or "train"
     columns: int = 3, # number of panels in a row
-) -> Figure:
+) -> np.ndarray: # of Axes, one for each panel
     """The clusters of three classes in several networks, on the same axes (the paper's Fig. 5).
 
     A `ValueError` for no view, another split, or classes that are not three different ones.
@@ -140,7 +139,7 @@ def plot_penultimate(
                 for ax, title, own in zip(axs.flat, views, clusters)]
     fig.legend(handles=pictures[0].dots, loc="outside lower center", ncols=3)
     for ax in axs.flat[len(views):]: ax.axis("off")
-    return fig
+    return axs.flat[:len(views)]
 
 # %% ../../nbs/analysis/03_projections.ipynb #84880f07
 def compute_umap(

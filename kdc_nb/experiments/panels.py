@@ -12,7 +12,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 
 from ..core import check, lookup
@@ -145,7 +144,7 @@ def plot_panels(
     x: str, # the column that they are drawn against
     hue: str, # the column that gives the colours
     title: str = "", # above all panels, before the sizes
-) -> Figure:
+) -> np.ndarray: # of Axes, one for each panel
     """Several metrics of the same runs in panels, with one legend; a `ValueError` without metrics, or for
     one that the frame lacks
     """
@@ -160,13 +159,13 @@ def plot_panels(
     handles, names = axs[0][0].get_legend_handles_labels()
     if len(names) > 1: fig.legend(handles, names, loc="outside lower center", ncols=4, title=hue)
     fig.suptitle(f"{title} ({_format_size(means)})", fontsize=10)
-    return fig
+    return axs[0]
 
 # %% ../../nbs/experiments/09_panels.ipynb #16d8bbe1
 def plot_reliability_grid(
     results_by_name: Mapping[str, Result], # by the title of their panels
     columns: int = 4, # panels in a line, at most; 1 or more
-) -> Figure:
+) -> np.ndarray: # of Axes, one for each panel
     "Reliability diagrams of several runs, each with its ECE; a `ValueError` if there are none"
     check(bool(results_by_name), "results_by_name", "no results", "one or more")
     columns = min(columns, len(results_by_name))
@@ -175,7 +174,7 @@ def plot_reliability_grid(
                             layout="constrained", squeeze=False)
     for ax in axs.flat[len(results_by_name):]: ax.axis("off")
     for ax, (name, r) in zip(axs.flat, results_by_name.items()): plot_reliability(r, ax=ax, title=name)
-    return fig
+    return axs.flat[:len(results_by_name)]
 
 # %% ../../nbs/experiments/09_panels.ipynb #76ed8574
 def plot_tradeoff(

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from ..core import check
 from ..calibration.metrics import ece, top1
@@ -182,7 +181,7 @@ def plot_temperature_grid(
     frame: "pandas.DataFrame", # of `results_frame`: students of several teachers, temperatures and weights
     metric: str = "ece", # a metric of the frame, such as "ece" or "nll"
     title: str = "The student's temperature", # above all panels
-) -> Figure:
+) -> np.ndarray: # of Axes, one for each panel
     """A metric against the temperature of distillation, a panel for each teacher, a line for each weight; a
     `ValueError` if no run is distilled
     """
@@ -198,4 +197,4 @@ def plot_temperature_grid(
         ax.set_ylabel("")
         if ax.get_legend(): ax.get_legend().remove()
     fig.suptitle(title, fontsize=10)
-    return fig
+    return axs[0]

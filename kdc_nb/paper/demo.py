@@ -136,7 +136,8 @@ def _plot_part(
         f"{block.setting.data.name}_ece": plot_metric(
             results_frame(results), title=f"{block.title}: calibration error"
         ).figure,
-        f"{block.setting.data.name}_reliability": plot_reliability_grid({k: results[k][0] for k in shown}),
+        f"{block.setting.data.name}_reliability":
+            plot_reliability_grid({k: results[k][0] for k in shown})[0].figure,
     }
 
 # %% ../../nbs/paper/03_demo.ipynb #3206d40d
