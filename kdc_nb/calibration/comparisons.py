@@ -7,12 +7,11 @@ __all__ = ['EQUIVALENCE_MARGINS', 'Comparison', 'compare', 'decompose_score', 'V
 
 # %% ../../nbs/calibration/11_comparisons.ipynb #4bc12618
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..core import check
@@ -23,9 +22,8 @@ from .posthoc import fit_temperature, to_logits
 from kdc_nb.calibration.evaluation import (
     Evaluation, format_metric, metric_label, metric_name, metric_unit, table_order, to_display_unit,
 )
-from kdc_nb.calibration.differences import (
-    Difference, estimate_difference, holm, shift_to_debiased, signed_gaps,
-)
+from .contributions import PairedContributions, pair_contributions
+from .differences import Difference, difference_of_contributions, holm
 
 # %% ../../nbs/calibration/11_comparisons.ipynb #7d65c1f1
 EQUIVALENCE_MARGINS = {"ece": .005, "ace": .005, "ks": .005,
@@ -114,13 +112,13 @@ def _comparison_notes(c: Comparison) -> list[str]:
     tests = [m for *_, m in c.rows() if m.difference]
     one = "One seed each: this speaks of other images, not of other training runs."
     several = f"{c.seeds} seeds each: this speaks of other training runs and other images."
-    undecided = any(not (m.better or m.margin) for m in tests)
+    undecided = any(m.better is m.margin is None for m in tests)
     others = f"; the others cannot be told with {c.n:,} images"*undecided
     binned = [metric_name(k) for k in c.raw if k in METRICS and METRICS[k].norm]
     names = " and ".join(filter(None, (", ".join(binned[:-1]), *binned[-1:])))
     are, them, their = ("are", "them", "Their") if len(binned) > 1 else ("is", "it", "Its")
     debiased = [f"{names} {are} debiased, less what the noise of the labels adds to {them}.",
-                f"{their} intervals are too short where two models predict alike or are nearly calibrated."]
+                f"{their} intervals allow for the noise of that, drawn with the same labels for both."]
     return [one if c.seeds == 1 else several,
             f"better: p below .05 after Holm's correction for {len(tests)} comparisons{others}.",
             *["equivalent: the 90% interval lies within the margin."]*any(m.margin for m in tests),
@@ -175,34 +173,21 @@ def _scale_by_temperature(
     def scaled(x, v): return to_logits(x, from_logits)/fit_temperature(v, y, from_logits)
     return [[scaled(x, v) for x, v in zip(*pair)] for pair in zip((a, b), held)]
 
-# %% ../../nbs/calibration/11_comparisons.ipynb #96885557
-def _contributions_by_metric(
-    seeds: Sequence[Tensor], y: Tensor, # outputs (N, C) of each seed, labels (N,)
-    from_logits: bool, # False: probabilities
-    names: Sequence[str], # of paired metrics
-) -> dict[str, np.ndarray]: # (seeds, images)
-    "What each image of each seed contributes to each metric"
-    def row(m, k, x):
-        if m.per_sample: return m.per_sample(x, y, from_logits)
-        predictions = m.predictions(x, y, from_logits)
-        return shift_to_debiased(signed_gaps(predictions, k), predictions, k)
-    return {k: torch.stack([row(METRICS[k], k, x) for x in seeds]).numpy() for k in names}
-
-
+# %% ../../nbs/calibration/11_comparisons.ipynb #043afb46
 def _compare_metrics(
-    # by output and metric: both models' (seeds, images)
-    pairs: Mapping[tuple[str, str], tuple[np.ndarray, np.ndarray]],
+    pairs: Mapping[tuple[str, str], PairedContributions], # by output and metric
 ) -> dict[tuple[str, str], _ComparedMetric]:
     "All comparisons, corrected for their number"
-    found = {k: estimate_difference(a - b) for k, (a, b) in pairs.items() if np.isfinite(a + b).all()}
+    found = {k: difference_of_contributions(pair, k[1]) for k, pair in pairs.items()
+             if np.isfinite(pair.a + pair.b).all()}
     p = dict(zip(found, holm([d.p for d in found.values()]).tolist()))
-    def compared(k, a, b):
-        d, margin = found.get(k), EQUIVALENCE_MARGINS.get(k[1])
+    def compared(k, pair):
+        d, margin = found.get(k), EQUIVALENCE_MARGINS.get(k[1], 0. if pair.same else None)
         better = "ab"[(d.mean > 0) != METRICS[k[1]].higher_is_better] if p.get(k, 1) < .05 else None
-        alike = d and margin and not better and d.is_within(margin)
-        return _ComparedMetric(float(a.mean()), float(b.mean()), d, p.get(k), better,
+        alike = d and not better and (pair.same or margin and d.is_within(margin))
+        return _ComparedMetric(float(pair.a.mean()), float(pair.b.mean()), d, p.get(k), better,
                                margin if alike else None, d and d.detectable(.05/len(found)))
-    return {k: compared(k, *pair) for k, pair in pairs.items()}
+    return {k: compared(k, pair) for k, pair in pairs.items()}
 
 # %% ../../nbs/calibration/11_comparisons.ipynb #cc0f96c2
 def compare(
@@ -231,15 +216,16 @@ def compare(
     check(texts and names[0] != names[1], "names", names, "two texts that differ")
     a, b, y = _check_two_models(logits_a, logits_b, labels, from_logits)
     check(len(y) > 1, "labels", f"{len(y)} of them", "two images or more")
+    several = isinstance(metrics, Collection) and all(isinstance(k, str) for k in metrics)
+    check(metrics is None or several, "metrics", repr(metrics), "a name, a list of names, or None")
     chosen = select_metrics(metrics, lambda m: m.paired)
     asked = table_order(chosen) if metrics is None else [*chosen]
     outputs, valid = {"raw": (a, b, from_logits)}, (valid_logits_a, valid_logits_b, valid_labels)
     if any(v is not None for v in valid):
         outputs["scaled"] = *_scale_by_temperature(a, b, valid, from_logits), True
-    pairs = {}
-    for which, (*two, as_logits) in outputs.items():
-        one, other = (_contributions_by_metric(model, y, as_logits, asked) for model in two)
-        pairs |= {(which, k): (one[k], other[k]) for k in one if which == "raw" or not chosen[k].rank_only}
+    pairs = {(which, k): pair for which, (*two, as_logits) in outputs.items()
+             for k, pair in pair_contributions(*two, y, as_logits, asked).items()
+             if which == "raw" or not chosen[k].rank_only}
     found = _compare_metrics(pairs)
     raw, scaled = ({k: m for (of, k), m in found.items() if of == which} for which in ("raw", "scaled"))
     return Comparison(len(y), len(a), raw, scaled, tuple(names))
