@@ -126,7 +126,9 @@ def paired_fractions_interval(
     """
     (low_a, high_a), (low_b, high_b) = (exact_interval(k, n, level) for k in (only_a, only_b))
     a, b = only_a/n, only_b/n
-    return a - b - math.hypot(a - low_a, high_b - b), a - b + math.hypot(high_a - a, b - low_b)
+    shared = (a*b/(1 - a)/(1 - b))**.5 if a*b else 0. # what is correct by one alone is not by the other
+    def side(x, y): return (x*x + y*y + 2*shared*x*y)**.5
+    return a - b - side(a - low_a, high_b - b), a - b + side(high_a - a, b - low_b)
 
 
 def mcnemar_p(

@@ -76,7 +76,8 @@ class SeedVariance(NamedTuple):
 def estimate_difference(
     differences: np.ndarray, # (seeds, images) differences; one column if only each seed's metric is known
     pooled: SeedVariance | None = None, # from more rows than these; None: of these seeds alone
-    least_error: float = 0., # of the mean over images: standard error below which none is believed
+    # a standard error of the mean that is known to be there; what is missing is added
+    least_error: float = 0.,
 ) -> Difference:
     """The mean of a table of differences, with an interval for other seeds and other images.
 
@@ -94,8 +95,9 @@ def estimate_difference(
           "finite numbers of two seeds or two images at least")
     parts = {k: (float(differences.mean(1 - k).var(ddof=1)/m), m - 1)
              for k, m in enumerate(differences.shape) if m > 1}
-    if 1 in parts: parts[1] = max(parts[1][0], least_error**2), parts[1][1]
     if pooled: parts[0] = pooled.variance/len(differences), pooled.df
+    missing = least_error**2 - sum(v for v, _ in parts.values())
+    if missing > 0: parts[max(parts)] = parts[max(parts)][0] + missing, parts[max(parts)][1]
     def reach(tail): return _half_width(parts.values(), tail)
     mean, half = float(differences.mean()), reach(.05)
     p = (brentq(lambda x: reach(10**x) - abs(mean), -30, 0) if mean and reach(1e-30) > abs(mean)

@@ -21,9 +21,10 @@ from kdc_nb.calibration.metrics import METRICS, binned_error
 from kdc_nb.calibration.predictions import BinaryPredictions
 
 METRICS_COMPARED = "ece", "ace", "ks"
+# factors of the logits, and the noise in them, of a and of b
 PAIRS = {"times 1": (1., 1., 0., 0.), "times 1.001": (1.001, 1., 0., 0.), "times 1.02": (1.02, 1., 0., 0.),
          "times 1.1": (1.1, 1., 0., 0.), "times 1.3": (1.3, 1., 0., 0.),
-         "times 1.5 and 1.3": (1.5, 1.3, 0., 0.), "two noisy": (1., 1., .5, .5)} # factors of the logits, and the noise in them, of a and of b
+         "times 1.5 and 1.3": (1.5, 1.3, 0., 0.), "two noisy": (1., 1., .5, .5)}
 
 
 def draw_models(pair: str, n: int, c: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
