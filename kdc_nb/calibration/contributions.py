@@ -7,7 +7,6 @@ __all__ = ['contributions_per_image', 'signed_gaps', 'debiased_contributions', '
            'pair_contributions', 'paired_fractions_interval', 'mcnemar_p', 'debiased_difference_error']
 
 # %% ../../nbs/calibration/10_contributions.ipynb #1193c5cf
-import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
