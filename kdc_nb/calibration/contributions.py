@@ -145,30 +145,33 @@ def mcnemar_p(
 # %% ../../nbs/calibration/10_contributions.ipynb #572e6cf0
 def _recalibrated(
     claims: BinaryPredictions, # (N, 1) of the top label
+    *more: Tensor, # (N,) each: what else may tell how often it is correct
 ) -> Tensor: # (N,) chances of being correct
     "The confidence after a logistic fit to the labels, which few images leave as it was (Platt 1999)"
     from scipy.optimize import minimize
     from scipy.special import expit
     odds, correct = claims.confidence[:, 0].logit(eps=1e-12).numpy(), claims.correct[:, 0].numpy()
-    x = np.stack([np.ones_like(odds), odds])
+    x = np.stack([odds, np.ones_like(odds), *more])
+    as_it_was = np.eye(len(x))[0]
     def loss(w): # and its slope
-        z, away = w @ x, w - (0, 1)
+        z, away = w @ x, w - as_it_was
         size = np.logaddexp(0, z) - correct*z
         return size.mean() + away @ away/2/len(odds), (x*(expit(z) - correct)).mean(1) + away/len(odds)
-    return torch.from_numpy(expit(minimize(loss, [0., 1.], jac=True).x @ x))
+    return torch.from_numpy(expit(minimize(loss, as_it_was, jac=True).x @ x))
 
 # %% ../../nbs/calibration/10_contributions.ipynb #426869f4
 def _common_laws(
     a: BinaryPredictions, b: BinaryPredictions, # (N, 1) of the top labels of both models
     alike: Tensor, # (N,) whether both predict the same class
 ) -> list[tuple[Tensor, Tensor]]: # (N,) chances of a and of b
-    "Four laws: a's and b's own confidence, then both after a fit to the labels"
-    def others(chance, own, other): # where the predictions differ, of the other model
-        wrong = ~alike & (own.correct[:, 0] == 0)
-        share = (float(other.correct[wrong].sum()) + .5)/(float(wrong.sum()) + 1)
-        return torch.where(alike, chance, share*(1 - chance))
-    def both(q_a, q_b): return [(q_a, others(q_a, a, b)), (others(q_b, b, a), q_b)]
-    return both(*(x.confidence[:, 0] for x in (a, b))) + both(*map(_recalibrated, (a, b)))
+    "Four laws: a's confidence is right, b's is, and what a fit to the labels makes of a, and of b"
+    more = [alike.double()] if alike.any() and not alike.all() else [] # else it tells nothing
+    fit_a, fit_b = (_recalibrated(x, *more) for x in (a, b))
+    right_a, right_b = ((fit + x.confidence[:, 0] - _recalibrated(x)).clamp(0, 1)
+                        for fit, x in ((fit_a, a), (fit_b, b)))
+    def other(chance, fit): return torch.where(alike, chance, torch.minimum(fit, 1 - chance))
+    return [(right_a, other(right_a, fit_b)), (other(right_b, fit_a), right_b),
+            (fit_a, other(fit_a, fit_b)), (other(fit_b, fit_a), fit_b)]
 
 # %% ../../nbs/calibration/10_contributions.ipynb #f3f662ed
 def _error_function(

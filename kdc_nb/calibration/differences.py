@@ -119,7 +119,8 @@ def difference_of_contributions(
     noise = ([debiased_difference_error(metric, *own, float(x)) for own, x in zip(claims, d.mean(1))]
              if rule.norm and not same else [0.])
     signs = abs(float(d.mean()))/_t_quantile(2.**-n, n - 1) if seeds == 1 < n else 0.
-    found, most = estimate_difference(d, least_error=max(signs, np.mean(noise))), np.ptp(rule.limits)
+    found, most = (estimate_difference(d, least_error=max(signs, float(np.mean(noise)))),
+                   rule.limits[1] - rule.limits[0])
     return found._replace(low=max(found.low, -most), high=min(found.high, most))
 
 
