@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdc_nb.calibration.comparisons import compare
+from kdc_nb.calibration.contributions import debiased_contributions, signed_gaps
 from kdc_nb.calibration.diagrams import axis_label
-from kdc_nb.calibration.differences import (
-    debiased_contributions, paired_difference, rank_intervals, signed_gaps,
-)
+from kdc_nb.calibration.differences import paired_difference, rank_intervals
 from kdc_nb.calibration.estimates import calibration_estimates
 from kdc_nb.calibration.evaluation import evaluate, format_metric, metric_label, metric_unit
 from kdc_nb.calibration.metrics import (

@@ -9,7 +9,8 @@ from scipy.stats import bartlett
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdc_nb.calibration.differences import paired_difference
+from kdc_nb.calibration.contributions import debiased_contributions
+from kdc_nb.calibration.differences import estimate_difference, paired_difference
 from kdc_nb.calibration.metrics import ece, nll, top1
 from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.methods import Method
@@ -279,8 +280,11 @@ def test_rows_are_compared_seed_by_seed_over_the_seeds_that_both_have(table, tmp
     named = collect_by_row(seeds, results)
     a, b = ("KD(C), from NLL after TS", "raw"), ("Direct, NLL", "scaled")
     for metric in ("nll", "ece"):
-        theirs = paired_difference(*([result_outcomes(results[rows[name]])[which] for rows in seeds[:2]]
-                                     for name, which in (a, b)), metric)
+        one, other = (debiased_contributions(
+            [result_outcomes(results[rows[name]])[which] for rows in seeds[:2]],
+            metric
+        ) for name, which in (a, b))
+        theirs = estimate_difference(one - other)
         ours = row_differences(named, [(a, b)], metric)
         (own,) = ours.each.values()
         assert ours.mean == own and list(ours.each) == ["KD(C), from NLL after TS less Direct, NLL + TS"]

@@ -17,9 +17,8 @@ import numpy as np
 from ..core import check, lookup
 from ..tables import Table
 from ..calibration.evaluation import format_metric, metric_label
-from kdc_nb.calibration.differences import (
-    Difference, debiased_contributions, estimate_contrast, seed_homogeneity,
-)
+from ..calibration.contributions import debiased_contributions
+from ..calibration.differences import Difference, estimate_contrast, seed_homogeneity
 from ..calibration.comparisons import Verdict
 from ..training.methods import Method
 from ..experiments.specs import Distil, RunSpec, trace_generation, with_seed

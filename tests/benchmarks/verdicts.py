@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kdc_nb.calibration.differences import debiased_contributions, estimate_contrast, holm
+from kdc_nb.calibration.contributions import debiased_contributions
+from kdc_nb.calibration.differences import estimate_contrast, holm
 from kdc_nb.experiments.results import read_results, result_outcomes
 from kdc_nb.experiments.tables import collect_by_row
 from kdc_nb.files import results_file
