@@ -259,7 +259,7 @@ def register_texts(
         [len(y) for y in labels.values()]
     )
     tensors = ({f"{k}/labels": y for k, y in labels.items()}
-               | {f"{k}/inputs": x.clone() for k, x in zip(pairs, rows)})
+               | {f"{k}/inputs": x for k, x in zip(pairs, rows)})
     fingerprint = content_hash(tensors, f"{classes} {list_vocabulary(cutter)}")[:16]
     save_tensors(registered_data_path(fingerprint), tensors, classes=classes, tokens=list_vocabulary(cutter))
     return DataSpec("given_texts", title=title, fingerprint=fingerprint)

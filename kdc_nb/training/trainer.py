@@ -20,16 +20,17 @@ from tqdm.auto import tqdm
 
 from ..core import check
 from ..values import derive_seed
-from ..files import load_tensors
+from ..files import check_saveable, load_tensors
 from ..calibration.metrics import ece, top1
 from .data import Dataset
 from .methods import TrainingMethod, TrainingStep
 from kdc_nb.training.devices import (
     best_device, bf16_autocast, broadcast_int, gather_batch, rank_slice, seeded_rng,
 )
+from .asking import as_predictor, check_network
 from .recipes import Recipe
 from kdc_nb.training.steps import (
-    CheckpointWriter, EpochPlan, Predictor, TrainerState, capture_graph, draw_epoch_plan, dropout_rng,
+    CheckpointWriter, EpochPlan, TrainerState, capture_graph, draw_epoch_plan, dropout_rng,
     match_grad_strides, predict_logits,
 )
 
@@ -208,7 +209,7 @@ class Trainer(_TrainerEpochs):
     ) -> Iterator[torch.cuda.Event | None]: # the event to wait for before the next chunk
         "Train all that is left, chunk by chunk; `OutOfTime` if the deadline passes before"
         if self.teacher: self.check_teacher()
-        if checkpoint: self.resume(checkpoint)
+        if checkpoint: self.check_state(); self.resume(checkpoint)
         epochs_left = range(self.epoch, self.recipe.epochs)
         self.recording = not (self.teacher_cache and self.teacher_cache.holds(epochs_left))
         writer, began = CheckpointWriter(self, checkpoint, checkpoint_every), time.time() - self.seconds
@@ -257,11 +258,20 @@ class Trainer(_TrainerEpochs):
         self.load_state_dict(tensors, len(meta["history"]), meta["history"])
         self.seconds, self.rng_state = meta["seconds"], rng if self.world == 1 else {}
 
+    def check_state(self) -> None:
+        "Refuse a network or method that could not be saved, or not be read back, before it is trained"
+        check_saveable(self.state_dict())
+        weights = {k: t.contiguous().clone() for k, t in self.net.state_dict().items()}
+        try: self.net.load_state_dict(weights)
+        except RuntimeError as e:
+            check(False, "model", f"weights that cannot be read back ({e})", "a state dict that can be loaded")
+
     def check_teacher(self) -> None:
         "Query the teacher about one image, and refuse it if its classes are not the student's"
         x = self.data.normalise(self.inputs[:1].to(self.device))
         with torch.no_grad(): logits = self.teacher(x, torch.zeros(1, dtype=torch.long, device=self.device))
         n = self.data.n_classes
+        check(isinstance(logits, Tensor), "teacher", f"one that returns a {type(logits).__name__}", "a tensor")
         check(logits.shape == (1, n), "teacher", f"{logits.shape[-1]} classes", f"{n}, as the student has")
 
 # %% ../../nbs/training/14_trainer.ipynb #6fae9e71
@@ -271,7 +281,8 @@ def fit(
     method: TrainingMethod, # such as `Method('mdca', beta=5).build()`
     recipe: Recipe, # epochs, batch size, learning rate, optimizer, augmentation
     seed: int = 0, # of order, augmentation and dropout; the network comes initialised
-    teacher: Predictor | None = None, # for `Distillation`
+    # for `Distillation`: a network, or a function of inputs, and perhaps their index
+    teacher: Callable | None = None,
     device: str | None = None, # None: the fastest there is
     checkpoint: Path | None = None, # where to save, and to resume from
     checkpoint_every: float = 10., # seconds between checkpoints
@@ -279,7 +290,8 @@ def fit(
     progress: bool = True, # show a bar
 ) -> Trainer: # `history` has a dict for each epoch: loss, accuracy; valid_accuracy and valid_ece if computed
     """Train a network by a method and a recipe, or finish an interrupted call; `OutOfTime` at the deadline,
-    `FloatingPointError` for a loss that is not finite, a `ValueError` for a teacher of other classes
+    `FloatingPointError` for a loss that is not finite, a `ValueError` for a network or teacher of other classes
     """
-    trainer = Trainer(net, data, method, recipe, seed, best_device(device), teacher)
+    check_network(net, data, type(net).__name__, seed)
+    trainer = Trainer(net, data, method, recipe, seed, best_device(device), teacher and as_predictor(teacher))
     return trainer.run(checkpoint, checkpoint_every, deadline, progress)
