@@ -65,7 +65,9 @@ def content_hash(
 def check_saveable(
     tensors: Mapping[str, Any], # by name, such as the state dict of a network
 ) -> None:
-    "A `ValueError` names what `save_tensors` cannot write: what is no tensor, sparse, complex or without data"
+    """A `ValueError` names what `save_tensors` cannot write: what is no tensor,
+    sparse, complex or without data
+    """
     for k, t in tensors.items():
         check(isinstance(t, Tensor), k, f"a {type(t).__name__}", "a tensor")
         layout = str(t.layout).removeprefix("torch.")
@@ -92,7 +94,8 @@ def save_tensors(
     """Write tensors and a JSON text as one safetensors file, whole or not at all; tensors that share memory,
     such as tied weights, each on their own.
 
-    An `OSError` names the file and says what the disk refused, a `ValueError` a tensor that cannot be written.
+    An `OSError` names the file and says what the disk refused, a `ValueError` a
+    tensor that cannot be written.
     """
     check_saveable(tensors)
     tensors = _own_memory(tensors)

@@ -536,13 +536,15 @@ def test_every_method_takes_every_float_type(name):
             x, targets = method.mix_batch(step.logits, step.targets, torch.tensor(.5, dtype=dtype))
             losses.append(float(method(step._replace(logits=x, targets=targets))))
             method.after_epoch(epoch, step.logits, step.targets)
-    assert losses[:2] == pytest.approx(losses[2:4], rel=1e-5) and losses[4:] == pytest.approx(losses[:2], rel=.05)
+    assert (losses[:2] == pytest.approx(losses[2:4], rel=1e-5)
+            and losses[4:] == pytest.approx(losses[:2], rel=.05))
 
 
 @pytest.mark.parametrize("name", ("pskd", "crl", "adafocal", "mixup"))
 def test_a_method_that_was_not_started_is_told(name):
     method, step = Method(name).build(), filled(name, torch.float32)[1]
-    with pytest.raises(ValueError, match="method: got .*not started, expected `before_fit` to be called first"):
+    with pytest.raises(ValueError,
+                       match="method: got .*not started, expected `before_fit` to be called first"):
         method.mix_batch(step.logits, step.targets, torch.tensor(.5)); method(step)
 
 

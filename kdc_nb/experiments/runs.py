@@ -23,6 +23,7 @@ from torch import Tensor, distributed, nn
 
 import kdc_nb
 from ..core import check
+from ..files import check_saveable
 from ..training.data import DataSpec, Dataset, LeaveFoldOut, load_data
 from ..training.methods import TrainingMethod
 from kdc_nb.training.devices import (
@@ -146,6 +147,7 @@ def build_trainer(
     check(isinstance(method, TrainingMethod), "method", f"a {type(method).__name__} of {spec.method}",
           "a `TrainingMethod`, such as TrainingMethod(loss)")
     check_network(net, data, spec.model, spec.seed)
+    check_saveable({f"net/{k}": t for k, t in net.state_dict().items()})
     teacher, T = _build_teacher(spec, data, context)
     return Trainer(net, data, method, spec.recipe,
                    spec.seed, device, teacher, T, teacher_cache, context.use_cuda_graph)

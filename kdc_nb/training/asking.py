@@ -25,13 +25,19 @@ def left_as_it_was(
 ) -> Iterator[None]:
     "No gradients as long as the block lasts; afterwards modes and buffers (BatchNorm's statistics) as before"
     modes = [(m, m.training) for m in net.modules()]
-    buffers = [(b, b.clone()) for b in net.buffers() if not nn.parameter.is_lazy(b)]
+    buffers = [(b, b.clone()) for b in net.buffers() if _can_be_written(b)]
     try:
         with torch.no_grad(): yield
     finally:
         for m, training in modes: m.training = training
         with torch.no_grad():
             for b, before in buffers: b.copy_(before)
+
+
+def _can_be_written(buffer: Tensor) -> bool:
+    "Whether a buffer is there, and each of its numbers has a place of its own"
+    if nn.parameter.is_lazy(buffer) or buffer.layout != torch.strided: return False
+    return 0 not in buffer.stride()
 
 # %% ../../nbs/training/12_asking.ipynb #ea148083
 def check_answer(
@@ -98,11 +104,11 @@ def check_steady(
     index: Tensor, # (B,)
     answer: Tensor, # (B, ...) what it gave about them, on the CPU
 ) -> None:
-    """A `ValueError` for a teacher that is asked again about half of a batch, and differs by over 1% of its
-    largest number
+    """A `ValueError` for a teacher that is asked again about the first two of a batch, and differs by over 1%
+    of its largest number, which is more than rounding explains
     """
-    half = slice((len(x) + 1)//2)
-    again = torch.as_tensor(teacher(x[half], index[half])).cpu()
-    off = float((again.double() - answer[half].double()).abs().max()/answer.double().abs().max().clamp_min(1e-12))
-    check(again.isnan().any() or off <= .01, "logits", f"answers that differ by {off:.0%} when asked again",
+    again = torch.as_tensor(teacher(x[:2], index[:2])).cpu()
+    largest = lambda z: float(z.double().nan_to_num(0, 0, 0).abs().max()) # infinity is refused elsewhere
+    off = largest(again - answer[:2])/max(largest(answer), 1e-12)
+    check(off <= .01, "logits", f"answers that differ by {off:.0%} when asked again",
           "the same for an image each time, whatever is beside it: a network in evaluation mode")

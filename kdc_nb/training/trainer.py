@@ -264,14 +264,16 @@ class Trainer(_TrainerEpochs):
         weights = {k: t.contiguous().clone() for k, t in self.net.state_dict().items()}
         try: self.net.load_state_dict(weights)
         except RuntimeError as e:
-            check(False, "model", f"weights that cannot be read back ({e})", "a state dict that can be loaded")
+            check(False, "model", f"weights that cannot be read back ({e})",
+                  "a state dict that can be loaded")
 
     def check_teacher(self) -> None:
         "Query the teacher about one image, and refuse it if its classes are not the student's"
         x = self.data.normalise(self.inputs[:1].to(self.device))
         with torch.no_grad(): logits = self.teacher(x, torch.zeros(1, dtype=torch.long, device=self.device))
         n = self.data.n_classes
-        check(isinstance(logits, Tensor), "teacher", f"one that returns a {type(logits).__name__}", "a tensor")
+        check(isinstance(logits, Tensor), "teacher",
+              f"one that returns a {type(logits).__name__}", "a tensor")
         check(logits.shape == (1, n), "teacher", f"{logits.shape[-1]} classes", f"{n}, as the student has")
 
 # %% ../../nbs/training/14_trainer.ipynb #6fae9e71
@@ -290,7 +292,8 @@ def fit(
     progress: bool = True, # show a bar
 ) -> Trainer: # `history` has a dict for each epoch: loss, accuracy; valid_accuracy and valid_ece if computed
     """Train a network by a method and a recipe, or finish an interrupted call; `OutOfTime` at the deadline,
-    `FloatingPointError` for a loss that is not finite, a `ValueError` for a network or teacher of other classes
+    `FloatingPointError` for a loss that is not finite, a `ValueError` for a network
+    or teacher of other classes
     """
     check_network(net, data, type(net).__name__, seed)
     trainer = Trainer(net, data, method, recipe, seed, best_device(device), teacher and as_predictor(teacher))
