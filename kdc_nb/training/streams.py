@@ -227,6 +227,7 @@ def register_imagenet100(
     if isinstance(classes, (str, Path)):
         check(Path(classes).is_file(), "classes", classes, "a file that is there, or the names themselves")
         classes = [c.strip() for c in Path(classes).read_text(encoding="utf-8").splitlines() if c.strip()]
+    check_image_size(size)
     for part in ("train", "val"): _check_subfolders(Path(folder)/part, sorted(classes))
     with warnings.catch_warnings(action="ignore"): # the other classes are left out on purpose
         found = {part: find_images(Path(folder)/part, sorted(classes)) for part in ("train", "val")}
@@ -235,6 +236,6 @@ def register_imagenet100(
     title, pairs = (f"imagenet-{len(classes)}",
                     [*stratified_split(*below["train"], (.9, .1), seed), below["val"]])
     if not in_memory: return register_image_folder(title, folder, *pairs, sorted(classes), size)
-    return register_images(title, *[(_ImageFiles(Path(folder), names, size).to("cpu"), labels)
+    return register_images(title, *[(_ImageFiles(Path(folder), names, int(size)).to("cpu"), labels)
                                     for names, labels in pairs],
                            sorted(classes), ("crop", "flip"))
