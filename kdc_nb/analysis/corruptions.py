@@ -49,7 +49,8 @@ def check_severity(
     severity: int, # 1 to 5
 ) -> None:
     "A `ValueError` for a severity that is not one of the five"
-    check(isinstance(severity, Integral) and 1 <= severity <= 5, "severity", repr(severity), "1, 2, 3, 4 or 5")
+    check(isinstance(severity, Integral) and 1 <= severity <= 5,
+          "severity", repr(severity), "1, 2, 3, 4 or 5")
 
 
 def _check_image_batch(inputs: Tensor) -> None:
