@@ -75,7 +75,7 @@ def check_saveable(
         odd += ["complex"]*t.is_complex() + ["meta"]*t.is_meta
         check(not odd, k, f"a tensor that is {' and '.join(odd)}", "a dense one of real numbers, to be saved")
 
-
+# %% ../nbs/files.ipynb #29a39705
 def _own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "Tensors on the CPU, those that share memory with an earlier one copied"
     own, seen = {}, set()
