@@ -19,6 +19,7 @@ import kdc_nb.training.images as ki
 from kdc_nb.files import cache_dir, load_tensors
 from kdc_nb.training.data import DataSpec, LeaveFoldOut, load_data
 from kdc_nb.training.methods import TrainingMethod
+from kdc_nb.training.models import MODELS
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.trainer import Trainer, fit
 from kdc_nb.experiments.runs import run
@@ -102,7 +103,15 @@ def test_given_images_come_back_and_are_found_by_another_process(own):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda x, y: dict(train=(x.float(), y)), "train: got inputs of torch.float32"),
+    (lambda x, y: dict(train=(x.float(), y)), "train, valid, test: got float32 and uint8, expected one type"),
+    (lambda x, y: dict(train=(x.int(), y)), "train: got inputs of torch.int32"),
+    (lambda x, y: dict(train=(x > 9, y)), "train: got inputs of torch.bool"),
+    (lambda x, y: dict(train=x), "train: got a Tensor, expected inputs and labels"),
+    (lambda x, y: dict(train=(x[0], y)),
+     r"train: got labels of int64 and shape \(12,\), expected 3 integers"),
+    (lambda x, y: dict(train=(object(), y)), "train: got a object that is no array"),
+    (lambda x, y: dict(train=([[1, 2], [3]], y)), "train: got a list that is no array"),
+    (lambda x, y: dict(train=("cats and dogs", y)), "train: got a str that is no array"),
     (lambda x, y: dict(test=(x[:, :2], y)), "test: got inputs of shape .*, expected 1 or 3 channels"),
     (lambda x, y: dict(valid=(x, y[:5])),
      r"valid: got labels of int64 and shape \(5,\), expected 12 integers"),
@@ -255,8 +264,8 @@ def test_a_streamed_run_can_be_killed_and_its_teacher_may_see_what_it_sees(image
 
 def test_a_streamed_run_killed_after_the_last_step_of_an_epoch_goes_on(imagenet, tmp_path, monkeypatch):
     "The checkpoint of that step leaves no image of the epoch to read"
-    d, part = load_data(streams.register_imagenet100(imagenet, ["n01", "n02", "n03"], 32)), tmp_path/"part"
-    spec = RunSpec(DataSpec("known"), "resnet8", "nll", Recipe(2, 8)) # for its network
+    data, part = streams.register_imagenet100(imagenet, ["n01", "n02", "n03"], 32), tmp_path/"part"
+    d, spec = load_data(data), RunSpec(data, "resnet8", "nll", Recipe(2, 8))
     go = (lambda net, **kw:
               fit(net, d, TrainingMethod(), spec.recipe, device="cpu", progress=False, **kw).history)
     def stop(*args): raise KeyboardInterrupt
@@ -359,3 +368,228 @@ def test_streamed_runs_go_in_parallel_and_by_folds(imagenet, tmp_path):
     with pytest.raises(ValueError, match="with logits of other images"):
         run(replace(runs[0], data=LeaveFoldOut(data, 0, 3), method=Distil(said)),
             Store(tmp_path/"a"), "cpu", progress=False)
+
+
+def named(folder, counts):
+    "Pictures of one colour, as many as are said, in a subfolder for each name"
+    for name, n in counts.items():
+        (folder/name).mkdir(parents=True)
+        for k in range(n): Image.new("RGB", (9, 9), (hash(name) % 200, k, 7)).save(folder/name/f"{k}.png")
+    return folder
+
+
+def litter(folder):
+    "What systems and editors leave behind, at every depth"
+    for where in (folder, *[p for p in folder.iterdir() if p.is_dir()]):
+        for name in (".ipynb_checkpoints", "__MACOSX", ".git"):
+            (where/name/"deep").mkdir(parents=True)
+            for inside in (where/name, where/name/"deep"): Image.new("RGB", (9, 9)).save(inside/"x.png")
+        Image.new("RGB", (9, 9)).save(where/"._0.png")
+        (where/".DS_Store").write_bytes(b"x")
+
+
+def test_labels_follow_names_where_a_part_lacks_a_class(tmp_path):
+    "Whether its folder is missing or empty, in memory and streamed: 270 is label 2 everywhere"
+    train = named(tmp_path/"data/train", {"0": 3, "180": 3, "270": 3, "90": 3})
+    val = named(tmp_path/"data/val", {"0": 2, "270": 1, "90": 1})
+    test = named(tmp_path/"data/test", {"0": 1, "180": 0, "270": 2, "90": 1})
+    classes = ki.find_images(train)[2]
+    assert classes == ("0", "180", "270", "90")
+    for folder, labels in ((val, [0, 0, 2, 3]), (test, [0, 2, 2, 3])):
+        names, y, same = ki.find_images(folder, classes)
+        assert (y.tolist(), same) == (labels, classes)
+        assert all(classes[c] == name.split(os.sep)[0] for c, name in zip(y, names))
+        assert ki.read_images(folder, 9, classes)[1].tolist() == labels
+    with pytest.raises(ValueError, match="test without images of 180, expected images in each"):
+        ki.find_images(test)
+    below = lambda part, *classes: (lambda names, y, known: (
+        np.array([f"{part}/{n}" for n in names]), y, known))(*ki.find_images(tmp_path/"data"/part, *classes))
+    in_memory = [ki.read_images(train, 9), ki.read_images(val, 9), ki.read_images(test, 9, classes)]
+    streamed = [below("train"), below("val"), below("test", classes)]
+    for data in (ki.register_images("turns", *in_memory),
+                 streams.register_image_folder("turns", tmp_path/"data", *streamed, size=9)):
+        d = load_data(data)
+        assert d.classes == classes and d.valid.labels.tolist() == [0, 0, 2, 3], "by their own names, too"
+        assert d.test.labels.tolist() == [0, 2, 2, 3]
+
+
+def test_a_class_that_training_lacks_is_named(tmp_path):
+    train = ki.read_images(named(tmp_path/"train", {"cat": 2, "dog": 2}), 9)
+    val = ki.read_images(named(tmp_path/"val", {"cat": 1, "mule": 1}), 9)
+    with pytest.raises(ValueError,
+                       match="valid: got samples of mule, expected classes of training: cat, dog"):
+        ki.register_images("pets", train, val, train)
+    with pytest.raises(ValueError, match="train: got nothing of mule, expected samples of every class"):
+        ki.register_images("pets", train, train, train, ["cat", "dog", "mule"])
+    with pytest.warns(UserWarning, match="val: mule left out: not among the classes asked for"):
+        assert ki.find_images(tmp_path/"val", train[2])[1].tolist() == [0]
+    with pytest.warns(UserWarning), pytest.raises(ValueError,
+                                                  match="without images of bird, horse, expected some"):
+        ki.find_images(tmp_path/"val", ["bird", "horse"])
+    other = ki.register_images("pets", train, train, train, ["dog", "cat"])
+    assert load_data(other).train.labels.tolist() == [1, 1, 0, 0], "the order that is asked for"
+
+
+def test_what_is_left_behind_is_neither_class_nor_image(tmp_path):
+    folder = named(tmp_path/"pets", {"cat": 2, "dog": 1})
+    (folder/"dog"/"more").mkdir()
+    Image.new("RGB", (9, 9)).save(folder/"dog"/"more"/"1.png")
+    before = ki.find_images(folder)
+    litter(folder)
+    after = ki.find_images(folder)
+    assert (before[0].tolist() == after[0].tolist()
+            == ["cat/0.png", "cat/1.png", "dog/0.png", "dog/more/1.png"])
+    assert torch.equal(before[1], after[1]) and before[2] == after[2] == ("cat", "dog")
+    hidden = shutil.move(folder, tmp_path/".hidden")
+    assert len(ki.find_images(hidden)[0]) == 4, "above the folder names are the user's own"
+
+
+class Pairs(torch.utils.data.Dataset):
+    "Someone's own"
+    def __init__(self, inputs, labels): self.inputs, self.labels = inputs, labels
+    def __len__(self): return len(self.labels)
+    def __getitem__(self, k): return self.inputs[k], self.labels[k]
+
+
+def test_lists_of_images_and_torch_datasets_are_taken(own):
+    x, y = own
+    pictures = [Image.fromarray(a.permute(1, 2, 0).numpy()) for a in x]
+    expected = ki.register_images("mine", (x, y), (x, y), (x, y))
+    pairs = torch.utils.data.TensorDataset(x, y)
+    for one in ((pictures, y), (tuple(pictures), y.tolist()), ([*x], y), ([a.numpy() for a in x], y), pairs,
+                Pairs(pictures, y.tolist()), Pairs(x, y), torch.utils.data.Subset(pairs, range(12)), [x, y],
+                (x.clone().numpy(), [int(c) for c in y])):
+        assert ki.register_images("mine", one, pairs, (x, y)) == expected, type(one)
+    grey = [p.convert("L") for p in pictures]
+    d = load_data(ki.register_images("grey", (grey, y), (grey, y), (grey, y)))
+    assert d.in_channels == 1 and torch.equal(d.train.inputs[3, 0], torch.from_numpy(np.array(grey[3])))
+    mixed = load_data(ki.register_images("some", *[([pictures[0], *grey[1:]], y)]*3))
+    assert torch.equal(mixed.train.inputs[0], x[0]) and mixed.in_channels == 3
+    clear = [p.convert("RGBA") for p in pictures]
+    assert ki.register_images("mine", (clear, y), pairs, (x, y)) == expected
+
+
+def test_a_folder_of_torchvision_brings_its_names(tmp_path):
+    from torchvision.datasets import ImageFolder
+    train = ImageFolder(named(tmp_path/"train", {"0": 3, "180": 3, "270": 3, "90": 3}))
+    val = ImageFolder(named(tmp_path/"val", {"0": 2, "270": 1, "90": 1}))
+    d = load_data(ki.register_images("turns", train, val, train))
+    assert d.classes == ("0", "180", "270", "90") and d.valid.labels.tolist() == [0, 0, 2, 3]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda p: [*p[:3], p[3].resize((8, 8)), *p[4:]],
+     r"train: got torch.uint8 of shape \(8, 8, 3\) at 3, expected torch.uint8 of shape \(8, 9, 3\), as at 0"),
+    (lambda p: [*p[:5], "photo.png", *p[6:]], "train: got 'photo.png' at 5, expected images"),
+    (lambda p: [*p[:2], None, *p[3:]], "train: got None at 2"),
+    (lambda p: [*p[:7], Image.new("I;16", (9, 8)), *p[8:]], "train: got an image of mode I;16 at 7"),
+    (lambda p: [*p[:2], np.zeros((8, 9, 3)), *p[3:]], "train: got torch.float64 of shape .* at 2")])
+def test_the_one_image_that_is_odd_is_named(own, change, message):
+    x, y = own
+    pictures = [Image.fromarray(a.permute(1, 2, 0).numpy()) for a in x]
+    with pytest.raises(ValueError, match=message):
+        ki.register_images("x", (change(pictures), y), (x, y), (x, y))
+
+
+def test_datasets_that_are_none_are_told(own):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self): return iter(())
+    with pytest.raises(ValueError, match="valid: got a Stream without a length"):
+        ki.register_images("x", own, Stream(), own)
+    floats = torch.utils.data.TensorDataset(own[0], own[1].float())
+    with pytest.raises(ValueError, match="test: got labels of float32"):
+        ki.register_images("x", own, own, floats)
+
+
+@pytest.mark.parametrize("shape, seen", [
+    ((12, 5), (12, 5)), ((12, 6, 7), (12, 1, 6, 7)),
+    ((12, 4, 6, 7), (12, 4, 6, 7)), ((12, 6, 7, 3), (12, 3, 6, 7)),
+    ((12, 2, 6, 7), (12, 2, 6, 7)), ((12, 1, 1, 9), (12, 1, 1, 9))])
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.float16))
+def test_floats_are_normalised_by_the_training_set_alone(shape, seen, dtype):
+    g = torch.Generator().manual_seed(0)
+    train, other = (
+        ((torch.randn(shape, generator=g)*s + 40)*1e3**(torch.rand(shape[1:], generator=g) > 2)).to(dtype)
+        for s in (5., 50.)
+    )
+    y = torch.arange(12) % 2
+    d = load_data(ki.register_images("f", (train, y), (other.numpy(), y), (other, y)))
+    assert d.train.inputs.shape == seen and d.train.inputs.dtype == torch.float32
+    assert torch.equal(d.train.inputs.flatten().sort()[0],
+                       train.float().flatten().sort()[0]), "kept as they are"
+    axes = [0, *range(2, len(seen))]
+    x = d.train.inputs.double().numpy()
+    mean, std = x.mean(tuple(axes), keepdims=True), x.std(tuple(axes), keepdims=True)
+    assert d.normalise(d.train.inputs).numpy() == pytest.approx((x - mean)/std, abs=1e-4)
+    assert (d.normalise(d.test.inputs).numpy()
+            == pytest.approx((d.test.inputs.double().numpy() - mean)/std, abs=1e-3))
+    assert d.in_channels == seen[1]
+
+
+def test_a_column_that_never_varies_and_one_of_large_numbers_are_normalised(own):
+    x = torch.stack([torch.full((12,), .1), torch.arange(12.)*1e3 + 1e6, torch.arange(12.)*1e-9], 1)
+    d = load_data(ki.register_images("columns", *[(x, own[1])]*3))
+    z = d.normalise(x)
+    assert (z[:, 0] == 0).all() or z[:, 0].abs().max() < 1e-6
+    assert (z[:, 1:].mean(0).abs().max() < 1e-3
+            and z[:, 1:].std(0, correction=0).numpy() == pytest.approx(1, abs=1e-3))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda x: x.index_fill(0, torch.tensor([3, 7]), torch.nan),
+     r"train: got NaN or infinity in inputs at \[3, 7\]"),
+    (lambda x: x.index_fill(0, torch.tensor([11]), torch.inf), r"at \[11\]"),
+    (lambda x: x.double() + 1e300, r"at \[0, 1, 2\]"),
+    (lambda x: x.to(torch.complex64), "inputs of torch.complex64"),
+    (lambda x: x[:, 0], "train: got inputs of torch.float32 and shape"),
+    (lambda x: x[:, :4], "images of shapes")])
+def test_features_that_are_none_are_told(own, change, message):
+    x = torch.randn(12, 5)
+    with pytest.raises(ValueError, match=message):
+        ki.register_images("f", (change(x), own[1]), (x, own[1]), (x, own[1]))
+
+
+def test_a_table_is_trained_on_taught_and_folded(tmp_path):
+    """A network of two layers, its student, and one of `LeaveFoldOut`; the kit's own
+    networks say that they cannot
+    """
+    @MODELS.register("mlp")
+    def mlp(n_classes, in_channels):
+        return torch.nn.Sequential(torch.nn.Linear(in_channels, 32),
+                                   torch.nn.ReLU(), torch.nn.Linear(32, n_classes))
+    g = torch.Generator().manual_seed(0)
+    def split(n):
+        y = torch.arange(n) % 3
+        return (torch.randn(n, 7, generator=g)*torch.logspace(-3, 3, 7)
+                    + 3*y[:, None]*torch.logspace(-3, 3, 7), y)
+    data, store = ki.register_images("table", split(120), split(60), split(90)), Store(tmp_path)
+    recipe = Recipe(8, 20, lr=.05, augment=("crop", "flip"))
+    teacher = RunSpec(data, "mlp", "nll", recipe)
+    for spec in (teacher, RunSpec(data, "mlp", Distil(teacher), recipe),
+                 replace(teacher, data=LeaveFoldOut(data, 0, 4))):
+        result = run(spec, store, "cpu", progress=False)
+        assert result.evaluation.raw["top1"].value > .95 and result.evaluation.n == 90
+    with pytest.raises(ValueError, match=r"inputs: got shape \(2, 7\), expected images"):
+        run(RunSpec(data, "resnet8", "nll", recipe), store, "cpu", progress=False)
+    with pytest.raises(ValueError, match="augment: got .'flip',., expected none for a table"):
+        ki.register_images("t", split(9), split(9), split(9), augment=("flip",))
+
+
+def test_spectrograms_are_shifted_and_mirrored_as_images_are(tmp_path):
+    x = torch.randn(12, 1, 8, 8)*3 + 5
+    d = load_data(ki.register_images("sound", *[(x, torch.arange(12) % 3)]*3, augment=("crop", "flip")))
+    shift, flip = torch.zeros(12, 2, dtype=torch.long), torch.ones(12, dtype=torch.bool)
+    assert torch.equal(d.augment_batch(x, shift, flip), d.normalise(x).flip(3))
+    result = run(RunSpec(DataSpec("given", title="sound",
+                                  fingerprint=ki.register_images(
+                                      "sound", *[(x[:, 0], torch.arange(12) % 3)]*3, augment=("crop", "flip")
+                                  ).fingerprint), "resnet8", "nll",
+                         Recipe(1, 4, augment=("crop", "flip"))),
+                 Store(tmp_path), "cpu", progress=False)
+    assert result.evaluation.n == 12
+
+
+def test_the_content_of_bytes_has_the_id_it_always_had():
+    x = torch.arange(12*3*8*9).view(12, 3, 8, 9).to(torch.uint8)
+    data = ki.register_images("mine", *[(x, torch.arange(12) % 3)]*3, ["a", "b", "c"], ["flip"])
+    assert (data.fingerprint, load_data(data).fingerprint) == ("678712d7327b18b8", "623ddcc4f911cd84")

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kdc_nb.calibration.metrics import brier
 from kdc_nb.training.data import DataSpec
 from kdc_nb.training.losses import (
-    acls, bdc, bec, crl, cross_entropy, dca, distillation, flsd, focal, label_smoothing, mbls, mdca, mmce,
-    one_hot, upcast,
+    acls, bdc, bec, crl, cross_entropy, dca, distillation, effective_target, flsd, focal, label_smoothing,
+    mbls, mdca, mmce, one_hot, upcast,
 )
-from kdc_nb.training.methods import Method, TrainingMethod
+from kdc_nb.training.methods import Method, TrainingMethod, TrainingStep
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.specs import Distil, RunSpec
@@ -432,3 +432,137 @@ def test_the_pages_own_loss_is_trained_with(tmp_path):
     assert 0 <= student.raw.metrics["top1"].value <= 1 and len([*tmp_path.glob("*.run")]) == 2
     z, y = torch.tensor([[2., 0., -1.], [0., 1., .5]]), torch.tensor([0, 2])
     assert float(Method("brier_loss").build().loss(z, y)) == pytest.approx(brier(z, y), rel=1e-6)
+
+
+BAD_LABELS = { # what a batch of labels may be like, and what is said of it
+    "of another numbering": (lambda y: y + 10, "labels: got 10 to 13, expected 0 to 3"),
+    "from one": (lambda y: y + 1, "labels: got 1 to 4"),
+    "with an ignored one": (lambda y: torch.where(y == 2, -100, y), "labels: got -100 to 3"),
+    "with a fraction": (lambda y: y.double(), "labels: got torch.float64"),
+    "too few": (lambda y: y[:3],
+                r"labels: got torch.int64 of shape \(3,\), expected integers of shape \(8,\)"),
+    "in a column": (lambda y: y[:, None], r"shape \(8, 1\)"),
+    "true or false": (lambda y: y > 1, "labels: got torch.bool"),
+}
+LABELLED = [name for name in CASES if name not in ("mbls", "acls", "acls published", "crl")]
+
+
+@pytest.mark.parametrize("name", LABELLED)
+@pytest.mark.parametrize("fault", BAD_LABELS)
+def test_labels_that_are_none_are_told(name, fault):
+    z, o = tensors(*problem(3, 8, 4))
+    o.y = torch.arange(8) % 4
+    change, message = BAD_LABELS[fault]
+    o.y = change(o.y)
+    with pytest.raises(ValueError, match=message): CASES[name][0](z, o)
+
+
+@each_loss
+@pytest.mark.parametrize("change, message", [
+    (lambda z: z[0], r"logits: got torch.float64 of shape \(4,\), expected floats of shape \(B, C\)"),
+    (lambda z: z[:, :1], r"shape \(8, 1\)"), (lambda z: z.long(), "logits: got torch.int64"),
+    (lambda z: z[None], r"shape \(1, 8, 4\)")])
+def test_logits_that_are_none_are_told(name, change, message):
+    z, o = tensors(*problem(3, 8, 4))
+    if "others" in name and change(z).ndim == 1: return # the test's own strength needs the classes
+    with pytest.raises(ValueError, match=message): CASES[name][0](change(z), o)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda z, y: distillation(z, y, z, T=0), "T: got 0, expected a temperature above 0"),
+    (lambda z, y: distillation(z, y, z, T=-1.), "T: got -1"),
+    (lambda z, y: distillation(z, y, z, T=float("nan")), "T: got nan"),
+    (lambda z, y: distillation(z, y, z, T=np.float32("inf")), "T: got inf"),
+    (lambda z, y: distillation(z, y, z, alpha=2), "alpha: got 2, expected a weight from 0 to 1"),
+    (lambda z, y: distillation(z, y, None), "teacher_logits: got None"),
+    (lambda z, y: distillation(z, y, z[:, :3]), r"teacher_logits: got shape \(8, 3\), expected \(8, 4\)"),
+    (lambda z, y: distillation(z, y, z[:1]), r"teacher_logits: got shape \(1, 4\), expected \(8, 4\)"),
+    (lambda z, y: label_smoothing(z, y, 1.5), "eps: got 1.5"),
+    (lambda z, y: mbls(z, -1.), "margin: got -1"), (lambda z, y: acls(z, float("nan")), "margin: got nan"),
+    (lambda z, y: crl(z, z[:3, 0]), r"correctness: got shape \(3,\)"),
+    (lambda z, y: cross_entropy(z, z[:, :3]), r"targets: got .*\(8, 3\), expected probabilities"),
+    (lambda z, y: mdca(z, z[:1]), "targets: got"),
+    (lambda z, y: effective_target(dca, z, y + 4), "labels: got 4 to 7")])
+def test_numbers_and_shapes_that_mean_nothing_are_told(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.randn(8, 4), torch.arange(8) % 4)
+
+
+@each_loss
+@pytest.mark.parametrize("kind", (np.int32, np.uint8, np.int64))
+def test_arrays_are_taken_as_tensors_are(name, kind):
+    z, o = problem(5, 8, 4)
+    arrays = SimpleNamespace(**vars(o) | {"y": o.y.astype(kind)})
+    expected = CASES[name][0](*tensors(z, o))
+    if name == "focal each": arrays.g = torch.from_numpy(o.g)
+    got = CASES[name][0](z, arrays)
+    assert got.dtype == torch.float64 and got == expected
+    assert CASES[name][0](z.astype(np.float16), arrays).dtype in (torch.float32, torch.float64)
+
+
+@each_loss
+def test_off_the_cpu_no_number_is_looked_at(name):
+    "Tensors without any numbers, as a GPU's would be for the host: only shapes and types can be checked"
+    Z, O = tensors(*problem(8, 6, 4), torch.float32)
+    there = SimpleNamespace(**{k: v.to("meta") if isinstance(v, torch.Tensor) else v
+                               for k, v in vars(O).items()})
+    assert CASES[name][0](Z.to("meta"), there).shape == ()
+
+
+@each_loss
+def test_a_loss_compiles_whole(name):
+    "Without a break, which a look at a number would be"
+    torch._dynamo.reset()
+    Z, O = tensors(*problem(8, 16, 5), torch.float32)
+    compiled = torch.compile(lambda z: CASES[name][0](z, O), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(Z), CASES[name][0](Z, O))
+
+
+def filled(name, dtype, index=torch.arange(8)):
+    "A step and the method of it, started"
+    method = Method(name).build()
+    method.before_fit(8, 4, epochs=3)
+    z = torch.randn(8, 4, generator=torch.Generator().manual_seed(1)).bfloat16().to(dtype)
+    return method, TrainingStep(z, torch.arange(8) % 4, index, torch.tensor(1), z.flip(0))
+
+
+@pytest.mark.parametrize("name", sorted(Method.registry))
+def test_every_method_takes_every_float_type(name):
+    "Float64 gives what float32 does, to its precision; what is remembered is in float32 either way"
+    losses = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        method, step = filled(name, dtype)
+        for epoch in range(2):
+            x, targets = method.mix_batch(step.logits, step.targets, torch.tensor(.5, dtype=dtype))
+            losses.append(float(method(step._replace(logits=x, targets=targets))))
+            method.after_epoch(epoch, step.logits, step.targets)
+    assert (losses[:2] == pytest.approx(losses[2:4], rel=1e-5)
+            and losses[4:] == pytest.approx(losses[:2], rel=.05))
+
+
+@pytest.mark.parametrize("name", ("pskd", "crl", "adafocal", "mixup"))
+def test_a_method_that_was_not_started_is_told(name):
+    method, step = Method(name).build(), filled(name, torch.float32)[1]
+    with pytest.raises(ValueError,
+                       match="method: got .*not started, expected `before_fit` to be called first"):
+        method.mix_batch(step.logits, step.targets, torch.tensor(.5)); method(step)
+
+
+@pytest.mark.parametrize("name, missing", [("pskd", "index"), ("pskd", "epoch"), ("crl", "index")])
+def test_a_step_that_lacks_what_a_method_needs_is_told(name, missing):
+    method, step = filled(name, torch.float32)
+    with pytest.raises(ValueError, match=f"{missing}: got None"): method(step._replace(**{missing: None}))
+
+
+@pytest.mark.parametrize("name", sorted(Method.registry))
+def test_a_methods_labels_are_checked_too(name):
+    method, step = filled(name, torch.float32)
+    labels = step.targets + 4
+    with pytest.raises(ValueError, match="labels: got 4 to 7, expected 0 to 3"):
+        x, targets = method.mix_batch(step.logits, labels, torch.tensor(.5))
+        method(step._replace(logits=x, targets=targets))
+
+
+def test_validation_that_is_missing_is_told():
+    with pytest.raises(ValueError, match="valid_logits: got None"):
+        filled("adafocal", torch.float32)[0].after_epoch(0, None, None)

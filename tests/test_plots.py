@@ -404,4 +404,4 @@ def test_every_plot_returns_axes_and_no_figure():
                  for node in ast.parse(path.read_text()).body
                  if isinstance(node, ast.FunctionDef) and node.name.startswith("plot_")]
     assert len(functions) > 15
-    assert {ast.unparse(node.returns) for node in functions} <= {"Axes", "np.ndarray", "Explorer"}
+    assert {ast.unparse(node.returns) for node in functions} <= {"Axes", "np.ndarray", "Sequence[Axes]"}

@@ -5,7 +5,7 @@ is there in other processes
 import subprocess
 import sys
 from dataclasses import replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +15,11 @@ from kdc_nb.values import spec_hash
 from kdc_nb.calibration.posthoc import Calibrator
 from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.losses import cross_entropy
-from kdc_nb.training.methods import Method
+from kdc_nb.training.asking import check_network
+from kdc_nb.training.methods import Method, TrainingMethod
 from kdc_nb.training.models import MODELS
 from kdc_nb.training.recipes import RECIPES, Recipe
+from kdc_nb.training.trainer import fit
 from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.specs import Distil, RunSpec, run_id
 from kdc_nb.experiments.store import Store
@@ -292,3 +294,144 @@ def loss(z): return z*{use}
     if change == "SCALE": space["helper"].SCALE = 3.
     else: exec(change, space)
     assert before == again != source_fingerprint(space["loss"])
+
+
+class Answers(torch.nn.Module):
+    "A network that gives something else than logits, `wrap` of them"
+    def __init__(self, n_classes, wrap, where=(True, False)):
+        super().__init__()
+        self.body, self.wrap, self.where = torch.nn.Linear(192, n_classes), wrap, where
+    def forward(self, x):
+        z = self.body(x.flatten(1))
+        return self.wrap(z) if self.training in self.where else z
+
+
+@pytest.mark.parametrize("wrap, message", [
+    (lambda z: torch.cat([z]*50, 1),
+     r"whose outputs are \(2, 1000\), expected \(2, 20\), a logit for each class"),
+    (lambda z: z[:, :1], r"whose outputs are \(2, 1\)"), (lambda z: z[:, 0], r"whose outputs are \(2,\)"),
+    (lambda z: z[:, :, None], r"whose outputs are \(2, 20, 1\)"),
+    (lambda z: z[:1], r"whose outputs are \(1, 20\)"),
+    (lambda z: z.argmax(1), r"whose outputs are torch.int64 \(2,\)"),
+    (lambda z: z.round().long(), r"whose outputs are torch.int64 \(2, 20\)"),
+    (lambda z: (z, z), r"which returns a tuple, expected a tensor of shape \(2, 20\)"),
+    (lambda z: [z], "which returns a list"), (lambda z: {"logits": z}, "which returns a dict"),
+    (lambda z: SimpleNamespace(logits=z), "which returns a SimpleNamespace"),
+    (lambda z: None, "which returns a NoneType")])
+@pytest.mark.parametrize("where", [(True, False), (True,)])
+def test_a_network_is_asked_before_it_is_trained(tmp_path, wrap, where, message):
+    "By `run` and by `fit`, in evaluation mode and in training mode"
+    MODELS.register("answers")(lambda n_classes, in_channels: Answers(n_classes, wrap, where))
+    mode = "" if False in where else " in training mode"
+    with pytest.raises(ValueError, match=f"model: got 'answers'{mode}, {message}"):
+        run(replace(SPEC, model="answers"), Store(tmp_path), "cpu", progress=False)
+    with pytest.raises(ValueError, match=f"model: got 'Answers'{mode}, {message}"):
+        fit(Answers(20, wrap, where), load_data(TINY), Method("nll").build(), SPEC.recipe, device="cpu")
+    assert not [*tmp_path.iterdir()], "nothing was begun"
+
+
+def test_asking_leaves_a_network_and_the_random_numbers_as_they_were():
+    torch.manual_seed(3)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4, momentum=None),
+                              torch.nn.Dropout(.5), torch.nn.Flatten(), torch.nn.Linear(144, 20),
+                              torch.nn.utils.parametrizations.spectral_norm(torch.nn.Linear(20, 20)))
+    net[1].eval()
+    state, modes = {k: t.clone() for k, t in net.state_dict().items()}, [m.training for m in net.modules()]
+    before = torch.get_rng_state()
+    check_network(net, load_data(TINY), "some")
+    assert torch.equal(before, torch.get_rng_state()) and modes == [m.training for m in net.modules()]
+    assert all(torch.equal(t, state[k]) for k, t in net.state_dict().items())
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_weights_that_are_made_when_an_image_is_seen_follow_the_seed():
+    def made(seed, disturb):
+        net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(20), torch.nn.LazyBatchNorm1d())
+        torch.manual_seed(disturb)
+        check_network(net, load_data(TINY), "lazy", seed)
+        return net
+    a, b, other = made(0, 1), made(0, 2), made(1, 1)
+    assert torch.equal(a[1].weight, b[1].weight) and not torch.equal(a[1].weight, other[1].weight)
+    assert int(a[2].num_batches_tracked) == 0 and not a[2].running_mean.any()
+
+
+class Tied(torch.nn.Module):
+    "One convolution under two names, and a buffer that is a part of another one"
+    def __init__(self, n_classes):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 3, 3, padding=1)
+        self.again, self.first = self.conv, torch.nn.Linear(n_classes, 192, bias=False)
+        self.register_buffer("noted", torch.zeros(2)); self.register_buffer("same", self.noted[:1])
+    def forward(self, x):
+        x = self.again(self.conv(x).relu()).flatten(1)
+        return x@self.first.weight
+
+
+@pytest.mark.parametrize("kind", ("one layer twice", "weights of two layers", "a view"))
+def test_tied_weights_are_trained_saved_and_tied_again(tmp_path, kind):
+    def net(n_classes, in_channels):
+        if kind == "a view": return Tied(n_classes)
+        conv, head = torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.Linear(192, n_classes)
+        layers = [conv, torch.nn.ReLU(), conv, torch.nn.Flatten(), torch.nn.Linear(192, 192), head]
+        if kind == "weights of two layers":
+            layers[2:3] = [torch.nn.Conv2d(3, 3, 3, padding=1)]
+            layers[2].weight = conv.weight
+        return torch.nn.Sequential(*layers)
+    MODELS.register("tied")(net)
+    spec, store = replace(SPEC, model="tied"), Store(tmp_path)
+    result = run(spec, store, "cpu", progress=False)
+    again, d = store.load_net(spec), load_data(TINY)
+    with torch.no_grad(): z = again(d.normalise(d.test.inputs))
+    assert z.numpy() == pytest.approx(result.logits["test"].numpy(), abs=1e-5)
+    shared = [t.untyped_storage().data_ptr() for t in again.state_dict().values()]
+    assert len(set(shared)) < len(shared), "tied again"
+    assert store.get(spec).evaluation.n == 80 and not [*tmp_path.glob("*.part")]
+
+
+def test_a_run_of_tied_weights_goes_on_from_its_checkpoint(tmp_path):
+    def net():
+        torch.manual_seed(0)
+        conv = torch.nn.Conv2d(3, 3, 3, padding=1)
+        return torch.nn.Sequential(conv, torch.nn.ReLU(), conv, torch.nn.Flatten(), torch.nn.Linear(192, 20))
+    whole, part = net(), net()
+    fit(whole, load_data(TINY), Method("nll").build(), Recipe(3, 20), device="cpu", progress=False)
+    class Stops(TrainingMethod):
+        def after_epoch(self, epoch, *valid):
+            if epoch == 1: raise KeyboardInterrupt
+    saved = dict(device="cpu", progress=False, checkpoint=tmp_path/"part")
+    with pytest.raises(KeyboardInterrupt):
+        fit(net(), load_data(TINY), Stops(), Recipe(3, 20), checkpoint_every=0, **saved)
+    fit(part, load_data(TINY), Method("nll").build(), Recipe(3, 20), **saved)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), part.state_dict().values()))
+
+
+@pytest.mark.parametrize("buffer, message", [
+    (lambda: torch.eye(3, device="cpu").to_sparse(),
+     "net/odd: got a tensor that is sparse_coo, expected a dense one"),
+    (lambda: torch.ones(3, dtype=torch.complex64), "net/odd: got a tensor that is complex"),
+    (lambda: torch.ones(3, device="meta"), "net/odd: got a tensor that is meta"),
+    (lambda: torch.zeros(1).expand(3), "model: got weights that cannot be read back")])
+def test_what_cannot_be_saved_is_told_before_the_first_step(tmp_path, buffer, message):
+    def net(n_classes, in_channels):
+        net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, n_classes))
+        net.register_buffer("odd", torch.zeros(3))
+        net.odd = buffer()
+        return net
+    MODELS.register("odd")(net)
+    @Method.register("counts")
+    def counts(): return Counts()
+    steps = []
+    class Counts(TrainingMethod):
+        def forward(self, step): steps.append(1); return super().forward(step)
+    with pytest.raises(ValueError, match=message):
+        run(replace(SPEC, model="odd", method=Method("counts")), Store(tmp_path), "cpu", progress=False)
+    assert not steps
+
+
+def test_a_state_that_is_no_tensor_is_told(tmp_path):
+    class Extra(torch.nn.Linear):
+        def get_extra_state(self): return {"a": 1}
+        def set_extra_state(self, state): pass
+    MODELS.register("extra")(lambda n, c: torch.nn.Sequential(torch.nn.Flatten(), Extra(192, n)))
+    with pytest.raises(ValueError, match="net/1._extra_state: got a dict, expected a tensor"):
+        run(replace(SPEC, model="extra"), Store(tmp_path), "cpu", progress=False)

@@ -14,6 +14,7 @@ from scipy.optimize import minimize_scalar
 
 from kdc_nb.files import DamagedFile
 from kdc_nb.training.data import DataSpec, LeaveFoldOut, load_data
+from kdc_nb.training.images import register_images
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.agenda import read_specs, write_specs
@@ -136,15 +137,15 @@ def test_what_was_given_teaches_in_other_processes(store):
             and teacher_label(students[0].method) == "random")
 
 
-def test_a_function_is_asked_about_every_image_once(store):
+def test_a_function_is_asked_about_every_image_and_about_two_of_them_again(store):
     asked_about = []
     def teacher(x, index):
         asked_about.extend(index.tolist())
         assert x.dtype == torch.float32 and x.shape == (len(index), 3, 8, 8)
         return torch.zeros(len(index), 20) + index[:, None]
     given_ = teacher_from_logits("counts", teacher, TINY, store)
-    assert (asked_about == list(range(100))
-            and teacher_train_logits(given_, TINY, RunContext(store, "cpu"))[:, 0].tolist() == asked_about)
+    assert (asked_about == [*range(100), 0, 1]
+            and teacher_train_logits(given_, TINY, RunContext(store, "cpu"))[:, 0].tolist() == [*range(100)])
 
 
 def test_other_words_are_another_teacher(store):
@@ -227,3 +228,111 @@ def test_votes_of_people_teach(photos, store, tmp_path, monkeypatch):
             and torch.allclose(test.posterior.sum(1), torch.ones(len(test)), atol=1e-6))
     result = go(RunSpec(data, "resnet8", Distil(TemperedPosterior(), alpha=1), Recipe(1, 30)), store)
     assert 0 < result.raw.metrics["kl"].value < 10
+
+
+class Foreign(torch.nn.Module):
+    "A network as it comes out of someone's training, in training mode"
+    def __init__(self, n_classes=20, wrap=lambda z: z):
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(),
+                                        torch.nn.Dropout(.5), torch.nn.Flatten(),
+                                        torch.nn.Linear(144, n_classes))
+        self.wrap = wrap
+        self.body[0].eval() # frozen, as some layers are
+    def forward(self, x, mask=None): # a second argument that is no index
+        assert mask is None and not torch.is_grad_enabled()
+        return self.wrap(self.body(x))
+
+
+def said_by(teacher, store): return teacher_train_logits(teacher, TINY, RunContext(store, "cpu"))
+
+
+@pytest.fixture
+def foreign():
+    torch.manual_seed(0)
+    return Foreign()
+
+
+def test_a_network_teaches_in_evaluation_mode_and_is_left_as_it_was(store, foreign):
+    "Whatever mode it comes in; its statistics, and the modes of its layers, stay"
+    before, modes = ({k: t.clone() for k, t in foreign.state_dict().items()},
+                     [m.training for m in foreign.modules()])
+    first, again = (teacher_from_logits("foreign", foreign, TINY, store) for _ in range(2))
+    assert (first == again
+            and [m.training for m in foreign.modules()] == modes == [True, True, False] + [True]*5)
+    assert all(torch.equal(t, before[k]) for k, t in foreign.state_dict().items())
+    d = load_data(TINY)
+    with torch.no_grad(): expected = foreign.eval()(d.normalise(d.train.inputs))
+    assert said_by(first, store).numpy() == pytest.approx(expected.numpy(), abs=1e-5)
+
+
+def test_logits_and_probabilities_teach_the_same(store, foreign):
+    logits = teacher_from_logits("a", foreign, TINY, store)
+    net = Foreign(wrap=lambda z: z.softmax(1))
+    net.load_state_dict(foreign.state_dict())
+    probs = teacher_from_logits("b", net, TINY, store, from_logits=False)
+    assert (said_by(probs, store).softmax(1).numpy()
+            == pytest.approx(said_by(logits, store).softmax(1).numpy(),
+                             abs=1e-6))
+    with pytest.warns(UserWarning, match="say from_logits=False"): teacher_from_logits("c", net, TINY, store)
+
+
+def test_a_certain_probability_teaches_in_finite_numbers(store):
+    hot = torch.nn.functional.one_hot(load_data(TINY).train.labels, 20).double()
+    teacher = teacher_from_logits("sure", hot.numpy(), TINY, store, from_logits=False)
+    assert said_by(teacher, store).isfinite().all()
+    result = go(replace(NET, method=Distil(teacher, 2., .9)), store)
+    assert np.isfinite(result.history[-1]["loss"])
+
+
+@pytest.mark.parametrize("teacher", [
+    lambda x: x.flatten(1)[:, :20], lambda x, index: x.flatten(1)[:, :20],
+    lambda x, scale=1.: scale*x.flatten(1)[:, :20], lambda *both: both[0].flatten(1)[:, :20],
+    lambda x, *, temperature=1.: x.flatten(1)[:, :20]/temperature,
+    lambda x: x.flatten(1)[:, :20].numpy(), lambda x: x.flatten(1)[:, :20].clone().requires_grad_(),
+    torch.nn.Sequential(torch.nn.Flatten(), torch.nn.AdaptiveAvgPool1d(20))])
+def test_functions_of_one_and_two_arguments_teach(store, teacher):
+    d = load_data(TINY)
+    expected = d.normalise(d.train.inputs).flatten(1)
+    expected = expected[:, :20] if not isinstance(teacher, torch.nn.Module) else teacher(expected)
+    assert torch.equal(said_by(teacher_from_logits("some", teacher, TINY, store), store), expected)
+
+
+@pytest.mark.parametrize("teacher, message", [
+    # other weights each time
+    (lambda x: Foreign()(x), "logits: got answers that differ by .*% when asked again"),
+    (lambda x, net=Foreign(): net(x), "when asked again"), # in training mode: dropout
+    (lambda x, net=Foreign(): net.body[:3](x).flatten(1)[:, :20], "when asked again"), # only BatchNorm
+    (lambda x: x.flatten(1)[:, :20] - x.flatten(1)[:, :20].mean(0), "when asked again"), # others count
+    (Foreign(wrap=lambda z: torch.nn.functional.dropout(z)), "when asked again"), # in evaluation mode, too
+    (Foreign(wrap=lambda z: (z, z)),
+     "logits: got a function that returns a tuple, expected one that returns"),
+    (Foreign(wrap=lambda z: {"logits": z}), "returns a dict"), (lambda x: None, "returns a NoneType"),
+    (Foreign(19), r"logits: got shape \(100, 19\), expected \(100, 20\)"),
+    (lambda x: torch.zeros(len(x)), r"logits: got shape \(100,\), expected \(100, 20\)"),
+    (lambda x: torch.zeros(len(x) - 1, 20), r"logits: got shape \(99, 20\)"),
+    (lambda x: torch.full((len(x), 20), torch.inf), "NaN or infinity"),
+    (lambda x: torch.full((len(x), 20), torch.nan), "NaN or infinity"),
+    (lambda x: torch.where(torch.arange(20) < 3, -torch.inf, torch.ones(len(x), 20)),
+     "logits: got infinity, expected finite numbers"),
+    (np.full((100, 20), 1e300)*np.arange(20), "logits: got infinity, expected finite numbers in 32 bits"),
+])
+def test_a_teacher_that_cannot_be_meant_is_told(store, teacher, message):
+    torch.manual_seed(0)
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        teacher_from_logits("odd", teacher, TINY, store)
+    assert not store.folder.exists()
+
+
+def test_two_classes_may_be_taught_by_one_number(store):
+    "A sigmoid's output, in a row or a column, is the probability of class 1"
+    x = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
+    binary = register_images("binary", *[(x, torch.arange(40) % 2)]*3)
+    p = x.float().mean((1, 2, 3))/255
+    for shaped in (lambda x: (x*.25 + .5).mean((1, 2, 3)), lambda x: (x*.25 + .5).mean((1, 2, 3))[:, None]):
+        d = load_data(binary)
+        mean, std = (torch.tensor(s).view(3, 1, 1) for s in (d.mean, d.std))
+        ask = lambda x: shaped((x*std + mean - .5)/.25) # noqa: B023
+        z = teacher_train_logits(teacher_from_logits("one", ask, binary, store, from_logits=False), binary,
+                                 RunContext(store, "cpu"))
+        assert z.softmax(1)[:, 1].numpy() == pytest.approx(p.numpy(), abs=1e-5)

@@ -9,6 +9,8 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import stats
@@ -180,7 +182,7 @@ def test_weights_of_another_network_are_refused(tmp_path, monkeypatch):
 
 def test_images_and_texts_are_not_taken_for_each_other(tmp_path):
     for spec, said in ((RunSpec(TINY, "resnet8", "nll", RECIPE),
-                        r"inputs: got shape \(16, \d+\), expected images"),
+                        r"inputs: got shape \(2, \d+\), expected images"),
                        (RunSpec("digits", "bert_1_32", "nll", RECIPE),
                         "inputs: got shape .*, expected texts")):
         with pytest.raises(ValueError, match=said): run(spec, Store(tmp_path), "cpu", progress=False)
@@ -284,3 +286,35 @@ def test_recipes_that_mean_nothing(change, message):
 def test_old_descriptions_keep_their_ids():
     from kdc_nb.values import encode
     assert {"optimizer", "warmup"}.isdisjoint(encode(Recipe(1)))
+
+
+WORDS, RUDE = ["good and kind", "bad and mean", "kind and good", "mean and bad"], [1, 0, 1, 0]
+
+
+def test_columns_arrays_and_lists_are_the_same_texts():
+    expected = text_room.register_texts("mine", *[(WORDS, RUDE)]*3)
+    table = pd.DataFrame({"text": WORDS, "label": RUDE}, index=[7, 3, 5, 1]) # as after a shuffle
+    named = (WORDS, [0, 1, 0, 1], ("1", "0"))
+    for texts, labels in ((table.text, table.label), (table["text"].astype("string"), table.label.to_numpy()),
+                          (pd.Series(WORDS, dtype="category"), RUDE),
+                          (np.array(WORDS), np.array(RUDE, np.int8)),
+                          (np.array(WORDS, dtype=object), torch.tensor(RUDE)), (tuple(WORDS), tuple(RUDE))):
+        assert text_room.register_texts("mine", (texts, labels), (WORDS, RUDE), (WORDS, RUDE)) == expected
+    assert text_room.register_texts("mine", (WORDS, RUDE), named, (WORDS, RUDE), ["0", "1"],
+                                    length=np.int64(512)) == expected, "labels by their names"
+
+
+@pytest.mark.parametrize("texts, message", [
+    (lambda: [*WORDS[:3], float("nan")], "train: got nan at 3, expected texts"),
+    (lambda: pd.Series([WORDS[0], None, *WORDS[2:]]), "train: got (None|nan) at 1, expected texts"),
+    (lambda: pd.Series([WORDS[0], pd.NA, *WORDS[2:]], dtype="string"), "train: got <NA> at 1"),
+    (lambda: np.array([*WORDS[:2], 5, WORDS[3]], dtype=object), "train: got 5 at 2"),
+    (lambda: [*WORDS[:2], b"bytes", WORDS[3]], "train: got b'bytes' at 2"),
+    (lambda: [*WORDS[:2], ["a", "b"], WORDS[3]], r"train: got \['a', 'b'\] at 2"),
+    (lambda: "one text", "train: got a str, expected a row of texts"), (lambda: [], "train: got a list"),
+    (lambda: {"a": "b"}, "train: got a dict"), (lambda: iter(WORDS), "train: got a list_iterator"),
+    (lambda: None, "train: got a NoneType"), (lambda: torch.zeros(4, 2), "train: got .* at 0, expected texts")
+])
+def test_the_one_that_is_no_text_is_named(texts, message):
+    with pytest.raises(ValueError, match=message):
+        text_room.register_texts("x", (texts(), RUDE), (WORDS, RUDE), (WORDS, RUDE))

@@ -9,15 +9,17 @@ import sys
 import time
 import weakref
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdc_nb.files import load_tensors, save_tensors
-from kdc_nb.training.data import DataSpec, load_data
-from kdc_nb.training.devices import mark_cuda_broken
+from kdc_nb.training.data import DataSpec, load_data, stratified_split
+from kdc_nb.training.devices import mark_cuda_broken, seeded_rng
 from kdc_nb.training.methods import Distillation, Method, TrainingMethod, TrainingStep
 from kdc_nb.training.models import build_model
 from kdc_nb.training.recipes import Recipe
@@ -25,8 +27,9 @@ from kdc_nb.training.steps import (
     GraphCaptureError, TeacherCache, _epoch_generator, match_grad_strides, predict_logits,
 )
 from kdc_nb.training.trainer import OutOfTime, Trainer, fit
-from kdc_nb.experiments.specs import Distil, RunSpec, run_id
+from kdc_nb.experiments.specs import Distil, RunSpec, run_id, self_distillation_chain
 from kdc_nb.experiments.store import Store, build_net, clean_store
+from kdc_nb.experiments.sweeps import sweep
 from kdc_nb.experiments.teachers import TemperedPosterior
 from tests.conftest import patch_name
 
@@ -486,3 +489,54 @@ def test_gradients_that_are_transposed_in_memory_are_copied():
     match_grad_strides(net)
     assert (net.weight.grad.stride() == net.weight.stride()
             and net.weight.grad.tolist() == [[0, 2, 4], [1, 3, 5]])
+
+
+def test_numpys_numbers_are_pythons(tmp_path):
+    "Wherever a number is given that is no part of a description"
+    def trained(i, f):
+        with seeded_rng(i(3)): net = build_model("resnet8", i(20), i(3))
+        method = Method("mdca", beta=i(2)).build()
+        history = fit(net, load_data(TINY), method, Recipe(1, 50), seed=i(3), device="cpu", progress=False,
+                      checkpoint=tmp_path/f.__name__, checkpoint_every=f(1), deadline=f(2e9)).history
+        d = load_data(TINY).train
+        parts = stratified_split(d.inputs, d.labels, [f(.5), f(.25), f(.25)], i(1))
+        return history, net.state_dict(), [y.tolist() for _, y in parts]
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("time.time", lambda: 1e9)
+        (a, net, parts), (b, same, likewise) = trained(int, float), trained(np.int64, np.float64)
+    assert a == b and parts == likewise and all(torch.equal(t, same[k]) for k, t in net.items())
+    chain = self_distillation_chain(SPEC, np.int64(2), np.float32(2), np.float32(.5))
+    assert chain == self_distillation_chain(SPEC, 2, 2, .5) and run_id(chain[1]) == run_id(
+        self_distillation_chain(SPEC, 1, 2, .5)[1])
+    assert len(sweep([replace(SPEC, recipe=Recipe(1, 50))], Store(tmp_path), "cpu", jobs=np.int64(1),
+                     progress=False)) == 1
+    with pytest.raises(ValueError, match="jobs: got True"): sweep([SPEC], Store(tmp_path), "cpu", jobs=True)
+    with pytest.raises(TypeError), seeded_rng(.5): pass
+
+
+def test_a_network_teaches_fit_as_it_is():
+    """In evaluation mode, whatever mode it comes in, in a function of one argument or
+    as it is: the same student
+    """
+    torch.manual_seed(1)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 20), torch.nn.BatchNorm1d(20),
+                              torch.nn.Dropout(.5))
+    before = {k: t.clone() for k, t in net.state_dict().items()}
+    def student(teacher):
+        return fit(build_net(SPEC), load_data(TINY), Distillation(2., .9), Recipe(2, 50), teacher=teacher,
+                   device="cpu", progress=False).history
+    as_it_is, modes = student(net), [m.training for m in net.modules()]
+    assert all(modes) and all(torch.equal(t, before[k]) for k, t in net.state_dict().items())
+    net.eval()
+    assert as_it_is == student(lambda x, index: net(x).detach()) == student(lambda x: net(x).detach())
+
+
+@pytest.mark.parametrize("teacher, message", [
+    (lambda x: (x.flatten(1)[:, :20],)*2, "teacher: got one that returns a tuple, expected a tensor"),
+    (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 7)), "teacher: got 7 classes, expected 20"),
+    (None, "teacher_logits: got None, expected the logits of a teacher")])
+def test_a_teacher_of_fit_that_is_none_is_told(teacher, message):
+    with pytest.raises(ValueError, match=message):
+        fit(build_net(SPEC), load_data(TINY), Distillation(2., .9),
+            Recipe(2, 50), teacher=teacher, device="cpu",
+            progress=False)

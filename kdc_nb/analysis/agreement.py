@@ -42,7 +42,7 @@ def prepare_agreement(
 ) -> np.ndarray: # (C, C), rows sum to 1; a row is 0 if the teacher never predicts its class
     "How often the student predicts each class (columns) where the teacher predicts a class (rows)"
     counts = (torch.bincount(n_classes*teacher + student, minlength=n_classes**2)
-              .view(n_classes, n_classes).double())
+              .view(n_classes, n_classes).cpu().double())
     return (counts/counts.sum(1, keepdim=True).clamp(min=1)).numpy()
 
 

@@ -12,6 +12,7 @@ __all__ = ['CORRUPTIONS', 'register_corruption', 'check_severity', 'corrupt_imag
 import io
 import zlib
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,8 @@ def check_severity(
     severity: int, # 1 to 5
 ) -> None:
     "A `ValueError` for a severity that is not one of the five"
-    check(isinstance(severity, int) and 1 <= severity <= 5, "severity", repr(severity), "1, 2, 3, 4 or 5")
+    check(isinstance(severity, Integral) and 1 <= severity <= 5,
+          "severity", repr(severity), "1, 2, 3, 4 or 5")
 
 
 def _check_image_batch(inputs: Tensor) -> None:
@@ -76,7 +78,7 @@ def corrupt_images(
     apply = lookup(CORRUPTIONS, corruption, "corruption")
     check_severity(severity)
     _check_image_batch(inputs)
-    check(isinstance(seed, int) and seed >= 0, "seed", repr(seed), "an integer from 0")
+    check(isinstance(seed, Integral) and seed >= 0, "seed", repr(seed), "an integer from 0")
     rng = np.random.default_rng([seed, zlib.crc32(corruption.encode()), severity])
     parts = (apply(x.numpy()/np.float32(255), apply.by_severity[severity - 1], rng)
              for x in inputs.cpu().split(500))

@@ -8,6 +8,7 @@ __all__ = ['read_corrupted_images', 'DriftResult', 'evaluate_drift', 'average_by
 
 # %% ../../nbs/analysis/08_drift.ipynb #ff9f3c0e
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +128,7 @@ def evaluate_drift(
     check(result is not None, "spec", f"{run_label(spec)}, which is not in {store.folder}",
           "a finished run: `run` it first")
     n = len(data.test) if n is None else n
-    check(isinstance(n, int) and 1 <= n <= len(data.test), "n", n, f"1 to {len(data.test)}")
+    check(isinstance(n, Integral) and 1 <= n <= len(data.test), "n", n, f"1 to {len(data.test)}")
     one, test = (Split(data.test.inputs[:m].to("cpu"), data.test.labels[:m]) for m in (1, n))
     for severity in severities: check_severity(severity)
     for name in names: _load_corrupted_test(one if folder is None else test, name, 1, folder)

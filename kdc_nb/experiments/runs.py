@@ -23,12 +23,13 @@ from torch import Tensor, distributed, nn
 
 import kdc_nb
 from ..core import check
+from ..files import check_saveable
 from ..training.data import DataSpec, Dataset, LeaveFoldOut, load_data
-from ..training.models import MODELS, find_model
 from ..training.methods import TrainingMethod
 from kdc_nb.training.devices import (
     best_device, broadcast_int, call_in_fresh_process, cuda_is_broken, gather_strided, rank_and_world,
 )
+from ..training.asking import check_network
 from ..training.steps import GraphCaptureError, Predictor, TeacherCache, predict_logits
 from ..training.trainer import Trainer
 from .specs import Distil, RunSpec, Teacher, lineage, run_label
@@ -93,22 +94,6 @@ def _build_teacher(
     logits = _predict_train(teacher.predictor(spec.data, context), data, best_device(context.device))
     return (lambda x, index: logits[index]), 1.
 
-# %% ../../nbs/experiments/04_runs.ipynb #5df9762c
-def _check_own_net(
-    net: nn.Module, # just built
-    name: str, # of it
-    data: Dataset, # that it is to learn
-) -> None:
-    """A `ValueError` where a network that a user registered has another number of
-    outputs than there are classes
-    """
-    if not MODELS.is_own(find_model(name)[0]): return
-    few = next(iter(data.valid.inputs.split(2)))
-    with torch.no_grad(): shape = tuple(net.eval()(data.normalise(few)).shape)
-    net.train()
-    check(shape == (len(few), data.n_classes), "model", f"{name!r}, whose outputs are {shape}",
-          f"({len(few)}, {data.n_classes}), a logit for each class")
-
 # %% ../../nbs/experiments/04_runs.ipynb #8554ab40
 class RunContext(NamedTuple):
     "Where a run takes place, and beside what"
@@ -161,7 +146,8 @@ def build_trainer(
                                  spec.method.build(), best_device(context.device))
     check(isinstance(method, TrainingMethod), "method", f"a {type(method).__name__} of {spec.method}",
           "a `TrainingMethod`, such as TrainingMethod(loss)")
-    _check_own_net(net, spec.model, data)
+    check_network(net, data, spec.model, spec.seed)
+    check_saveable({f"net/{k}": t for k, t in net.state_dict().items()})
     teacher, T = _build_teacher(spec, data, context)
     return Trainer(net, data, method, spec.recipe,
                    spec.seed, device, teacher, T, teacher_cache, context.use_cuda_graph)

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, wait
 from contextlib import nullcontext
+from numbers import Integral
 
 import torch
 from tqdm.auto import tqdm
@@ -207,7 +208,7 @@ def check_parallelism(
 ) -> None:
     "Refuse numbers of runs at a time that do not go together, with a `ValueError`"
     for k, v in dict(jobs=n_jobs, slots=slots).items():
-        check(type(v) is int and v >= 1, k, v, "an integer, at least 1")
+        check(isinstance(v, Integral) and not isinstance(v, bool) and v >= 1, k, v, "an integer, at least 1")
     other = f"{n_jobs} jobs" if n_jobs > 1 else "a pool" if pool else None
     check(slots == 1 or not other, "slots", slots,
           f"1 beside {other}: runs are either in other processes or in this one")

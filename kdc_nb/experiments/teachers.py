@@ -19,12 +19,13 @@ from torch import Tensor
 from ..core import check
 from ..values import frozen_spec
 from ..files import content_hash, load_tensors, runs_folder, save_tensors
-from ..calibration.outputs import check_outputs
+from ..calibration.outputs import as_float64, check_outputs
 from ..calibration.posthoc import fit_temperature, to_logits
-from ..training.data import DataSpec, LeaveFoldOut, load_data
+from ..training.data import DataSpec, Dataset, LeaveFoldOut, load_data
 from ..training.images import check_fingerprint
 from ..training.methods import Method
 from ..training.devices import best_device
+from ..training.asking import as_predictor, check_steady
 from ..training.steps import Predictor
 from .specs import RunSpec, Teacher
 
@@ -228,25 +229,44 @@ def _stored_logits_path(teacher: StoredLogits, folder: Path) -> Path:
 # %% ../../nbs/experiments/01_teachers.ipynb #1f89458b
 def teacher_from_logits(
     name: str, # for tables
-    # (N, C) of the plain training images, or a function of (normalised inputs, index) that gives them
+    # (N, C) of the plain training images; or a network, or a function of normalised inputs, and perhaps their
+    # index, that gives them
     logits: Any,
     data: DataSpec | LeaveFoldOut, # whose training images they are
     store: Any = None, # a `Store`; None: the one in the cache folder
+    from_logits: bool = True, # False: they are probabilities
 ) -> StoredLogits: # to be distilled from
-    "Keep logits of the training images, as a teacher; a `ValueError` says what is wrong with them"
+    """Keep logits of the training images, as a teacher; a `ValueError` says what is wrong with them, or that
+    a function or network does not give the same twice
+    """
     d = load_data(data)
-    index = torch.arange(len(d.train))
-    if callable(logits):
-        batches = zip(d.train.inputs.split(d.eval_batch_size), index.split(d.eval_batch_size))
-        with torch.no_grad():
-            logits = torch.cat([torch.as_tensor(logits(d.normalise(x), i)) for x, i in batches])
-    z = check_outputs(logits).float()
-    check(z.shape == (len(index), d.n_classes), "logits", f"shape {tuple(z.shape)}",
-          f"({len(index)}, {d.n_classes}), a row for each training image")
+    z = check_outputs(_ask_about_all(logits, d) if callable(logits) else logits, from_logits)
+    check(z.shape == (len(d.train), d.n_classes), "logits", f"shape {tuple(z.shape)}",
+          f"({len(d.train)}, {d.n_classes}), a row for each training image")
+    z = to_logits(z, from_logits).float()
+    check(bool(z.isfinite().all()), "logits", "infinity", "finite numbers in 32 bits, of every class")
     teacher = StoredLogits(name, content_hash({"said": z}, d.fingerprint)[:16])
     save_tensors(_stored_logits_path(teacher, store.folder if store else runs_folder()),
                  {"said": z}, data=d.fingerprint)
     return teacher
+
+
+def _ask_about_all(teacher: Callable, data: Dataset) -> Tensor: # (N, ...) float64 on the CPU
+    "What a network or function answers about the plain training images, in evaluation mode"
+    ask, answers, n = as_predictor(teacher), [], data.eval_batch_size
+    for x, index in zip(data.train.inputs.split(n), torch.arange(len(data.train)).split(n)):
+        with torch.no_grad(): answer = ask(x := data.normalise(x), index)
+        check(hasattr(answer, "__array__"), "logits", f"a function that returns a {type(answer).__name__}",
+              f"one that returns an array ({len(x)}, {data.n_classes})")
+        answer = as_float64(answer, "logits")
+        if not answers:
+            rows = [(data.n_classes,), *[(), (1,)]*(data.n_classes == 2)] # (N,) and (N, 1): of class 1 of two
+            check(len(answer) == len(x) and answer.shape[1:] in rows,
+                  "logits", f"shape {tuple(answer.shape)}",
+                  f"({len(x)}, {data.n_classes}), a row for each image")
+            with torch.no_grad(): check_steady(ask, x, index, answer)
+        answers.append(answer)
+    return torch.cat(answers)
 
 # %% ../../nbs/experiments/01_teachers.ipynb #c24034df
 def direct_counterpart(

@@ -169,7 +169,7 @@ def show_images(
     return fig
 
 # %% ../../nbs/training/00_data.ipynb #f0bb5f68
-InputsAndLabels = tuple[Any, Any] # inputs, or what stands for them, and labels (N,)
+InputsAndLabels = Any # inputs, or what stands for them, and labels (N,), and perhaps the names of these
 
 
 def check_labels(
@@ -178,7 +178,7 @@ def check_labels(
     n: int, # how many there must be, 1 or more
 ) -> Tensor: # (n,) int64, a copy
     "Checked labels; a `ValueError` says what is wrong with them"
-    y = np.asarray(labels)
+    y = np.asarray(labels.cpu() if isinstance(labels, Tensor) else labels)
     check(y.dtype.kind in "iu" and y.shape == (n,) and n > 0 and y.min() >= 0,
           what, f"labels of {y.dtype} and shape {y.shape}", f"{n} integers from 0")
     return torch.from_numpy(y.astype(np.int64))

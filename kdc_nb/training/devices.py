@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from operator import index
 from typing import Any
 
 import torch
@@ -61,6 +62,7 @@ def seeded_rng(
     device: torch.device = torch.device("cpu"), # a GPU whose generator is seeded, too; the CPU's always is
 ) -> Iterator[None]:
     "Torch's generators seeded for as long as the block lasts, for one thread at a time"
+    seed = index(seed) # NumPy's, too
     with _RNG_LOCK, torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)
         if device.type == "cuda":

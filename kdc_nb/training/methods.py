@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..core import check
 from ..values import NamedSpec
 from kdc_nb.training.losses import (
-    acls, bdc, bec, confidence_and_correct, crl, cross_entropy, dca, distillation, flsd, focal,
-    label_prob, label_smoothing, mbls, mdca, mmce, one_hot, upcast,
+    acls, bdc, bec, check_distillation, confidence_and_correct, crl, cross_entropy, dca, distillation,
+    flsd, focal, label_prob, label_smoothing, mbls, mdca, mmce, one_hot, upcast,
 )
 
 # %% ../../nbs/training/10_methods.ipynb #a5848ee4
@@ -154,9 +154,7 @@ def _mbls_method(beta: float = .1, margin: float = 10.) -> TrainingMethod:
 
 @Method.register("acls")
 def _acls_method(beta: float = .1, margin: float = 10., as_published: bool = False) -> TrainingMethod:
-    """Adaptive and conditional label smoothing (Park et al., 2023), as in its authors' code,
-    or by the published formula
-    """
+    "Adaptive and conditional label smoothing (Park et al., 2023), as its authors' code or paper has it"
     _check_not_negative(margin=margin)
     return with_penalty(lambda z, y: acls(z, margin, as_published), beta)
 
@@ -175,23 +173,27 @@ class Distillation(TrainingMethod):
         T: float = 1., # temperature, above 0
         alpha: float = .9, # weight of the teacher, 0 to 1
     ):
-        check(T > 0, "T", T, "a temperature above 0")
-        check(0 <= alpha <= 1, "alpha", alpha, "a weight from 0 to 1")
+        check_distillation(T, alpha)
         super().__init__()
         self.T, self.alpha = T, alpha
 
     def forward(self,
         step: TrainingStep, # with the teacher's logits (B, C)
     ) -> Tensor:
-        "The loss of `distillation`, in nats"
+        "The loss of `distillation`, in nats; a `ValueError` for a step without a teacher"
         return distillation(step.logits, step.targets, step.teacher_logits, self.T, self.alpha)
 
 # %% ../../nbs/training/10_methods.ipynb #c44a4d84
+def _check_started(method: TrainingMethod, step: TrainingStep | None = None, *needed: str) -> None:
+    "A `ValueError` where `before_fit` was not called, or a step lacks what the method needs"
+    check(bool(method._buffers) or hasattr(method, "n_classes"), "method",
+          f"{type(method).__name__.strip('_')}, not started", "`before_fit` to be called first")
+    for k in needed: check(getattr(step, k) is not None, k, None, "it in each step of this method")
+
+
 @Method.register("pskd")
 class _ProgressiveDistillation(TrainingMethod):
-    """Progressive self-knowledge distillation (Kim et al., 2021): targets move from the labels to the
-    network's logits an epoch ago
-    """
+    "Progressive self-knowledge distillation (Kim et al., 2021): the past epoch's probabilities teach"
 
     def __init__(self, alpha: float = .8): # weight of the past at the end of training, 0 to 1
         check(0 <= alpha <= 1, "alpha", alpha, "a weight from 0 to 1")
@@ -204,7 +206,8 @@ class _ProgressiveDistillation(TrainingMethod):
             self.register_buffer(name, torch.zeros(n_train, n_classes)) # of the last epoch, and of this one
 
     def forward(self, step: TrainingStep) -> Tensor:
-        self.next_probs.index_copy_(0, step.index, upcast(step.logits).detach().softmax(1))
+        _check_started(self, step, "index", "epoch")
+        self.next_probs.index_copy_(0, step.index, upcast(step.logits).detach().softmax(1).float())
         labels = one_hot(step.targets, step.logits.shape[1]).to(self.prev_probs.dtype)
         past = torch.where(step.epoch > 0, self.prev_probs[step.index], labels)
         return self.loss(step.logits, torch.lerp(labels, past, self.alpha*(step.epoch + 1)/self.epochs))
@@ -227,6 +230,7 @@ class _CorrectnessRanking(TrainingMethod):
             self.register_buffer(name, torch.zeros(n_train)) # in this epoch, in how many before, as a share
 
     def forward(self, step: TrainingStep) -> Tensor:
+        _check_started(self, step, "index")
         _, correct = confidence_and_correct(step.logits, step.targets)
         self.correct.index_copy_(0, step.index, correct.to(self.correct.dtype))
         return self.loss(step.logits, step.targets) + self.beta*crl(step.logits, self.correctness[step.index])
@@ -239,9 +243,7 @@ class _CorrectnessRanking(TrainingMethod):
 # %% ../../nbs/training/10_methods.ipynb #fcdb7026
 @Method.register("adafocal")
 class _AdaFocal(TrainingMethod):
-    """Calibration-aware adaptive focal loss (Ghosh et al., 2022): a strength for each bin of confidence, by
-    its error on validation images
-    """
+    "Calibration-aware adaptive focal loss (Ghosh et al., 2022): a strength for each bin, by its error"
     needs_valid, n_bins = True, 15
 
     def __init__(self, rate: float = 1.): # how fast the strengths follow the errors, above 0
@@ -254,12 +256,15 @@ class _AdaFocal(TrainingMethod):
         self.register_buffer("edges", torch.linspace(0, 1, self.n_bins + 1)[1:-1]) # between the bins
 
     def forward(self, step: TrainingStep) -> Tensor:
-        bins = torch.bucketize(label_prob(step.logits, step.targets), self.edges)
+        _check_started(self)
+        bins = torch.bucketize(label_prob(step.logits, step.targets).to(self.edges.dtype), self.edges)
         return focal(step.logits, step.targets, self.gamma[bins])
 
     def after_epoch(self, epoch: int, valid_logits: Tensor | None, valid_labels: Tensor | None) -> None:
+        check(valid_logits is not None, "valid_logits", None, "those of the validation images")
+        _check_started(self)
         confidence, correct = confidence_and_correct(valid_logits, valid_labels)
-        edges = confidence.quantile(torch.linspace(0, 1, self.n_bins + 1)[1:-1])
+        edges = confidence.quantile(torch.linspace(0, 1, self.n_bins + 1, dtype=confidence.dtype)[1:-1])
         bins = torch.bucketize(confidence, edges)
         total = lambda x: torch.zeros(self.n_bins).index_add_(0, bins, x.float())
         gap = total(confidence - correct.float())/total(torch.ones_like(confidence)).clamp_min(1)
@@ -267,21 +272,15 @@ class _AdaFocal(TrainingMethod):
         self.gamma.copy_(_update_gamma(self.gamma.cpu(), gap, self.rate))
 
 
-def _update_gamma(
-    gamma: Tensor, # (n_bins,)
-    gap: Tensor, # (n_bins,) confidence less accuracy
-    rate: float,
-) -> Tensor: # (n_bins,) from -2 to 20
-    "AdaFocal's strengths after an epoch"
+def _update_gamma(gamma: Tensor, gap: Tensor, rate: float) -> Tensor: # (n_bins,), from -2 to 20
+    "AdaFocal's strengths after an epoch; the gap of a bin is its confidence less its accuracy"
     gamma = gamma*torch.exp(rate*gamma.sign()*gap)
     return torch.where(gamma.abs() < .2, -.2*gamma.sign(), gamma).clamp(-2, 20)
 
 # %% ../../nbs/training/10_methods.ipynb #eb0446ca
 @Method.register("mixup")
 class _MixUp(TrainingMethod):
-    """MixUp (Zhang et al., 2018; for calibration Thulasidasan et al., 2019): blends of two
-    images and of their labels
-    """
+    "MixUp (Zhang et al., 2018; Thulasidasan et al., 2019): blends of two images and of their labels"
 
     def __init__(self, a: float = 1.): # of the Beta distribution, above 0; 1: any share is as likely
         check(a > 0, "a", a, "a number above 0")
@@ -295,6 +294,7 @@ class _MixUp(TrainingMethod):
         return torch.from_numpy(np.random.default_rng(seed).beta(self.a, self.a, steps)).float()
 
     def mix_batch(self, x: Tensor, labels: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        _check_started(self)
         check(x.is_floating_point(), "method", "mixup on texts", "one that does not blend its inputs")
         y = one_hot(labels, self.n_classes).to(x.dtype)
         return torch.lerp(x, x.roll(1, 0), drawn), torch.lerp(y, y.roll(1, 0), drawn)

@@ -8,6 +8,7 @@ __all__ = ['register_image_folder', 'register_tiny_imagenet', 'register_imagenet
 # %% ../../nbs/training/04_streams.ipynb #174ac2cf
 import os
 import signal
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -27,8 +28,8 @@ from kdc_nb.training.data import (
     stratified_split,
 )
 from kdc_nb.training.images import (
-    check_image_size, find_images, load_images, open_image, read_images, read_registered_data,
-    register_images, registered_data_path,
+    check_image_size, find_images, load_images, match_class_names, open_image, read_images,
+    read_registered_data, register_images, registered_data_path,
 )
 
 # %% ../../nbs/training/04_streams.ipynb #4dd4630e
@@ -131,17 +132,19 @@ class _StreamedDataset(Dataset):
 def register_image_folder(
     title: str, # for tables
     folder: Path | str, # in which the images stay
-    train: InputsAndLabels, # paths (N,) below the folder and labels (N,), as `find_images` gives them
+    # paths (N,) below the folder and labels (N,), as `find_images` gives them, names too
+    train: InputsAndLabels,
     valid: InputsAndLabels, # chooses
     test: InputsAndLabels, # reports
-    classes: Sequence[str] | None = None, # names; None: their numbers
+    classes: Sequence[str] | None = None, # names; None: those that came with the labels, or their numbers
     size: int = 224, # pixels a side
     augment: Sequence[str] = ("crop", "flip"), # what leaves a label true
 ) -> DataSpec: # the description of the data set
     """Images that stay in their folder as a data set; a `ValueError` names a file that is not
     there, or what else is wrong
     """
-    folder, pairs = Path(folder).resolve(), {"train": train, "valid": valid, "test": test}
+    folder = Path(folder).resolve()
+    pairs, classes = match_class_names({"train": train, "valid": valid, "test": test}, classes)
     names = {k: [str(n) for n in pair[0]] for k, pair in pairs.items()}
     labels = {k: check_labels(k, y, len(names[k])) for k, (_, y) in pairs.items()}
     classes = check_class_names(labels, classes)
@@ -183,6 +186,12 @@ def _image_folder(title: str = "", fingerprint: str = "") -> _StreamedDataset:
                             augment=tuple(meta["augment"]), known_as=fingerprint)
 
 # %% ../../nbs/training/04_streams.ipynb #e833a2aa
+def _check_subfolders(folder: Path, classes: Sequence[str]) -> None:
+    "A `ValueError` unless a folder has a subfolder for each class"
+    missing = [c for c in classes if not (folder/c).is_dir()]
+    check(not missing, "classes", ", ".join(missing[:5]), f"subfolders of {folder}")
+
+
 def register_tiny_imagenet(
     folder: Path | str, # what the official archive holds: train, val, wnids.txt
     seed: int = 0, # of the tenth of the training images that is kept for validation
@@ -192,6 +201,7 @@ def register_tiny_imagenet(
     for name in ("wnids.txt", "val/val_annotations.txt"):
         check((folder/name).is_file(), "folder", f"{folder} without {name}", "the official archive, unpacked")
     classes = sorted((folder/"wnids.txt").read_text().split())
+    _check_subfolders(folder/"train", classes)
     inputs, labels, _ = read_images(folder/"train", 64, classes)
     listed = [line.split("\t")[:2] for line in (folder/"val/val_annotations.txt").read_text().splitlines()]
     wrong = [line for line in listed
@@ -217,12 +227,15 @@ def register_imagenet100(
     if isinstance(classes, (str, Path)):
         check(Path(classes).is_file(), "classes", classes, "a file that is there, or the names themselves")
         classes = [c.strip() for c in Path(classes).read_text(encoding="utf-8").splitlines() if c.strip()]
-    found = {part: find_images(Path(folder)/part, sorted(classes)) for part in ("train", "val")}
+    check_image_size(size)
+    for part in ("train", "val"): _check_subfolders(Path(folder)/part, sorted(classes))
+    with warnings.catch_warnings(action="ignore"): # the other classes are left out on purpose
+        found = {part: find_images(Path(folder)/part, sorted(classes)) for part in ("train", "val")}
     below = {part: (np.array([f"{part}/{n}" for n in names]), labels)
              for part, (names, labels, _) in found.items()}
     title, pairs = (f"imagenet-{len(classes)}",
                     [*stratified_split(*below["train"], (.9, .1), seed), below["val"]])
     if not in_memory: return register_image_folder(title, folder, *pairs, sorted(classes), size)
-    return register_images(title, *[(_ImageFiles(Path(folder), names, size).to("cpu"), labels)
+    return register_images(title, *[(_ImageFiles(Path(folder), names, int(size)).to("cpu"), labels)
                                     for names, labels in pairs],
                            sorted(classes), ("crop", "flip"))

@@ -7,10 +7,11 @@ __all__ = ['MissingExtra', 'check_text_extra', 'TextDataset', 'list_vocabulary',
            'load_hub_tokenizer', 'register_texts']
 
 # %% ../../nbs/training/06_text.ipynb #cbd975a4
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
+from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +25,7 @@ from ..files import cache_dir, content_hash, load_tensors, save_tensors
 from kdc_nb.training.data import (
     DataSpec, Dataset, InputsAndLabels, Split, check_class_names, check_labels, check_split_sizes,
 )
-from .images import read_registered_data, registered_data_path
+from .images import match_class_names, read_registered_data, registered_data_path
 
 # %% ../../nbs/training/06_text.ipynb #66351592
 class MissingExtra(ValueError):
@@ -80,9 +81,9 @@ def _tokenise(
     length: int, # tokens that are kept of each, its first ones
 ) -> Tensor: # (N, L) int32, -1 after the end; L is that of the longest
     "Texts as tokens"
-    check(isinstance(length, int) and length >= 3, "length", length, "3 tokens or more")
+    check(isinstance(length, Integral) and length >= 3, "length", length, "3 tokens or more")
     tokenizer.no_padding()
-    tokenizer.enable_truncation(length)
+    tokenizer.enable_truncation(int(length))
     rows = [torch.tensor(e.ids, dtype=torch.int32) for e in tokenizer.encode_batch(list(texts))]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
 
@@ -235,31 +236,39 @@ def _newsgroups(
     return TextDataset(train, valid, Split(rows[n:], labels[n:]), tuple(classes),
                        tuple(group[c.split(".")[0]] for c in classes), tokens=list_vocabulary(cutter))
 
+# %% ../../nbs/training/06_text.ipynb #64868ac0
+def _as_texts(what: str, texts: Any) -> list[str]:
+    "A list, array or column as a list of texts; a `ValueError` names the first that is none"
+    check(hasattr(texts, "__len__") and not isinstance(texts, (str, bytes, Mapping)) and len(texts) > 0,
+          what, f"a {type(texts).__name__}", "a row of texts")
+    items = texts.tolist() if hasattr(texts, "tolist") else list(texts)
+    odd = next((k for k, t in enumerate(items) if not isinstance(t, str)), None)
+    check(odd is None, what, f"{'' if odd is None else f'{items[odd]!r:.40} at {odd}'}", "texts")
+    return items
+
 # %% ../../nbs/training/06_text.ipynb #22fe2c7b
 def register_texts(
     title: str, # for tables
-    train: InputsAndLabels, # texts and labels (N,)
+    # texts (a list, or a column of a table) and labels (N,), and perhaps names of these
+    train: InputsAndLabels,
     valid: InputsAndLabels, # chooses
     test: InputsAndLabels, # reports
-    classes: Sequence[str] | None = None, # names; None: their numbers
+    classes: Sequence[str] | None = None, # names; None: those that came with the labels, or their numbers
     # a model's on the hub, or a folder; None: one is learnt from the training texts
     tokenizer: str | None = None,
     length: int = 512, # tokens that are kept of each text, its first ones
 ) -> DataSpec: # the description of the data set
-    "Keep texts of your own as a data set; a `ValueError` names what is wrong with them"
-    pairs = {"train": train, "valid": valid, "test": test}
-    for k, (texts, _) in pairs.items():
-        check(isinstance(texts, (Sequence, np.ndarray)) and not isinstance(texts, str)
-                  and len(texts) > 0 and all(isinstance(t, str) for t in texts),
-              k, f"a {type(texts).__name__}", "a row of texts")
+    "Keep texts of your own as a data set; a `ValueError` names what is wrong with them, and where"
+    pairs, classes = match_class_names({"train": train, "valid": valid, "test": test}, classes)
+    pairs = {k: (_as_texts(k, texts), y) for k, (texts, y) in pairs.items()}
     labels = {k: check_labels(k, y, len(texts)) for k, (texts, y) in pairs.items()}
     classes = check_class_names(labels, classes)
-    cutter = _train_tokenizer(train[0]) if tokenizer is None else load_hub_tokenizer(tokenizer)
+    cutter = _train_tokenizer(pairs["train"][0]) if tokenizer is None else load_hub_tokenizer(tokenizer)
     rows = _tokenise(cutter, [t for texts, _ in pairs.values() for t in texts], length).split(
         [len(y) for y in labels.values()]
     )
     tensors = ({f"{k}/labels": y for k, y in labels.items()}
-               | {f"{k}/inputs": x.clone() for k, x in zip(pairs, rows)})
+               | {f"{k}/inputs": x for k, x in zip(pairs, rows)})
     fingerprint = content_hash(tensors, f"{classes} {list_vocabulary(cutter)}")[:16]
     save_tensors(registered_data_path(fingerprint), tensors, classes=classes, tokens=list_vocabulary(cutter))
     return DataSpec("given_texts", title=title, fingerprint=fingerprint)
