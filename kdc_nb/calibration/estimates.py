@@ -108,8 +108,8 @@ def _classwise_ends(
                             for t in trial_lengths(contents, total)])
         m, v = absolute_gap_moments(contents, mean.numpy())
         more = torch.where(direction == 0, (seen - contents.variance).clamp(min=0), 0.).sum()
-        return (total(contents.confidence - mean).numpy(),
-                ratio*m.sum(1), (widening*(v.sum(1) + float(more)))**.5)
+        true = total(contents.confidence - mean).numpy()
+        return true, true + ratio*(m.sum(1) - true), (widening*(v.sum(1) + float(more)))**.5
     chance = (contents.correct + contents.confidence/contents.count)/(contents.count + 1)
     lower, upper, _ = safe_directions(contents, (contents.count*chance*(1 - chance)).sqrt())
     (t, mean, spread), (t_upper, mean_upper, spread_upper) = scores(lower), scores(upper)
