@@ -37,17 +37,17 @@ def contributions_per_image(
 
 
 def signed_gaps(
-    claims: BinaryPredictions, # (N, 1) of the top label
+    predictions: BinaryPredictions, # (N, 1) of the top label
     metric: str, # name of a paired calibration error
     n_bins: int = 15, # bins of the metric
 ) -> Tensor: # (N,)
     "Confidence - correct of each image times the derivative of the metric's norm by the gap of its bin"
     rule = METRICS[metric]
-    bins = rule.bins(claims.confidence, n_bins)
+    bins = rule.bins(predictions.confidence, n_bins)
     with torch.inference_mode(False), torch.enable_grad():
-        gaps, share = gaps_and_shares(claims, bins, n_bins)
+        gaps, share = gaps_and_shares(predictions, bins, n_bins)
         slope = torch.autograd.grad(rule.norm(gaps.requires_grad_(), share), gaps)[0].nan_to_num(0.)
-    return (slope.T.gather(0, bins)*(claims.confidence - claims.correct)).sum(1)
+    return (slope.T.gather(0, bins)*(predictions.confidence - predictions.correct)).sum(1)
 
 # %% ../../nbs/calibration/11_contributions.ipynb #7cb500a9
 def debiased_contributions(
@@ -65,11 +65,11 @@ def debiased_contributions(
 
 def shift_to_debiased(
     row: Tensor, # (N,) contributions to a calibration error, as `signed_gaps` gives them
-    claims: BinaryPredictions, # (N, 1) of the top label
+    predictions: BinaryPredictions, # (N, 1) of the top label
     metric: str, # name of the calibration error
 ) -> Tensor: # (N,)
     "Contributions shifted so that their mean is the debiased estimate (200 draws) of the calibration error"
-    return row + top_label_estimates([metric], claims, n_boot=200)[metric].debiased - row.mean()
+    return row + top_label_estimates([metric], predictions, n_boot=200)[metric].debiased - row.mean()
 
 # %% ../../nbs/calibration/11_contributions.ipynb #5893add8
 class PairedContributions(NamedTuple):
@@ -77,7 +77,7 @@ class PairedContributions(NamedTuple):
     a: np.ndarray # (seeds, images) contributions of the first model
     b: np.ndarray # the same of the second
     # by seed: the top labels of both, (N, 1), and whether both predict the same class, (N,)
-    claims: Sequence[tuple[BinaryPredictions, BinaryPredictions, Tensor]]
+    predictions: Sequence[tuple[BinaryPredictions, BinaryPredictions, Tensor]]
     same: bool # whether both give the same probabilities, but for rounding
 
 
@@ -104,11 +104,11 @@ def pair_contributions(
     "Both models' contributions to each metric"
     logs = [[to_log_probs(x, from_logits) for x in model] for model in (a, b)]
     same = all(torch.allclose(x, w, rtol=1e-12, atol=1e-12) for x, w in zip(*logs))
-    claims = [(top_label(x, y, from_logits), top_label(w, y, from_logits), x.argmax(1) == w.argmax(1))
+    predictions = [(top_label(x, y, from_logits), top_label(w, y, from_logits), x.argmax(1) == w.argmax(1))
               for x, w in zip(a, b)]
     one = _contributions_by_metric(a, y, from_logits, names)
     other = one if same else _contributions_by_metric(b, y, from_logits, names)
-    return {k: PairedContributions(one[k], other[k], claims, same) for k in names}
+    return {k: PairedContributions(one[k], other[k], predictions, same) for k in names}
 
 # %% ../../nbs/calibration/11_contributions.ipynb #dec52cd6
 def paired_fractions_interval(
@@ -144,13 +144,13 @@ def mcnemar_p(
 
 # %% ../../nbs/calibration/11_contributions.ipynb #572e6cf0
 def _recalibrated(
-    claims: BinaryPredictions, # (N, 1) of the top label
+    predictions: BinaryPredictions, # (N, 1) of the top label
     *more: Tensor, # (N,) each: what else may tell how often it is correct
 ) -> Tensor: # (N,) chances of being correct
     "The confidence after a logistic fit to the labels, which few images leave as it was (Platt 1999)"
     from scipy.optimize import minimize
     from scipy.special import expit
-    odds, correct = claims.confidence[:, 0].logit(eps=1e-12).numpy(), claims.correct[:, 0].numpy()
+    odds, correct = predictions.confidence[:, 0].logit(eps=1e-12).numpy(), predictions.correct[:, 0].numpy()
     x = np.stack([odds, np.ones_like(odds), *more])
     as_it_was = np.eye(len(x))[0]
     def loss(w): # and its slope
@@ -176,14 +176,14 @@ def _common_laws(
 # %% ../../nbs/calibration/11_contributions.ipynb #f3f662ed
 def _error_function(
     metric: str, # name of a calibration error of the top label
-    claims: BinaryPredictions, # (N, 1)
+    predictions: BinaryPredictions, # (N, 1)
     n_bins: int, # bins of the metric
 ) -> Callable[[Tensor], Tensor]: # whether each is correct, or the chance of it (N, R) -> (R,)
     "A calibration error as a function of who is correct"
-    rule, N = METRICS[metric], len(claims.confidence)
-    bins, n_bins = noise_bins(rule, claims, n_bins)
+    rule, N = METRICS[metric], len(predictions.confidence)
+    bins, n_bins = noise_bins(rule, predictions, n_bins)
     confidence, count = (bin_sums(x, bins, n_bins)
-                         for x in (claims.confidence, torch.ones_like(claims.confidence)))
+                         for x in (predictions.confidence, torch.ones_like(predictions.confidence)))
     def error(correct):
         sums = correct.new_zeros(n_bins, correct.shape[1]).index_add_(0, bins[:, 0], correct)
         return rule.norm((confidence - sums.T)[:, None]/N, count/N)

@@ -111,12 +111,12 @@ def difference_of_contributions(
     metric: str, # name of the metric
 ) -> Difference: # of the first less the second
     "The difference of two models, with no less chance in it than labels, signs and tosses of a coin have"
-    a, b, claims, same = pair
+    a, b, predictions, same = pair
     d = 0*a if same else a - b
     d[abs(d) <= 1e-12*max(abs(a).max(), abs(b).max())] = 0.
     (seeds, n), rule = d.shape, METRICS[metric]
     if seeds == 1 and not same and np.isin([a, b], (0, 1)).all(): return _exact_difference(a[0], b[0])
-    noise = ([debiased_difference_error(metric, *own, float(x)) for own, x in zip(claims, d.mean(1))]
+    noise = ([debiased_difference_error(metric, *own, float(x)) for own, x in zip(predictions, d.mean(1))]
              if rule.norm and not same else [0.])
     signs = abs(float(d.mean()))/_t_quantile(2.**-n, n - 1) if seeds == 1 < n else 0.
     found, most = (estimate_difference(d, least_error=max(signs, float(np.mean(noise)))),
@@ -153,9 +153,9 @@ def paired_difference(
     _check_outcomes([*a, *b], "a, b")
     check(len(a) == len(b) > 0, "b", f"{len(b)} seeds", f"{len(a)}, as many as a, and one at least")
     _check_same_images([*a, *b])
-    claims = [(x.predictions, y.predictions, x.pred == y.pred) for x, y in zip(a, b)]
+    predictions = [(x.predictions, y.predictions, x.pred == y.pred) for x, y in zip(a, b)]
     one, other = (debiased_contributions(m, metric) for m in (a, b))
-    return difference_of_contributions(PairedContributions(one, other, claims, False), metric)
+    return difference_of_contributions(PairedContributions(one, other, predictions, False), metric)
 
 
 def _check_outcomes(several: Sequence[Any], argument: str) -> None:

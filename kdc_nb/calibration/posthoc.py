@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core import check, warn
 from ..values import NamedSpec
-from .outputs import check_outputs_and_labels, check_sample_weight, softmax64
+from .outputs import as_float64, check_outputs_and_labels, check_sample_weight, softmax64
 
 # %% ../../nbs/calibration/05_posthoc.ipynb #8f63ed45
 def _nll_derivatives(z: Tensor, y: Tensor, scale: float, u: float) -> tuple[Tensor, Tensor]: # (N,) each
@@ -166,7 +166,7 @@ class Calibrator(NamedSpec, n_given=2):
 def _temperature_scaling(logits: Any, labels: Any) -> Callable[[Tensor], Tensor]:
     "Temperature scaling (Guo et al., 2017)"
     T = fit_temperature(logits, labels)
-    return lambda z: z.double()/T
+    return lambda z: as_float64(z, "logits")/T
 
 
 @Calibrator.register("vector")
@@ -184,7 +184,7 @@ def _vector_scaling(logits: Any, labels: Any) -> Callable[[Tensor], Tensor]:
     start = np.repeat([1., 0.], C)
     w = torch.from_numpy(minimize(nll_and_slope, start, jac=True, method="L-BFGS-B",
                                   options=dict(maxiter=5000, maxfun=10**5, ftol=0, gtol=1e-7)).x)
-    return lambda z: z.double()*w[:C] + w[C:]
+    return lambda z: as_float64(z, "logits")*w[:C] + w[C:]
 
 # %% ../../nbs/calibration/05_posthoc.ipynb #6bb85c66
 @Calibrator.register("isotonic")
