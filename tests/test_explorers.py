@@ -100,7 +100,8 @@ def test_reliability_of_a_run(results, monkeypatch):
 @pytest.mark.parametrize("spoil, message", [
     (lambda z, y: (z, None), "labels: got none"),
     (lambda z, y: (z, y[:9]), "labels: got 9 of them"),
-    (lambda z, y: (z[:, 0], y), r"logits: got shape \(500,\)"),
+    (lambda z, y: (z[:, 0], y), "labels: got 0 to 4, expected 0 to 1"), # one logit an image is of two classes
+    (lambda z, y: (z.argmax(1), y), r"logits: got whole numbers of shape \(500,\)"),
     (lambda z, y: (z.index_fill(0, torch.tensor([3]), float("nan")), y), "logits: got NaN"),
     (lambda z, y: (z, y + 1), "labels: got 1 to 5, expected 0 to 4"),
     (lambda z, y: (z, y, "odds"), "from_logits: got 'odds'"),
@@ -108,6 +109,14 @@ def test_reliability_of_a_run(results, monkeypatch):
 ])
 def test_bad_outputs_are_told(outputs, spoil, message):
     with pytest.raises(ValueError, match=message): explore_reliability(*spoil(*outputs))
+
+
+@pytest.mark.parametrize("shape", [
+    lambda z, y: (z[:, 0], (y == 0).long()), # one number an image
+    lambda z, y: (torch.cat([z, torch.full((len(z), 1), -torch.inf)], 1), y), # a masked class
+])
+def test_other_shapes_are_explored(outputs, shape, monkeypatch):
+    every_control(explore_reliability(*shape(*outputs)), monkeypatch, T=.5)
 
 
 @pytest.mark.parametrize("family, values", [
