@@ -20,7 +20,7 @@ from ..core import check, lookup
 from ..values import frozen_spec
 from ..tables import Table
 from .outputs import check_bins_and_draws, check_outputs_and_labels, to_probs
-from .predictions import BinaryPredictions, binned_error, classwise, top_label
+from .predictions import BinaryPredictions, binned_error, top_label
 from .metrics import DERIVED, METRICS, Metric, select_metrics
 from .bins import split_rows
 from kdc_nb.calibration.posthoc import (
@@ -154,8 +154,6 @@ class Evaluation:
         name = {"raw": metric_label, "scaled": lambda k: "  after TS"}
         rows = [[name[which](k), *_format_estimate(k, e)] for k, which, e in shown]
         notes = [OUTSIDE_NOTE]*any(e.is_outside_interval() for *_, e in shown)
-        classwise_shown = any(METRICS[k].predictions is classwise for k, *_ in shown if k in METRICS)
-        notes += [_CLASSWISE_NOTE]*classwise_shown
         return Table(_EVALUATION_HEAD, rows, self.caption(), [*notes, *self._few_errors()])
 
     def _few_errors(self) -> list[str]:
@@ -191,7 +189,6 @@ class Evaluation:
     def _repr_html_(self): return self.table()._repr_html_()
 
 
-_CLASSWISE_NOTE = "Class-wise intervals may be too short where one class or bin alone is off."
 _EVALUATION_HEAD = ("metric", "value", "95% interval", "debiased", "null band")
 DAGGER = "†"
 OUTSIDE_NOTE = f"{DAGGER} outside its interval, which is for the error without the noise of the labels"
