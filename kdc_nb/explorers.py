@@ -57,6 +57,9 @@ def explore_reliability(
     check(labels is not None, "labels", "none", "one for each row of the outputs")
     x, y = check_outputs_and_labels(outputs, labels, from_logits)
     z = to_logits(x, from_logits)
+    possible = z.gather(1, y[:, None]).isfinite()
+    check(bool(possible.all()), "labels", f"{int((~possible).sum())} whose class is masked (a logit of -inf)",
+          "classes that can be")
     fitted = estimate_temperature(z, y)
     figure, (left, right) = create_panels(2, 3.8)
     diagram, curves = ReliabilityDiagram(left, animated=True), TemperatureCurves(z, y, fitted, right)

@@ -44,8 +44,8 @@ def _written_fields(kind: str, name: str | None) -> dict[str, str]: # by the nam
 
 # %% ../nbs/values.ipynb #be5ee91f
 def _plain(v: Any) -> Any:
-    "A number of NumPy as Python's, a list as a tuple; other things as they are"
-    if isinstance(v, np.generic): return v.item()
+    "A number of NumPy as Python's, a list or an array as a tuple; other things as they are"
+    if isinstance(v, (np.generic, np.ndarray)): v = v.tolist()
     return tuple(map(_plain, v)) if type(v) in (list, tuple) else v
 
 # %% ../nbs/values.ipynb #7c894ddb

@@ -103,6 +103,7 @@ def test_reliability_of_a_run(results, monkeypatch):
     (lambda z, y: (z[:, 0], y), "labels: got 0 to 4, expected 0 to 1"), # one logit an image is of two classes
     (lambda z, y: (z.argmax(1), y), r"logits: got whole numbers of shape \(500,\)"),
     (lambda z, y: (z.index_fill(0, torch.tensor([3]), float("nan")), y), "logits: got NaN"),
+    (lambda z, y: (z.scatter(1, y[:, None], -torch.inf), y), "labels: got 500 whose class is masked"),
     (lambda z, y: (z, y + 1), "labels: got 1 to 5, expected 0 to 4"),
     (lambda z, y: (z, y, "odds"), "from_logits: got 'odds'"),
     (lambda z, y: (z, y.float() + .5), "labels: got numbers with a fraction"),

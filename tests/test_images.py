@@ -593,3 +593,24 @@ def test_the_content_of_bytes_has_the_id_it_always_had():
     x = torch.arange(12*3*8*9).view(12, 3, 8, 9).to(torch.uint8)
     data = ki.register_images("mine", *[(x, torch.arange(12) % 3)]*3, ["a", "b", "c"], ["flip"])
     assert (data.fingerprint, load_data(data).fingerprint) == ("678712d7327b18b8", "623ddcc4f911cd84")
+
+
+def test_class_names_are_a_list_of_different_ones(tmp_path):
+    for name in "09":
+        (tmp_path/name).mkdir()
+        Image.new("RGB", (9, 9)).save(tmp_path/name/"a.png")
+    for classes in ("09", ["0", "0", "9"]):
+        with pytest.raises(ValueError, match="classes: got .*, expected names, each once"):
+            find_images(tmp_path, classes)
+    assert find_images(tmp_path, [0, 9])[2] == ("0", "9")
+
+
+def test_a_part_of_a_dataset_keeps_the_names_of_its_classes():
+    class Named(torch.utils.data.Dataset):
+        def __init__(self, labels, classes): self.labels, self.classes = labels, classes
+        def __len__(self): return len(self.labels)
+        def __getitem__(self, k): return torch.full((3, 8, 8), 9*k, dtype=torch.uint8), self.labels[k]
+    train, other = Named([0, 1, 2]*3, ["a", "b", "c"]), Named([0, 1]*4, ["a", "c"])
+    part = torch.utils.data.Subset(torch.utils.data.Subset(other, range(6)), range(4))
+    data = load_data(register_images("parts", train, part, other))
+    assert data.valid.labels.tolist() == [0, 2, 0, 2] and data.classes == ("a", "b", "c")

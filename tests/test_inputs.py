@@ -19,6 +19,7 @@ from kdc_nb.calibration.posthoc import estimate_temperature, fit_temperature
 from kdc_nb.calibration.predictions import positive_class
 from kdc_nb.calibration.reliability import reliability_bins
 from kdc_nb.core import warn
+from kdc_nb.training.recipes import Recipe
 from kdc_nb.values import decode, encode, spec_hash
 from tests.conftest import made
 
@@ -82,7 +83,7 @@ def test_the_index_of_a_table_is_no_class(tmp_path):
     pd.read_csv(tmp_path/"mine.csv").to_csv(tmp_path/"again.csv") # and again: "" and "Unnamed: 0"
     for name in ("mine.csv", "again.csv"):
         said = warned(lambda: load_outputs(tmp_path/name))
-        assert len(said) == 1 and name in said[0] and "the classes are 0, 1, 2, 3" in said[0]
+        assert len(said) == 1 and name in said[0] and "the classes are taken to be 0, 1, 2, 3" in said[0]
         with pytest.warns(UserWarning): x, labels = load_outputs(tmp_path/name)
         assert x.shape == (400, 4) and ece(x, labels) == pytest.approx(ece(z, y))
     table.to_csv(tmp_path/"clean.csv", index=False)
@@ -115,11 +116,43 @@ def test_numbered_columns_are_taken_in_the_order_of_their_numbers(tmp_path):
     assert nll(*load_outputs(tmp_path/"mine.csv")) == pytest.approx(nll(z, y))
 
 
+@pytest.mark.parametrize("names, labels, expected", [
+    (["1", "2", "3", "4"], [1, 3, 2], [0, 2, 1]), (["z1", "z2", "z3"], [1, 2, 1], [0, 1, 0]),
+    (["z1", "z2", "z3"], [0, 2, 1], [0, 2, 1]), (["0", "1", "2"], [2, 0, 1], [2, 0, 1]),
+    (["NA", "null"], ["null", "NA", "NA"], [1, 0, 0]),
+    (["true", "false"], ["true", "false", "true"], [0, 1, 0]),
+])
+def test_labels_by_number_or_name(tmp_path, names, labels, expected):
+    z = np.random.default_rng(0).normal(size=(3, len(names)))
+    pd.DataFrame(z, columns=names).assign(label=labels).to_csv(path := tmp_path/"mine.csv", index=False)
+    assert load_outputs(path, classes=names)[1].tolist() == expected
+    turned = load_outputs(path, classes=names[::-1]) # a name stays with its column
+    if names[0] != "z1" or 0 not in labels:
+        assert turned[1].tolist() == [len(names) - 1 - k for k in expected]
+
+
+@pytest.mark.parametrize("classes, says",
+                         [(["cat", "cat", "dog"], "classes: got cat, cat, dog, expected each once"),
+                          ("cat", "classes: got 'cat', expected a list of names")])
+def test_classes_are_named_once(tmp_path, classes, says):
+    (tmp_path/"mine.csv").write_text("label,cat,dog\n0,1.5,2\n1,.5,3\n")
+    with pytest.raises(ValueError, match=says): load_outputs(tmp_path/"mine.csv", classes=classes)
+
+
+def test_named_columns_are_told_and_numbered_ones_are_not(tmp_path):
+    (tmp_path/"mine.csv").write_text("label,cat,dog,margin\n0,1.5,2.5,.5\n1,.5,3.5,2.5\n")
+    assert ("the classes are taken to be cat, dog, margin"
+            in warned(lambda: load_outputs(tmp_path/"mine.csv"))[0])
+    assert not warned(lambda: load_outputs(tmp_path/"mine.csv", classes=["cat", "dog"]))
+
+
 def test_labels_may_be_names_of_columns(tmp_path):
     z, y, _ = made(30, 3)
     names = np.array(["cat", "dog", "owl"])
     pd.DataFrame(z.numpy(), columns=names).assign(label=names[y]).to_csv(tmp_path/"mine.csv", index=False)
-    assert load_outputs(tmp_path/"mine.csv")[1].tolist() == y.tolist()
+    with pytest.warns(UserWarning, match="taken to be cat, dog, owl"):
+        read = load_outputs(tmp_path/"mine.csv")
+    assert read[1].tolist() == y.tolist()
     turned = load_outputs(tmp_path/"mine.csv", classes=names[::-1])
     assert nll(*turned) == pytest.approx(nll(z, y))
 
@@ -134,18 +167,37 @@ def test_probabilities_in_a_file(tmp_path):
 # -- rounded probabilities ----------------------------------------------------
 
 @pytest.mark.parametrize("rounded", [lambda p: p.numpy().round(3), lambda p: p.half(), lambda p: p.bfloat16(),
-                                     lambda p: p.float()])
+                                     lambda p: p.float(), lambda p: p.numpy().round(2).tolist()])
 def test_probabilities_are_those_of_their_format(rounded):
     z, y, _ = made(400, 4, 1.5)
     right, p = ece(z, y), rounded(softmax64(z))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert ece(p, y, from_logits=False) == pytest.approx(right, abs=.01)
+        assert ece(p, y, from_logits=False) == pytest.approx(right, abs=.015)
         assert abs(ece(p, y) - right) > .1 # read as logits
     assert any("from_logits=False" in s for s in warned(lambda: ece(p, y)))
     q = (check_outputs(p, False) if not isinstance(p, torch.Tensor) or p.dtype != torch.float32
          else softmax64(z))
     torch.testing.assert_close(q.sum(1), torch.ones(400, dtype=torch.float64))
+
+
+def test_three_digits_of_many_classes():
+    z, y, _ = made(400, 100, 1.3, sharpness=4.)
+    p = softmax64(z).numpy().round(3)
+    with pytest.warns(UserWarning, match="divided by its sum"):
+        assert ece(p, y, from_logits=False) == pytest.approx(ece(z, y), abs=.01)
+    assert any("from_logits=False" in s for s in warned(lambda: ece(p, y)))
+
+
+def test_a_label_that_was_rounded_to_0_is_told_where_a_temperature_is_fitted():
+    z, y, _ = made(1000, 5, 2.5, sharpness=4.)
+    p = softmax64(z).numpy().round(3)
+    assert (p[np.arange(1000), y] == 0).any()
+    said = warned(lambda: fit_temperature(p, y, from_logits=False))
+    assert any("a label has probability 0" in s for s in said)
+    with pytest.warns(UserWarning): e = evaluate(p, y, n_boot=5, from_logits=False)
+    assert "a label has probability 0" in e.caption()
+    assert not warned(lambda: fit_temperature(softmax64(z), y, from_logits=False))
 
 
 def test_a_refusal_says_which_row_and_what_mends_it():
@@ -368,8 +420,24 @@ def test_a_weighted_diagrams_intervals_and_null_band():
 @pytest.mark.parametrize("w, says", [
     ([1, 2], r"sample_weight: got shape \(2,\), expected \(3,\)"), ([1, 2, -1], "sample_weight: got -1 to 2"),
     ([0, 0, 0], "sample_weight: got 0 everywhere"), ([1, 2, math.nan], "sample_weight: got"),
+    ([1e306]*3 + [1.], r"sample_weight: got shape \(4,\)"),
     (["a", 1, 1], "sample_weight: got a list that is no table of numbers: 'a' at 0"),
 ])
 def test_odd_weights_are_refused(w, says):
     for f in (ece, nll, fit_temperature, reliability_bins):
         with pytest.raises(ValueError, match=says): f(made(3, 2)[0], [0, 1, 0], sample_weight=w)
+
+
+def test_huge_weights_do_not_overflow():
+    z, y, _ = made(400, 4, 1.5)
+    assert ece(z, y, sample_weight=np.full(400, 1e306)) == pytest.approx(ece(z, y))
+
+
+def test_arrays_are_taken_in_descriptions():
+    recipe = Recipe(epochs=3, milestones=np.array([.5, .7]), lr=np.array(.1))
+    assert recipe == Recipe(epochs=3, milestones=(.5, .7), lr=.1) and spec_hash(recipe)
+
+
+def test_a_column_of_labels_is_told_what_to_take():
+    with pytest.raises(ValueError, match=r"labels: got shape \(2, 1\), expected \(N,\); take labels\[:, 0\]"):
+        ece([[1., 0.], [0., 1.]], [[0], [1]])

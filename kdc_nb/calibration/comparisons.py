@@ -155,7 +155,7 @@ def _split_by_seed(logits: Any, argument: str) -> list[Tensor]: # (N, C), or (N,
         labels = x.ndim == 1 and bool((x == x.round()).all())
         check(x.ndim in (1, 2) and not labels, argument,
               f"shape {tuple(x.shape)}" + " of whole numbers"*labels,
-              "(N, C), or scores (N,) of two classes, or a list of such, one for each seed")
+              "(N, C), or scores (N,) of two classes; for several seeds a list of (N, C) each")
     return [x[:, None] if x.ndim == 1 else x for x in several] # (N,) are those of class 1 of two
 
 # %% ../../nbs/calibration/13_comparisons.ipynb #6d9a75e6

@@ -33,7 +33,7 @@ def _numbered(names: list[str]) -> list[str]: # in the order of the numbers
     "Those of one beginning and numbers that go on by one, such as logit_0, logit_1, logit_2"
     series = {}
     for name in names:
-        stem, number = re.fullmatch(r"(.*?)(\d*)", name).groups()
+        stem, number = re.fullmatch(r"(.*?)(\d*)", name, re.DOTALL).groups()
         if number: series.setdefault(stem, {})[int(number)] = name
     longest = max(series.values(), key=len, default={})
     numbers = sorted(longest)
@@ -55,12 +55,26 @@ def _class_columns(
           "nothing but scores of classes; name those: classes=[...]")
     return numbers
 
+# %% ../../nbs/calibration/17_inputs.ipynb #7adf5d04
+def _find_labels(
+    labels: Any, # a pandas.Series of texts
+    classes: list[str], # the columns, in the order of the classes
+) -> np.ndarray: # (N,) positions among the classes
+    "Labels of a table as positions: names of columns, their numbers, or positions already"
+    names = dict(zip(classes, range(len(classes))))
+    numbers = [re.search(r"\d*$", c)[0] for c in classes]
+    if all(numbers) and len(set(map(int, numbers))) == len(numbers):
+        names |= dict(zip([str(int(k)) for k in numbers], range(len(classes))))
+    if all(label in names for label in labels.unique()): return labels.map(names).to_numpy()
+    try: return labels.astype(float).to_numpy()
+    except ValueError: return np.array([lookup(names, label, "label") for label in labels])
+
 # %% ../../nbs/calibration/17_inputs.ipynb #c3c4bc2e
 def _read_outputs_csv(
     path: Path, # of a file with a header
     classes: Sequence[str] | None, # names of the columns with the scores; None: all that are without doubt
 ) -> tuple[np.ndarray, np.ndarray]: # outputs (N, C), labels (N,)
-    "Column `label` and those of the classes; labels may be numbers or names of columns"
+    "Column `label` and those of the classes"
     import pandas as pd
     with open(path, newline="", encoding="utf-8-sig") as f:
         head = [h.strip() for h in next(csv.reader(f), [])]
@@ -68,18 +82,23 @@ def _read_outputs_csv(
     with warnings.catch_warnings():
         warnings.simplefilter("error", pd.errors.ParserWarning) # of rows that are longer than the header
         table = pd.read_csv(path, header=0, names=head, index_col=False, encoding="utf-8-sig",
-                            skipinitialspace=True)
-    labels = table.pop("label")
-    chosen = _class_columns(table) if classes is None else [*classes]
+                            skipinitialspace=True, dtype={"label": str}, keep_default_na=False)
+    labels = table.pop("label").str.strip()
+    chosen = _class_columns(table) if classes is None else _named_columns(table, classes)
+    check(len(chosen) > 1, "columns", ", ".join(chosen) or "none", "scores of two classes or more")
+    if classes is None and (len(chosen) < len(table.columns) or not _numbered(chosen)):
+        warn(f"{path.name}: the classes are taken to be {', '.join(chosen)}; classes=[...] names them")
+    return table[chosen].to_numpy(float), _find_labels(labels, chosen)
+
+
+def _named_columns(table: Any, classes: Sequence[str]) -> list[str]:
+    "The columns that a caller names, once each; a `ValueError` for others"
+    check(not isinstance(classes, str), "classes", repr(classes), "a list of names")
+    chosen = [str(c) for c in classes]
     missing = [c for c in chosen if c not in table]
     check(not missing, "classes", ", ".join(missing), f"columns among {', '.join(table)}")
-    check(len(chosen) > 1, "columns", ", ".join(chosen) or "none", "scores of two classes or more")
-    if classes is None and len(chosen) < len(table.columns):
-        warn(f"{path.name}: the classes are {', '.join(chosen)}; a column without a name is left out")
-    if labels.dtype.kind not in "fiu":
-        number = {c: k for k, c in enumerate(chosen)}
-        labels = [lookup(number, str(label).strip(), "label") for label in labels]
-    return table[chosen].to_numpy(float), np.asarray(labels)
+    check(len(set(chosen)) == len(chosen), "classes", ", ".join(chosen), "each once")
+    return chosen
 
 # %% ../../nbs/calibration/17_inputs.ipynb #c496a0f5
 def _read_outputs_npz(path: Path, classes: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
@@ -101,10 +120,10 @@ def load_outputs(
     classes: Sequence[str] | None = None,
     from_logits: bool = True, # False: they are probabilities
 ) -> tuple[Tensor, Tensor]: # outputs (N, C) float64, labels (N,) int64
-    """Outputs and labels from a file; labels of a .csv may be the names of the columns.
+    """Outputs and labels from a file; labels of a .csv may be names or numbers of the columns.
 
-    A `ValueError` names the file and what is wrong with it. A warning tells which columns were taken if one
-    was left out.
+    A `ValueError` names the file and what is wrong with it. A warning tells which columns were taken, unless
+    `classes` names them or they are numbered.
     """
     path = Path(path)
     reader = lookup({".npz": _read_outputs_npz, ".csv": _read_outputs_csv},

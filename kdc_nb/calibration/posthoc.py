@@ -48,6 +48,7 @@ _CONSTANT = "all logits of each image are equal: no temperature matters"
 _SEPARABLE = "end of its range: every label is the top label, T goes to 0"
 _CHANCE = "end of its range: no better than chance, T goes to infinity"
 _IMPOSSIBLE = "a label's class is masked: its NLL is infinite at every temperature"
+_ZERO = "a label has probability 0, which counts as 2e-308 and rules the fit: give logits, or more digits"
 
 # %% ../../nbs/calibration/05_posthoc.ipynb #de106240
 def _logit_scale(z: Tensor) -> float: # 0 if all logits of each image are equal
@@ -113,6 +114,8 @@ def estimate_temperature(
     weight = check_sample_weight(sample_weight, len(y))
     used = weight > 0
     found = _find_temperature(to_logits(x, from_logits)[used], y[used], weight=weight[used])
+    if not from_logits and bool((x.gather(1, y[:, None])[used] == 0).any()):
+        found = found._replace(note=found.note or _ZERO)
     if found.note: warn(f"temperature: {found}")
     return found
 

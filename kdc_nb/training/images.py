@@ -125,6 +125,7 @@ def _unpack(what: str, given: Any) -> tuple[Any, Any, Sequence[str] | None]: # i
         check(hasattr(given, "__len__"), what,
               f"a {type(given).__name__} without a length", "one that has one")
         inputs, labels = zip(*(given[k] for k in range(len(given)))) if len(given) else ((), ())
+        while not hasattr(given, "classes") and hasattr(given, "dataset"): given = given.dataset # of a subset
         return list(inputs), np.array([np.asarray(y) for y in labels]), getattr(given, "classes", None)
     check(isinstance(given, (tuple, list)) and len(given) in (2, 3), what, f"a {type(given).__name__}",
           "inputs and labels, and perhaps the names of these; or a torch Dataset")
@@ -225,7 +226,9 @@ def find_images(
     folder = Path(folder)
     there = (sorted(p.name for p in folder.iterdir() if p.is_dir() and not _is_hidden(p.name))
              if folder.is_dir() else [])
-    names = tuple(there if classes is None else classes)
+    names = tuple(there if classes is None else map(str, classes))
+    check(not isinstance(classes, str) and len(set(names)) == len(names),
+          "classes", repr(classes), "names, each once")
     few = min(len(there), len(names))
     check(few > 0 and len(names) > 1, "folder",
           f"{folder} with {few} subfolder{'s'*(few != 1)}", "two or more, one for each class")
