@@ -601,8 +601,8 @@ def test_class_names_are_a_list_of_different_ones(tmp_path):
         Image.new("RGB", (9, 9)).save(tmp_path/name/"a.png")
     for classes in ("09", ["0", "0", "9"]):
         with pytest.raises(ValueError, match="classes: got .*, expected names, each once"):
-            find_images(tmp_path, classes)
-    assert find_images(tmp_path, [0, 9])[2] == ("0", "9")
+            ki.find_images(tmp_path, classes)
+    assert ki.find_images(tmp_path, [0, 9])[2] == ("0", "9")
 
 
 def test_a_part_of_a_dataset_keeps_the_names_of_its_classes():
@@ -612,5 +612,5 @@ def test_a_part_of_a_dataset_keeps_the_names_of_its_classes():
         def __getitem__(self, k): return torch.full((3, 8, 8), 9*k, dtype=torch.uint8), self.labels[k]
     train, other = Named([0, 1, 2]*3, ["a", "b", "c"]), Named([0, 1]*4, ["a", "c"])
     part = torch.utils.data.Subset(torch.utils.data.Subset(other, range(6)), range(4))
-    data = load_data(register_images("parts", train, part, other))
+    data = load_data(ki.register_images("parts", train, part, other))
     assert data.valid.labels.tolist() == [0, 2, 0, 2] and data.classes == ("a", "b", "c")
