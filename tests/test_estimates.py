@@ -362,7 +362,7 @@ def test_evaluation_is_a_value():
     assert decode(json.loads(json.dumps(encode(e), allow_nan=False))) == e
     assert isinstance(e, Evaluation) and isinstance(e.raw["ece"], Estimate)
     daggers = any(v.is_outside_interval() for t in (e.raw, e.scaled) for v in t.values())
-    assert "classwise ACE, %" in repr(e) and e._repr_html_().count("<tr>") == 2 + 2*len(BUILT_IN) + daggers
+    assert "classwise ACE, %" in repr(e) and e._repr_html_().count("<tr>") == 1 + 2*len(BUILT_IN) + daggers
     assert max(map(len, repr(e).splitlines())) <= 80, "a terminal's width"
     assert evaluate(z[:4], y[:4], n_boot=30).scaled is None
 
@@ -438,7 +438,7 @@ def test_a_value_outside_its_interval_has_a_footnote_and_no_other_has():
     table = e.table()
     marked = [r[1].endswith("†") for r in table.rows]
     assert marked == [not v.low <= v.value <= v.high for _, _, v in e.estimates()] and any(marked)
-    assert (len(table.notes) == 2 and table.notes[0].startswith("†")
+    assert (len(table.notes) == 1 and table.notes[0].startswith("†")
             and table.notes[0] in repr(e) and table.notes[0] in e._repr_html_())
     assert not e.table(["top1", "nll"]).notes
 
