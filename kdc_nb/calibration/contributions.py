@@ -105,7 +105,7 @@ def pair_contributions(
     logs = [[to_log_probs(x, from_logits) for x in model] for model in (a, b)]
     same = all(torch.allclose(x, w, rtol=1e-12, atol=1e-12) for x, w in zip(*logs))
     predictions = [(top_label(x, y, from_logits), top_label(w, y, from_logits), x.argmax(1) == w.argmax(1))
-              for x, w in zip(a, b)]
+                   for x, w in zip(a, b)]
     one = _contributions_by_metric(a, y, from_logits, names)
     other = one if same else _contributions_by_metric(b, y, from_logits, names)
     return {k: PairedContributions(one[k], other[k], predictions, same) for k in names}
