@@ -36,7 +36,8 @@ def warn(
 ) -> None:
     "Warn at the line that called this package"
     frame, level = sys._getframe(), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "kdc_nb":
+    ours = {"kdc_nb", "contextlib"} # the latter calls what is decorated
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ours:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
 

@@ -10,9 +10,11 @@ __all__ = ['WRITTEN_NAMES', 'WRITTEN_FIELDS', 'written_name', 'frozen_spec', 'Na
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, ClassVar
+from types import UnionType
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 
@@ -44,9 +46,20 @@ def _written_fields(kind: str, name: str | None) -> dict[str, str]: # by the nam
 
 # %% ../nbs/values.ipynb #be5ee91f
 def _plain(v: Any) -> Any:
-    "A number of NumPy as Python's, a list or an array as a tuple; other things as they are"
-    if isinstance(v, (np.generic, np.ndarray)): v = v.tolist()
+    "A number or array of NumPy or torch as Python's, a list as a tuple; other things as they are"
+    if hasattr(v, "tolist"): v = v.tolist()
     return tuple(map(_plain, v)) if type(v) in (list, tuple) else v
+
+
+def _coerce(given: Any, kind: type, argument: str) -> Any: # `given`, as a `kind`
+    "`given` as a float, an integer or whatever is wanted; a `ValueError` if that would lose something"
+    given = _plain(given)
+    if kind in (float, int) and type(given) in (float, int) and math.isfinite(given) and given == kind(given):
+        return kind(given)
+    names = {float: "a finite number", int: "an integer", bool: "True or False"}
+    check(kind not in (float, int) and type(given) is kind, argument, repr(given),
+          names.get(kind, f"a {kind.__name__}"))
+    return given
 
 # %% ../nbs/values.ipynb #7c894ddb
 def frozen_spec(
@@ -54,18 +67,25 @@ def frozen_spec(
 ) -> type: # a decorator's result
     """Make `cls` a frozen dataclass that `encode` and `decode` know by its name.
 
-    Integers that are given for floats become floats, NumPy's numbers Python's, and lists tuples. A
-    `ValueError` if another class of descriptions has the name.
+    Integers that are given for floats become floats, NumPy's numbers Python's, and lists tuples. A value
+    raises a `ValueError` for what is no finite number where a field is one.
     """
     own = cls.__dict__.get("__post_init__", lambda self: None)
     def __post_init__(self):
         for f in fields(self):
-            v = _plain(getattr(self, f.name))
-            object.__setattr__(self, f.name, float(v) if f.type is float and type(v) is int else v)
+            v, kind = getattr(self, f.name), _number_type(f.type)
+            as_given = kind is None or v is None is f.default
+            object.__setattr__(self, f.name, _plain(v) if as_given else _coerce(v, kind, f.name))
         own(self)
     cls.__post_init__ = __post_init__
     SPEC_TYPES[written_name(cls)] = cls = dataclass(frozen=True)(cls)
     return cls
+
+
+def _number_type(annotation: Any) -> type | None: # None: it is of another type
+    "The type of number of a field such as `float` or `float | None`"
+    kinds = get_args(annotation) if isinstance(annotation, UnionType) else [annotation]
+    return next((k for k in kinds if k in (float, int, bool)), None)
 
 # %% ../nbs/values.ipynb #b443eb24
 class NamedSpec:
@@ -95,7 +115,8 @@ class NamedSpec:
         for k in params:
             check(k in defaults, f"{what}({name!r})", repr(k),
                   "parameters among " + (", ".join(defaults) or "none"))
-        values = {k: _coerce(params.get(k, d), d, f"{what}({name!r}) {k}") for k, d in defaults.items()}
+        coerced = lambda k, d: _coerce(params.get(k, d), type(d), f"{what}({name!r}) {k}")
+        values = {k: _plain(params.get(k)) if d is None else coerced(k, d) for k, d in defaults.items()}
         self.__dict__.update(name=name, params=values)
 
     def __setattr__(self, k, v):
@@ -136,17 +157,6 @@ class NamedSpec:
     ): # what the registered function returns
         "Call what the name stands for, with the value's parameters"
         return self.registry[self.name](*args, **self.params)
-
-# %% ../nbs/values.ipynb #22b50130
-def _coerce(given: Any, default: Any, argument: str) -> Any: # `given`, as the default's type
-    "`given` as the type of `default`; a `ValueError` names the argument if that would lose something"
-    given = _plain(given)
-    if default is None or given is None or type(given) is type(default): return given
-    number = isinstance(given, (int, float)) and not isinstance(given, bool)
-    if isinstance(default, float) and number: return float(given)
-    if isinstance(default, int) and not isinstance(default, bool) and number and given == int(given):
-        return int(given)
-    check(False, argument, repr(given), f"a {type(default).__name__}")
 
 # %% ../nbs/values.ipynb #1c3bdb30
 def encode(

@@ -7,7 +7,7 @@ __all__ = ['EQUIVALENCE_MARGINS', 'Comparison', 'compare', 'decompose_score', 'V
 
 # %% ../../nbs/calibration/13_comparisons.ipynb #4bc12618
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -133,10 +133,10 @@ def _check_two_models(
 ) -> tuple[list[Tensor], list[Tensor], Tensor]: # each model's outputs (N, C) by seed, labels (N,)
     "Checked outputs of two models on the same images"
     first, second = f"{prefix}logits_a", f"{prefix}logits_b"
-    a, b = _split_by_seed(a, first), _split_by_seed(b, second)
+    a, b = (_split_by_seed(x, name, np.size(labels)) for x, name in ((a, first), (b, second)))
     check(len(a) == len(b), second, f"{len(b)} seeds", f"{len(a)}, as {first} has")
     def checked(x, name):
-        got, expected = ("{} images, {} classes".format(*t.shape) for t in (x, a[0]))
+        got, expected = (f"{len(t)} images, {max(2, t.shape[1])} classes" for t in (x, a[0]))
         check(got == expected, name, got, f"{expected}, as {first} has")
         try: return check_outputs_and_labels(x, labels, from_logits)
         except ValueError as e:
@@ -146,16 +146,19 @@ def _check_two_models(
     return *([x for x, _ in model] for model in pairs), pairs[0][0][1]
 
 # %% ../../nbs/calibration/13_comparisons.ipynb #0fb30660
-def _split_by_seed(logits: Any, argument: str) -> list[Tensor]: # (N, C), or (N, 1) of two classes, each
+def _split_by_seed(
+    logits: Any, argument: str, n: int
+) -> list[Tensor]: # (N, C), or (N, 1) of two classes, each
     "The outputs of each seed: those given, or the parts of a list or of a table (seeds, N, C)"
-    parts = isinstance(logits, (list, tuple)) and all(getattr(x, "ndim", 0) == 2 for x in logits)
+    shapes = [getattr(x, "shape", ()) for x in logits] if isinstance(logits, (list, tuple)) else [()]
+    parts = all(len(s) == 2 for s in shapes) or len(shapes) != n and all(s == (n,) for s in shapes)
     several = [as_float64(x, argument) for x in (logits if parts and logits else [logits])]
     if several[0].ndim == 3 and len(several[0]): several = list(several[0])
     for x in several:
         labels = x.ndim == 1 and bool((x == x.round()).all())
         check(x.ndim in (1, 2) and not labels, argument,
               f"shape {tuple(x.shape)}" + " of whole numbers"*labels,
-              "(N, C), or scores (N,) of two classes; for several seeds a list of (N, C) each")
+              "(N, C), or scores (N,) of two classes; for several seeds a list of these")
     return [x[:, None] if x.ndim == 1 else x for x in several] # (N,) are those of class 1 of two
 
 # %% ../../nbs/calibration/13_comparisons.ipynb #6d9a75e6
@@ -216,8 +219,6 @@ def compare(
     check(texts and names[0] != names[1], "names", names, "two texts that differ")
     a, b, y = _check_two_models(logits_a, logits_b, labels, from_logits)
     check(len(y) > 1, "labels", f"{len(y)} of them", "two images or more")
-    several = isinstance(metrics, Collection) and all(isinstance(k, str) for k in metrics)
-    check(metrics is None or several, "metrics", repr(metrics), "a name, a list of names, or None")
     chosen = select_metrics(metrics, lambda m: m.paired)
     asked = table_order(chosen) if metrics is None else [*chosen]
     outputs, valid = {"raw": (a, b, from_logits)}, (valid_logits_a, valid_logits_b, valid_labels)

@@ -179,7 +179,7 @@ def calibration_estimates(
 
     A `ValueError` names the argument that is wrong.
     """
-    check_bins_and_draws(n_bins, n_boot)
+    check_bins_and_draws(n_bins, n_boot, seed)
     tops, classes = split_metric_names(metrics)
     x, y = check_outputs_and_labels(outputs, labels, from_logits)
     found = (top_label_estimates(tops, top_label(x, y, from_logits), n_bins, n_boot, level, seed)

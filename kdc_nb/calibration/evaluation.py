@@ -244,7 +244,7 @@ def evaluate(
     (5, 0.8, 0.081)
     """
     x, y = check_outputs_and_labels(logits, labels, from_logits)
-    check_bins_and_draws(n_bins, n_boot)
+    check_bins_and_draws(n_bins, n_boot, seed)
     names = [*select_metrics(metrics)]
     valid = _check_validation(valid_logits, valid_labels, x.shape[1], from_logits)
     draws = dict(n_bins=n_bins, n_boot=n_boot, seed=seed)

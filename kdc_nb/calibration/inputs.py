@@ -12,6 +12,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,7 @@ def flatten_outputs(
     (tensor([[2., 1.]], dtype=torch.float64), tensor([1]))
     """
     x, y = as_float64(outputs, "outputs"), as_float64(labels, "labels")
+    check(isinstance(ignore_index, Integral), "ignore_index", repr(ignore_index), "an integer")
     if x.shape != y.shape:
         check(-x.ndim <= class_axis < x.ndim, "class_axis",
               class_axis, f"an axis of the {x.ndim} of the outputs")
@@ -155,7 +157,10 @@ def flatten_outputs(
         check(x.shape[:-1] == y.shape, "labels", f"shape {tuple(y.shape)}",
               f"{tuple(x.shape[:-1])}, that of the outputs without axis {class_axis}")
         x = x.flatten(0, -2)
-    else: x = x.flatten()
+    else:
+        hot = x.ndim > 1 and x.shape[class_axis] > 1 and bool((y.sum(class_axis) == 1).all())
+        check(not hot, "labels", "one-hot labels", f"classes; take argmax({class_axis})")
+        x = x.flatten()
     counts = y.flatten() != ignore_index
     check(bool(counts.any()), "labels", f"{ignore_index} everywhere", "some that count")
     y = y.flatten()[counts]

@@ -9,7 +9,7 @@ __all__ = ['METRICS', 'DERIVED', 'BUILT_IN', 'ON_REQUEST', 'Metric', 'register_m
 
 # %% ../../nbs/calibration/02_metrics.ipynb #a3ed7ce3
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -57,8 +57,7 @@ class Metric:
     bins: Callable | None = None # p (N, K), n_bins -> bins (N, K), from 0; a higher p has no lower bin
     norm: Callable | None = None # gaps (..., K, B) as `bin_gaps` gives them, shares (K, B) -> (...)
     walk: Callable | None = None # running sums (R, N) of the gaps -> (R,): a norm of them that needs no bins
-    # own: (values, level) -> low, high; (contents, level) -> low, debiased, high
-    interval: Callable | None = None
+    interval: Callable | None = None # its own: (values or contents, level) -> low, (debiased,) high
     debiases: bool = True # False: no debiased value can be had, and so no difference of two models
 
     @property
@@ -173,8 +172,9 @@ def select_metrics(
     "Metrics by name; a `ValueError` lists those that can be asked for"
     known = {k: m for k, m in METRICS.items() if fits(m)}
     if names is None: return {k: known[k] for k in BUILT_IN if k in known}
-    check(len(names) > 0, "metrics", "none", "one name or more")
-    return {k: lookup(known, k, "metrics") for k in ([names] if isinstance(names, str) else names)}
+    names = [names] if isinstance(names, str) else names
+    check(isinstance(names, Collection) and len(names) > 0, "metrics", repr(names), "names, one or more")
+    return {k: lookup(known, k, "metrics") for k in names}
 
 # %% ../../nbs/calibration/02_metrics.ipynb #a42168ef
 def calibration_error(
@@ -187,9 +187,9 @@ def calibration_error(
 ) -> float: # a fraction for the built-in metrics
     "A calibration metric by its name; a `ValueError` names the argument that is wrong"
     check_bins_and_draws(n_bins)
-    rule = select_metrics(name, lambda m: m.norm)[name]
+    m = select_metrics(name, lambda m: m.norm)[name]
     x, y = check_outputs_and_labels(outputs, labels, from_logits)
-    return binned_error(rule, rule.predictions(x, y, from_logits), n_bins,
+    return binned_error(m, m.predictions(x, y, from_logits), n_bins,
                         check_sample_weight(sample_weight, len(y)))
 
 

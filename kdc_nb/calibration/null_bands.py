@@ -165,7 +165,7 @@ def null_draws(
 
     A `ValueError` names the argument that is wrong.
     """
-    check_bins_and_draws(n_bins, n_boot)
+    check_bins_and_draws(n_bins, n_boot, seed)
     tops, classes = split_metric_names(metrics)
     p = to_probs(check_outputs(outputs, from_logits), from_logits)
     top = BinaryPredictions(p.amax(1, keepdim=True), None)

@@ -22,7 +22,10 @@ def as_float64(
     argument: str, # its name, for the message
 ) -> Tensor: # of the same shape, float64, on the CPU
     "`x` as a tensor of float64; a `ValueError` names `argument`, and what is no number in it"
-    if isinstance(x, Tensor): return x.detach().cpu().double() # an Apple GPU has no float64
+    if isinstance(x, Tensor):
+        check(x.layout == torch.strided and not x.is_complex(), argument,
+              f"a tensor of {x.layout} and {x.dtype}", "real numbers, all there: x.to_dense()")
+        return x.detach().cpu().double() # an Apple GPU has no float64
     try: return torch.tensor(np.asarray(x, dtype=np.float64))
     except (TypeError, ValueError, RuntimeError):
         check(False, argument, f"a {type(x).__name__} that is no table of numbers{_odd_item(x)}", "numbers")
@@ -140,10 +143,12 @@ def check_probs_and_posterior(
 def check_bins_and_draws(
     n_bins: int, # 1 or more
     n_boot: int = 2, # draws, 2 or more, so that they have a spread
+    seed: int = 0, # of the draws
 ) -> None:
-    "A `ValueError` unless both are integers and large enough"
+    "A `ValueError` unless all are integers and large enough"
     check(isinstance(n_bins, Integral) and n_bins > 0, "n_bins", n_bins, "an integer above 0")
     check(isinstance(n_boot, Integral) and n_boot > 1, "n_boot", n_boot, "an integer above 1")
+    check(isinstance(seed, Integral) and seed >= 0, "seed", seed, "an integer from 0")
 
 # %% ../../nbs/calibration/00_outputs.ipynb #bfc91dd1
 def check_sample_weight(

@@ -51,7 +51,7 @@ def estimate_true_error(
     """The true calibration error with interval, debiased value and null band; a
     `ValueError` names what is wrong
     """
-    check_bins_and_draws(n_bins, n_boot)
+    check_bins_and_draws(n_bins, n_boot, seed)
     p, truth = check_probs_and_posterior(probs, posterior)
     top = p.argmax(1, keepdim=True)
     conf, gap = p.gather(1, top), p.gather(1, top) - truth.gather(1, top)

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from ..core import check
 from ..values import frozen_spec
-from ..files import content_hash, load_tensors, runs_folder, save_tensors
+from ..files import check_fingerprint, content_hash, load_tensors, runs_folder, save_tensors
 from ..calibration.outputs import as_float64, check_outputs
 from ..calibration.posthoc import fit_temperature, to_logits
 from ..training.data import DataSpec, Dataset, LeaveFoldOut, load_data
-from ..training.images import check_fingerprint
 from ..training.methods import Method
 from ..training.devices import best_device
 from ..training.asking import as_predictor, check_steady
@@ -116,7 +115,7 @@ class Ensemble(Teacher):
 
     def __post_init__(self):
         check(isinstance(self.run, RunSpec), "run", self.run, "a run")
-        check(isinstance(self.n_networks, int) and self.n_networks >= 2,
+        check(self.n_networks >= 2,
               "n_networks", self.n_networks, "2 networks or more")
 
     def required_runs(self) -> tuple[RunSpec, ...]:
@@ -153,7 +152,7 @@ class OutOfFold(Teacher):
     n_folds: int = 5 # 2 or more; image i is in fold i modulo n_folds
 
     def __post_init__(self):
-        check(isinstance(self.n_folds, int) and self.n_folds >= 2, "n_folds", self.n_folds, "2 folds or more")
+        check(self.n_folds >= 2, "n_folds", self.n_folds, "2 folds or more")
         full = (isinstance(self.run, RunSpec) and isinstance(self.run.data, DataSpec)
                 and isinstance(self.run.method, Method))
         check(full, "run", self.run,

@@ -229,8 +229,8 @@ class LeaveFoldOut:
 
     def __post_init__(self):
         check(isinstance(self.data, DataSpec), "data", self.data, "a whole data set")
-        check(isinstance(self.n_folds, int) and self.n_folds >= 2, "n_folds", self.n_folds, "2 folds or more")
-        check(isinstance(self.fold, int) and 0 <= self.fold < self.n_folds,
+        check(self.n_folds >= 2, "n_folds", self.n_folds, "2 folds or more")
+        check(0 <= self.fold < self.n_folds,
               "fold", self.fold, f"0 to {self.n_folds - 1}")
 
     @property

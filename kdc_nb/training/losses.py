@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,17 +30,29 @@ def upcast(
 def _as_logits(logits: Any, argument: str = "logits") -> Tensor: # (B, C)
     "Logits as a tensor, in float32 at least; a `ValueError` unless they are floats (B, C)"
     z = torch.as_tensor(logits)
-    check(z.is_floating_point() and z.ndim == 2 and z.shape[1] > 1, argument,
-          f"{z.dtype} of shape {tuple(z.shape)}", "floats of shape (B, C), with C of 2 or more")
+    check(z.is_floating_point() and z.ndim == 2 and len(z) > 0 and z.shape[1] > 1, argument,
+          f"{z.dtype} of shape {tuple(z.shape)}", "floats of shape (B, C), B above 0 and C above 1")
     return upcast(z)
 
 
+def _numbers(x: Tensor) -> np.ndarray | None:
+    "What a tensor holds; None on a device, or under `torch.compile` or `torch.vmap`, where it is not asked"
+    if x.device.type != "cpu" or torch.compiler.is_compiling(): return None
+    try: return x.detach().numpy()
+    except RuntimeError: return None # within `torch.vmap`
+
+
 def _check_range(labels: Tensor, n_classes: int) -> None:
-    "A `ValueError` for labels out of range, where they are on the CPU and can be looked at"
-    if labels.device.type != "cpu" or torch.compiler.is_compiling() or not len(labels): return
-    try: y = labels.numpy()
-    except RuntimeError: return # within `torch.vmap`
+    "A `ValueError` for labels out of range, where they can be looked at"
+    if (y := _numbers(labels)) is None or not len(y): return
     check(0 <= y.min() and y.max() < n_classes, "labels", f"{y.min()} to {y.max()}", f"0 to {n_classes - 1}")
+
+
+def _check_shares(targets: Tensor) -> None: # (B, C)
+    "A `ValueError` for targets whose rows are no probabilities, where they can be looked at"
+    if (p := _numbers(targets)) is None: return
+    odd = p[(p.min(1) < 0) | (abs(p.sum(1) - 1) > 1e-3)]
+    check(not len(odd), "targets", f"a row {odd[:1].tolist()}", "probabilities of sum 1")
 
 # %% ../../nbs/training/08_losses.ipynb #4eab778f
 def _as_batch(
@@ -49,11 +62,13 @@ def _as_batch(
 ) -> tuple[Tensor, Tensor]: # (B, C) float32 or float64; (B,) int64, or (B, C) like the logits
     "Logits and targets as tensors; a `ValueError` says what is wrong with them"
     z = _as_logits(logits)
+    check(targets is not None, "targets" if soft else "labels", None, "one for each row of the logits")
     y = targets if isinstance(targets, Tensor) else torch.as_tensor(targets, device=z.device)
     got = f"{y.dtype} of shape {tuple(y.shape)}"
     if soft and y.ndim == 2:
         check(y.is_floating_point() and y.shape == z.shape, "targets",
               got, f"probabilities of shape {tuple(z.shape)}")
+        _check_shares(y.to(z.dtype))
         return z, y.to(z.dtype)
     whole = not (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool)
     check(whole and y.shape == z.shape[:1], "labels", got,
@@ -112,7 +127,8 @@ def distillation(
     (z, y), t = _as_batch(logits, targets, soft=True), _as_logits(teacher_logits, "teacher_logits").detach()
     check(t.shape == z.shape, "teacher_logits", f"shape {tuple(t.shape)}",
           f"{tuple(z.shape)}, as the student has")
-    kl = F.kl_div((z/T).log_softmax(1), (t/T).log_softmax(1), reduction="batchmean", log_target=True)
+    student, teacher = (z/T).log_softmax(1), (t/T).log_softmax(1)
+    kl = torch.where(teacher == -math.inf, 0., teacher.exp()*(teacher - student)).sum()/len(z)
     return alpha*T**2*kl + (1 - alpha)*F.cross_entropy(z, y)
 
 # %% ../../nbs/training/08_losses.ipynb #39b02379

@@ -285,7 +285,10 @@ def build_model(
 ) -> nn.Module: # on the CPU, its weights drawn from torch's generator
     "A new net by its name; a `ValueError` lists the names there are, or says what the net cannot be"
     entry, numbers = find_model(name)
-    return _use_full_precision_head(MODELS[entry](n_classes, in_channels, **numbers), n_classes)
+    net = MODELS[entry](n_classes, in_channels, **numbers)
+    check(isinstance(net, nn.Module), "model",
+          f"{name!r}, which gives a {type(net).__name__}", "an nn.Module")
+    return _use_full_precision_head(net, n_classes)
 
 # %% ../../nbs/training/05_models.ipynb #9f325ce7
 def count_parameters(

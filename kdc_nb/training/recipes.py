@@ -22,7 +22,7 @@ class Recipe:
     epochs: int # 1 or more
     batch_size: int = 128 # 2 or more
     lr: float = .1 # the largest learning rate, above 0
-    momentum: float = .9 # of AdamW its first beta
+    momentum: float = .9 # 0 to below 1; of AdamW its first beta
     weight_decay: float = 5e-4 # 0 or more; of SGD a part of the gradient, of AdamW apart from it
     # where the rate falls to a tenth, as shares of training; none: one cycle
     milestones: tuple[float, ...] = ()
@@ -34,11 +34,12 @@ class Recipe:
     warmup: float | None = None
 
     def __post_init__(self):
-        check(isinstance(self.epochs, int) and self.epochs >= 1,
-              "epochs", self.epochs, "an integer, at least 1")
-        check(isinstance(self.batch_size, int) and self.batch_size >= 2, "batch_size",
+        check(self.epochs >= 1, "epochs", self.epochs, "an integer, at least 1")
+        check(self.batch_size >= 2, "batch_size",
               self.batch_size, "an integer, at least 2 (BatchNorm needs two samples)")
         check(self.lr > 0, "lr", self.lr, "a learning rate above 0")
+        check(0 <= self.momentum < 1, "momentum", self.momentum, "a share from 0 to below 1")
+        check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         check(self.select in ("last", "best"), "select", repr(self.select), "'last' or 'best'")
         check(all(0 < d < 1 for d in self.milestones), "milestones",
               self.milestones, "shares of training between 0 and 1")

@@ -22,14 +22,14 @@ from torch import Tensor
 
 from ..core import check
 from ..values import derive_seed
-from ..files import content_hash, save_tensors
+from ..files import content_hash, read_registered_data, registered_data_path, save_tensors
 from kdc_nb.training.data import (
     DataSpec, Dataset, InputsAndLabels, Split, check_augmentations, check_class_names, check_labels,
     stratified_split,
 )
 from kdc_nb.training.images import (
     check_image_size, find_images, load_images, match_class_names, open_image, read_images,
-    read_registered_data, register_images, registered_data_path,
+    register_images,
 )
 
 # %% ../../nbs/training/04_streams.ipynb #4dd4630e

@@ -21,11 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core import check
-from ..files import cache_dir, content_hash, load_tensors, save_tensors
+from kdc_nb.files import (
+    cache_dir, content_hash, load_tensors, read_registered_data, registered_data_path, save_tensors,
+)
 from kdc_nb.training.data import (
     DataSpec, Dataset, InputsAndLabels, Split, check_class_names, check_labels, check_split_sizes,
 )
-from .images import match_class_names, read_registered_data, registered_data_path
+from .images import match_class_names
 
 # %% ../../nbs/training/06_text.ipynb #66351592
 class MissingExtra(ValueError):

@@ -27,7 +27,7 @@ from .methods import TrainingMethod, TrainingStep
 from kdc_nb.training.devices import (
     best_device, bf16_autocast, broadcast_int, gather_batch, rank_slice, seeded_rng,
 )
-from .asking import as_predictor, check_network
+from .asking import as_predictor, check_network, check_teacher
 from .recipes import Recipe
 from kdc_nb.training.steps import (
     CheckpointWriter, EpochPlan, TrainerState, capture_graph, draw_epoch_plan, dropout_rng,
@@ -208,7 +208,7 @@ class Trainer(_TrainerEpochs):
         deadline: float | None = None, # when to stop, as `time.time()` gives it; None: when all is done
     ) -> Iterator[torch.cuda.Event | None]: # the event to wait for before the next chunk
         "Train all that is left, chunk by chunk; `OutOfTime` if the deadline passes before"
-        if self.teacher: self.check_teacher()
+        if self.teacher: check_teacher(self.teacher, self.data, self.device)
         if checkpoint: self.check_state(); self.resume(checkpoint)
         epochs_left = range(self.epoch, self.recipe.epochs)
         self.recording = not (self.teacher_cache and self.teacher_cache.holds(epochs_left))
@@ -267,15 +267,6 @@ class Trainer(_TrainerEpochs):
             check(False, "model", f"weights that cannot be read back ({e})",
                   "a state dict that can be loaded")
 
-    def check_teacher(self) -> None:
-        "Query the teacher about one image, and refuse it if its classes are not the student's"
-        x = self.data.normalise(self.inputs[:1].to(self.device))
-        with torch.no_grad(): logits = self.teacher(x, torch.zeros(1, dtype=torch.long, device=self.device))
-        n = self.data.n_classes
-        check(isinstance(logits, Tensor), "teacher",
-              f"one that returns a {type(logits).__name__}", "a tensor")
-        check(logits.shape == (1, n), "teacher", f"{logits.shape[-1]} classes", f"{n}, as the student has")
-
 # %% ../../nbs/training/15_trainer.ipynb #6fae9e71
 def fit(
     net: nn.Module, # trained in place; it ends on `device`, in evaluation mode
@@ -295,6 +286,10 @@ def fit(
     `FloatingPointError` for a loss that is not finite, a `ValueError` for a network
     or teacher of other classes
     """
+    check(isinstance(method, TrainingMethod), "method", repr(method), "what its `build()` gives")
+    looks = type(method).forward is not TrainingMethod.forward
+    check(teacher is None or looks, "teacher", "one", "none beside a method that does not look at it")
     check_network(net, data, type(net).__name__, seed)
-    trainer = Trainer(net, data, method, recipe, seed, best_device(device), teacher and as_predictor(teacher))
+    predictor = teacher if teacher is None else as_predictor(teacher)
+    trainer = Trainer(net, data, method, recipe, seed, best_device(device), predictor)
     return trainer.run(checkpoint, checkpoint_every, deadline, progress)
