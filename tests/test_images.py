@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -573,6 +574,36 @@ def test_a_table_is_trained_on_taught_and_folded(tmp_path):
         run(RunSpec(data, "resnet8", "nll", recipe), store, "cpu", progress=False)
     with pytest.raises(ValueError, match="augment: got .'flip',., expected none for a table"):
         ki.register_images("t", split(9), split(9), split(9), augment=("flip",))
+
+
+def test_a_data_frame_is_a_table(tmp_path):
+    x, y = np.random.default_rng(0).normal(size=(12, 3)), np.arange(12) % 3
+    frame = pd.DataFrame(x, columns=list("abc"))
+    table = load_data(ki.register_images("table", *[(frame, pd.Series(y))]*3))
+    assert (np.array_equal(table.train.inputs, x.astype(np.float32))
+            and table.train.labels.tolist() == y.tolist())
+
+
+@pytest.mark.parametrize("change, lost", [
+    (lambda x: x + 1.7e9, True), (lambda x: (x + 1.7e9).reshape(12, 1, 1, 3), True),
+    (lambda x: x + 100, False),
+    (lambda x: 0*x + .1, False), (lambda x: x*1e-30, False), (lambda x: (x + 1.7e9).astype(np.float32), False)
+])
+def test_numbers_that_32_bits_cannot_tell_apart_are_refused(change, lost):
+    "Times in seconds since 1970 lie 128 apart in 32 bits; what came in 32 bits has lost nothing here"
+    x, y = change(60*np.random.default_rng(0).random((12, 3))), np.arange(12) % 3
+    with pytest.raises(ValueError,
+                       match="train: got numbers near 1.7e.09 that differ by") if lost else nullcontext():
+        ki.check_image_split("train", x, y)
+
+
+def test_names_that_training_lacks_are_told():
+    x, y = torch.zeros(6, 8, 8, dtype=torch.uint8), torch.arange(6) % 2
+    with pytest.raises(ValueError,
+                       match="valid: got labels with names, expected names beside those of training"):
+        ki.register_images("half", (x, y), (x, y, ("cat", "dog")), (x, y))
+    named = ki.register_images("half", (x, y), (x, y, ("dog", "cat")), (x, y), classes=("cat", "dog"))
+    assert load_data(named).valid.labels.tolist() == (1 - y).tolist()
 
 
 def test_spectrograms_are_shifted_and_mirrored_as_images_are(tmp_path):

@@ -441,3 +441,38 @@ def test_arrays_are_taken_in_descriptions():
 def test_a_column_of_labels_is_told_what_to_take():
     with pytest.raises(ValueError, match=r"labels: got shape \(2, 1\), expected \(N,\); take labels\[:, 0\]"):
         ece([[1., 0.], [0., 1.]], [[0], [1]])
+
+
+@pytest.mark.parametrize("call, says", [
+    (lambda z, y: flatten_outputs(z, F.one_hot(y, 3).movedim(-1, 1)),
+     "labels: got one-hot labels, expected classes"),
+    (lambda z, y: flatten_outputs(z, y, None), "ignore_index: got None, expected an integer"),
+    (lambda z, y: flatten_outputs(z.to_sparse(), y), "outputs: got a tensor of torch.sparse_coo"),
+    (lambda z, y: ece(z[:, :, 0].to(torch.complex64), y[:, 0]), "logits: got a tensor of torch.strided and "),
+    (lambda z, y: evaluate(z[:, :, 0], y[:, 0], seed=-1), "seed: got -1, expected an integer from 0"),
+    (lambda z, y: evaluate(z[:, :, 0], y[:, 0], seed=1.5), "seed: got 1.5"),
+    (lambda z, y: reliability_bins(z[:, :, 0], y[:, 0], seed=-1), "seed: got -1"),
+    (lambda z, y: evaluate(z[:, :, 0], y[:, 0], metrics=3), "metrics: got 3, expected names"),
+    (lambda z, y: compare(z[:, :, 0], z[:, :, 1], y[:, 0], metrics=[]), r"metrics: got [], expected names"),
+])
+def test_other_habits_are_told(call, says):
+    g = torch.Generator().manual_seed(0)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        call(torch.randn(20, 3, 2, generator=g), torch.randint(3, (20, 2), generator=g))
+
+
+def test_several_labels_of_which_one_is_there_are_told_from_one_hot_ones():
+    "A table of several labels has rows without any, or with two; then it is laid flat as it was"
+    z, y = torch.randn(5, 3), torch.eye(5, 3).long()
+    assert len(flatten_outputs(z, y)[0]) == 15 # the last two rows have none
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_scores_of_two_classes_are_compared_by_seed(seeds):
+    "(N,) for each seed, beside (N, 2) of the other model"
+    r = np.random.default_rng(0)
+    scores, y = [r.normal(size=200)*2 for _ in range(seeds)], r.integers(0, 2, 200)
+    two = [np.stack([np.zeros(200), 1.3*s], 1) for s in scores]
+    as_pairs = [np.stack([np.zeros(200), s], 1) for s in scores]
+    c = compare(scores if seeds > 1 else scores[0], two if seeds > 1 else two[0], y)
+    assert c.seeds == seeds and c.raw == compare(as_pairs, two, y).raw

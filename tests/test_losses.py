@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import nbformat
 import numpy as np
 import pytest
+import scipy.special
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -461,16 +462,36 @@ def test_labels_that_are_none_are_told(name, fault):
 @pytest.mark.parametrize("change, message", [
     (lambda z: z[0], r"logits: got torch.float64 of shape \(4,\), expected floats of shape \(B, C\)"),
     (lambda z: z[:, :1], r"shape \(8, 1\)"), (lambda z: z.long(), "logits: got torch.int64"),
-    (lambda z: z[None], r"shape \(1, 8, 4\)")])
+    (lambda z: z[None], r"shape \(1, 8, 4\)"), (lambda z: z[:0], "B above 0")])
 def test_logits_that_are_none_are_told(name, change, message):
     z, o = tensors(*problem(3, 8, 4))
     if "others" in name and change(z).ndim == 1: return # the test's own strength needs the classes
     with pytest.raises(ValueError, match=message): CASES[name][0](change(z), o)
 
 
+@given(st.integers(0, 99), st.integers(2, 6), st.sampled_from([1., 4.]), st.booleans())
+def test_a_class_that_the_teacher_excludes_costs_nothing(seed, c, T, student_too):
+    "The KL is over the classes that are left, for the student as it is; and gradients are finite"
+    z, o = tensors(*problem(seed, 5, c))
+    t, y = o.t, o.y
+    excluded = torch.zeros(5, c, dtype=torch.bool)
+    excluded[:3, seed % c] = True
+    y = torch.where(excluded[torch.arange(5), y], (y + 1) % c, y)
+    z, t = (z.masked_fill(excluded & student_too, -torch.inf).requires_grad_(),
+            t.masked_fill(excluded, -torch.inf))
+    loss = distillation(z, y, t, T, .9)
+    kl = scipy.special.rel_entr((t/T).softmax(1).numpy(), (z.detach()/T).softmax(1).numpy()).sum(1).mean()
+    assert loss.item() == pytest.approx(.9*T**2*kl + .1*cross_entropy(z, y).item())
+    loss.backward()
+    assert z.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("call, message", [
     (lambda z, y: distillation(z, y, z, T=0), "T: got 0, expected a temperature above 0"),
     (lambda z, y: distillation(z, y, z, T=-1.), "T: got -1"),
+    (lambda z, y: distillation(z, 2*z.softmax(1), z), "targets: got a row"),
+    (lambda z, y: cross_entropy(z, -z.softmax(1)), "targets: got a row"),
+    (lambda z, y: focal(z, None), "labels: got None"), (lambda z, y: mdca(z, None), "targets: got None"),
     (lambda z, y: distillation(z, y, z, T=float("nan")), "T: got nan"),
     (lambda z, y: distillation(z, y, z, T=np.float32("inf")), "T: got inf"),
     (lambda z, y: distillation(z, y, z, alpha=2), "alpha: got 2, expected a weight from 0 to 1"),

@@ -21,13 +21,14 @@ from kdc_nb.files import load_tensors, save_tensors
 from kdc_nb.training.data import DataSpec, load_data, stratified_split
 from kdc_nb.training.devices import mark_cuda_broken, seeded_rng
 from kdc_nb.training.methods import Distillation, Method, TrainingMethod, TrainingStep
-from kdc_nb.training.models import build_model
+from kdc_nb.training.models import MODELS, build_model
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.steps import (
     GraphCaptureError, TeacherCache, _epoch_generator, match_grad_strides, predict_logits,
 )
 from kdc_nb.training.trainer import OutOfTime, Trainer, fit
 from kdc_nb.experiments.specs import Distil, RunSpec, run_id, self_distillation_chain
+from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.store import Store, build_net, clean_store
 from kdc_nb.experiments.sweeps import sweep
 from kdc_nb.experiments.teachers import TemperedPosterior
@@ -532,11 +533,58 @@ def test_a_network_teaches_fit_as_it_is():
 
 
 @pytest.mark.parametrize("teacher, message", [
-    (lambda x: (x.flatten(1)[:, :20],)*2, "teacher: got one that returns a tuple, expected a tensor"),
-    (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 7)), "teacher: got 7 classes, expected 20"),
+    (lambda x: (x.flatten(1)[:, :20],)*2, "teacher: got one, which returns a tuple, expected a tensor"),
+    (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 7)), 
+     r"teacher: got one, whose outputs are \(8, 7\), expected \(8, 20\), a logit for each class"),
+    (lambda x: 1., "teacher: got one, which returns a float"),
+    (lambda x: x.flatten(1)[:, :20].round().int(), "teacher: got one, whose outputs are torch.int32"),
+    (lambda x: x.flatten(1)[:, :20]*torch.nan, "teacher: got one, whose outputs are NaN or infinity"),
+    (lambda x: torch.randn(len(x), 20), "teacher: got answers that differ by .*% when asked again"),
+    (lambda x: torch.nn.functional.batch_norm(x, None, None, training=True).flatten(1)[:, :20], # train mode
+     "teacher: got answers that differ"),
+    (torch.zeros(100, 20), "teacher: got a Tensor, expected a network, or a function of inputs"),
     (None, "teacher_logits: got None, expected the logits of a teacher")])
 def test_a_teacher_of_fit_that_is_none_is_told(teacher, message):
     with pytest.raises(ValueError, match=message):
         fit(build_net(SPEC), load_data(TINY), Distillation(2., .9),
             Recipe(2, 50), teacher=teacher, device="cpu",
             progress=False)
+
+
+
+def test_probabilities_of_a_teacher_are_suspicious():
+    with pytest.warns(UserWarning, match="the outputs look like probabilities"):
+        fit(build_net(SPEC), load_data(TINY), Distillation(2., .9), Recipe(1, 50), device="cpu",
+            progress=False, teacher=lambda x: x.flatten(1)[:, :20].softmax(1))
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(method=Method("mdca")), r"method: got Method\('mdca'.*expected what its `build\(\)` gives"),
+    (dict(method=Method("mdca").build(), teacher=lambda x: x),
+     "teacher: got one, expected none beside a method"),
+    (dict(net=torch.nn.Linear(7, 20)), r"model: got 'Linear', which fails on inputs \(2, 3, 8, 8\)"),
+    (dict(net=torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 20)).double()), "which fails on"),
+])
+def test_what_fit_cannot_use_is_told_before_the_first_step(change, message):
+    given = dict(net=build_net(SPEC), data=load_data(TINY),
+                 method=Method("nll").build(), recipe=Recipe(1, 50))
+    with pytest.raises(ValueError, match=message): fit(**given | change, device="cpu", progress=False)
+
+
+@pytest.mark.parametrize("forward, message", [
+    (lambda z: z.detach(), "whose outputs have no gradient"),
+    (lambda z: z/0, "whose outputs are NaN or infinity"),
+    (lambda z: z.new_zeros(z.shape), "no gradient")])
+def test_outputs_that_nothing_can_be_learned_from_are_told(forward, message):
+    class Odd(torch.nn.Linear):
+        def forward(self, x): return forward(super().forward(x.flatten(1)))
+    with pytest.raises(ValueError, match=f"model: got 'Odd'.*{message}"):
+        fit(Odd(192, 20), load_data(TINY), Method("nll").build(), Recipe(1, 50), device="cpu", progress=False)
+
+
+def test_a_factory_that_gives_no_network_is_told(tmp_path):
+    MODELS["nothing"] = lambda n_classes, in_channels: None
+    try:
+        with pytest.raises(ValueError, match="model: got 'nothing', which gives a NoneType"):
+            run(replace(SPEC, model="nothing"), Store(tmp_path), "cpu", progress=False)
+    finally: del MODELS["nothing"]

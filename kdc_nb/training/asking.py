@@ -96,7 +96,10 @@ def _device_of(net: nn.Module) -> torch.device:
 def as_predictor(
     teacher: Callable, # a network, or a function of normalised inputs (B, ...), and perhaps their index (B,)
 ) -> Callable[[Tensor, Tensor], Any]: # of inputs and index
-    "A teacher as a function of inputs and index; a network is asked in evaluation mode, and left as it was"
+    """A teacher as a function of inputs and index; a network is asked in evaluation
+    mode, and left as it was. A `ValueError` for what is neither
+    """
+    check(callable(teacher), "teacher", f"a {type(teacher).__name__}", "a network, or a function of inputs")
     if not isinstance(teacher, nn.Module):
         return teacher if _takes_index(teacher) else lambda x, index: teacher(x)
     def ask(x, index):

@@ -102,7 +102,7 @@ def _as_images(what: str, inputs: Any) -> Tensor: # (N, ...) on the CPU
         check(not odd, what, f"{items[odd].dtype} of shape {tuple(items[odd].shape)} at {odd}",
               f"{items[0].dtype} of shape {tuple(items[0].shape)}, as at 0")
         return torch.stack(items)
-    if hasattr(inputs, "to_numpy"): inputs = inputs.to_numpy() # a data frame
+    if hasattr(inputs, "to_numpy"): inputs = inputs.to_numpy(copy=True) # a data frame
     try: return torch.as_tensor(inputs).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
         check(False, what, f"a {type(inputs).__name__} that is no array",
