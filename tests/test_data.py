@@ -157,7 +157,7 @@ def test_known_images_are_never_augmented():
 @pytest.mark.parametrize("make, said", [
     (lambda: DataSpec("cifar10", n_train=50_000), "at most 50,000 together"),
     (lambda: DataSpec("known", n_train=0), "n_train: got 0"),
-    (lambda: DataSpec("known", n_train=1.5), "n_train: got 1.5, expected a int"),
+    (lambda: DataSpec("known", n_train=1.5), "n_train: got 1.5, expected an integer"),
 ])
 def test_bad_sizes_are_refused(make, said):
     with pytest.raises(ValueError, match=said): make().build()

@@ -452,8 +452,8 @@ def test_a_column_of_labels_is_told_what_to_take():
     (lambda z, y: evaluate(z[:, :, 0], y[:, 0], seed=-1), "seed: got -1, expected an integer from 0"),
     (lambda z, y: evaluate(z[:, :, 0], y[:, 0], seed=1.5), "seed: got 1.5"),
     (lambda z, y: reliability_bins(z[:, :, 0], y[:, 0], seed=-1), "seed: got -1"),
-    (lambda z, y: evaluate(z[:, :, 0], y[:, 0], metrics=3), "metrics: got 3, expected names"),
-    (lambda z, y: compare(z[:, :, 0], z[:, :, 1], y[:, 0], metrics=[]), r"metrics: got [], expected names"),
+    (lambda z, y: evaluate(z[:, :, 0], y[:, 0], metrics=3), "metrics: got 3, expected a name"),
+    (lambda z, y: compare(z[:, :, 0], z[:, :, 1], y[:, 0], metrics=[]), "metrics: got [], expected a name"),
 ])
 def test_other_habits_are_told(call, says):
     g = torch.Generator().manual_seed(0)

@@ -555,6 +555,7 @@ def test_every_method_takes_every_float_type(name):
         method, step = filled(name, dtype)
         for epoch in range(2):
             x, targets = method.mix_batch(step.logits, step.targets, torch.tensor(.5, dtype=dtype))
+            step = step._replace(epoch=torch.tensor(epoch))
             losses.append(float(method(step._replace(logits=x, targets=targets))))
             method.after_epoch(epoch, step.logits, step.targets)
     assert (losses[:2] == pytest.approx(losses[2:4], rel=1e-5)

@@ -326,7 +326,7 @@ def test_a_file_of_another_who_had_more_metrics_is_read_and_shown_as_it_is():
 
 
 @pytest.mark.parametrize("metrics, says", [
-    ([], "metrics: got none"), ("l2", "metrics: got 'l2', expected one of ace"),
+    ([], r"metrics: got \[\], expected a name"), ("l2", "metrics: got 'l2', expected one of ace"),
     (["ece", "l2"], "metrics: got 'l2'"),
 ])
 def test_unknown_metrics_are_refused(metrics, says):

@@ -232,9 +232,10 @@ def test_a_description_of_the_wrong_kind_is_refused(bad, words):
         RunSpec(**dict(data="known", model="resnet8", method="nll", recipe="smoke") | bad)
 
 
-@pytest.mark.parametrize("bad", [dict(epochs=2.5), dict(epochs=2.), dict(batch_size=64.5)])
+@pytest.mark.parametrize("bad", [dict(epochs=2.5), dict(epochs="2"), dict(batch_size=64.5)])
 def test_a_recipe_counts_in_whole_numbers(bad):
     with pytest.raises(ValueError, match="expected an integer"): Recipe(**dict(epochs=2) | bad)
+    assert Recipe(epochs=2.) == Recipe(epochs=2) and type(Recipe(epochs=2.).epochs) is int
 
 
 def test_a_file_of_a_method_unknown_here_is_named(store):

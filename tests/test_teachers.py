@@ -187,7 +187,7 @@ def test_a_damaged_or_foreign_file_is_told(store):
     lambda: LeaveFoldOut(TINY, 2, 2), lambda: LeaveFoldOut(TINY, 0, 2.5),
     lambda: LeaveFoldOut(LeaveFoldOut(TINY, 0, 2), 0, 2),
     lambda: Ensemble(NET, 2.5), lambda: Ensemble(TemperatureScaled(NET)),
-    lambda: OutOfFold(NET, 3.), lambda: OutOfFold(replace(NET, method=Distil(NET))),
+    lambda: OutOfFold(NET, "3"), lambda: OutOfFold(replace(NET, method=Distil(NET))),
     lambda: TemperatureScaled(TemperedPosterior()), lambda: TemperatureScaled(StoredLogits("a", "0"*16)),
     lambda: TemperatureScaled(TemperatureScaled(NET)), lambda: TemperatureScaled("net"),
     lambda: replace(NET, method=Distil(Ensemble(replace(NET, data=DataSpec("known")))))

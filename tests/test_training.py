@@ -245,7 +245,7 @@ def test_the_teacher_is_asked_for_the_right_samples():
             assert torch.equal(step.teacher_logits.argmax(1), step.targets)
             return super().forward(step)
     fit(build_net(SPEC), data, Looks(), Recipe(1, 32), teacher=teacher, device="cpu", progress=False)
-    assert len(seen) == 1 + 7 # the check at the door, and seven batches
+    assert len(seen) == 2 + 7 # asked twice before the first step, and seven batches
 
 
 def test_nan_names_the_step():

@@ -171,9 +171,9 @@ def select_metrics(
 ) -> dict[str, Metric]: # by name, in the order asked for
     "Metrics by name; a `ValueError` lists those that can be asked for"
     known = {k: m for k, m in METRICS.items() if fits(m)}
-    if names is None: return {k: known[k] for k in BUILT_IN if k in known}
-    names = [names] if isinstance(names, str) else names
-    check(isinstance(names, Collection) and len(names) > 0, "metrics", repr(names), "names, one or more")
+    names = [*filter(known.get, BUILT_IN)] if names is None else [names] if isinstance(names, str) else names
+    check(isinstance(names, Collection) and names and all(isinstance(k, str) for k in names),
+          "metrics", repr(names), "a name, a list of names, or None")
     return {k: lookup(known, k, "metrics") for k in names}
 
 # %% ../../nbs/calibration/02_metrics.ipynb #a42168ef

@@ -25,7 +25,7 @@ from ..experiments.specs import RunSpec
 from ..experiments.results import Result, read_results, without_logits, write_results
 from ..experiments.store import Store
 from ..experiments.agenda import format_plan, parse_duration, plan_sweep, read_specs
-from ..experiments.sweeps import check_parallelism, sweep
+from ..experiments.sweeps import check_parallelism, default_jobs, sweep
 from kdc_nb.paper.settings import (
     MINIATURE_DATA, PAPER_EXPERIMENTS, PUBLISHED_HYPERPARAMETERS, order_by_priority, paper_specs,
 )
@@ -63,7 +63,8 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--store", help="folder of the runs (the cache folder's)")
     p.add_argument("--device", help="cpu, cuda, cuda:1 or mps (the fastest there is)")
-    p.add_argument("--jobs", type=int, default=1, help="processes at a time, each with a run (1)")
+    p.add_argument("--jobs", type=int,
+                   help="processes at a time, each with a run (one for each core of a CPU, 1 on a GPU)")
     p.add_argument("--slots", type=int, default=1,
                    help="runs at a time in one process, on a GPU each on a stream (1)")
     p.add_argument(
@@ -118,11 +119,14 @@ def _run_command(a: argparse.Namespace, store: Store) -> int:
         return 0 if print_device_check(a.device) else 1
     seeds = _parse_specs(a)
     best_device(a.device) # and what else is refused before anything is fetched
-    check_parallelism(a.jobs, a.slots)
+    check_parallelism(1 if a.jobs is None else a.jobs, a.slots)
     if a.budget is not None: parse_duration(a.budget)
     ordered = order_by_priority if a.what in PAPER_EXPERIMENTS and not a.candidates else dict.values
     specs = list(dict.fromkeys(s for rows in seeds for s in ordered(rows)))
-    if a.plan: print(format_plan(plan_sweep(specs, store, a.device, max(a.jobs, a.slots)))); return 0
+    if a.plan:
+        jobs = a.jobs or (default_jobs(specs, store, a.device) if a.slots == 1 else 1)
+        print(format_plan(plan_sweep(specs, store, a.device, max(jobs, a.slots))))
+        return 0
     # a damaged file is told before anything is trained
     kept = _ResultsFile(a.results, keep_outcomes=not a.candidates)
     with closing(kept): # also when stopped
