@@ -20,16 +20,9 @@ import numpy as np
 from torch import Tensor
 
 from ..core import check, lookup, warn
-from .outputs import as_float64, check_outputs_and_labels
+from .outputs import as_float64, check_outputs_and_labels, is_no_score
 
 # %% ../../nbs/calibration/17_inputs.ipynb #2a5df843
-_NOT_SCORES = {"id", "index", "idx", "image", "file", "filename",
-               "path", "name", "text", "split", "fold", "weight", "y",
-               "target", "true", "truth", "gt", "pred", "prediction",
-               "predicted", "predicted_label", "correct",
-               "conf", "confidence", "prob", "loss", "entropy"} # what such columns are usually called
-
-
 def _numbered(names: list[str]) -> list[str]: # in the order of the numbers
     "Those of one beginning and numbers that go on by one, such as logit_0, logit_1, logit_2"
     series = {}
@@ -47,10 +40,11 @@ def _class_columns(
 ) -> list[str]: # in the order of the classes
     "The columns that hold the scores of the classes; a `ValueError` names those that are doubtful"
     named = [c for c in table if c and not c.startswith("Unnamed: ")]
-    scores = _numbered(named) or [c for c in named if c.lower() not in _NOT_SCORES]
+    series = _numbered(named)
+    scores = series or [c for c in named if not is_no_score(c)]
     numbers = [c for c in scores if table[c].dtype.kind in "fiu"]
     whole = [c for c in numbers if (table[c] % 1 == 0).all()]
-    if len(whole) < len(numbers): numbers = [c for c in numbers if c not in whole]
+    if not series and len(whole) < len(numbers): numbers = [c for c in numbers if c not in whole]
     doubtful = [c for c in named if c not in numbers]
     check(not doubtful, "columns", f"{', '.join(doubtful)} beside {', '.join(numbers) or 'nothing'}",
           "nothing but scores of classes; name those: classes=[...]")
@@ -62,11 +56,17 @@ def _find_labels(
     classes: list[str], # the columns, in the order of the classes
 ) -> np.ndarray: # (N,) positions among the classes
     "Labels of a table as positions: names of columns, their numbers, or positions already"
+    labels = labels.str.replace(r"^(\d+)\.0$", r"\1", regex=True) # 1.0, as pandas writes beside a gap
     names = dict(zip(classes, range(len(classes))))
     numbers = [re.search(r"\d*$", c)[0] for c in classes]
     if all(numbers) and len(set(map(int, numbers))) == len(numbers):
         names |= dict(zip([str(int(k)) for k in numbers], range(len(classes))))
-    if all(label in names for label in labels.unique()): return labels.map(names).to_numpy()
+    if all(label in names for label in labels.unique()):
+        positions = set(map(str, range(len(classes))))
+        if names.get("0") != 0 and positions >= set(labels):
+            warn(f"label: {labels.min()} to {labels.max()} are read as numbers of the columns, "
+                 f"{classes[0]} to {classes[-1]}; names of columns are plain")
+        return labels.map(names).to_numpy()
     try: return labels.astype(float).to_numpy()
     except ValueError: return np.array([lookup(names, label, "label") for label in labels])
 

@@ -89,8 +89,9 @@ def _find_temperature(
         slope, curvature = float(first.mean()), float(second.mean())
         low, high = (u, high) if slope < 0 else (low, u)
         step = u - slope/curvature if curvature > 0 else -math.copysign(math.inf, slope)
-        new = min(max(step, u/100), 100*u)
-        new = new if low < new < high else (low*high)**.5
+        near, far = max(low, u/100), min(high, 100*u)
+        new = min(max(step, near), far)
+        if not low < new < high: new = (near*far)**.5
         done, u = abs(new - u) <= 1e-7*u, new # Newton's next step would be the square of this one
         if done: break
     if len(y) == 1: return FittedTemperature(scale/u)
@@ -199,6 +200,9 @@ def _isotonic_regression(logits: Any, labels: Any) -> Callable[[Tensor], Tensor]
     steps = [IsotonicRegression(y_min=least, y_max=1 - least, out_of_bounds="clip").fit(p, y == c)
              for c, p in enumerate(softmax64(z).T)]
     def calibrated(z):
-        q = torch.from_numpy(np.stack([s.predict(p) for s, p in zip(steps, softmax64(z).T)], 1))
+        probs = softmax64(z)
+        check(probs.shape[1] == len(steps), "logits",
+              f"{probs.shape[1]} classes", f"{len(steps)}, as in the fit")
+        q = torch.from_numpy(np.stack([s.predict(p) for s, p in zip(steps, probs.T)], 1))
         return (q/q.sum(1, keepdim=True)).log()
     return calibrated

@@ -258,6 +258,10 @@ def run(
 
     `OutOfTime` if there is no time left, `Stopped` by Ctrl-C
     """
+    check(isinstance(spec, RunSpec), "spec", repr(spec),
+          "a description, such as RunSpec(data, 'resnet8', 'nll')")
+    check(store is None or isinstance(store, Store), "store",
+          repr(store), "a `Store`, such as Store('folder')")
     context = RunContext(store or Store(), device)
     with explain_interrupt(context.store.folder):
         for s in lineage(spec): result = context.find_result(s) or train_run(s, context, progress, deadline)

@@ -8,9 +8,11 @@ __all__ = ['Store', 'build_net', 'init_net', 'all_results', 'clean_store']
 # %% ../../nbs/experiments/03_store.ipynb #9386ba11
 import warnings
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from torch import nn
 
+from ..core import check
 from ..files import DamagedFile, load_tensors, runs_folder, save_tensors
 from ..training.data import load_data
 from ..training.models import build_model
@@ -85,12 +87,22 @@ def build_net(
     return net
 
 # %% ../../nbs/experiments/03_store.ipynb #031a4043
+_PARAMETERS_IN_USE = WeakValueDictionary() # of all networks of runs, by id, as long as they are there
+
+
 def init_net(
     spec: RunSpec, # network, data and seed are used
 ) -> nn.Module:
-    "A network of a run's architecture, its weights drawn by the seed"
+    """A network of a run's architecture, its weights drawn by the seed; a `ValueError` where it shares
+    parameters with the network of another run
+    """
     data = load_data(spec.data)
-    with seeded_rng(spec.seed): return build_model(spec.model, data.n_classes, data.in_channels)
+    with seeded_rng(spec.seed): net = build_model(spec.model, data.n_classes, data.in_channels)
+    shared = any(_PARAMETERS_IN_USE.get(id(p)) is p for p in net.parameters())
+    check(not shared, "model", f"{spec.model!r}, which gives parameters that another run has",
+          "a network of its own each time, such as copy.deepcopy(net)")
+    _PARAMETERS_IN_USE.update((id(p), p) for p in net.parameters())
+    return net
 
 # %% ../../nbs/experiments/03_store.ipynb #1c2268eb
 def all_results(

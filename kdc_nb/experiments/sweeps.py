@@ -185,6 +185,9 @@ def sweep(
     it begins what it can finish, the first rows first. When a run fails the others are done, and
     then its error is raised.
     """
+    check(isinstance(specs, Iterable), "specs", repr(specs), "several descriptions of runs")
+    check(store is None or isinstance(store, Store), "store",
+          repr(store), "a `Store`, such as Store('folder')")
     specs, store = list(specs), store or Store()
     for s in specs: check(isinstance(s, RunSpec), "specs", repr(s), "descriptions of runs")
     if jobs is None: jobs = 1 if slots > 1 or pool else default_jobs(specs, store, device)

@@ -192,6 +192,8 @@ def check_class_names(
     top = max(int(y.max()) for y in labels.values())
     check(classes is not None or top < len(labels["train"]), "train", f"labels up to {top}",
           "numbers of classes, of which there are no more than samples")
+    check(not isinstance(classes, (dict, set)), "classes", f"a {type(classes).__name__}",
+          "a list of names, in the order of the labels")
     classes = tuple(map(str, range(top + 1) if classes is None else classes))
     check(len(classes) > max(top, 1), "classes", f"{len(classes)} of them",
           f"two or more, and one for each label up to {top}")

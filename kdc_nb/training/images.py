@@ -43,6 +43,9 @@ def register_images(
     channel of an image, or each column of a table
     """
     pairs, classes = match_class_names({"train": train, "valid": valid, "test": test}, classes)
+    columns = [[*getattr(x, "columns", ())] for x, _ in pairs.values()]
+    check(columns[0] == columns[1] == columns[2], "train, valid, test",
+          "other columns, or another order", "one")
     splits = {k: check_image_split(k, *pair) for k, pair in pairs.items()}
     shapes = {tuple(s.inputs.shape[1:]) for s in splits.values()}
     check(len(shapes) == 1, "train, valid, test",
@@ -72,7 +75,8 @@ def check_image_split(
           what, f"inputs of {x.dtype} and shape {tuple(x.shape)}",
           "bytes (uint8, 0 to 255) of shape (N, C, H, W), (N, H, W, C) or (N, H, W), or floats, also (N, F)")
     if x.ndim == 3: x = x[:, None]
-    if x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[3] in (1, 3): x = x.permute(0, 3, 1, 2)
+    if x.ndim == 4 and x.shape[1] not in (1, 3) and (x.shape[3] in (1, 3) or x.shape[3] <= 4 < x.shape[1]):
+        x = x.permute(0, 3, 1, 2)
     check(floats or x.shape[1] in (1, 3), what, f"inputs of shape {tuple(x.shape)}", "1 or 3 channels")
     if floats:
         given, x = x, x.float()
@@ -102,7 +106,10 @@ def _as_images(what: str, inputs: Any) -> Tensor: # (N, ...) on the CPU
         check(not odd, what, f"{items[odd].dtype} of shape {tuple(items[odd].shape)} at {odd}",
               f"{items[0].dtype} of shape {tuple(items[0].shape)}, as at 0")
         return torch.stack(items)
+    check(not np.ma.is_masked(inputs), what, "a masked array", "numbers; leave out what is masked")
     if hasattr(inputs, "to_numpy"): inputs = inputs.to_numpy(copy=True) # a data frame
+    if isinstance(inputs, np.ndarray): # turned round, or of another machine
+        inputs = np.ascontiguousarray(inputs, inputs.dtype.newbyteorder("="))
     try: return torch.as_tensor(inputs).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
         check(False, what, f"a {type(inputs).__name__} that is no array",
@@ -135,7 +142,10 @@ def _unpack(what: str, given: Any) -> tuple[Any, Any, Sequence[str] | None]: # i
     if isinstance(given, torch.utils.data.Dataset):
         check(hasattr(given, "__len__"), what,
               f"a {type(given).__name__} without a length", "one that has one")
-        inputs, labels = zip(*(given[k] for k in range(len(given)))) if len(given) else ((), ())
+        items = [given[k] for k in range(len(given))]
+        odd = next((len(item) for item in items if len(item) != 2), 2)
+        check(odd == 2, what, f"a {type(given).__name__} of {odd} things an item", "an input and a label")
+        inputs, labels = zip(*items) if items else ((), ())
         while not hasattr(given, "classes") and hasattr(given, "dataset"): given = given.dataset # of a subset
         return list(inputs), np.array([np.asarray(y) for y in labels]), getattr(given, "classes", None)
     check(isinstance(given, (tuple, list)) and len(given) in (2, 3), what, f"a {type(given).__name__}",

@@ -23,7 +23,7 @@ from ..files import save_tensors
 from .data import Dataset, draw_shifts_and_flips, max_shift
 from .methods import TrainingMethod
 from .devices import gather_strided, mark_cuda_broken, rank_and_world, seeded_rng
-from .recipes import Recipe, build_optimizer, learning_rate
+from .recipes import Recipe, build_optimizer, learning_rate, training_fingerprint
 
 # %% ../../nbs/training/14_steps.ipynb #bd6afc90
 @torch.inference_mode()
@@ -215,6 +215,7 @@ class TrainerState:
         self.load_images()
         self.ddp_net = nn.parallel.DistributedDataParallel(self.net) if self.world > 1 else self.net
         method.before_fit(len(data.train), data.n_classes, recipe.epochs)
+        self.fingerprint = training_fingerprint(data, method, recipe, seed) # of what a checkpoint is of
         method.to(device)
         self.lr = torch.tensor(recipe.lr, device=device) # (), of the step
         self.optimizer, self.optimizer_state = build_optimizer(net, recipe, self.lr) # the state by name
@@ -287,8 +288,8 @@ class CheckpointWriter:
         trainer, done = self.trainer, self.trainer.epochs_done()
         if not self.path or trainer.rank > 0 or done == self.saved_epochs: return
         self.saved_epochs, self.saved_at = done, time.time()
-        meta = dict(epochs_done=done, history=trainer.history, seconds=trainer.seconds)
-        save_tensors(self.path, trainer.state_dict() | trainer.rng_state, **meta)
+        save_tensors(self.path, trainer.state_dict() | trainer.rng_state, training=trainer.fingerprint,
+                     epochs_done=done, history=trainer.history, seconds=trainer.seconds)
 
     def save_if_due(self) -> None:
         "Save it if the last time was long ago"

@@ -27,7 +27,7 @@ from .methods import TrainingMethod, TrainingStep
 from kdc_nb.training.devices import (
     best_device, bf16_autocast, broadcast_int, gather_batch, rank_slice, seeded_rng,
 )
-from .asking import as_predictor, check_network, check_teacher
+from .asking import as_predictor, check_loss, check_network, check_teacher
 from .recipes import Recipe
 from kdc_nb.training.steps import (
     CheckpointWriter, EpochPlan, TrainerState, capture_graph, draw_epoch_plan, dropout_rng,
@@ -67,6 +67,7 @@ class _TrainerSteps(TrainerState):
             teacher_logits = self.teacher_logits(x, index) if self.teacher else None
             logits = gather_batch(self.ddp_net(x[rank_slice(x)]))
         loss = self.method(TrainingStep(logits, targets, index, self.epoch_counter, teacher_logits))
+        check_loss(loss)
         self.optimizer.zero_grad()
         (self.world*loss).backward() # DistributedDataParallel divides by the number of processes
         match_grad_strides(self.net)
@@ -245,16 +246,18 @@ class Trainer(_TrainerEpochs):
     def resume(self,
         path: Path, # of the checkpoint, which need not exist
     ) -> None:
-        "Go to where the checkpoint was taken; a damaged one, or of another version, is named and not used"
+        "Go to a checkpoint, unless it is damaged or old; a `ValueError` for one of another training"
         shapes = lambda tensors: {k: t.shape for k, t in tensors.items() if not k.startswith("best_weights/")}
         try:
             tensors, meta = load_tensors(path)
             rng = {k: tensors.pop(k) for k in [*tensors] if k.startswith("rng/")}
             fits = shapes(tensors) == shapes(self.state_dict())
-            fits = fits and set(meta) == {"epochs_done", "history", "seconds"}
+            fits = fits and set(meta) == {"training", "epochs_done", "history", "seconds"}
             check(fits, path, "a checkpoint of another version", "one of this run")
         except FileNotFoundError: return
         except ValueError as e: return warnings.warn(f"{e}; starting again", stacklevel=3) # damaged is one
+        check(meta["training"] == self.fingerprint, "checkpoint", f"{path}, of another training",
+              "one of this data set, method, recipe and seed, or a file that is not there")
         self.load_state_dict(tensors, len(meta["history"]), meta["history"])
         self.seconds, self.rng_state = meta["seconds"], rng if self.world == 1 else {}
 
@@ -287,6 +290,8 @@ def fit(
     or teacher of other classes
     """
     check(isinstance(method, TrainingMethod), "method", repr(method), "what its `build()` gives")
+    check(isinstance(data, Dataset), "data", repr(data), "a data set, from `load_data`")
+    check(isinstance(recipe, Recipe), "recipe", repr(recipe), "a recipe, such as RECIPES['cpu']")
     looks = type(method).forward is not TrainingMethod.forward
     check(teacher is None or looks, "teacher", "one", "none beside a method that does not look at it")
     check_network(net, data, type(net).__name__, seed)
