@@ -248,3 +248,11 @@ def test_a_result_after_any_post_hoc_calibrator(tmp_path):
         (back,) = read_results(tmp_path/"after.npz").values()
         assert back.title() == after.title() and back.title().endswith(f"after {how}")
     with pytest.raises(ValueError, match="Calibrator: got 'beta'"): recalibrate(result, "beta")
+
+
+def test_isotonic_regression_of_other_classes_is_told():
+    r = np.random.default_rng(0)
+    after = Calibrator("isotonic").build(r.normal(size=(60, 4)), np.arange(60) % 4)
+    for c in (3, 5):
+        with pytest.raises(ValueError, match=f"logits: got {c} classes, expected 4, as in the fit"):
+            after(r.normal(size=(9, c)))

@@ -597,6 +597,38 @@ def test_numbers_that_32_bits_cannot_tell_apart_are_refused(change, lost):
         ki.check_image_split("train", x, y)
 
 
+@pytest.mark.parametrize("given, says", [
+    (lambda x, y: [(np.ma.masked_array(x, mask=x > 0), y)]*3, "train: got a masked array"),
+    (lambda x, y: [(pd.DataFrame(x), y), (pd.DataFrame(x).iloc[:, ::-1], y), (pd.DataFrame(x), y)],
+     "train, valid, test: got other columns"),
+    (lambda x, y: [[(a, b, 0) for a, b in zip(x, y)]]*3, "train: got a _Rows of 3 things an item"),
+])
+def test_splits_that_are_odd_are_told(given, says):
+    class _Rows(torch.utils.data.Dataset):
+        def __init__(self, rows): self.rows = rows
+        def __len__(self): return len(self.rows)
+        def __getitem__(self, k): return self.rows[k]
+    x, y = np.random.default_rng(0).normal(size=(12, 3)), np.arange(12) % 3
+    splits = [_Rows(s) if isinstance(s, list) else s for s in given(x, y)]
+    with pytest.raises(ValueError, match=says): ki.register_images("odd", *splits)
+
+
+@pytest.mark.parametrize("classes", [{"dog": 1, "cat": 0, "eel": 2}, {"cat", "dog", "eel"}])
+def test_names_without_an_order_are_told(classes):
+    x, y = np.random.default_rng(0).normal(size=(12, 3)), np.arange(12) % 3
+    with pytest.raises(ValueError, match="classes: got a (dict|set), expected a list of names, in the order"):
+        ki.register_images("odd", *[(x, y)]*3, classes=classes)
+
+
+def test_arrays_turned_round_and_of_four_channels_are_taken():
+    x, y = np.random.default_rng(0).normal(size=(12, 8, 8, 4)).astype(np.float32), np.arange(12) % 3
+    for same in (x[..., ::-1][..., ::-1], x.astype(">f4"), x):
+        kept = ki.check_image_split("train", same, y).inputs
+        assert torch.equal(kept, torch.from_numpy(x).permute(0, 3, 1, 2))
+    spectrogram = ki.check_image_split("train", x.reshape(12, 8, 4, 8), y).inputs
+    assert spectrogram.shape == (12, 8, 4, 8), "channels first"
+
+
 def test_names_that_training_lacks_are_told():
     x, y = torch.zeros(6, 8, 8, dtype=torch.uint8), torch.arange(6) % 2
     with pytest.raises(ValueError,

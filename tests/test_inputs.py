@@ -6,10 +6,12 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.optimize
 import torch
 from hypothesis import given, strategies as st
 from torch.nn import functional as F
 
+from kdc_nb.calibration import posthoc
 from kdc_nb.calibration.comparisons import compare
 from kdc_nb.calibration.evaluation import evaluate
 from kdc_nb.calibration.inputs import flatten_outputs, load_outputs
@@ -476,3 +478,81 @@ def test_scores_of_two_classes_are_compared_by_seed(seeds):
     as_pairs = [np.stack([np.zeros(200), s], 1) for s in scores]
     c = compare(scores if seeds > 1 else scores[0], two if seeds > 1 else two[0], y)
     assert c.seeds == seeds and c.raw == compare(as_pairs, two, y).raw
+
+
+def test_a_table_in_memory_is_read_as_a_file_is():
+    """The index that a file brought, the labels among the scores, rows in another order:
+    each would be a wrong number
+    """
+    r = np.random.default_rng(2)
+    z = r.normal(size=(400, 4))*2
+    y = pd.Series((softmax64(z/1.5).numpy().cumsum(1) > r.random((400, 1))).argmax(1))
+    frame = pd.DataFrame(z)
+    assert ece(frame, y) == ece(z, y.to_numpy())
+    for odd in (frame.reset_index(), frame.assign(label=y), frame.rename(columns={0: "Unnamed: 0"})):
+        with pytest.raises(ValueError, match="logits: got a column"): ece(odd, y)
+    shuffled = y.sample(frac=1, random_state=0)
+    with pytest.raises(ValueError, match="labels: got another index than that of the outputs"):
+        ece(frame, shuffled)
+    assert ece(frame, shuffled.to_numpy()) != ece(frame, y) # who takes the numbers alone means their order
+
+
+@pytest.mark.parametrize("call, says", [
+    (lambda z, y: ece(z, np.ma.masked_array(y, mask=y == 0)), "labels: got a masked array, expected numbers"),
+    (lambda z, y: ece(np.ma.masked_array(z, mask=z > 1), y), "logits: got a masked array"),
+    (lambda z, y: ece(z, y, sample_weight=np.ma.masked_array(y + 1., mask=y == 0)),
+     "sample_weight: got a masked"),
+    (lambda z, y: ece(z, y.astype("datetime64[s]")), "labels: got a ndarray that is no table of numbers"),
+    (lambda z, y: ece(z + 1j, y), "logits: got a ndarray that is no table"),
+    (lambda z, y: ece(z, z.argmax(1) == y), "labels: got True and False, expected 0 to 2"),
+])
+def test_arrays_that_hold_less_than_they_show_are_told(call, says):
+    r = np.random.default_rng(0)
+    with pytest.raises(ValueError, match=re.escape(says)): call(r.normal(size=(30, 3)), r.integers(0, 3, 30))
+
+
+def test_other_containers_are_taken():
+    "Lists of tensors of any type, objects that give an array but no type, arrays that are turned round"
+    r = np.random.default_rng(0)
+    z, y = r.normal(size=(30, 3)), r.integers(0, 3, 30)
+    class Foreign:
+        def __array__(self): return z
+    rows = [torch.tensor(row, requires_grad=True) for row in z]
+    for same in (Foreign(), rows, z[::-1][::-1], z.astype(">f8")): assert ece(same, y) == ece(z, y)
+    assert ece(z[:, 0], y > 0) == ece(z[:, 0], (y > 0).astype(int)), "of two classes truth values are labels"
+
+
+def test_labels_of_numbered_columns_that_can_be_read_twice_are_told(tmp_path):
+    z = np.random.default_rng(0).normal(size=(6, 4))
+    table = pd.DataFrame(z, columns=["c1", "c2", "c3", "c4"])
+    (path := tmp_path/"x.csv").write_text(table.assign(label=[1, 2, 3, 1, 2, 3]).to_csv(index=False))
+    with pytest.warns(UserWarning, match="label: 1 to 3 are read as numbers of the columns, c1 to c4"):
+        assert load_outputs(path)[1].tolist() == [0, 1, 2, 0, 1, 2]
+    path.write_text(table.assign(label=[1., 2., 3., 4., 2., 3.]).to_csv(index=False)) # 1.0, as beside a gap
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_outputs(path)[1].tolist() == [0, 1, 2, 3, 1, 2]
+    path.write_text(table.assign(c2=0., label=[1, 2, 3, 4, 2, 3]).to_csv(index=False))
+    assert load_outputs(path)[0].shape == (6, 4), "a class that is never likely is one"
+
+
+@pytest.mark.parametrize("seed, n, c", [(32, 100, 10), (15, 500, 100), (0, 2000, 1000)])
+def test_a_network_that_has_learned_nothing_is_evaluated(seed, n, c):
+    "Near chance the least NLL lies far off, and with it each fold's"
+    r = np.random.default_rng(seed)
+    z, y = r.normal(size=(n, c)), r.integers(0, c, n)
+    e = evaluate(z, y, metrics=["nll"], n_boot=2)
+    assert math.isfinite(e.scaled["nll"].value) and e.scaled["nll"].value < e.raw["nll"].value
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_least_nll_is_found_from_any_start(seed):
+    "Against SciPy's search, in problems near chance; wherever it starts"
+    r = np.random.default_rng(seed)
+    z, y = torch.tensor(r.normal(size=(60, 5))), torch.tensor(r.integers(0, 5, 60))
+    at = lambda log_T: float(F.cross_entropy(z/math.exp(log_T), y))
+    found = [posthoc._find_temperature(z, y, start) for start in (None, 1e-3, 1e3)]
+    if found[0].note: return # no minimum
+    best = scipy.optimize.minimize_scalar(at, bounds=(-8, 14), method="bounded", options=dict(xatol=1e-9))
+    assert all(f.T == pytest.approx(found[0].T, rel=1e-6) for f in found)
+    assert at(math.log(found[0].T)) <= best.fun + 1e-12

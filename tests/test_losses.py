@@ -469,6 +469,26 @@ def test_logits_that_are_none_are_told(name, change, message):
     with pytest.raises(ValueError, match=message): CASES[name][0](change(z), o)
 
 
+@pytest.mark.parametrize("rounded", [
+    lambda p: p.bfloat16(), lambda p: p.half(), lambda p: (100*p).round()/100, lambda p: p - 1e-8])
+def test_rounded_targets_are_taken(rounded):
+    z, _ = tensors(*problem(3, 8, 10))
+    cross_entropy(z, rounded(z.softmax(1)))
+
+
+def test_excluded_classes_leave_the_loss_of_the_others():
+    "A logit of -inf: each loss that asks nothing of the class is that over the rest, with finite gradients"
+    z, o = tensors(*problem(3, 8, 5))
+    y = o.y % 4
+    masked = z.index_fill(1, torch.tensor([4]), -torch.inf).requires_grad_()
+    mixed = .3*one_hot(y, 5).double() + .7*one_hot((y + 1) % 4, 5).double()
+    for loss in (lambda z, c: cross_entropy(z, mixed[:, :c]), lambda z, c: label_smoothing(z, y, 0.),
+                 lambda z, c: distillation(z, mixed[:, :c], z.detach()*.7, T=2., alpha=.5)):
+        value = loss(masked, 5)
+        assert value.item() == pytest.approx(loss(z[:, :4], 4).item())
+        assert torch.autograd.grad(value, masked)[0].isfinite().all()
+
+
 @given(st.integers(0, 99), st.integers(2, 6), st.sampled_from([1., 4.]), st.booleans())
 def test_a_class_that_the_teacher_excludes_costs_nothing(seed, c, T, student_too):
     "The KL is over the classes that are left, for the student as it is; and gradients are finite"
@@ -491,7 +511,11 @@ def test_a_class_that_the_teacher_excludes_costs_nothing(seed, c, T, student_too
     (lambda z, y: distillation(z, y, z, T=-1.), "T: got -1"),
     (lambda z, y: distillation(z, 2*z.softmax(1), z), "targets: got a row"),
     (lambda z, y: cross_entropy(z, -z.softmax(1)), "targets: got a row"),
-    (lambda z, y: focal(z, None), "labels: got None"), (lambda z, y: mdca(z, None), "targets: got None"),
+    (lambda z, y: focal(z, None), "labels: got None"),
+    (lambda z, y: focal(z, y, torch.ones(8, 1)), r"gamma: got shape \(8, 1\), expected a number, or \(8,\)"),
+    (lambda z, y: distillation(z, y, z, T="4"), "T: got 4, expected a temperature"),
+    (lambda z, y: cross_entropy(z, z*torch.nan), "targets: got a row"),
+    (lambda z, y: mdca(z, None), "targets: got None"),
     (lambda z, y: distillation(z, y, z, T=float("nan")), "T: got nan"),
     (lambda z, y: distillation(z, y, z, T=np.float32("inf")), "T: got inf"),
     (lambda z, y: distillation(z, y, z, alpha=2), "alpha: got 2, expected a weight from 0 to 1"),
