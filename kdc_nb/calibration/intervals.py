@@ -56,18 +56,23 @@ def _score_chances(
     direction: Tensor, # (B,) of the true gaps
     length: Callable, # of gaps (..., B) in images -> (...) the metric
     quantiles: Tensor, # (B, R) uniform numbers
-    enough: Callable, # of both chances of a length: whether no longer one is needed
+    enough: Callable, # of both chances of a length: whether it, and so each longer one, is too long
 ) -> np.ndarray: # (3, T) true errors; how often the score is at least, and at most, the observed one
-    "What scores would be seen, for true gaps of one direction and growing lengths"
-    observed, rows = float(length(contents.confidence - contents.correct)), []
-    for t in trial_lengths(contents, length):
-        mean = mean_correct(contents, direction, float(t), length)
+    "What scores would be seen, for true gaps of one direction and lengths 0, just not too long and too long"
+    observed, trials = float(length(contents.confidence - contents.correct)), trial_lengths(contents, length)
+    def row(k): # true error, and both chances
+        mean = mean_correct(contents, direction, float(trials[k]), length)
         scores = length(contents.confidence - draw_correct(contents.count, mean, quantiles).T)
         chances = [float(s.double().mean()) for s in (scores >= observed*(1 - TIE_TOLERANCE),
                                                       scores <= observed*(1 + TIE_TOLERANCE) + 1e-12)]
-        rows.append([float(length(contents.confidence - mean)), *chances])
-        if enough(*chances): break
-    return np.array(rows).T
+        return float(length(contents.confidence - mean)), *chances
+    rows, near, far = {0: row(0)}, 0, len(trials) - 1
+    while far - near > 1 and not enough(*rows[0][1:]):
+        k = (near + far)//2
+        rows[k] = row(k)
+        near, far = (near, k) if enough(*rows[k][1:]) else (k, far)
+    rows[far] = rows.get(far) or row(far)
+    return np.array([rows[k] for k in sorted({0, near, far})]).T
 
 # %% ../../nbs/calibration/07_intervals.ipynb #3114be13
 def mean_correct(

@@ -60,8 +60,8 @@ def _look_like_probs(x: Tensor) -> bool: # outputs (N, C), or (N,) for two class
 
 def _check_logits(x: Tensor) -> Tensor: # (N, C)
     "A `ValueError` unless logits (N, C) are finite, or -inf but for one class or more of each row"
-    odd = x.isnan() | (x == float("inf"))
-    check(not odd.any(), "logits", "NaN or infinity", "finite numbers, or -inf for a class that cannot be")
+    check(bool(x.amax() < float("inf")), "logits", "NaN or infinity",
+          "finite numbers, or -inf for a class that cannot be")
     check(bool(x.isfinite().any(1).all()), "logits",
           "a row of nothing but -inf", "a class that can be in each")
     return x
@@ -71,16 +71,16 @@ def _check_probs(x: Tensor) -> Tensor: # (N, C), 0 to 1
     """Probabilities (N, C), divided by the sums of the rows, with a warning, if these
     differ from 1 by over 1e-4
     """
-    check(not x.isnan().any(), "probs", "NaN or infinity", "numbers between 0 and 1")
-    odd = (x < -1e-6) | (x > 1 + 1e-6)
-    check(not odd.any(), "probs", f"{float(x[odd][0]) if odd.any() else 0:.7g}, which is none",
-          "numbers between 0 and 1")
+    low, high = x.aminmax()
+    check(not low.isnan(), "probs", "NaN or infinity", "numbers between 0 and 1")
+    odd = low if low < -1e-6 else high
+    check(-1e-6 <= odd <= 1 + 1e-6, "probs", f"{float(odd):.7g}, which is none", "numbers between 0 and 1")
     sums = x.sum(1)
     worst = int((sums - 1).abs().argmax())
     rounding = max(.02, .0005*x.shape[1]) + 1e-9 # of two digits, or of three for many classes
     check(abs(sums[worst] - 1) <= min(rounding, .1), "probs", f"row {worst} with sum {sums[worst]:.4f}",
           f"rows with sum 1 within {min(rounding, .1):.2g}; x/x.sum(1, keepdims=True) makes shares of scores")
-    if abs(sums[worst] - 1) <= 1e-4: return x.clamp(0, 1)
+    if abs(sums[worst] - 1) <= 1e-4: return x if 0 <= low and high <= 1 else x.clamp(0, 1)
     warn(f"probs: row {worst} has sum {sums[worst]:.4f}; each row is divided by its sum")
     return x.clamp(0, 1)/x.clamp(0, 1).sum(1, keepdim=True)
 

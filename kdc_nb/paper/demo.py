@@ -70,13 +70,13 @@ _CALIBRATED_METHOD = PAPER_METHODS["MDCA"]
 
 # %% ../../nbs/paper/03_demo.ipynb #95d844ea
 def _part_specs(
-    block: _DemoPart,
+    part: _DemoPart,
     seed: int,
 ) -> dict[str, RunSpec]: # by the name of its row
     "The runs of one seed"
-    specs = table_specs(block.setting, {"NLL": Method("nll"), "focal + MDCA": _CALIBRATED_METHOD},
-                        block.recipe, seed)
-    if block.setting.data.name == "known":
+    specs = table_specs(part.setting, {"NLL": Method("nll"), "focal + MDCA": _CALIBRATED_METHOD},
+                        part.recipe, seed)
+    if part.setting.data.name == "known":
         specs["KD, from the truth"] = replace(specs["Direct, NLL"], method=Distil(TemperedPosterior()))
     return specs
 
@@ -127,39 +127,40 @@ _ABBREVIATIONS = (
 
 # %% ../../nbs/paper/03_demo.ipynb #bf149a29
 def _plot_part(
-    block: _DemoPart,
+    part: _DemoPart,
     results: dict[str, list[Result]], # by row, over seeds
 ) -> dict[str, Figure]: # by file name
-    "The two figures of a block"
+    "The two figures of a part"
     shown = ("Direct, NLL", "KD(UC), from NLL", "KD(C), from focal + MDCA", "KD(C), from NLL after TS")
     return {
-        f"{block.setting.data.name}_ece": plot_metric(
-            results_frame(results), title=f"{block.title}: calibration error"
+        f"{part.setting.data.name}_ece": plot_metric(
+            results_frame(results), title=f"{part.title}: calibration error"
         ).figure,
-        f"{block.setting.data.name}_reliability":
+        f"{part.setting.data.name}_reliability":
             plot_reliability_grid({k: results[k][0] for k in shown})[0].figure,
     }
 
 # %% ../../nbs/paper/03_demo.ipynb #3206d40d
-def _run_part(
-    block: _DemoPart,
+def _run_parts(
+    parts: list[_DemoPart],
     n_seeds: int, # how many
     store: Store,
     device: str | None = None, # None: the fastest there is
-    progress: bool = True, # show bars
-) -> dict[str, list[Result]]: # by row, over seeds
-    "Train what is not there yet, and collect the results"
-    specs = [_part_specs(block, s) for s in range(n_seeds)]
+    progress: bool = True, # show a bar
+) -> list[dict[str, list[Result]]]: # of each part, by row, over seeds
+    "Train what is not there yet, all parts in one sweep, and collect the results"
+    specs = [[_part_specs(part, s) for s in range(n_seeds)] for part in parts]
     if progress:
-        print(f"{block.title}: {block.setting.teacher} teaches {block.setting.student}, {n_seeds} seeds",
-              file=sys.stderr)
-    results = sweep([r for s in specs for r in s.values()], store, device, progress=progress)
-    return collect_by_row(specs, {r.spec: r for r in results})
+        for p in parts:
+            print(f"{p.title}: {p.setting.teacher} teaches {p.setting.student}, {n_seeds} seeds",
+                  file=sys.stderr)
+    results = sweep([r for part in specs for s in part for r in s.values()], store, device, progress=progress)
+    return [collect_by_row(part, {r.spec: r for r in results}) for part in specs]
 
 # %% ../../nbs/paper/03_demo.ipynb #58d50ecc
 _PAGE_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kdc_nb: demo</title>
 <style>body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
-table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}
+table{border-collapse:collapse;font-size:13px;display:part;overflow-x:auto}
 td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:right;
 white-space:nowrap}td:first-child{text-align:left}img{max-width:100%}</style>
 <h1>Calibration passing from teacher to student</h1>
@@ -169,23 +170,23 @@ the null band is where a perfectly calibrated model with the same confidences wo
 
 # %% ../../nbs/paper/03_demo.ipynb #40b723b3
 def _report_part(
-    block: _DemoPart,
-    results: dict[str, list[Result]], # from `_run_part`
+    part: _DemoPart,
+    results: dict[str, list[Result]], # from `_run_parts`
     folder: Path, # where the figures go
 ) -> tuple[str, str]: # text for a terminal, HTML
-    "Table, verdict and figures of one block; the figures are written as PNG"
+    "Table, verdict and figures of one part; the figures are written as PNG"
     table = results_table(results)
     message = f"{_format_verdict(results)}\n{_format_summary(results)}"
-    html = (f"<h2>{escape(block.title)}</h2>"
+    html = (f"<h2>{escape(part.title)}</h2>"
             + f"<p>{escape(message)}</p>".replace("\n", "<br>") + table._repr_html_())
-    for name, fig in _plot_part(block, results).items():
-        with atomic_write(folder/f"{name}.png") as part: fig.savefig(part, format="png", dpi=120)
+    for name, fig in _plot_part(part, results).items():
+        with atomic_write(folder/f"{name}.png") as file: fig.savefig(file, format="png", dpi=120)
         plt.close(fig)
         html += (
             f'<p><img alt="{name}" '
             f'src="data:image/png;base64,{b64encode((folder/f"{name}.png").read_bytes()).decode()}"></p>'
         )
-    return f"{block.title}\n\n{table}\n\n{message}\n", html
+    return f"{part.title}\n\n{table}\n\n{message}\n", html
 
 # %% ../../nbs/paper/03_demo.ipynb #db7e15d4
 def run_demo(
@@ -201,11 +202,11 @@ def run_demo(
     check(n_seeds >= 1, "seeds", n_seeds, "at least 1")
     folder, texts, page = Path(folder), [], _PAGE_HEAD
     folder.mkdir(parents=True, exist_ok=True)
-    for block in _demo_parts(data, best_device(device).type == "cuda"):
-        results = _run_part(block, n_seeds, Store(folder/"runs"), device, progress)
-        text, html = _report_part(block, results, folder)
+    parts = _demo_parts(data, best_device(device).type == "cuda")
+    for part, results in zip(parts, _run_parts(parts, n_seeds, Store(folder/"runs"), device, progress)):
+        text, html = _report_part(part, results, folder)
         texts.append(text); page += html
-    with atomic_write(folder/"index.html") as part: part.write_text(page, encoding="utf-8")
+    with atomic_write(folder/"index.html") as file: file.write_text(page, encoding="utf-8")
     return "\n".join(texts)
 
 # %% ../../nbs/paper/03_demo.ipynb #be20806d

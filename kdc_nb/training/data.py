@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..core import check
 from ..values import NamedSpec, frozen_spec
-from ..files import content_hash
+from ..files import cache_dir, content_hash, load_tensors, save_tensors
 
 # %% ../../nbs/training/00_data.ipynb #1fd73e86
 @dataclass(frozen=True, eq=False)
@@ -116,7 +116,7 @@ def channel_stats(
     inputs: Tensor, # (N, C, H, W) uint8
 ) -> dict[str, tuple[float, ...]]: # `mean` and `std` of input/255, one per channel
     "Mean and deviation of each channel, exact on every machine: integers from the histogram of bytes"
-    counts = [torch.bincount(c.flatten().long(), minlength=256).tolist() for c in inputs.transpose(0, 1)]
+    counts = [torch.bincount(c.flatten(), minlength=256).tolist() for c in inputs.transpose(0, 1)]
     n = sum(counts[0])
     sums, squares = ([sum(k*level**power for level, k in enumerate(c)) for c in counts] for power in (1, 2))
     var = [(n*b - a*a)/(255*n)**2 for a, b in zip(sums, squares)]
@@ -142,11 +142,14 @@ def _scanned_digits(
     seed: int = 0, # of the split
 ) -> Dataset:
     "Scanned digits (E. Alpaydin and C. Kaynak, UCI, 1998), from scikit-learn"
-    from sklearn.datasets import load_digits
     check_split_sizes("digits", 1796, n_train=n_train, n_valid=n_valid)
-    raw = load_digits()
-    inputs, labels = (torch.from_numpy(raw.images*15).to(torch.uint8)[:, None],
-                      torch.from_numpy(raw.target).long())
+    path = cache_dir()/"data"/"digits.safetensors"
+    if not path.exists(): # to import scikit-learn takes two seconds of each process
+        from sklearn.datasets import load_digits
+        raw = load_digits()
+        save_tensors(path, {"inputs": torch.from_numpy(raw.images*15).to(torch.uint8)[:, None],
+                            "labels": torch.from_numpy(raw.target).long()})
+    inputs, labels = load_tensors(path)[0].values()
     order = torch.from_numpy(np.random.RandomState(seed).permutation(len(labels)))
     train, valid, test = (Split(inputs[i], labels[i])
                           for i in order.tensor_split([n_train, n_train + n_valid]))
