@@ -20,6 +20,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import nbformat
+from joblib import cpu_count
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT/"nbs"
@@ -194,19 +195,20 @@ def stream(*command: str) -> tuple[int, str]:
 
 
 def test_notebooks() -> Tally:
-    "nbdev_test in one worker, which imports torch once: two were slower on two cores"
-    status, text = stream("nbdev_test", "--n_workers", "1", "--do_print")
+    "nbdev_test, a worker for each core"
+    status, text = stream("nbdev_test", "--n_workers", str(cpu_count()), "--do_print")
     ran = len(re.findall(r"^- Completed ", text, re.M))
     bad = len(re.findall(r"^\t\S+\.ipynb$", text.partition("Failed On The Following Notebooks")[2], re.M))
     return Tally(ran - bad, len(notebooks()) - ran + bad or int(status != 0))
 
 
 def test_modules(long: bool) -> Tally:
-    "pytest over tests/"
+    "pytest over tests/, a worker for each core, each of which takes whole files"
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder)/"report.xml"
-        status, _ = stream("pytest", f"--junitxml={report}", "--durations=5", "-o",
-                           "junit_logging=no", *([] if long else ["-m", "not long"]))
+        status, _ = stream("pytest", f"--junitxml={report}", "--durations=20", "-o", "junit_logging=no",
+                           "--numprocesses", str(cpu_count()), "--dist", "loadfile",
+                           *([] if long else ["-m", "not long"]))
         if not report.exists(): return Tally(failed=1)
         suite = ElementTree.parse(report).getroot().find("testsuite")
     tests, failures, errors, skips = (int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped"))

@@ -126,25 +126,17 @@ def full_data(
 
 
 @lru_cache
-def _has_dropout(model: str) -> bool:
-    "Whether a network has dropout with a rate above 0; it is built without memory, where it lets itself"
-    try:
-        with torch.device("meta"): return has_dropout(build_model(model, 2))
-    except (NotImplementedError, RuntimeError): # it looks at numbers while it is built
-        with seeded_rng(0): return has_dropout(build_model(model, 2))
-
-
-def _check_model(name: str) -> None:
-    "Refuse a model that cannot be built; each name is tried once"
-    try: _has_dropout(name)
-    except MissingExtra: pass # a result may be looked at without what made it
-
-
 def model_has_dropout(
     model: str, # name of a network, as in `MODELS`: "resnet8"
 ) -> bool:
     "Whether a network has dropout with a rate above 0; a `ValueError` if no network has this name"
-    return _has_dropout(model)
+    with seeded_rng(0): return has_dropout(build_model(model, 2)) # torch's "meta" takes seconds of imports
+
+
+def _check_model(name: str) -> None:
+    "Refuse a model that cannot be built; each name is tried once"
+    try: model_has_dropout(name)
+    except MissingExtra: pass # a result may be looked at without what made it
 
 # %% ../../nbs/experiments/00_specs.ipynb #e9ac81e5
 @frozen_spec

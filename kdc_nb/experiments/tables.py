@@ -100,10 +100,10 @@ def _check_seeds(name: str, own: Sequence[Result]) -> None:
 # %% ../../nbs/experiments/08_tables.ipynb #0612708e
 def _t_interval(values: "pandas.Series") -> np.ndarray: # ends of the 95% interval of the mean; NaN for one
     "Student's t"
-    from scipy.stats import t
+    from scipy.special import stdtrit # `scipy.stats` takes a second to import
     x = values.to_numpy()
     if len(x) < 2 or not np.isfinite(x).all(): return np.full(2, np.nan)
-    return x.mean() + np.array([-1, 1])*t.isf(.025, len(x) - 1)*x.std(ddof=1)/len(x)**.5
+    return x.mean() + np.array([-1, 1])*stdtrit(len(x) - 1, .975)*x.std(ddof=1)/len(x)**.5
 
 
 def _within_limits(means: "pandas.DataFrame") -> "pandas.DataFrame":

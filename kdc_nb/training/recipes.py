@@ -107,7 +107,7 @@ def training_fingerprint(
 ) -> str: # 16 hexadecimal digits
     "A hash of what a checkpoint depends on, the network's weights aside"
     numbers = {k: v for k, v in vars(method).items() if type(v) in (int, float, str)}
-    return spec_hash([data.fingerprint, numbers, _describe(method.loss), recipe, seed])
+    return spec_hash([data.fingerprint, numbers, _describe(method.loss), recipe, int(seed)])
 
 
 def _describe(o: Any) -> Any: # plain JSON
