@@ -5,12 +5,15 @@ UV := $(shell uv --version >/dev/null 2>&1 && echo uv)
 BIN := .venv/bin
 READY := .venv/.installed
 
+KIT := --quiet -e '.[dev]'
 ifdef UV
   NEW_VENV = uv venv --quiet --clear --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv
-  INSTALL = uv pip install --quiet --python $(BIN)/python
+  INSTALL = uv pip install --python $(BIN)/python $(KIT)
 else
   NEW_VENV = $(PYTHON) -m venv --clear .venv
-  INSTALL = $(BIN)/python -m pip install --quiet
+  # uv, brought into .venv, is several times faster than pip, which does it where uv cannot
+  INSTALL = { $(BIN)/python -m pip install --quiet uv && $(BIN)/uv pip install --python $(BIN)/python $(KIT); } \
+    || $(BIN)/python -m pip install $(KIT)
 endif
 
 .PHONY: help setup demo lab notebooks site test test-all
@@ -20,7 +23,7 @@ help: ## this list
 
 setup: $(READY) ## make .venv and install the project and its tools
 
-demo: $(READY) ## calibration passes from a teacher to a student, in four minutes; DATA=cifar10 or cifar100 for photographs, SEEDS=1 for a look
+demo: $(READY) ## calibration passes from a teacher to a student, in a minute; DATA=cifar10 or cifar100 for photographs, SEEDS=1 for a look
 	@$(BIN)/kdc_demo $(if $(DATA),--data "$(DATA)") $(if $(SEEDS),--seeds "$(SEEDS)")
 
 lab: $(READY) ## open the notebooks in JupyterLab
@@ -46,7 +49,7 @@ $(READY): settings.ini setup.py pyproject.toml
 	@echo "Setting up .venv: about 6 GB, torch's CUDA build among them, will be downloaded and unpacked. Minutes, once."
 	@test -f $@ || $(NEW_VENV)
 	@rm -f $@
-	@$(INSTALL) -e '.[dev]'
+	@$(INSTALL)
 	@$(BIN)/python nbs/_build.py jupyter
 	@if git rev-parse --git-dir >/dev/null 2>&1; then git config --local include.path ../.gitconfig; fi
 	@touch $@

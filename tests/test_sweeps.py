@@ -20,9 +20,11 @@ import kdc_nb.experiments.sweeps as sweeps_room
 from kdc_nb.files import save_tensors
 from kdc_nb.training.data import DataSpec
 from kdc_nb.training.devices import worker_processes
-from kdc_nb.training.methods import Method
+from kdc_nb.training.losses import cross_entropy
+from kdc_nb.training.methods import Method, TrainingMethod
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.agenda import _runs_teachers_first, plan_sweep, read_specs, write_specs
+from kdc_nb.experiments.clusters import cluster_pool
 from kdc_nb.experiments.results import read_results
 from kdc_nb.experiments.runs import explain_interrupt, run
 from kdc_nb.experiments.specs import Distil, RunSpec, run_label
@@ -78,14 +80,6 @@ def test_the_users_own_pool_is_asked(store, alone):
     with ThreadPoolExecutor(2) as pool: same(go(STUDENTS, store, jobs=2, pool=pool), alone, 1e-3)
 
 
-@pytest.mark.long
-def test_a_dask_cluster(store, alone):
-    distributed = pytest.importorskip("distributed")
-    with (distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
-          distributed.Client(cluster) as client):
-        same(go(STUDENTS, store, jobs=2, pool=client.get_executor()), alone, 1e-3)
-
-
 def killed_once(spec, where, until):
     "A worker whose process is killed during its second run, once"
     if spec == STUDENTS[1] and not (mark := where.store.folder/"killed").exists():
@@ -102,6 +96,29 @@ def test_a_killed_worker_costs_only_its_run(store, alone, monkeypatch):
     with pytest.warns(UserWarning, match="a worker died; the . runs that are not finished start again"):
         same(go(STUDENTS, store, jobs=2), alone, 1e-3)
     assert (store.folder/"killed").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("on", ["dask", "ray", "slurm"])
+def test_a_cluster_does_what_this_process_does(store, alone, monkeypatch, on):
+    "One of its workers is killed, and another run's method is registered here alone"
+    @Method.register("own")
+    def _own(strength=2.): return TrainingMethod(lambda z, y: strength*cross_entropy(z, y))
+    patch_name(monkeypatch, "_run_in_worker", killed_once)
+    own = replace(TEACHER, method=Method("own"))
+    with cluster_pool(on, 2, store.folder) as pool:
+        results = go([*STUDENTS, own], store, jobs=2, pool=pool)
+    same(results[:3], alone, 1e-3)
+    same(results[3:], [run(own, Store(store.folder.parent/"here"), "cpu", progress=False)], 1e-3)
+    assert (store.folder/"killed").exists()
+
+
+@pytest.mark.long
+def test_a_run_that_fails_on_a_cluster_is_told_as_here(store):
+    wild = replace(TEACHER, recipe=Recipe(2, 50, lr=1e20))
+    with cluster_pool("slurm", 2, store.folder) as pool, pytest.raises(FloatingPointError, match="try a"):
+        go([wild, TEACHER], store, jobs=2, pool=pool)
+    assert [r.spec for r in all_results(store)] == [TEACHER]
 
 
 def always_killed(spec, where, until): os.kill(os.getpid(), signal.SIGKILL)

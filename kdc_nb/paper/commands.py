@@ -12,9 +12,11 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import closing, redirect_stdout
+from contextlib import closing, nullcontext, redirect_stdout
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+
+from joblib import cpu_count
 
 from ..core import check
 from ..values import spec_hash
@@ -26,6 +28,7 @@ from ..experiments.results import Result, read_results, without_logits, write_re
 from ..experiments.store import Store
 from ..experiments.agenda import format_plan, parse_duration, plan_sweep, read_specs
 from ..experiments.sweeps import check_parallelism, default_jobs, sweep
+from ..experiments.clusters import cluster_pool
 from kdc_nb.paper.settings import (
     MINIATURE_DATA, PAPER_EXPERIMENTS, PUBLISHED_HYPERPARAMETERS, order_by_priority, paper_specs,
 )
@@ -65,6 +68,8 @@ def _build_parser() -> argparse.ArgumentParser:
     p.add_argument("--device", help="cpu, cuda, cuda:1 or mps (the fastest there is)")
     p.add_argument("--jobs", type=int,
                    help="processes at a time, each with a run (one for each core of a CPU, 1 on a GPU)")
+    p.add_argument("--on", choices=["dask", "ray", "slurm"],
+                   help="do the jobs on a cluster, by its own settings (this machine)")
     p.add_argument("--slots", type=int, default=1,
                    help="runs at a time in one process, on a GPU each on a stream (1)")
     p.add_argument(
@@ -123,8 +128,8 @@ def _run_command(a: argparse.Namespace, store: Store) -> int:
     if a.budget is not None: parse_duration(a.budget)
     ordered = order_by_priority if a.what in PAPER_EXPERIMENTS and not a.candidates else dict.values
     specs = list(dict.fromkeys(s for rows in seeds for s in ordered(rows)))
+    jobs = a.jobs or (cpu_count() if a.on else default_jobs(specs, store, a.device) if a.slots == 1 else 1)
     if a.plan:
-        jobs = a.jobs or (default_jobs(specs, store, a.device) if a.slots == 1 else 1)
         print(format_plan(plan_sweep(specs, store, a.device, max(jobs, a.slots))))
         return 0
     # a damaged file is told before anything is trained
@@ -133,7 +138,9 @@ def _run_command(a: argparse.Namespace, store: Store) -> int:
         for r in filter(None, map(store.get, specs)): kept.add(r)
         keep = lambda r: r.spec in specs and kept.add(r) # a teacher need not be a row
         failure = None
-        try: sweep(specs, store, a.device, a.jobs, a.budget, slots=a.slots, on_result=keep)
+        try:
+            with nullcontext() if a.on is None else cluster_pool(a.on, jobs, store.folder) as pool:
+                sweep(specs, store, a.device, jobs, a.budget, slots=a.slots, pool=pool, on_result=keep)
         except (FloatingPointError, OSError, RuntimeError) as e: failure = e # told when the table is shown
     if a.what in PAPER_EXPERIMENTS:
         print(PAPER_EXPERIMENTS[a.what].title + (f", in miniature on {a.small}" if a.small else ""))
