@@ -10,7 +10,6 @@ __all__ = ['WRITTEN_NAMES', 'WRITTEN_FIELDS', 'written_name', 'frozen_spec', 'Na
 import hashlib
 import inspect
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from types import UnionType
@@ -54,11 +53,10 @@ def _plain(v: Any) -> Any:
 def _coerce(given: Any, kind: type, argument: str) -> Any: # `given`, as a `kind`
     "`given` as a float, an integer or whatever is wanted; a `ValueError` if that would lose something"
     given = _plain(given)
-    if kind in (float, int) and type(given) in (float, int) and math.isfinite(given) and given == kind(given):
-        return kind(given)
-    names = {float: "a finite number", int: "an integer", bool: "True or False"}
-    check(kind not in (float, int) and type(given) is kind, argument, repr(given),
-          names.get(kind, f"a {kind.__name__}"))
+    if kind is float and type(given) in (float, int): return float(given)
+    if kind is int and type(given) is float and given.is_integer(): return int(given)
+    names = {float: "a number", int: "an integer", bool: "True or False"}
+    check(type(given) is kind, argument, repr(given), names.get(kind, f"a {kind.__name__}"))
     return given
 
 # %% ../nbs/values.ipynb #7c894ddb
@@ -68,7 +66,7 @@ def frozen_spec(
     """Make `cls` a frozen dataclass that `encode` and `decode` know by its name.
 
     Integers that are given for floats become floats, NumPy's numbers Python's, and lists tuples. A value
-    raises a `ValueError` for what is no finite number where a field is one.
+    raises a `ValueError` for what is no number where a field is one.
     """
     own = cls.__dict__.get("__post_init__", lambda self: None)
     def __post_init__(self):

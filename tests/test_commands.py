@@ -142,7 +142,7 @@ def test_a_failed_run_is_told_below_the_table_and_what_was_there_is_in_the_file(
 
 def test_ctrl_c_leaves_the_results_of_what_was_done(tmp_path):
     args = ["table1", "--small", "known", "--recipe", "smoke", "--seeds", "1",
-            "--device", "cpu", "--store", tmp_path/"s", "--results", tmp_path/"r.npz"]
+            "--device", "cpu", "--store", tmp_path/"s", "--results", tmp_path/"r.npz", "--jobs", "1"]
     child = subprocess.Popen([sys.executable, "-m", "kdc_nb", *map(str, args)],
                              stderr=subprocess.PIPE, text=True, start_new_session=True)
     began = time.monotonic()

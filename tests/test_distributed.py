@@ -120,7 +120,7 @@ def test_with_batch_statistics_each_process_normalises_its_own_part(tmp_path):
 def test_the_command_speaks_once_and_a_budget_stops_all(tmp_path):
     args = ("-m", "kdc_nb", "runs.json", "--store", "s", "--device", "cpu")
     write_specs([RunSpec(DATA, "resnet8", "nll", Recipe(4000, 32))], tmp_path/"runs.json")
-    done = launch(tmp_path, 2, *args, "--budget", "5s")
+    done = launch(tmp_path, 2, *args, "--budget", "10s")
     assert (done.stdout.count("0 of 1 runs done") == 1 and done.returncode == 0
             and len(list((tmp_path/"s").glob("*.part"))) == 1)
     write_specs([RunSpec(DATA, "resnet8", "nll", RECIPE)], tmp_path/"runs.json")

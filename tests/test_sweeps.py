@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from joblib import cpu_count
 
 import kdc_nb.experiments.runs as kr
 import kdc_nb.training.steps as steps_room
@@ -30,7 +31,7 @@ from kdc_nb.experiments.results import read_results
 from kdc_nb.experiments.runs import explain_interrupt, run
 from kdc_nb.experiments.specs import Distil, RunSpec, run_label
 from kdc_nb.experiments.store import Store, all_results, clean_store
-from kdc_nb.experiments.sweeps import sweep
+from kdc_nb.experiments.sweeps import default_jobs, sweep
 from kdc_nb.experiments.teachers import TemperatureScaled
 from kdc_nb.paper.commands import main
 from tests.conftest import patch_name
@@ -56,7 +57,7 @@ def one_thread():
 def store(tmp_path): return Store(tmp_path/"runs")
 
 
-def go(specs, store, **kw): return sweep(specs, store, "cpu", progress=False, **kw)
+def go(specs, store, jobs=1, **kw): return sweep(specs, store, "cpu", jobs, progress=False, **kw)
 def same(a, b, within=0.):
     assert all((x.logits["test"] - y.logits["test"]).abs().max() <= within for x, y in zip(a, b, strict=True))
 
@@ -75,6 +76,19 @@ def alone(tmp_path_factory): return go(STUDENTS, Store(tmp_path_factory.mktemp("
 def test_a_pool_gives_the_same_answer(store, alone):
     same(go(STUDENTS, store, jobs=2), alone, 1e-3)
     assert len(all_results(store)) == 4
+
+
+def test_a_sweep_takes_a_process_for_each_core_by_itself(store, alone):
+    "Where it pays; and the runs are those of one process"
+    same(sweep(STUDENTS, store, "cpu", progress=False), alone)
+    assert ("at_once" not in store.get(TEACHER).facts
+            and default_jobs(LONG, store, "cpu") == min(3, cpu_count()))
+    longer = [replace(s, recipe=Recipe(120, 50))
+              for s in (TEACHER, replace(TEACHER, seed=1), replace(TEACHER, seed=2))]
+    apart = sweep(longer, store, "cpu", progress=False)
+    same(apart, go(longer, Store(store.folder.parent/"one")), 1e-3)
+    assert ({r.facts.get("at_once", 1) for r in apart} == {min(3, cpu_count())}
+            and default_jobs(longer, store) == 1)
 
 
 def test_the_users_own_pool_is_asked(store, alone):
@@ -173,7 +187,7 @@ def test_a_grid_asks_its_live_teacher_once(store, monkeypatch):
         return teacher and (lambda x, index: asked.append(len(x)) or teacher(x, index)), T
     patch_name(monkeypatch, "_build_teacher", counting)
     shared = go(pupils, store)
-    assert asked == [1, 50, 50, 50, 50, 1, 1], (
+    assert asked == [8, 2, 50, 50, 50, 50, 8, 2, 8, 2], (
         "each at the door, and only the first in each of four steps, scaled or not"
     )
     same(shared, [run(p, Store(store.folder.parent/"alone"), "cpu", progress=False) for p in pupils])

@@ -39,9 +39,9 @@ class Recipe:
         check(self.epochs >= 1, "epochs", self.epochs, "an integer, at least 1")
         check(self.batch_size >= 2, "batch_size",
               self.batch_size, "an integer, at least 2 (BatchNorm needs two samples)")
-        check(self.lr > 0, "lr", self.lr, "a learning rate above 0")
+        check(0 < self.lr < math.inf, "lr", self.lr, "a learning rate above 0")
         check(0 <= self.momentum < 1, "momentum", self.momentum, "a share from 0 to below 1")
-        check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        check(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "a number of 0 or more")
         check(self.select in ("last", "best"), "select", repr(self.select), "'last' or 'best'")
         check(all(0 < d < 1 for d in self.milestones), "milestones",
               self.milestones, "shares of training between 0 and 1")
