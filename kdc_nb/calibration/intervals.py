@@ -56,9 +56,10 @@ def _score_chances(
     direction: Tensor, # (B,) of the true gaps
     length: Callable, # of gaps (..., B) in images -> (...) the metric
     quantiles: Tensor, # (B, R) uniform numbers
-    enough: Callable, # of both chances of a length: whether it, and so each longer one, is too long
+    enough: Callable, # of both chances of a length: whether it is too long
+    in_order: bool = False, # find the least one, though chances of longer ones may fall again; else by halves
 ) -> np.ndarray: # (3, T) true errors; how often the score is at least, and at most, the observed one
-    "What scores would be seen, for true gaps of one direction and lengths 0, just not too long and too long"
+    "What scores would be seen, for true gaps of one direction and some lengths around the first too long one"
     observed, trials = float(length(contents.confidence - contents.correct)), trial_lengths(contents, length)
     def row(k): # true error, and both chances
         mean = mean_correct(contents, direction, float(trials[k]), length)
@@ -68,11 +69,11 @@ def _score_chances(
         return float(length(contents.confidence - mean)), *chances
     rows, near, far = {0: row(0)}, 0, len(trials) - 1
     while far - near > 1 and not enough(*rows[0][1:]):
-        k = (near + far)//2
+        k = near + 1 if in_order else (near + far)//2
         rows[k] = row(k)
         near, far = (near, k) if enough(*rows[k][1:]) else (k, far)
     rows[far] = rows.get(far) or row(far)
-    return np.array([rows[k] for k in sorted({0, near, far})]).T
+    return np.array([rows[k] for k in sorted(rows)]).T
 
 # %% ../../nbs/calibration/07_intervals.ipynb #3114be13
 def mean_correct(
@@ -125,9 +126,10 @@ def invert_test(
 ) -> tuple[float, float, float]: # low, debiased, high
     "The true errors for which the observed one is unsurprising, labels drawn anew for each"
     lower, middle, upper = safe_directions(contents, contents.deviation)
-    def chances(direction, enough): return _score_chances(contents, direction, length, quantiles, enough)
+    def chances(direction, enough, in_order=False):
+        return _score_chances(contents, direction, length, quantiles, enough, in_order)
     tail, (t, _, below) = (1 - level)/2, chances(middle, lambda above, below: below < .5)
-    s, above, _ = chances(lower, lambda above, below: above >= tail)
+    s, above, _ = chances(lower, lambda above, below: above >= tail, True)
     u, _, far = chances(upper, lambda above, beyond: beyond < tail*below[0])
     return invert_chances((s, above), (t, below), (u, far), tail)
 
