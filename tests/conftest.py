@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from kdc_nb.core import Registry
+from kdc_nb.experiments.store import Store
 from tests.shards import write_photos
 
 settings.register_profile("kit", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -49,6 +50,12 @@ def own_entries_stay_in_their_test():
     yield
     for k, r in Registry.by_kind.items():
         r.data = {n: made for n, made in r.data.items() if not r.is_own(n)} | before.get(k, {})
+
+
+@pytest.fixture
+def store(tmp_path):
+    "A store of the test's own"
+    return Store(tmp_path/"runs")
 
 
 @pytest.fixture(scope="session")

@@ -35,10 +35,6 @@ TEACHER = RunSpec(TINY, "resnet8", Method("focal"), Recipe(2, 50))
 STUDENT = RunSpec(TINY, "resnet8", Distil(TEACHER, 2, .5), Recipe(2, 50))
 
 
-@pytest.fixture
-def store(tmp_path): return Store(tmp_path/"runs")
-
-
 def go(spec, store): return run(spec, store, "cpu", progress=False)
 
 

@@ -47,10 +47,6 @@ def same(a, b):
                for x, y in zip(a, b, strict=True))
 
 
-@pytest.fixture
-def store(tmp_path): return Store(tmp_path/"runs")
-
-
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     folder = Store(tmp_path_factory.mktemp("alone"))

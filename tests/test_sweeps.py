@@ -53,10 +53,6 @@ def one_thread():
     patch.undo()
 
 
-@pytest.fixture
-def store(tmp_path): return Store(tmp_path/"runs")
-
-
 def go(specs, store, jobs=1, **kw): return sweep(specs, store, "cpu", jobs, progress=False, **kw)
 def same(a, b, within=0.):
     assert all((x.logits["test"] - y.logits["test"]).abs().max() <= within for x, y in zip(a, b, strict=True))

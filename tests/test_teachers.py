@@ -20,7 +20,6 @@ from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.agenda import read_specs, write_specs
 from kdc_nb.experiments.runs import RunContext, has_live_teacher, run, teacher_train_logits
 from kdc_nb.experiments.specs import Distil, RunSpec, lineage, teacher_label, with_seed
-from kdc_nb.experiments.store import Store
 from kdc_nb.experiments.sweeps import sweep
 from kdc_nb.experiments.teachers import (
     Ensemble, OutOfFold, StoredLogits, TemperatureScaled, TemperedPosterior, log_mean_probs,
@@ -30,10 +29,6 @@ from tests.conftest import patch_name
 
 TINY = DataSpec("known", n_train=100, n_valid=60, n_test=80)
 NET = RunSpec(TINY, "resnet8", Method("nll"), Recipe(2, 50))
-
-
-@pytest.fixture
-def store(tmp_path): return Store(tmp_path/"runs")
 
 
 def go(spec, store): return run(spec, store, "cpu", progress=False)
