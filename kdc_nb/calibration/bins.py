@@ -68,23 +68,23 @@ def _columns_at_once(p: Tensor) -> int:
 
 # %% ../../nbs/calibration/04_bins.ipynb #37f2ead9
 def noise_bins(
-    rule: Metric, # a calibration metric
+    metric: Metric, # a calibration metric
     predictions: BinaryPredictions, # (N, K)
     n_bins: int, # that the metric is asked for
 ) -> tuple[Tensor, int]: # (N, K) the bin of each prediction, and how many bins there are
     "The bins in which a metric's noise is simulated: its own, or 256 of equal mass if it needs no bins"
-    if rule.walk: return equal_mass_bins(predictions.confidence, 256), 256
-    bins = rule.bins(predictions.confidence, n_bins)
+    if metric.walk: return equal_mass_bins(predictions.confidence, 256), 256
+    bins = metric.bins(predictions.confidence, n_bins)
     return bins, max(n_bins, int(bins.max()) + 1)
 
 
 def classwise_bins(
-    rule: Metric, # a class-wise calibration metric
+    metric: Metric, # a class-wise calibration metric
     probs: Tensor, # (N, C)
     n_bins: int, # that the metric is asked for
 ) -> tuple[Tensor, int]: # (N, C) int32 the bin of each probability, and how many bins there are
     "The bins of a class-wise metric, found for a few classes at a time"
-    bins = torch.cat([rule.bins(p, n_bins).int() for p in probs.split(_columns_at_once(probs), 1)], 1)
+    bins = torch.cat([metric.bins(p, n_bins).int() for p in probs.split(_columns_at_once(probs), 1)], 1)
     return bins, max(n_bins, int(bins.max()) + 1)
 
 # %% ../../nbs/calibration/04_bins.ipynb #b5016aa0

@@ -42,11 +42,11 @@ def signed_gaps(
     n_bins: int = 15, # bins of the metric
 ) -> Tensor: # (N,)
     "Confidence - correct of each image times the derivative of the metric's norm by the gap of its bin"
-    rule = METRICS[metric]
-    bins = rule.bins(predictions.confidence, n_bins)
+    m = METRICS[metric]
+    bins = m.bins(predictions.confidence, n_bins)
     with torch.inference_mode(False), torch.enable_grad():
         gaps, share = gaps_and_shares(predictions, bins, n_bins)
-        slope = torch.autograd.grad(rule.norm(gaps.requires_grad_(), share), gaps)[0].nan_to_num(0.)
+        slope = torch.autograd.grad(m.norm(gaps.requires_grad_(), share), gaps)[0].nan_to_num(0.)
     return (slope.T.gather(0, bins)*(predictions.confidence - predictions.correct)).sum(1)
 
 # %% ../../nbs/calibration/11_contributions.ipynb #7cb500a9
@@ -180,13 +180,13 @@ def _error_function(
     n_bins: int, # bins of the metric
 ) -> Callable[[Tensor], Tensor]: # whether each is correct, or the chance of it (N, R) -> (R,)
     "A calibration error as a function of who is correct"
-    rule, N = METRICS[metric], len(predictions.confidence)
-    bins, n_bins = noise_bins(rule, predictions, n_bins)
+    m, N = METRICS[metric], len(predictions.confidence)
+    bins, n_bins = noise_bins(m, predictions, n_bins)
     confidence, count = (bin_sums(x, bins, n_bins)
                          for x in (predictions.confidence, torch.ones_like(predictions.confidence)))
     def error(correct):
         sums = correct.new_zeros(n_bins, correct.shape[1]).index_add_(0, bins[:, 0], correct)
-        return rule.norm((confidence - sums.T)[:, None]/N, count/N)
+        return m.norm((confidence - sums.T)[:, None]/N, count/N)
     return error
 
 

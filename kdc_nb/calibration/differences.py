@@ -113,13 +113,13 @@ def difference_of_contributions(
     a, b, predictions, same = pair
     d = 0*a if same else a - b
     d[abs(d) <= 1e-12*max(abs(a).max(), abs(b).max())] = 0.
-    (seeds, n), rule = d.shape, METRICS[metric]
+    (seeds, n), m = d.shape, METRICS[metric]
     if seeds == 1 and not same and np.isin([a, b], (0, 1)).all(): return _exact_difference(a[0], b[0])
     noise = ([debiased_difference_error(metric, *own, float(x)) for own, x in zip(predictions, d.mean(1))]
-             if rule.norm and not same else [0.])
+             if m.norm and not same else [0.])
     signs = abs(float(d.mean()))/_t_quantile(2.**-n, n - 1) if seeds == 1 < n else 0.
     found, most = (estimate_difference(d, least_error=max(signs, float(np.mean(noise)))),
-                   rule.limits[1] - rule.limits[0])
+                   m.limits[1] - m.limits[0])
     return found._replace(low=max(found.low, -most), high=min(found.high, most))
 
 

@@ -49,7 +49,7 @@ def _quantiles(contents: BinContents, n_boot: int, seed: int) -> Tensor: # (B, n
     return torch.from_numpy(np.random.default_rng(seed).random((int((contents.count > 0).sum()), n_boot)))
 
 # %% ../../nbs/calibration/08_estimates.ipynb #842493a6
-def _length_of(rule: Metric, contents: BinContents, n: int) -> Callable:
+def _length_of(metric: Metric, contents: BinContents, n: int) -> Callable:
     "The metric of gaps (..., B) of the bins that hold images, given in images"
     used, share = contents.count > 0, contents.count/n
     def length(gaps):
@@ -57,7 +57,7 @@ def _length_of(rule: Metric, contents: BinContents, n: int) -> Callable:
         else:
             every = gaps.new_zeros(*gaps.shape[:-1], *used.shape)
             every[..., used] = gaps
-        return rule.norm(every/n, share)
+        return metric.norm(every/n, share)
     return length
 
 # %% ../../nbs/calibration/08_estimates.ipynb #61c2ca4b
@@ -71,20 +71,20 @@ def _top_label_estimate(
     level: float, # of the interval and the null band
 ) -> Estimate:
     "The estimate of one calibration metric of the top label"
-    rule, value = METRICS[name], binned_error(METRICS[name], predictions, n_bins)
+    metric, value = METRICS[name], binned_error(METRICS[name], predictions, n_bins)
     check_value(name, value)
     band = central_range(null.scores, level)
-    contents = bin_contents(predictions, *noise_bins(rule, predictions, n_bins))
-    length, filled = _length_of(rule, contents, len(predictions.confidence)), contents.filled()
-    own = rule.interval and rule.interval(BinContents(*(t[0] for t in contents)), level)
-    if not rule.debiases: return Estimate(value, own[0], own[2], None, *band)
+    contents = bin_contents(predictions, *noise_bins(metric, predictions, n_bins))
+    length, filled = _length_of(metric, contents, len(predictions.confidence)), contents.filled()
+    own = metric.interval and metric.interval(BinContents(*(t[0] for t in contents)), level)
+    if not metric.debiases: return Estimate(value, own[0], own[2], None, *band)
     noise = _quantiles(contents, n_boot, seed)
     low, middle, high = own or invert_test(filled, length, noise, level)
     if middle is None: middle = debiased_error(filled, length, noise)
     observed = float(length(filled.confidence - filled.correct))
     low, middle, high = (e*(value/observed if observed else 1.) for e in (low, middle, high))
     high = max(high, float(length(pooled_limit(filled, level)*filled.count)))
-    low, middle, high = map(rule.clip, (low, middle, high))
+    low, middle, high = map(metric.clip, (low, middle, high))
     return Estimate(value, min(low, middle), max(high, middle), middle, *band)
 
 # %% ../../nbs/calibration/08_estimates.ipynb #59b7647f
@@ -146,14 +146,14 @@ def _classwise_estimates(
     level: float, # of the interval and the null band
 ) -> dict[str, Estimate]: # by metric
     "The estimates of class-wise calibration metrics"
-    rules, size = [METRICS[k] for k in names], p.numel()
-    bins, many = zip(*(classwise_bins(r, p, n_bins) for r in rules))
+    metrics, size = [METRICS[k] for k in names], p.numel()
+    bins, many = zip(*(classwise_bins(r, p, n_bins) for r in metrics))
     contents = [bin_contents(BinaryPredictions(p, y), b, m) for b, m in zip(bins, many)]
     top = top_label(p, y, False)
     pooled = bin_contents(top, torch.zeros_like(top.confidence, dtype=torch.long), 1)
     least_high, found = 2*len(p)*pooled_limit(pooled, level), {}
-    scores = classwise_null_scores(rules, p, bins, contents, n_boot, seed)
-    for k, r, b, c, null in zip(names, rules, bins, contents, scores):
+    scores = classwise_null_scores(metrics, p, bins, contents, n_boot, seed)
+    for k, r, b, c, null in zip(names, metrics, bins, contents, scores):
         value = float(r.norm((c.confidence - c.correct)/len(p), c.count/len(p)))
         check_value(k, value)
         if r.norm is l1_norm:

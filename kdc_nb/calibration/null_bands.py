@@ -106,14 +106,14 @@ def top_label_null_draws(
     "What metrics of the top label would show, if whether it is correct were drawn with the confidences"
     conf, order = predictions.confidence.squeeze(1).sort()
     steps = torch.cat([conf[1:] > conf[:-1], torch.tensor([True])]).float()
-    rules = [METRICS[k] for k in names]
+    metrics = [METRICS[k] for k in names]
     bins = [(b.squeeze(1)[order].contiguous(), m)
-            for b, m in (noise_bins(r, predictions, n_bins) for r in rules)]
+            for b, m in (noise_bins(r, predictions, n_bins) for r in metrics)]
     ends = [torch.searchsorted(b, torch.arange(m), right=True) for b, m in bins]
     correct, peaks = _simulate_top_label(conf, steps, torch.cat(ends).clamp(min=1), n_boot, seed,
-                                         [r.walk for r in rules if r.walk])
+                                         [r.walk for r in metrics if r.walk])
     sums, draws = conf.cumsum(0), {}
-    for k, r, e, c in zip(names, rules, ends, correct.split([len(e) for e in ends], -1)):
+    for k, r, e, c in zip(names, metrics, ends, correct.split([len(e) for e in ends], -1)):
         walk = (sums[e.clamp(min=1) - 1] - c)*(e > 0)/len(conf)
         gaps = walk.diff(dim=-1, prepend=walk.new_zeros(len(walk), 1)).float()
         share = e.diff(prepend=e.new_zeros(1))[None]/len(conf)
@@ -122,7 +122,7 @@ def top_label_null_draws(
 
 # %% ../../nbs/calibration/06_null_bands.ipynb #d1b9baa0
 def classwise_null_scores(
-    rules: Sequence[Metric], # class-wise metrics
+    metrics: Sequence[Metric], # class-wise metrics
     probs: Tensor, # (N, C) the model's probabilities
     bins: Sequence[Tensor], # (N, C) of each metric
     contents: Sequence[BinContents], # of these bins
@@ -131,7 +131,7 @@ def classwise_null_scores(
 ) -> list[Tensor]: # (n_boot,) of each metric
     "What class-wise metrics would score, if the labels were drawn from the probabilities"
     shares = [c.count/len(probs) for c in contents]
-    norms = [lambda gaps, r=r, s=s: r.norm(gaps, s) for r, s in zip(rules, shares)]
+    norms = [lambda gaps, r=r, s=s: r.norm(gaps, s) for r, s in zip(metrics, shares)]
     return _simulate_classwise(probs, bins, [c.confidence for c in contents], norms, n_boot, seed)
 
 # %% ../../nbs/calibration/06_null_bands.ipynb #b679f7b2
@@ -139,8 +139,8 @@ def split_metric_names(
     metrics: str | Sequence[str] | None, # names of calibration metrics; None: the built-in ones
 ) -> list[list[str]]: # two lists: metrics of the top label, class-wise metrics
     "Split names of calibration metrics; a `ValueError` lists those that can be asked for"
-    rules = select_metrics(metrics, lambda m: m.norm)
-    return [[k for k, r in rules.items() if r.predictions is kind] for kind in (top_label, classwise)]
+    chosen = select_metrics(metrics, lambda m: m.norm)
+    return [[k for k, r in chosen.items() if r.predictions is kind] for kind in (top_label, classwise)]
 
 # %% ../../nbs/calibration/06_null_bands.ipynb #225951d9
 def check_value(
@@ -172,10 +172,10 @@ def null_draws(
     drawn = top_label_null_draws(tops, top, n_bins, n_boot, seed) if tops else {}
     found = {k: d.scores for k, d in drawn.items()}
     if classes:
-        rules = [METRICS[k] for k in classes]
-        bins, many = zip(*(classwise_bins(r, p, n_bins) for r in rules))
+        chosen = [METRICS[k] for k in classes]
+        bins, many = zip(*(classwise_bins(r, p, n_bins) for r in chosen))
         contents = [bin_contents(BinaryPredictions(p, p), b, m) for b, m in zip(bins, many)]
-        found |= zip(classes, classwise_null_scores(rules, p, bins, contents, n_boot, seed))
+        found |= zip(classes, classwise_null_scores(chosen, p, bins, contents, n_boot, seed))
     return {k: s.double() for k, s in found.items()}
 
 # %% ../../nbs/calibration/06_null_bands.ipynb #f15f37ea
@@ -255,11 +255,11 @@ def null_band(
     >>> 0 < band.low < band.mean < band.high < .1
     True
     """
-    rules = select_metrics(metrics, bool if metrics is not None else lambda m: m.norm)
-    binned, x = [k for k, m in rules.items() if m.norm], check_outputs(outputs, from_logits)
+    chosen = select_metrics(metrics, bool if metrics is not None else lambda m: m.norm)
+    binned, x = [k for k, m in chosen.items() if m.norm], check_outputs(outputs, from_logits)
     draws = null_draws(x, binned, n_bins, n_boot, seed, from_logits) if binned else {}
     def band(k, m):
         if k not in draws: return null_band_of_mean(m, x, from_logits, level)[0]
         low, high = central_range(draws[k], level)
         return NullBand(low, float(draws[k].mean()), high)
-    return {k: band(k, m) for k, m in rules.items()}
+    return {k: band(k, m) for k, m in chosen.items()}

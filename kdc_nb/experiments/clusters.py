@@ -35,7 +35,7 @@ class _SlurmExecutor(Executor):
         n_jobs: int, # at a time
     ):
         import submitit
-        self.slurm, self.jobs = submitit.AutoExecutor(folder), []
+        self.slurm, self.jobs, self.closed = submitit.AutoExecutor(folder), [], False
         self.slurm.update_parameters(timeout_min=24*60)
         self.threads = ThreadPoolExecutor(n_jobs)
 
@@ -51,15 +51,17 @@ class _SlurmExecutor(Executor):
         from submitit.core.utils import FailedJobError, UncompletedJobError
         for k in range(3):
             self.jobs.append(job := self.slurm.submit(function, *args))
+            if self.closed: job.cancel(check=False)
             try: return job.result()
             except FailedJobError: raise
             except UncompletedJobError:
-                if k == 2: raise
+                if k == 2 or self.closed: raise
 
     def shutdown(self, wait=True, *, cancel_futures=False):
         "Cancel what is not done"
+        self.closed = True
         for job in self.jobs: job.cancel(check=False)
-        self.threads.shutdown(wait, cancel_futures=cancel_futures)
+        self.threads.shutdown(wait, cancel_futures=True)
 
 # %% ../../nbs/experiments/11_clusters.ipynb #c9e280ea
 @contextmanager

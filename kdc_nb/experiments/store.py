@@ -98,10 +98,11 @@ def init_net(
     """
     data = load_data(spec.data)
     with seeded_rng(spec.seed): net = build_model(spec.model, data.n_classes, data.in_channels)
-    shared = any(_PARAMETERS_IN_USE.get(id(p)) is p for p in net.parameters())
+    trained = {id(p): p for p in net.parameters() if p.requires_grad}
+    shared = any(_PARAMETERS_IN_USE.get(k) is p for k, p in trained.items())
     check(not shared, "model", f"{spec.model!r}, which gives parameters that another run has",
           "a network of its own each time, such as copy.deepcopy(net)")
-    _PARAMETERS_IN_USE.update((id(p), p) for p in net.parameters())
+    _PARAMETERS_IN_USE.update(trained)
     return net
 
 # %% ../../nbs/experiments/03_store.ipynb #1c2268eb

@@ -25,7 +25,7 @@ from ..training.data import load_data
 from ..training.cifar import pending_download
 from kdc_nb.training.devices import (
     best_device, call_with_own_code, cuda_is_broken, free_gpu_memory, list_devices, mark_cuda_broken,
-    pack_own_code, rank_and_world, worker_processes,
+    one_thread, pack_own_code, rank_and_world, worker_processes,
 )
 from ..training.steps import GraphCaptureError
 from ..training.trainer import OutOfTime
@@ -90,7 +90,7 @@ def _run_parallel_with_restarts(agenda: Scheduler, pool: Executor | None, on_res
             agenda.halve_parallel()
 
 # %% ../../nbs/experiments/07_sweeps.ipynb #9c8a239e
-_WORTH_PROCESSES = 5e6 # numbers that go into networks in training: what one core does in some seconds
+_WORTH_PROCESSES = 2e7 # numbers that go into networks in training: what one core does in some seconds
 
 
 def default_jobs(
@@ -190,10 +190,11 @@ def sweep(
           repr(store), "a `Store`, such as Store('folder')")
     specs, store = list(specs), store or Store()
     for s in specs: check(isinstance(s, RunSpec), "specs", repr(s), "descriptions of runs")
+    alone = jobs is None and best_device(device).type == "cpu"
     if jobs is None: jobs = 1 if slots > 1 or pool else default_jobs(specs, store, device)
     check_parallelism(jobs, slots, pool)
     deadline = None if budget is None else time.time() + parse_duration(budget)
-    with explain_interrupt(store.folder):
+    with explain_interrupt(store.folder), one_thread() if alone else nullcontext():
         agenda = Scheduler(specs, RunContext(store, device, max(jobs, slots)), deadline)
         failures = _ProgressSweep(agenda, on_result, progress).lead(jobs, pool)
     errors = [e for e in failures if not isinstance(e, OutOfTime)]

@@ -160,7 +160,7 @@ def _run_parts(
 # %% ../../nbs/paper/03_demo.ipynb #58d50ecc
 _PAGE_HEAD = """<!doctype html><html lang="en"><meta charset="utf-8"><title>kdc_nb: demo</title>
 <style>body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
-table{border-collapse:collapse;font-size:13px;display:part;overflow-x:auto}
+table{border-collapse:collapse;font-size:13px;display:block;overflow-x:auto}
 td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd;text-align:right;
 white-space:nowrap}td:first-child{text-align:left}img{max-width:100%}</style>
 <h1>Calibration passing from teacher to student</h1>

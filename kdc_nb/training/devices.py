@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['best_device', 'list_devices', 'bf16_autocast', 'seeded_rng', 'distributed_session', 'rank_and_world', 'rank_slice',
            'gather_batch', 'gather_strided', 'broadcast_int', 'mark_cuda_broken', 'cuda_is_broken', 'free_gpu_memory',
-           'worker_processes', 'pack_own_code', 'call_with_own_code', 'call_in_fresh_process']
+           'worker_processes', 'one_thread', 'pack_own_code', 'call_with_own_code', 'call_in_fresh_process']
 
 # %% ../../nbs/training/11_devices.ipynb #84e505d9
 import gc
@@ -211,6 +211,15 @@ def worker_processes(
         pool.shutdown(kill_workers=True)
         raise
     pool.shutdown()
+
+# %% ../../nbs/training/11_devices.ipynb #d7e46878
+@contextmanager
+def one_thread() -> Iterator[None]:
+    "Let torch compute with one thread as long as the block lasts: sums in one order, whatever the machine"
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(before)
 
 # %% ../../nbs/training/11_devices.ipynb #bd6f8b47
 def pack_own_code() -> tuple[int, bytes]: # this process, what it has

@@ -6,9 +6,12 @@
 __all__ = ['RECIPES', 'Recipe', 'learning_rate', 'build_optimizer', 'training_fingerprint']
 
 # %% ../../nbs/training/13_recipes.ipynb #ebcd0aa9
+import inspect
 import math
+from types import CellType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -106,13 +109,22 @@ def training_fingerprint(
     seed: int, # of order, augmentation and dropout
 ) -> str: # 16 hexadecimal digits
     "A hash of what a checkpoint depends on, the network's weights aside"
-    numbers = {k: v for k, v in vars(method).items() if type(v) in (int, float, str)}
+    numbers = {k: _describe(vars(method)[k]) for k in inspect.signature(type(method)).parameters
+               if k in vars(method)}
     return spec_hash([data.fingerprint, numbers, _describe(method.loss), recipe, int(seed)])
 
 
-def _describe(o: Any) -> Any: # plain JSON
-    "A function as its name and what it closes over; numbers and texts as they are"
-    if not hasattr(o, "__qualname__"):
-        return repr(o) if type(o) in (int, float, str, bool) else type(o).__name__
-    closed = getattr(o, "__closure__", None) or ()
-    return [o.__qualname__, *[_describe(cell.cell_contents) for cell in closed]]
+def _describe(o: Any,
+              within: tuple[int, ...] = ()) -> Any: # plain JSON; `within`: functions that close over it
+    "A function as its name and what it closes over; numbers and texts as they are; of the rest the type"
+    if isinstance(o, np.generic): o = o.item()
+    if type(o) in (int, float, str, bool): return o if type(o) is str else float(o)
+    if not hasattr(o, "__qualname__"): return type(o).__name__
+    cells = () if id(o) in within else getattr(o, "__closure__", None) or ()
+    return [o.__qualname__, *[_describe(_content(cell), (*within, id(o))) for cell in cells]]
+
+
+def _content(cell: CellType) -> Any: # None: it has none yet
+    "What a function closes over"
+    try: return cell.cell_contents
+    except ValueError: return None
