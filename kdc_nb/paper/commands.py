@@ -140,7 +140,8 @@ def _run_command(a: argparse.Namespace, store: Store) -> int:
         failure = None
         try:
             with nullcontext() if a.on is None else cluster_pool(a.on, jobs, store.folder) as pool:
-                sweep(specs, store, a.device, jobs, a.budget, slots=a.slots, pool=pool, on_result=keep)
+                sweep(specs, store, a.device, jobs if a.on else a.jobs, a.budget, slots=a.slots, pool=pool,
+                      on_result=keep)
         except (FloatingPointError, OSError, RuntimeError) as e: failure = e # told when the table is shown
     if a.what in PAPER_EXPERIMENTS:
         print(PAPER_EXPERIMENTS[a.what].title + (f", in miniature on {a.small}" if a.small else ""))
