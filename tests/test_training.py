@@ -588,3 +588,39 @@ def test_a_factory_that_gives_no_network_is_told(tmp_path):
         with pytest.raises(ValueError, match="model: got 'nothing', which gives a NoneType"):
             run(replace(SPEC, model="nothing"), Store(tmp_path), "cpu", progress=False)
     finally: del MODELS["nothing"]
+
+
+def test_a_frozen_backbone_may_be_shared_and_a_trained_network_may_not(store):
+    backbone = torch.nn.Linear(192, 16).requires_grad_(False)
+    MODELS["frozen"] = lambda n, c: torch.nn.Sequential(torch.nn.Flatten(), backbone, torch.nn.Linear(16, n))
+    whole = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 20))
+    MODELS["whole"] = lambda n, c: whole
+    first, second = (replace(SPEC, recipe=Recipe(1, 50), seed=s) for s in (0, 1))
+    for spec in (first, second): run(replace(spec, model="frozen"), store, "cpu", progress=False)
+    run(replace(first, model="whole"), store, "cpu", progress=False)
+    with pytest.raises(ValueError, match="model: got 'whole', which gives parameters that another run has"):
+        run(replace(second, model="whole"), store, "cpu", progress=False)
+
+
+class Notes(TrainingMethod):
+    "A method that changes as it trains; `strength` is what it was made with"
+    def __init__(self, strength=1.): super().__init__(); self.strength, self.epochs = strength, 0
+    def after_epoch(self, epoch, *valid): self.epochs += 1; self.last = float(epoch)
+
+
+def test_a_checkpoint_is_of_one_training(tmp_path):
+    "Goes on with the same method, made anew or used again; with another number, recipe, seed or data not"
+    def go(method=None, data=TINY, recipe=Recipe(2, 50), seed=0): # noqa: B008
+        return fit(build_net(SPEC), load_data(data), method or Notes(), recipe, seed, device="cpu",
+                   checkpoint=tmp_path/"x", checkpoint_every=0, progress=False).history
+    used = Notes()
+    history = go(used)
+    assert history == go(used) == go(Notes(np.float64(1))) == go(Notes(1)) == go(seed=np.int64(0))
+    before = (tmp_path/"x").read_bytes()
+    for other in (dict(method=Notes(2.)), dict(seed=1), dict(recipe=Recipe(2, 50, lr=.05)),
+                  dict(method=Method("mdca").build()), dict(data=replace_seed(TINY))):
+        with pytest.raises(ValueError, match="checkpoint: got .*, of another training"): go(**other)
+    assert (tmp_path/"x").read_bytes() == before, "it may still be needed"
+
+
+def replace_seed(data): return DataSpec(data.name, **data.params | {"seed": 1})
