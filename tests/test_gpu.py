@@ -100,8 +100,8 @@ def test_the_calls_rehearsed(tmp_path, checkout, shards):
     out, said = there("b", "more", "table2b", 100)
     results = read_results(out/"table2b.npz")
     assert len(results) >= 2 and {r.facts["commit"] for r in results.values()} == {commit}, said
-    first, *others = results
-    assert first.method == Method("nll") and Distil(first) in [s.method for s in others[:5]], (
+    first = next(s for s in [*results][:3] if s.method == Method("nll")) # on a CPU two or more at a time
+    assert Distil(first) in [s.method for s in [*results][:8]], (
         "the uncalibrated teacher, and soon its student"
     )
     tars = {p.name for p in out.glob("store_*.tar")}
