@@ -86,6 +86,14 @@ def test_what_must_not_matter(problem, random):
     np.testing.assert_allclose(X.T@(two[:, 1] - two[:, 0]), X.T@W, rtol=1e-6, atol=1e-7)
 
 
+def test_a_small_loss_is_minimised_to_the_end():
+    "One confident point: the loss is .0003, and its own rounding must not be taken for a step too far"
+    X, y, z_t = np.array([[-.12], [1.18], [1.79], [-1.42]]), np.array([0.]), np.array([4.50769746])
+    for factor in np.linspace(.5, 1.5, 101):
+        z = X.T@fit_linear_student(X, y, factor*z_t, .5, 1.).W
+        np.testing.assert_allclose(z, factor*z_t, rtol=1e-9)
+
+
 @given(problems(), integers(0, 1000))
 def test_the_students_place(problem, seed):
     X, y, _, T, alpha = problem

@@ -154,10 +154,11 @@ def fit_linear_student(
         try: step = -np.linalg.solve(H, g.T.ravel()).reshape(g.T.shape).T
         except np.linalg.LinAlgError: break
         along, drop, size = V.T@step, -(g*step).sum(), 1.
-        while (new := _total_loss(z + size*along, y, q_t, T, alpha)) > loss*(1 + 1e-12) - 1e-4*size*drop:
+        while ((new := _total_loss(z + size*along, y, q_t, T, alpha))
+               > loss + 1e-12*(1 + loss) - 1e-4*size*drop):
             size /= 2
         v, z, loss = v + size*step, z + size*along, new
-        if abs(size*along).max() < 1e-9 or alpha == 0 and _is_separable(z, y): break
+        if abs(along).max() < 1e-9 or alpha == 0 and _is_separable(z, y): break
 
     check(alpha > 0 or not _is_separable(z, y), "alpha", 0,
           "more than 0, as these features separate these labels: larger weights are always better")
