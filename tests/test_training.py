@@ -109,6 +109,20 @@ class Counts(TrainingMethod):
         self.valid += (valid_logits.argmax(1) == valid_labels).float().mean()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_that_nobody_hears_stops_at_the_next_step():
+    "As in the callback of a weak reference, whose errors Python only prints"
+    class Swallows(Counts):
+        def after_epoch(self, epoch, *valid):
+            super().after_epoch(epoch, *valid)
+            weakref.finalize(thing := (lambda: None), signal.raise_signal, signal.SIGINT)
+            del thing
+    method = Swallows()
+    with pytest.raises(KeyboardInterrupt):
+        fit(build_net(SPEC), load_data(TINY), method, Recipe(6, 32), device="cpu", progress=False)
+    assert method.seen == [0]
+
+
 @pytest.mark.parametrize("keep", ["last", "best"])
 def test_state_and_best_weights_survive_a_stop(tmp_path, keep):
     "A method with state per sample, and the best weights so far, come back with the checkpoint."

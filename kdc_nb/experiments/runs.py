@@ -27,7 +27,8 @@ from ..files import check_saveable
 from ..training.data import DataSpec, Dataset, LeaveFoldOut, load_data
 from ..training.methods import TrainingMethod
 from kdc_nb.training.devices import (
-    best_device, broadcast_int, call_in_fresh_process, cuda_is_broken, gather_strided, rank_and_world,
+    best_device, broadcast_int, call_in_fresh_process, cuda_is_broken, gather_strided, heed_ctrl_c,
+    rank_and_world,
 )
 from ..training.asking import check_network
 from ..training.steps import GraphCaptureError, Predictor, TeacherCache, predict_logits
@@ -241,7 +242,8 @@ def explain_interrupt(
     folder: Path, # of the store, which the message names
 ) -> Iterator[None]:
     "Turn Ctrl-C into `Stopped`, without a traceback of what was being computed"
-    try: yield
+    try:
+        with heed_ctrl_c(): yield
     except KeyboardInterrupt:
         raise Stopped(f"Stopped. In {folder} are all finished runs, and the others as they were at most ten "
                       "seconds ago; the same call goes on.") from None

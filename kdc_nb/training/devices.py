@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['best_device', 'list_devices', 'bf16_autocast', 'seeded_rng', 'distributed_session', 'rank_and_world', 'rank_slice',
-           'gather_batch', 'gather_strided', 'broadcast_int', 'mark_cuda_broken', 'cuda_is_broken', 'free_gpu_memory',
-           'worker_processes', 'one_thread', 'pack_own_code', 'call_with_own_code', 'call_in_fresh_process']
+           'gather_batch', 'gather_strided', 'broadcast_int', 'mark_cuda_broken', 'cuda_is_broken', 'raise_if_told',
+           'heed_ctrl_c', 'free_gpu_memory', 'worker_processes', 'one_thread', 'pack_own_code', 'call_with_own_code',
+           'call_in_fresh_process']
 
 # %% ../../nbs/training/11_devices.ipynb #84e505d9
 import gc
@@ -23,7 +24,9 @@ import torch
 from joblib.externals import loky
 from torch import Tensor, distributed
 
-from ..core import KNOWN_FINGERPRINTS, Registry, check, own_entries, own_fingerprints
+from kdc_nb.core import (
+    KNOWN_FINGERPRINTS, Registry, check, hold_ctrl_c, own_entries, own_fingerprints,
+)
 
 # %% ../../nbs/training/11_devices.ipynb #25c1a362
 def best_device(
@@ -152,16 +155,33 @@ def cuda_is_broken() -> bool:
     "Whether work on CUDA has to go to a fresh process"
     return _CUDA_BROKEN
 
-# %% ../../nbs/training/11_devices.ipynb #d2f1c0a7
+# %% ../../nbs/training/11_devices.ipynb #5fbc88fc
+_CTRL_C = threading.Event() # has come, and not yet stopped what it was for
+
+
+def raise_if_told() -> None:
+    "Raise a `KeyboardInterrupt` if Ctrl-C came in a block of `heed_ctrl_c` and did not end it"
+    if _CTRL_C.is_set(): raise KeyboardInterrupt
+
+
 @contextmanager
-def _ignore_ctrl_c() -> Iterator[None]:
-    """Processes that are started in the block never hear of Ctrl-C; nor does this one,
-    for the moment that it takes
+def heed_ctrl_c() -> Iterator[None]:
+    """End the block by Ctrl-C, also where a library swallows that or makes another error of it; afterwards
+    torch computes gradients as before
     """
-    if threading.current_thread() is not threading.main_thread(): return (yield) # only that one may say so
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try: yield
-    finally: signal.signal(signal.SIGINT, before)
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler): return (yield)
+    def note(*args): _CTRL_C.set(); handler(*args)
+    signal.signal(signal.SIGINT, note)
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled()): yield
+        raise_if_told()
+    except Exception:
+        raise_if_told()
+        raise
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        _CTRL_C.clear()
 
 # %% ../../nbs/training/11_devices.ipynb #4b7a90e3
 def free_gpu_memory() -> None:
@@ -175,7 +195,7 @@ def free_gpu_memory() -> None:
 class _UninterruptedPool(loky.ProcessPoolExecutor):
     "One that starts its processes, which it does when it is given something to do, without an ear for Ctrl-C"
     def submit(self, *args, **kw):
-        with _ignore_ctrl_c(): return super().submit(*args, **kw)
+        with hold_ctrl_c(): return super().submit(*args, **kw)
 
     def shutdown(self, wait: bool = True, kill_workers: bool = False) -> None:
         """End the processes; if they are killed, nothing that waits is begun any more, of

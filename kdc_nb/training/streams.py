@@ -9,7 +9,7 @@ __all__ = ['register_image_folder', 'register_tiny_imagenet', 'register_imagenet
 import os
 import signal
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from multiprocessing import parent_process
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import check
+from ..core import check, hold_ctrl_c
 from ..values import derive_seed
 from ..files import content_hash, read_registered_data, registered_data_path, save_tensors
 from kdc_nb.training.data import (
@@ -89,14 +89,6 @@ def _ignore_interrupt(worker: int) -> None:
     "Leave Ctrl-C to the process that reads: a worker that is gone before it looks is an error of torch's"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-
-def _start_unhearing(loader: Iterable) -> Iterator:
-    "An iterator whose workers, where that is possible, do not hear Ctrl-C before they can ignore it either"
-    if not hasattr(signal, "pthread_sigmask"): return iter(loader)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) # which processes inherit
-    try: return iter(loader)
-    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
 # %% ../../nbs/training/04_streams.ipynb #4dc294f9
 def _iter_batches(
     source: _ImageReader,
@@ -110,7 +102,9 @@ def _iter_batches(
     loader = torch.utils.data.DataLoader(source, batch_sampler=[b.tolist() for b in batches],
                                          num_workers=workers, generator=torch.Generator(),
                                          worker_init_fn=_ignore_interrupt)
-    try: yield from _start_unhearing(loader)
+    try:
+        with hold_ctrl_c(): images = iter(loader) # its workers cannot ignore it at once
+        yield from images
     except ValueError as e:
         # without the worker's traceback
         raise ValueError(str(e).splitlines()[-1].removeprefix("ValueError: ")) from None

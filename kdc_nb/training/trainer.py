@@ -25,7 +25,8 @@ from ..calibration.metrics import ece, top1
 from .data import Dataset
 from .methods import TrainingMethod, TrainingStep
 from kdc_nb.training.devices import (
-    best_device, bf16_autocast, broadcast_int, gather_batch, rank_slice, seeded_rng,
+    best_device, bf16_autocast, broadcast_int, gather_batch, heed_ctrl_c, raise_if_told, rank_slice,
+    seeded_rng,
 )
 from .asking import as_predictor, check_loss, check_network, check_teacher
 from .recipes import Recipe
@@ -177,9 +178,8 @@ class _TrainerEpochs(_TrainerSteps):
     def check_losses(self, losses: Tensor) -> None: # (S,)
         "A `FloatingPointError` names the first step whose loss is not finite"
         for k in (~losses.isfinite()).nonzero()[:1, 0].tolist():
-            found = f"got {losses[k]} at step {k} of epoch {self.epoch}"
-            advice = f"try a smaller lr than {self.recipe.lr}"
-            raise FloatingPointError(f"loss: {found}, expected a number; {advice}")
+            raise FloatingPointError(f"loss: got {losses[k]} at step {k} of epoch {self.epoch}, expected a "
+                                     f"number; try a smaller lr than {self.recipe.lr}")
 
 # %% ../../nbs/training/15_trainer.ipynb #d8ed6c24
 class OutOfTime(Exception):
@@ -197,7 +197,7 @@ class Trainer(_TrainerEpochs):
     ) -> "Trainer": # itself
         "Train to the end, in a process that does nothing else; `OutOfTime` if the deadline passes before"
         bar = tqdm(total=self.recipe.epochs, unit="epoch", leave=False, disable=not progress or self.rank > 0)
-        with bar, torch.backends.cudnn.flags(enabled=True, benchmark=True):
+        with heed_ctrl_c(), bar, torch.backends.cudnn.flags(enabled=True, benchmark=True):
             for event in self.chunks(checkpoint, checkpoint_every, deadline):
                 if event: event.synchronize()
                 if self.epoch > bar.n: bar.update(self.epoch - bar.n); bar.set_postfix(self.history[-1])
@@ -211,8 +211,8 @@ class Trainer(_TrainerEpochs):
         "Train all that is left, chunk by chunk; `OutOfTime` if the deadline passes before"
         if self.teacher: check_teacher(self.teacher, self.data, self.device)
         if checkpoint: self.check_state(); self.resume(checkpoint)
-        epochs_left = range(self.epoch, self.recipe.epochs)
-        self.recording = not (self.teacher_cache and self.teacher_cache.holds(epochs_left))
+        cache, left = self.teacher_cache, range(self.epoch, self.recipe.epochs)
+        self.recording = not (cache and cache.holds(left))
         writer, began = CheckpointWriter(self, checkpoint, checkpoint_every), time.time() - self.seconds
         try:
             while self.epoch < self.recipe.epochs:
@@ -220,6 +220,7 @@ class Trainer(_TrainerEpochs):
                 for event in self.train_epoch():
                     self.seconds = time.time() - began
                     writer.save_if_due()
+                    raise_if_told()
                     self.stop_if(self.world == 1 and deadline is not None and time.time() > deadline, writer)
                     yield event
                 self.seconds = time.time() - began
@@ -285,9 +286,8 @@ def fit(
     deadline: float | None = None, # when to stop, as `time.time()` gives it; None: when all is done
     progress: bool = True, # show a bar
 ) -> Trainer: # `history` has a dict for each epoch: loss, accuracy; valid_accuracy and valid_ece if computed
-    """Train a network by a method and a recipe, or finish an interrupted call; `OutOfTime` at the deadline,
-    `FloatingPointError` for a loss that is not finite, a `ValueError` for a network
-    or teacher of other classes
+    """Train by a method and a recipe, or finish an interrupted call; `OutOfTime` at the deadline, a
+    `FloatingPointError` for a loss not finite, a `ValueError` for a network or teacher of other classes
     """
     check(isinstance(method, TrainingMethod), "method", repr(method), "what its `build()` gives")
     check(isinstance(data, Dataset), "data", repr(data), "a data set, from `load_data`")
