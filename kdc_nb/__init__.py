@@ -48,13 +48,18 @@ def _no_spinning() -> None:
                       RuntimeWarning, stacklevel=3)
 
 
+def _stop_before_it_began(*signal_and_frame) -> None:
+    "At once: a `KeyboardInterrupt` within an import may be swallowed, or become another error"
+    print("\nStopped before it began; the same command starts again.", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
 def _command(module: str) -> int:
     "Import a command and run it; Ctrl-C is told in a sentence also while torch is being imported"
-    try: status = import_module(f"kdc_nb.{module}").main()
-    except KeyboardInterrupt:
-        print("\nStopped before it began; the same command starts again.", file=sys.stderr)
-        status = 130
-    if status == 130:
+    handler = signal.signal(signal.SIGINT, _stop_before_it_began)
+    command = import_module(f"kdc_nb.{module}")
+    signal.signal(signal.SIGINT, handler)
+    if (status := command.main()) == 130:
         # once more, while Python cleans up for seconds, ends it without a traceback
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     return status

@@ -182,10 +182,14 @@ class Tally:
 
 
 def stream(*command: str) -> tuple[int, str]:
-    "Run a command of this environment, show what it says as it says it; its status and output"
+    """Run a command of this environment, show what it says as it says it; its status and output.
+
+    Of the hundreds of processes that follow, only the first compiles what it imports.
+    """
     command = (str(Path(sys.executable).with_name(command[0])), *command[1:])
+    env = os.environ | ENV | {"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": ""}
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          env=os.environ | ENV | {"PYTHONUNBUFFERED": "1"}) as p:
+                          env=env) as p:
         lines = []
         for line in p.stdout:
             print(line, end="", flush=True)

@@ -21,7 +21,7 @@ from joblib import cpu_count
 from ..core import check
 from ..values import spec_hash
 from ..tables import Table
-from ..training.devices import best_device, distributed_session, rank_and_world
+from ..training.devices import best_device, distributed_session, heed_ctrl_c, rank_and_world
 from ..training.recipes import RECIPES
 from ..experiments.specs import RunSpec
 from ..experiments.results import Result, read_results, without_logits, write_results
@@ -90,7 +90,7 @@ def main(
     store = Store(a.store)
     try:
         for file in a.modules: _import_file(file)
-        with (distributed_session(a.device),
+        with (heed_ctrl_c(), distributed_session(a.device),
               redirect_stdout(sys.stdout if rank_and_world()[0] == 0 else io.StringIO())):
             return _run_command(a, store)
     except KeyboardInterrupt:

@@ -23,7 +23,7 @@ from ..core import check
 from ..files import atomic_write
 from ..training.data import DataSpec
 from ..training.methods import Method
-from ..training.devices import best_device
+from ..training.devices import best_device, heed_ctrl_c
 from ..training.recipes import RECIPES, Recipe
 from ..experiments.specs import Distil, RunSpec
 from ..experiments.teachers import TemperedPosterior
@@ -221,7 +221,8 @@ def main(
     p.add_argument("--folder", default="demo_out", help="where figures, page and runs go (demo_out)")
     p.add_argument("--device", help="cpu, cuda or mps (the fastest there is)")
     a = p.parse_args(args)
-    try: print(run_demo(a.data, a.seeds, a.folder, a.device))
+    try:
+        with heed_ctrl_c(): print(run_demo(a.data, a.seeds, a.folder, a.device))
     except KeyboardInterrupt:
         print(f"\nStopped. What is done is kept in {a.folder}; the same command goes on.", file=sys.stderr)
         return 130
