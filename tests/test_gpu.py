@@ -97,7 +97,7 @@ def test_the_calls_rehearsed(tmp_path, checkout, shards):
     out, said = there("a", "one")
     speed = json.loads((out/"benchmark_training.json").read_text())
     assert "All is well." in said and speed["slots"] in (1, 2) and speed["facts"]["commit"] == commit
-    out, said = there("b", "more", "table2b", 100)
+    out, said = there("b", "more", "table2b", 60)
     results = read_results(out/"table2b.npz")
     assert len(results) >= 2 and {r.facts["commit"] for r in results.values()} == {commit}, said
     first = next(s for s in [*results][:3] if s.method == Method("nll")) # on a CPU two or more at a time
@@ -105,7 +105,7 @@ def test_the_calls_rehearsed(tmp_path, checkout, shards):
         "the uncalibrated teacher, and soon its student"
     )
     tars = {p.name for p in out.glob("store_*.tar")}
-    out, _ = there("c", "more", "table1", 60)
+    out, _ = there("c", "more", "table1", 40)
     assert tars and {p.name for p in out.glob("store_*.tar")} - tars, "the first runs of each"
     assert ({p.name for p in (tmp_path/"work/shards").iterdir()}
             == {f"{name}-{part}.npz" for name, part in kept})
