@@ -14,6 +14,7 @@ setup(
     keywords=cfg["keywords"].split(),
     author=cfg["author"],
     packages=find_packages(include=["kdc_nb*"]),
+    package_data={"kdc_nb": ["explorer.css", "explorer.js"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"text": cfg["text_requirements"].split(),
                     "dev": (cfg["dev_requirements"] + " " + cfg["text_requirements"]).split()},

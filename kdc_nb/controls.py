@@ -6,62 +6,21 @@
 __all__ = ['NumberControl', 'value_slider', 'dropdown', 'number_slider', 'Explorer']
 
 # %% ../nbs/controls.ipynb #96e3430f
-import struct
-import zlib
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
-import matplotlib.pyplot as plt
 import numpy as np
 import traitlets
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from .core import check, lookup
-
-# %% ../nbs/controls.ipynb #e44972ec
-def _encode_png(
-    pixels: np.ndarray, # (H, W, 3) or (H, W, 4) uint8
-    level: int = 1, # of compression, 1 (fast) to 9 (small)
-) -> bytes:
-    "Pixels as a PNG, each row less the one above: twice as fast as what chooses a filter for each row"
-    flat = pixels.reshape(len(pixels), -1)
-    rows = np.empty((flat.shape[0], flat.shape[1] + 1), np.uint8)
-    rows[:, 0], rows[0, 1:] = 2, flat[0] # filter 2: up
-    np.subtract(flat[1:], flat[:-1], out=rows[1:, 1:])
-    # 8 bits, RGB or RGBA
-    head = struct.pack(">IIBBBBB", *pixels.shape[1::-1], 8, {3: 2, 4: 6}[pixels.shape[2]], 0, 0, 0)
-    parts = (b"IHDR", head), (b"IDAT", zlib.compress(rows, level)), (b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        for name, data in parts)
-
-# %% ../nbs/controls.ipynb #e55e4c16
-class _Blitter:
-    "Pixels of a figure whose animated artists alone are drawn again"
-
-    def __init__(self,
-        figure: Figure, # is closed
-        dpi: float = 200., # pixels per inch
-    ):
-        plt.close(figure)
-        figure.set_dpi(dpi)
-        self.figure, self.canvas = figure, FigureCanvasAgg(figure)
-        self.canvas.draw()
-        figure.set_layout_engine("none") # what has found its place stays there
-        self.still = self.canvas.copy_from_bbox(figure.bbox)
-        self.moving = sorted(figure.findobj(lambda artist: artist.get_animated()),
-                             key=lambda artist: artist.zorder)
-
-    def pixels(self) -> np.ndarray: # (H, W, 4) uint8
-        "The figure as it is now"
-        self.canvas.restore_region(self.still)
-        for artist in self.moving: artist.draw(self.canvas.get_renderer())
-        return np.asarray(self.canvas.buffer_rgba())
+from .files import atomic_write
+from .drawings import Choice, Drawing, explorer_html, page_html, read_asset
 
 # %% ../nbs/controls.ipynb #6f0be6d1
 class NumberControl(widgets.HBox):
@@ -143,14 +102,6 @@ def number_slider(
     return NumberControl(name, np.round(np.arange(low, high + step/2, step), 10), value)
 
 # %% ../nbs/controls.ipynb #dcee7f9d
-_CSS = """<style>
-.kdc-picture { border-radius: 4px }
-.kdc-picture.kdc-stale { opacity: .3 }
-[data-jp-theme-light="false"] .kdc-explorer:not(:has(.kdc-photographs :checked)) .kdc-picture
-  { filter: invert(.93) hue-rotate(180deg) }
-</style>"""
-
-
 class Explorer(widgets.VBox):
     "Controls above a picture, whose animated parts are drawn again whenever a control changes"
 
@@ -160,28 +111,30 @@ class Explorer(widgets.VBox):
         controls: Mapping[str, widgets.Widget], # by the name of the argument that `show` gets
         name: str = "explorer", # of the files that the button saves
         buttons: Mapping[str, Mapping[str, Any]] = {}, # text of each button -> the values that it sets
+        # values of some controls that a file offers, to which those of now are added; of the others: all
+        grid: Mapping[str, Iterable[Any]] = {},
     ):
-        self.show, self.controls, self.name, self.held, self.shown = show, controls, name, False, {}
-        self.blitter = _Blitter(figure)
-        self.image = widgets.Image(layout=widgets.Layout(width=f"{self.width}px", max_width="100%"))
-        self.image.add_class("kdc-picture")
+        self.show, self.controls, self.held, self.shown = show, controls, False, {}
+        self.buttons, self.grid, self.drawing = dict(buttons), dict(grid), Drawing(figure, name)
+        self.picture = widgets.HTML(layout=widgets.Layout(width=f"{self.drawing.width}px", max_width="100%"))
+        self.picture.add_class("kdc-picture")
         self.refusal, self.saved, self.errors = widgets.HTML(), widgets.HTML(), widgets.Output()
         first = {k: c.value for k, c in controls.items()}
         row = [*(self._button(text, lambda values=v: self.move(**values))
-                 for text, v in ({"reset": first} | dict(buttons)).items()),
-               self._button("save as SVG", self._save), self.saved, self.refusal]
+                 for text, v in ({"reset": first} | self.buttons).items()),
+               *(self._button(f"save as {kind.upper()}", lambda kind=kind: self._save(kind))
+                 for kind in ("svg", "html")), self.saved, self.refusal]
         wrap, hidden = widgets.Layout(flex_flow="row wrap"), widgets.Layout(display="none")
-        super().__init__([widgets.HTML(_CSS, layout=hidden),
+        style = f"<style>{read_asset('explorer.css')}</style>"
+        super().__init__([widgets.HTML(style, layout=hidden),
                           widgets.HBox(list(controls.values()), layout=wrap),
-                          widgets.HBox(row, layout=wrap), self.image, self.errors])
+                          widgets.HBox(row, layout=wrap), self.picture, self.errors])
         self.add_class("kdc-explorer")
         for c in controls.values(): c.observe(self.update, "value")
         self.update()
 
-    @property
-    def width(self) -> int:
-        "Width of the picture in a browser's pixels, half as many as the picture has"
-        return round(100*self.blitter.figure.get_figwidth())
+    def __repr__(self): # Jupyter's text for a reader without pictures
+        return f"{self.drawing.name}: " + ", ".join(f"{k} = {v}" for k, v in self.shown.items())
 
     def _button(self, text: str, press: Callable[[], None]) -> widgets.Button:
         button = widgets.Button(description=text, layout=widgets.Layout(width="auto"))
@@ -211,44 +164,86 @@ class Explorer(widgets.VBox):
         if self.held: return
         try:
             self.show(**(values := self.values()))
-            self.image.value, self.shown, self.saved.value, self.refusal.value = (
-                _encode_png(self.blitter.pixels()), values, "", ""
-            )
-            self.image.remove_class("kdc-stale")
+            self.picture.value, self.shown = self.drawing.html(), values
+            self.saved.value = self.refusal.value = ""
+            self.picture.remove_class("kdc-stale")
             if self.errors.outputs: self.errors.outputs = ()
         except ValueError as e:
             self.refusal.value = f"<b>{escape(str(e))}</b> (the picture is of the values before)"
-            self.image.add_class("kdc-stale")
+            self.picture.add_class("kdc-stale")
         except Exception:
             with self.errors: raise
 
     def save(self,
-        # ending in .svg, .pdf or .png; None: a new .svg in the working directory
+        # ending in .html, .svg, .pdf or .png; None: a new .svg in the working directory
         path: str | Path | None = None,
+        # of a .html: values of some controls in place of the grid's
+        values: Mapping[str, Iterable[Any]] = {},
     ) -> Path:
-        """Save the picture as it is and return the file's path.
+        """Save the picture as it is, or a web page with sliders that needs no Python, and return the path.
 
-        A `ValueError` if the file exists, or if there is no picture for the controls' values.
+        A `ValueError` if the file exists, if there is no picture for the controls' values, or for a web page
+        of more than 4,000 pictures or 4 MB.
         """
-        path = _free_path(Path(f"{self.name}.svg")) if path is None else Path(path)
+        path = _free_path(Path(f"{self.drawing.name}.svg")) if path is None else Path(path)
         check(not path.exists(), "path", str(path), "a file that does not exist yet")
+        check(path.suffix in (".html", ".svg", ".pdf", ".png"), "path", str(path),
+              "one that ends in .html, .svg, .pdf or .png")
         check(not self.refusal.value, "controls", "values without a picture", "values that are not refused")
-        self.show(**self.shown)
-        self.blitter.figure.savefig(path, dpi=self.blitter.figure.dpi)
+        page = path.suffix == ".html"
+        check(page or not values, "values", "some", f"none for {path.suffix}, which is the picture as it is")
+        if page: text = page_html(self.drawing.name, self.html(values))
+        else: self.show(**self.shown)
+        with atomic_write(path) as part:
+            if page: part.write_text(text, encoding="utf-8")
+            else: self.drawing.figure.savefig(part, format=path.suffix[1:], dpi=200)
         self.saved.value = f"saved as {escape(str(path))}"
         return path
 
-    def _save(self) -> None:
-        try: self.save()
-        except (ValueError, OSError) as e: self.saved.value = f"not saved: {escape(str(e))}"
+    def html(self,
+        values: Mapping[str, Iterable[Any]] = {}, # of some controls in place of the grid's
+    ) -> str:
+        "A part of a web page, with sliders that need no Python; a `ValueError` where it would be too large"
+        for k in values: lookup(self.controls, k, "values")
+        offered = {k: [*v, *(b[k] for b in self.buttons.values() if k in b)]
+                   for k, v in (self.grid | dict(values)).items()}
+        choices = {k: _offer(c, offered.get(k)) for k, c in self.controls.items()}
+        try: return explorer_html(self.drawing, self.show, choices, self.buttons)
+        finally: self.show(**self.shown)
+
+    def _save(self, kind: str) -> None:
+        with self.errors:
+            try: self.save(_free_path(Path(f"{self.drawing.name}.{kind}")))
+            except (ValueError, OSError) as e: self.saved.value = f"not saved: {escape(str(e))}"
 
     def _repr_mimebundle_(self, **kwargs):
-        png = b64encode(_encode_png(self.blitter.pixels()[..., :3], level=9)).decode()
-        return ((super()._repr_mimebundle_(**kwargs) or {}) | {"image/png": png},
-                {"image/png": {"width": self.width}})
+        self.drawing.figure.savefig(png := BytesIO(), format="png", dpi=200, metadata={"Software": None})
+        own = {"image/png": b64encode(png.getvalue()).decode()}
+        return ((super()._repr_mimebundle_(**kwargs) or {}) | own,
+                {"image/png": {"width": self.drawing.width}})
 
 # %% ../nbs/controls.ipynb #808a8399
 def _free_path(path: Path) -> Path:
     "The path, or the first with a number that is free"
     paths = [path, *(path.with_stem(f"{path.stem}_{k}") for k in range(2, 1000))]
     return next(p for p in paths if not p.exists())
+
+
+def _offer(
+    control: widgets.Widget, # one of an explorer
+    values: Iterable[Any] | None, # to which its own is added; None: all that it has
+) -> Choice:
+    "What a file lets its reader choose; a `ValueError` for a value that the control does not have"
+    if isinstance(control, NumberControl):
+        label, kind = control.children[0].value, int if control.whole else float
+        found = {kind(v) for v in (control.steps if values is None else values)} | {kind(control.value)}
+        pairs = [(f"{v:g}", v) for v in sorted(found)]
+    else:
+        label = control.description
+        options = getattr(control, "options", (("no", False), ("yes", True))) # of a box to tick
+        pairs = [o if isinstance(o, tuple) else (str(o), o) for o in options]
+        if values is not None:
+            wanted = [*values, control.value]
+            pairs = [(text, v) for text, v in pairs if v in wanted]
+    texts, found = zip(*pairs)
+    return Choice(label, list(found), list(texts), found.index(control.value))

@@ -74,7 +74,8 @@ def explore_reliability(
     controls = {"T": NumberControl("temperature T", steps, 1.),
                 "n_bins": NumberControl("bins", range(2, 51), 15, whole=True)}
     buttons = {} if fitted.note else {"go to the fitted T": {"T": float(f"{fitted.T:.4g}")}}
-    return Explorer(figure, show, controls, "reliability", buttons)
+    grid = {"T": steps[::3], "n_bins": (5, 10, 15, 20, 30, 50)}
+    return Explorer(figure, show, controls, "reliability", buttons, grid)
 
 # %% ../nbs/explorers.ipynb #6e7c8d83
 @plt.rc_context(SMALL_FONT)
@@ -206,7 +207,8 @@ def explore_classes(
 
     controls = {**_student_controls(students),
                 **_class_controls(names, most_confused_triple(views[found[0].method.teacher]))}
-    return Explorer(figure, show, controls, "classes")
+    grid = {"a": (), "b": (), "c": (), "images": ()} # as they are: there is one picture for all combinations
+    return Explorer(figure, show, controls, "classes", grid=grid)
 
 
 def _format_student(result: Result) -> str:
@@ -221,7 +223,6 @@ def _class_controls(names: Sequence[str], begin: Sequence[int]) -> dict[str, wid
     options = [(n, i) for i, n in enumerate(names)]
     images = widgets.Checkbox(False, description="as images", indent=False,
                               layout=widgets.Layout(width="auto"))
-    images.add_class("kdc-photographs")
     return ({k: dropdown(f"class {k}", options, v) for k, v in zip("abc", begin)}
             | {"split": dropdown("samples of", ["test", "train"]), "images": images})
 
@@ -241,22 +242,27 @@ def explore_theory() -> Explorer:
         features=dropdown("features", list(FEATURE_SAMPLERS)),
         intercept=widgets.Checkbox(True, description="intercept", indent=False,
                                    layout=widgets.Layout(width="auto")))
+    grid = {"T": (.5, 1, 1.5, 2, 3, 5, 10), "alpha": np.linspace(0, 1, 11), "angle": (0, 30, 90), "N": (),
+            "d": (), "scale": (), "overconfidence": (), "features": (), "intercept": ()}
     return Explorer(picture.figure, lambda **values: picture.show(prepare_linear_view(**values)),
-                    controls, "theory")
+                    controls, "theory", grid=grid)
 
 # %% ../nbs/explorers.ipynb #7868680b
-_METHOD_FAMILIES = { # a function that computes the field, a title, and the controls
+_METHOD_FAMILIES = { # a function that computes the field, a title, the controls, and their values in a file
     "targets": (target_loss_field, "A target: smoothed label and teacher", lambda: dict(
         eps=number_slider(0, 1, .1, .01, "smoothing eps"), alpha=number_slider(0, 1, .5, .01, "weight alpha"),
-        teacher=number_slider(.01, .99, .7, .01, "teacher's probability of the label"))),
+        teacher=number_slider(.01, .99, .7, .01, "teacher's probability of the label")),
+        {"eps": (0, .1, .2, .4, .6, .8, 1), "alpha": np.arange(11)/10, "teacher": (.3, .5, .7, .9, .99)}),
     "weights": (weight_loss_field, "A weight: focal loss",
-                lambda: dict(gamma=number_slider(-2, 10, 3, .1, "exponent gamma"))),
+                lambda: dict(gamma=number_slider(-2, 10, 3, .1, "exponent gamma")), {}),
     "logits": (logit_loss_field, "NLL and a penalty on logits", lambda: dict(
         penalty=dropdown("penalty", list(LOGIT_PENALTIES)),
-        beta=number_slider(0, 2, .1, .01, "weight beta"), margin=number_slider(0, 12, 6, .1, "margin"))),
+        beta=number_slider(0, 2, .1, .01, "weight beta"), margin=number_slider(0, 12, 6, .1, "margin")),
+        {"beta": (0, .02, .05, .1, .2, .5, 1, 2), "margin": range(13)}),
     "batches": (batch_loss_field, "NLL and a penalty on a batch", lambda: dict(
         penalty=dropdown("penalty", list(BATCH_PENALTIES)), beta=number_slider(0, 10, 2, .1, "weight beta"),
-        overconfidence=number_slider(.2, 4, 2, .1, "overconfidence of the others"))),
+        overconfidence=number_slider(.2, 4, 2, .1, "overconfidence of the others")),
+        {"beta": range(11), "overconfidence": (.2, .5, 1, 1.5, 2, 3, 4)}),
 }
 
 
@@ -268,8 +274,8 @@ def explore_method(
 
     A `ValueError` lists the families if there is no such family.
     """
-    prepare, title, controls = lookup(_METHOD_FAMILIES, family, "family")
+    prepare, title, controls, grid = lookup(_METHOD_FAMILIES, family, "family")
     _, axs = create_panels(2, 3.6, width_ratios=(1, 1.3))
     picture = LossFieldPlot(axs, animated=True)
     return Explorer(axs[0].figure, lambda **values: picture.show(prepare(**values), title),
-                    controls(), f"method_{family}")
+                    controls(), f"method_{family}", grid=grid)

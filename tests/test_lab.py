@@ -29,6 +29,7 @@ READY = """async () => {
 }"""
 RUN = "() => jupyterapp.commands.execute('notebook:run-all-cells')"
 SAVE = "() => jupyterapp.shell.currentWidget.context.save()"
+CHANGED = "([k, before]) => document.querySelectorAll('.kdc-picture')[k].innerHTML !== before"
 SHUT = "() => jupyterapp.serviceManager.sessions.shutdownAll()"
 
 
@@ -170,11 +171,11 @@ def run_all(page, notebook: str, shots: Path, minutes: float = 10) -> None:
 @contextmanager
 def another_picture(page, picture: int = 0):
     "Wait until what the block does has changed the picture of the page's nth explorer"
-    image = page.locator(".widget-image").nth(picture)
+    image = page.locator(".kdc-picture").nth(picture)
     image.scroll_into_view_if_needed()
-    before, began = image.get_attribute("src"), time.monotonic()
+    before, began = image.inner_html(), time.monotonic()
     yield
-    playwright.expect(image).not_to_have_attribute("src", before, timeout=30_000)
+    page.wait_for_function(CHANGED, arg=[picture, before], timeout=30_000)
     page.waits.append(time.monotonic() - began)
     assert not errors(page)
 
@@ -197,7 +198,7 @@ def push_slider(page, nth: int) -> None:
 
 def drag_slider(page, nth: int, by: int, picture: int = 0) -> None:
     "Drag a slider `by` pixels; the picture must follow before it is let go"
-    page.locator(".widget-image").nth(picture).scroll_into_view_if_needed()
+    page.locator(".kdc-picture").nth(picture).scroll_into_view_if_needed()
     handle = page.locator(".noUi-handle").nth(nth).bounding_box()
     x, y = handle["x"] + handle["width"]/2, handle["y"] + handle["height"]/2
     page.mouse.move(x, y)

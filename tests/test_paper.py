@@ -152,12 +152,12 @@ def test_only_chains_of_one_kind_are_measured(looks):
 
 def test_the_explorer_goes_through_the_generations(looks):
     explorer = explore_classes(looks[0])
-    pictures = [bytes(explorer.image.value)]
+    pictures = [explorer.picture.value]
     assert [v for _, v in explorer.controls["generation"].options] == [1, 2]
     for name, v in (("generation", 2), ("teacher", "focal gamma=3"), ("generation", 1)):
         explorer.controls[name].value = v
-        assert not explorer.refusal.value and bytes(explorer.image.value) not in pictures
-        pictures.append(bytes(explorer.image.value))
+        assert not explorer.refusal.value and explorer.picture.value not in pictures
+        pictures.append(explorer.picture.value)
 
 
 @pytest.mark.parametrize("name", PAPER_EXPERIMENTS)
