@@ -33,7 +33,7 @@ notebooks: $(READY) ## run every notebook, keep its outputs, make README.md
 	@$(BIN)/python nbs/_build.py run
 	@$(BIN)/python nbs/_build.py readme
 
-site: $(READY) ## the notebooks as web pages in _site, to read without Jupyter and without a network
+site: $(READY) ## the notebooks as web pages with sliders in _site, to read without Jupyter and without a network
 	@$(BIN)/python nbs/_site.py
 
 test: $(READY) ## the notebooks' own tests, then tests/

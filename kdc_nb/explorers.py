@@ -252,7 +252,7 @@ _METHOD_FAMILIES = { # a function that computes the field, a title, the controls
     "targets": (target_loss_field, "A target: smoothed label and teacher", lambda: dict(
         eps=number_slider(0, 1, .1, .01, "smoothing eps"), alpha=number_slider(0, 1, .5, .01, "weight alpha"),
         teacher=number_slider(.01, .99, .7, .01, "teacher's probability of the label")),
-        {"eps": (0, .1, .2, .4, .6, .8, 1), "alpha": np.arange(11)/10, "teacher": (.3, .5, .7, .9, .99)}),
+        {"eps": (0, .1, .2, .5, 1), "alpha": (0, .25, .5, .75, .9, 1), "teacher": (.3, .5, .7, .9, .99)}),
     "weights": (weight_loss_field, "A weight: focal loss",
                 lambda: dict(gamma=number_slider(-2, 10, 3, .1, "exponent gamma")), {}),
     "logits": (logit_loss_field, "NLL and a penalty on logits", lambda: dict(
@@ -262,7 +262,7 @@ _METHOD_FAMILIES = { # a function that computes the field, a title, the controls
     "batches": (batch_loss_field, "NLL and a penalty on a batch", lambda: dict(
         penalty=dropdown("penalty", list(BATCH_PENALTIES)), beta=number_slider(0, 10, 2, .1, "weight beta"),
         overconfidence=number_slider(.2, 4, 2, .1, "overconfidence of the others")),
-        {"beta": range(11), "overconfidence": (.2, .5, 1, 1.5, 2, 3, 4)}),
+        {"beta": (0, 1, 2, 4, 7, 10), "overconfidence": (.2, .5, 1, 2, 4)}),
 }
 
 

@@ -1,15 +1,21 @@
-"""The notebooks, as they are, as web pages that load nothing and run nothing: `python
-nbs/_site.py [FOLDER]`, or _site.
+"""The notebooks, as they are, as web pages that load nothing: `python nbs/_site.py [FOLDER]`, or _site.
 
-A page is one file: style, pictures and formulas (MathML) are in it. Its frame is _site.html, which also
-forbids it every request.
+A page is one file: style, pictures, formulas (MathML) and explorers are in it. Its frame is _site.html,
+which also forbids it every request. Cells that say `#| live` are run, so that their explorers have sliders.
+One page more, search.html, holds the text of all.
 """
+import ast
+import gzip
+import json
+import os
 import posixpath
 import re
 import sys
 import tempfile
 import unicodedata
+from base64 import b64encode
 from dataclasses import dataclass
+from hashlib import sha256
 from html import escape, unescape
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +23,7 @@ from string import Template
 from xml.etree import ElementTree
 
 import nbformat
+from joblib import Parallel, cpu_count, delayed
 from latex2mathml.converter import convert_to_element
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments import highlight
@@ -25,11 +32,16 @@ from pygments.lexers import get_lexer_by_name
 
 from _build import NBS, ROOT, directives, notebooks
 
+from kdc_nb.drawings import read_asset
+
 FRAME = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
-# under nbs, each on those before it
-FOLDERS = ("", "calibration", "training", "experiments", "analysis", "paper", "studies")
+# under nbs: what was found, then the modules, each on those before it
+FOLDERS = ("studies", "", "calibration", "training", "experiments", "analysis", "paper")
 MARKER = ".made-by-make-site" # a folder that holds this file may be replaced
 PYTHON, COLOURS = get_lexer_by_name("ipython3"), HtmlFormatter(style="vs")
+DARK = HtmlFormatter(style="github-dark").get_style_defs(".highlight")
+STYLE = "\n".join([COLOURS.get_style_defs(".highlight"),
+                   f"@media (prefers-color-scheme: dark) {{ {DARK} }}", read_asset("explorer.css")])
 LETTERS = {(alphabet, unicodedata.normalize("NFKC", c)): c
            for alphabet in ("double-struck", "script") for c in map(chr, range(0x2100, 0x1D800))
            if re.fullmatch(rf"(MATHEMATICAL )?{alphabet} (CAPITAL|SMALL|DIGIT) \w+",
@@ -108,7 +120,23 @@ def output_html(output) -> str:
     return f"<pre>{escape(output.get('text', data.get('text/plain', '')))}</pre>"
 
 
-def cell_html(cell, markdown: MarkdownWithMath) -> str:
+def draw_explorers(name: str) -> dict[str, str]: # by the cell's id
+    "The explorers of a notebook, with sliders: the values of its live cells, which need no other cell"
+    os.environ |= {"TQDM_DISABLE": "1", "MPLBACKEND": "agg"}
+    from kdc_nb import all as kit
+    from kdc_nb.controls import Explorer
+    space, found = dict(vars(kit)), {}
+    for cell in nbformat.read(NBS/name, as_version=4).cells:
+        if "live" not in directives(cell): continue
+        lines = ast.parse(cell.source).body
+        last = lines.pop() if isinstance(lines[-1], ast.Expr) else None
+        exec(compile(ast.Module(lines, []), name, "exec"), space)
+        value = last and eval(compile(ast.Expression(last.value), name, "eval"), space)
+        if isinstance(value, Explorer): found[cell.id] = value.html()
+    return found
+
+
+def cell_html(cell, markdown: MarkdownWithMath, explorers: dict[str, str]) -> str:
     "A cell as nbdev's directives want it; a formula stays on one line with the comma that follows it"
     if cell.cell_type == "markdown":
         return re.sub("(<math((?!</math>).)*</math>[,.;:?!)]+)",
@@ -117,6 +145,7 @@ def cell_html(cell, markdown: MarkdownWithMath) -> str:
     if cell.cell_type != "code" or "hide" in marks: return ""
     source = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|"))
     code = highlight(source, PYTHON, COLOURS) if source.strip() and "echo: false" not in marks else ""
+    if cell.id in explorers: return code + explorers[cell.id]
     return code + "".join(f'<div class="output">{output_html(o)}</div>\n' for o in cell.outputs)
 
 
@@ -143,26 +172,30 @@ class Page:
 
 
 def read_pages() -> list[Page]:
-    "All notebooks in reading order: the index, those beside it, those in folders, floor by floor"
+    "All notebooks in reading order: the index, the studies, the modules, floor by floor"
     paths = sorted((p.relative_to(NBS) for p in notebooks()),
                    key=lambda p: (p.stem != "index", FOLDERS.index(p.parent.name)))
     names, pages = [p.as_posix() for p in paths], []
+    cells = {n: nbformat.read(NBS/n, as_version=4).cells for n in names}
+    marks = {n: {d for c in cells[n] for d in directives(c)} for n in names}
+    live = [n for n in names if "live" in marks[n]]
+    explorers = dict(zip(live, Parallel(cpu_count())(delayed(draw_explorers)(n) for n in live)))
     for name in names:
-        cells, markdown = (nbformat.read(NBS/name, as_version=4).cells,
-                           MarkdownWithMath(Renderer(name, set(names))))
-        module = any(d.startswith("default_exp") for c in cells for d in directives(c))
-        pages.append(Page(name, "".join(cell_html(c, markdown) for c in cells), module))
+        markdown = MarkdownWithMath(Renderer(name, set(names)))
+        body = "".join(cell_html(c, markdown, explorers.get(name, {})) for c in cells[name])
+        pages.append(Page(name, body, any(m.startswith("default_exp") for m in marks[name])))
     return pages
 
 
 def navigation(here: Page, pages: list[Page]) -> str:
-    "Links to all pages by folder and, below the one that is shown, to its sections"
+    "A field to search, links to all pages by folder and, below the one that is shown, to its sections"
     sections = re.findall('<h2 id="(.*?)">(.*?)</h2>', here.body)
     inside = "<ul>" + "".join(f'<li><a href="#{anchor}">{plain(title)}</a></li>'
                               for anchor, title in sections) + "</ul>"
-    lines = []
+    lines = [f'<form action="{posixpath.relpath("search.html", posixpath.dirname(here.name))}" role="search">'
+             '<input type="search" name="q" placeholder="Search" aria-label="Search"></form>']
     for folder, group in groupby(pages, key=lambda p: posixpath.dirname(p.name)):
-        lines += [f"<b>{folder}</b>"*bool(folder), "<ul>",
+        lines += [f"<b>{folder or 'modules'}</b>"*(len(lines) > 1), "<ul>",
                   *(f"<li>{here.link(p)}{p.summary}{inside*(p is here)}</li>" for p in group), "</ul>"]
     return "\n".join(lines)
 
@@ -171,9 +204,30 @@ def page_html(here: Page, before: Page | None, after: Page | None, pages: list[P
     "The whole file of a page between two others"
     left, right = f"← {here.link(before)}" if before else "", f"{here.link(after)} →" if after else ""
     title = " · ".join(dict.fromkeys(plain(p.title) for p in (here, pages[0])))
-    style = COLOURS.get_style_defs(".highlight")
-    return FRAME.substitute(title=title, style=style, body=here.body,
-                            left=left, right=right, nav=navigation(here, pages))
+    return frame(title, here.body, read_asset("explorer.js"), navigation(here, pages), left, right)
+
+
+def frame(title: str, body: str, script: str, nav: str, left: str = "", right: str = "") -> str:
+    "The whole file of what is shown; of scripts, the one that is named may run"
+    digest = b64encode(sha256(script.encode()).digest()).decode()
+    return FRAME.substitute(title=title, style=STYLE, body=body, script=script, digest=digest,
+                            left=left, right=right, nav=nav)
+
+
+def search_html(pages: list[Page]) -> str:
+    "A page that finds sections of all pages by their words"
+    sections = []
+    for p in pages:
+        parts = re.split('<h2 id="(.*?)">(.*?)</h2>', re.sub("(?s)<(script|svg).*?</\\1>", "", p.body))
+        for anchor, title, html in zip(["", *parts[1::3]], [p.title, *parts[2::3]], parts[::3]):
+            text = " ".join(unescape(plain(html)).split())
+            sections.append([file_name(p.name) + f"#{anchor}"*bool(anchor), unescape(plain(p.title)),
+                             unescape(plain(title)), text])
+    packed = b64encode(gzip.compress(json.dumps(sections).encode(), mtime=0)).decode()
+    body = (f'<h1>Search</h1>\n<div id="found" role="status"></div>\n'
+            f'<script type="application/octet-stream" id="sections">{packed}</script>')
+    here = Page("search.html", "", module=False)
+    return frame("Search", body, (NBS/"_search.js").read_text(encoding="utf-8"), navigation(here, pages))
 
 
 def build(folder: Path) -> None:
@@ -185,7 +239,7 @@ def build(folder: Path) -> None:
     pages = read_pages()
     trios = zip(pages, [None, *pages], [*pages[1:], None])
     files = ({file_name(p.name): page_html(p, before, after, pages) for p, before, after in trios}
-             | {MARKER: ""})
+             | {"search.html": search_html(pages), MARKER: ""})
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as beside:
         new = Path(beside)/"new"

@@ -1,5 +1,5 @@
-"""The web pages made from the notebooks: they hold all that is shown there, load
-nothing, and lead nowhere in vain
+"""The web pages made from the notebooks: they hold all that is shown there, load nothing, lead
+nowhere in vain, and have sliders where their explorers are
 """
 import base64
 import importlib
@@ -9,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import nbformat
@@ -42,13 +43,26 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pages(folder):
-    "Its pages, parsed"
+    "Its pages, parsed, each of less than 4 MB"
+    assert max(p.stat().st_size for p in folder.rglob("*.html")) < 4e6
     return {p.relative_to(folder).as_posix(): BeautifulSoup(p.read_text(), "html.parser")
             for p in folder.rglob("*.html")}
 
 
+@pytest.fixture
+def small(tmp_path):
+    "The sources of a site of two pages"
+    (tmp_path/"small/nbs").mkdir(parents=True)
+    for name in ("index.ipynb", "core.ipynb", *(p.name for p in (ROOT/"nbs").glob("_*.*"))):
+        shutil.copy(ROOT/"nbs"/name, tmp_path/"small/nbs")
+    return tmp_path/"small"
+
+
 def shown(nb) -> list:
     return [c for c in nb.cells if c.cell_type == "code" and "hide" not in build["directives"](c)]
+def live(nb) -> list:
+    "The cells of which explorers are made: the last of a chain of live ones, which show something"
+    return [c for c in shown(nb) if "live" in build["directives"](c) and c.outputs]
 def without_directives(cell) -> str: return re.sub(r"(?m)^#\|.*\n?", "", cell.source).strip()
 
 
@@ -58,7 +72,7 @@ def prose(nb) -> str:
                        for c in nb.cells if c.cell_type == "markdown")
 
 
-def test_every_notebook_has_a_page(pages): assert pages.keys() == NOTEBOOKS.keys()
+def test_every_notebook_has_a_page(pages): assert pages.keys() == {*NOTEBOOKS, "search.html"}
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +91,14 @@ def module(monkeypatch):
 @every_page
 def test_it_loads_nothing(pages, name):
     page = pages[name]
-    assert not page.find_all(["script", "iframe", "object", "embed", "base", "form"])
+    assert not page.find_all(["iframe", "object", "embed", "base"])
+    scripts = [t for t in page.find_all("script") if t.get("type") != "application/octet-stream"]
+    digest = base64.b64encode(sha256(scripts[0].text.encode()).digest()).decode()
+    (policy,) = [t["content"] for t in page.find_all("meta") if t.get("http-equiv")]
+    assert len(scripts) == 1 and policy.startswith("default-src 'none';")
+    assert policy.endswith(f"script-src 'sha256-{digest}'")
+    (form,) = page.find_all("form")
+    assert posixpath.normpath(posixpath.join(posixpath.dirname(name), form["action"])) == "search.html"
     assert not [t for t in page.find_all("link") if t["rel"] != ["icon"] or t["href"] != "data:,"]
     loaded = [t[a] for t in page.find_all(True)
               for a in ("src", "srcset", "poster", "data", "background") if t.has_attr(a)]
@@ -147,7 +168,10 @@ def test_code(pages, name):
 
 @every_page
 def test_outputs(pages, name):
-    main, outputs = pages[name].main, [o for c in shown(NOTEBOOKS[name]) for o in c.outputs]
+    main, explorers = pages[name].main, live(NOTEBOOKS[name])
+    assert len(main.select(".kdc-page")) == len(explorers)
+    for explorer in main.select(".kdc-page"): explorer.decompose()
+    outputs = [o for c in shown(NOTEBOOKS[name]) if c not in explorers for o in c.outputs]
     assert len(main.select(".output")) == len(outputs)
     pictures = [base64.b64decode(o.data["image/png"]) for o in outputs if "image/png" in o.get("data", {})]
     assert [base64.b64decode(i["src"].partition(",")[2]) for i in main.select(".output img")] == pictures
@@ -158,12 +182,24 @@ def test_outputs(pages, name):
     assert [p.text for p in main.select(".output > pre")] == plain
 
 
-def test_an_older_site_is_replaced_by_the_same_bytes(folder):
+def test_an_older_site_is_replaced_by_the_same_bytes(small, tmp_path):
+    folder = tmp_path/"new/site"
+    assert make(folder, small).returncode == 0
     before = files(folder)
+    assert "index.html" in before
     (folder/"old.html").write_text("a page that is no more")
-    assert make(folder).returncode == 0
+    assert make(folder, small).returncode == 0
     assert files(folder) == before
     assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_live_cell_needs_no_other_cell(small, tmp_path):
+    nb = nbformat.read(small/"nbs/index.ipynb", as_version=4)
+    nb.cells.insert(0, nbformat.v4.new_code_cell("#| live\nexplore_reliability(not_there, [1])"))
+    nbformat.write(nb, small/"nbs/index.ipynb")
+    done = make(tmp_path/"site", small)
+    assert done.returncode and "name 'not_there' is not defined" in done.stderr
+    assert not (tmp_path/"site").exists()
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "index.html", "deep/er/file"])
@@ -191,7 +227,7 @@ def text(module):
     "Markdown of a page in a folder, as the site has it"
     markdown = module.MarkdownWithMath(module.Renderer("folder/here.ipynb",
                                                        {"index.ipynb", "folder/there.ipynb"}))
-    return lambda source: BeautifulSoup(module.cell_html(nbformat.v4.new_markdown_cell(source), markdown),
+    return lambda source: BeautifulSoup(module.cell_html(nbformat.v4.new_markdown_cell(source), markdown, {}),
                                         "html.parser")
 
 
@@ -224,14 +260,27 @@ def test_text_is_no_markup(module):
             == "<pre>&lt;b&gt; &amp; c</pre>")
 
 
-@pytest.mark.browser
-def test_in_a_browser(folder, browser, shots):
-    most = sorted(NOTEBOOKS, key=lambda n: prose(NOTEBOOKS[n]).count("$"))[-1]
-    page, asked = browser.new_page(), []
-    page.on("request", lambda request: asked.append(request.url))
-    for width in (1280, 420):
+@pytest.fixture
+def open_site(folder, browser):
+    "Opens a page of the site; nothing is asked of a network, nothing complains"
+    page, wrong = browser.new_page(), []
+    page.on("request", lambda r: r.url.startswith(("file:", "data:")) or wrong.append(r.url))
+    page.on("console", lambda m: wrong.append(m.text))
+    page.on("pageerror", lambda e: wrong.append(str(e)))
+    def open_it(name, width):
         page.set_viewport_size({"width": width, "height": 1200})
-        page.goto((folder/"index.html").as_uri())
+        page.goto((folder/name).as_uri())
+        return page
+    yield open_it
+    page.close()
+    assert not wrong
+
+
+@pytest.mark.browser
+def test_in_a_browser(folder, open_site, shots):
+    most = sorted(NOTEBOOKS, key=lambda n: prose(NOTEBOOKS[n]).count("$"))[-1]
+    for width in (1280, 420):
+        page = open_site("index.html", width)
         page.screenshot(path=shots/f"site_index_{width}.png")
         page.locator(f"nav a[href='{most}']").click()
         page.wait_for_url((folder/most).as_uri())
@@ -244,5 +293,38 @@ def test_in_a_browser(folder, browser, shots):
         )
         assert page.evaluate("document.documentElement.scrollWidth") == width
         page.screenshot(path=shots/f"site_formulas_{width}.png")
-    page.close()
-    assert not [url for url in asked if not url.startswith(("file:", "data:"))]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("name", [n for n in NOTEBOOKS if live(NOTEBOOKS[n])])
+def test_explorers_move(open_site, name, shots):
+    "Every control of every explorer, on a phone; nothing below it jumps when its script starts"
+    page = open_site(name, 360)
+    page.wait_for_function("document.querySelectorAll('.kdc-ready').length "
+                           "=== document.querySelectorAll('.kdc-page').length")
+    assert page.locator(".kdc-page").count() == len(live(NOTEBOOKS[name]))
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    for explorer in page.locator(".kdc-page").all():
+        heights = {explorer.bounding_box()["height"]}
+        for control in explorer.locator("[data-texts]").all():
+            before = explorer.locator(".kdc-panels").inner_html()
+            if control.evaluate("e => e.tagName") == "SELECT": control.select_option(index=1)
+            else: control.press("End" if control.input_value() == "0" else "Home")
+            told = explorer.locator(".kdc-refusal").inner_text()
+            assert explorer.locator(".kdc-panels").inner_html() != before or told
+            if not told: heights.add(explorer.bounding_box()["height"])
+            explorer.get_by_role("button", name="reset").click()
+        assert len(heights) == 1
+    page.screenshot(path=shots/f"site_{Path(name).stem}_360.png", full_page=True)
+
+
+@pytest.mark.browser
+def test_words_are_found(folder, open_site):
+    page = open_site("calibration/02_metrics.html", 1280)
+    field = page.get_by_role("searchbox")
+    field.fill("Theorem 1 cosine")
+    field.press("Enter")
+    page.locator("#found a", has_text="What does a linear student inherit?").first.click()
+    page.wait_for_url("**/studies/theorems.html*")
+    page.goto((folder/"search.html").as_uri() + "?q=xyzzy<b>")
+    assert page.locator("#found").inner_text() == "0 sections with xyzzy<b>"
