@@ -56,7 +56,7 @@ class _Panel(NamedTuple):
     left: float # points from the figure's left side
     width: float # points
 
-
+# %% ../nbs/drawings.ipynb #582bec47
 def _split_panels(
     figure: Figure, # drawn once, so that its axes have found their places
 ) -> list[_Panel]: # from left to right
@@ -71,7 +71,7 @@ def _split_panels(
     edges = [0, *cuts, _POINTS*figure.get_figwidth()]
     return [_Panel(g, a, b - a) for g, a, b in zip(groups, edges, edges[1:])]
 
-
+# %% ../nbs/drawings.ipynb #8c268ada
 class Drawing:
     "A figure as SVG: panel by panel, what stays below what moves"
 
@@ -129,7 +129,7 @@ class Choice(NamedTuple):
     texts: list[str] # how they are called
     index: int # of the value to begin with
 
-
+# %% ../nbs/drawings.ipynb #40f38985
 _MOST_PICTURES, _LARGEST = 4000, 4_000_000 # a file's pictures, and its bytes
 
 
@@ -162,7 +162,7 @@ def read_asset(
     "A file that stands beside the modules"
     return resources.files("kdc_nb").joinpath(name).read_text(encoding="utf-8")
 
-
+# %% ../nbs/drawings.ipynb #39fef0e2
 def _control_html(choice: Choice) -> str:
     "A box to tick, a slider over numbers, or a menu; plain text where there is nothing to choose"
     label, texts = escape(choice.label), escape(json.dumps(choice.texts))

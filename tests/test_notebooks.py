@@ -126,7 +126,7 @@ assert "ECE" in repr(evaluate([[2., 0.], [0., 1.]]*20, [0, 1]*20, n_boot=10))
 def draws(module: str) -> bool:
     "Whether a module makes pictures, so that it needs matplotlib"
     return bool(re.search(r"^(import|from) matplotlib|calibration\.diagrams import",
-                          modules()[module], flags=re.M)) or module in ("drawings", "controls", "explorers", "all")
+                          modules()[module], flags=re.M)) or module in ("controls", "explorers", "all")
 
 
 def test_what_draws_nothing_is_light():
