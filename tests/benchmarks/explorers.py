@@ -1,4 +1,4 @@
-"""From a control's callback to the PNG: every control of every explorer, moved over all it has.
+"""From a control's callback to the picture: every control of every explorer, moved over all it has.
 
 `python tests/benchmarks/explorers.py`
 """
@@ -63,7 +63,7 @@ def explorers() -> dict[str, Explorer]:
 
 
 def main() -> None:
-    print(f"{torch.get_num_threads()} threads; ms from callback to PNG")
+    print(f"{torch.get_num_threads()} threads; ms from callback to picture")
     with contextlib.redirect_stdout(io.StringIO()): # without a kernel, ipywidgets clears its outputs there
         # images need their data set
         found = {name: {k: waits(e, k) for k in e.controls if k != "images"}
