@@ -41,40 +41,46 @@ def explore_reliability(
     labels: Any = None, # (N,) integers from 0 to C-1; None beside a result
     from_logits: bool = True, # False: they are probabilities
 ) -> Explorer:
-    """Sliders for temperature and number of bins above a reliability diagram, of a run or your own outputs.
+    """Sliders for temperature and number of bins above a reliability diagram, of a run or your own outputs:
+    that of the top label, or of one class.
 
     A `ValueError` names what is wrong with outputs or labels.
 
     >>> explore_reliability([[2., 0.], [0., 1.], [1., 0.]], [0, 1, 1]).values()
-    {'T': 1.0, 'n_bins': 15}
+    {'T': 1.0, 'n_bins': 15, 'predicted': None}
     """
+    names = None
     if isinstance(outputs, Result):
         check(labels is None, "labels", "some", "none beside a result, which has its own")
         check(bool(outputs.logits), "outputs", "a result from a light file, without logits",
               "one from a store, such as run(spec)")
-        outputs, labels, from_logits = (outputs.logits["test"],
-                                        load_data(outputs.spec.data).test.labels, True)
+        data = load_data(outputs.spec.data)
+        outputs, labels, from_logits, names = outputs.logits["test"], data.test.labels, True, data.classes
     check(labels is not None, "labels", "none", "one for each row of the outputs")
     x, y = check_outputs_and_labels(outputs, labels, from_logits)
-    z = to_logits(x, from_logits)
+    z, names = to_logits(x, from_logits), names or [str(k) for k in range(x.shape[1])]
     possible = z.gather(1, y[:, None]).isfinite()
     check(bool(possible.all()), "labels", f"{int((~possible).sum())} whose class is masked (a logit of -inf)",
           "classes that can be")
     fitted = estimate_temperature(z, y)
     figure, (left, right) = create_panels(2, 3.8)
     diagram, curves = ReliabilityDiagram(left, animated=True), TemperatureCurves(z, y, fitted, right)
-    at = lru_cache(64)(lambda T, n_bins: evaluate_at_temperature(z, y, T, n_bins))
+    at = lru_cache(64)(lambda *values: evaluate_at_temperature(z, y, *values))
 
-    def show(T, n_bins):
-        now = at(T, n_bins)
-        diagram.show(now.bins, f"T = {T:.4g}, N = {len(y):,}, NLL {now.nll:.3f}\n{format_ece(now.ece)}")
+    def show(T, n_bins, predicted):
+        now, shown = at(T, n_bins, None), at(T, n_bins, predicted)
+        title = f"T = {T:.4g}, N = {len(y):,}, NLL {now.nll:.3f}"
+        if predicted is not None: title = f"Is it class {names[predicted]}? T = {T:.4g}, N = {len(y):,}"
+        diagram.show(shown.bins, f"{title}\n{format_ece(shown.ece)}")
         curves.show(T, now)
 
     steps = [float(f"{2**e:.3g}") for e in np.arange(-3, 3.01, .05)]
+    predictions = [("top label", None), *((name, k) for k, name in enumerate(names))]
     controls = {"T": NumberControl("temperature T", steps, 1.),
-                "n_bins": NumberControl("bins", range(2, 51), 15, whole=True)}
+                "n_bins": NumberControl("bins", range(2, 51), 15, whole=True),
+                "predicted": dropdown("prediction", predictions)}
     buttons = {} if fitted.note else {"go to the fitted T": {"T": float(f"{fitted.T:.4g}")}}
-    grid = {"T": steps[::3], "n_bins": (5, 10, 15, 20, 30, 50)}
+    grid = {"T": steps[::3], "n_bins": (5, 10, 15, 20, 30, 50), "predicted": ()}
     return Explorer(figure, show, controls, "reliability", buttons, grid)
 
 # %% ../nbs/explorers.ipynb #6e7c8d83

@@ -72,7 +72,9 @@ def every_control(explorer, monkeypatch, **values):
 
 def test_reliability_of_your_own_logits(outputs, monkeypatch):
     explorer = explore_reliability(*outputs)
-    every_control(explorer, monkeypatch, T=2., n_bins=7)
+    every_control(explorer, monkeypatch, T=2., n_bins=7, predicted=3)
+    explorer.controls["predicted"].value = 3
+    assert explorer.drawing.figure.axes[0].get_title().startswith("Is it class 3? T = 1, N = 500")
 
 
 def test_nothing_is_computed_twice(outputs, monkeypatch):
@@ -80,7 +82,7 @@ def test_nothing_is_computed_twice(outputs, monkeypatch):
     patch_name(monkeypatch, "evaluate_at_temperature", lambda *a: calls.append(a[2:]) or real(*a))
     explorer = explore_reliability(*outputs)
     for T in (2., 1., 2., 1.): explorer.controls["T"].value = T
-    assert calls == [(1., 15), (2., 15)]
+    assert calls == [(1., 15, None), (2., 15, None)]
 
 
 def test_reliability_of_probabilities_is_that_of_their_logits(outputs):
@@ -208,10 +210,10 @@ def test_buttons_set_several_controls_and_draw_once(outputs, monkeypatch):
     monkeypatch.setattr(explorer, "show", lambda **values: drawn.append(values) or show(**values))
     buttons["go to the fitted T"].click()
     assert drawn == [{"T": pytest.approx(fit_temperature(*check_outputs_and_labels(*outputs)), rel=1e-3),
-                      "n_bins": 15}]
+                      "n_bins": 15, "predicted": None}]
     explorer.controls["n_bins"].value = 7
     buttons["reset"].click()
-    assert drawn[2:] == [{"T": 1., "n_bins": 15}] and explorer.picture.value == first
+    assert drawn[2:] == [{"T": 1., "n_bins": 15, "predicted": None}] and explorer.picture.value == first
     with pytest.raises(ValueError, match="values: got 'bins', expected one of T, n_bins"):
         explorer.move(bins=7)
 
@@ -269,7 +271,7 @@ def test_the_fallback_is_the_picture(outputs, tmp_path):
     fallback, saved = (np.asarray(Image.open(f))
                        for f in (BytesIO(b64decode(data["image/png"])), tmp_path/"now.png"))
     assert np.array_equal(fallback, saved) and metadata["image/png"]["width"] == 840 == fallback.shape[1]/2
-    assert data["text/plain"] == "reliability: T = 1.0, n_bins = 15"
+    assert data["text/plain"] == "reliability: T = 1.0, n_bins = 15, predicted = None"
 
 
 def test_classes_follow_every_control(looks, monkeypatch):

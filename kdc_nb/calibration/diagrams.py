@@ -194,12 +194,14 @@ def evaluate_at_temperature(
     labels: Tensor, # (N,) int64, 0 to C-1
     T: float, # temperature, above 0
     n_bins: int = 15, # bins of equal width
+    predicted: int | None = None, # the class whose probability is looked at; None: the top label's
 ) -> _TemperedScores: # `bins`, `ece` and `nll`
     "Reliability, ECE and NLL of logits divided by a temperature; intervals and null bands are from 200 draws"
     log_p = (logits/T).log_softmax(1)
-    top, label = log_p.max(1, keepdim=True)
-    predictions = BinaryPredictions(top.exp(), (label == labels[:, None]).double())
-    nll = float(-log_p.gather(1, labels[:, None]).mean())
+    labels = labels[:, None]
+    at = log_p.argmax(1, keepdim=True) if predicted is None else labels.new_full(labels.shape, predicted)
+    predictions = BinaryPredictions(log_p.gather(1, at).exp(), (at == labels).double())
+    nll = float(-log_p.gather(1, labels).mean())
     return _TemperedScores(bins_from_predictions(predictions, n_bins, 200),
                            top_label_estimates(["ece"], predictions, n_bins, 200)["ece"], nll)
 
