@@ -30,7 +30,7 @@ from .settings import PAPER_METHODS
 # %% ../../nbs/paper/04_selfcheck.ipynb #a0000006
 _CHECK_DATA = DataSpec("known", n_train=1024, n_valid=500, n_test=500)
 _CHECK_RECIPE = Recipe(3, 128, augment=("crop", "flip"), live_teacher=True)
-_CHECKED_METHODS = {k: Method(k) for k in sorted(Method.registry)}
+_CHECKED_METHODS = {k: Method(k) for k in sorted(Method.registry)} | {"mmce": Method("mmce", beta=1)}
 _CHECKED_METHODS |= {"mdca, focal": PAPER_METHODS["MDCA"], "mmce, ported": PAPER_METHODS["MMCE"]}
 _DISTILLATION = "distillation"
 
