@@ -22,7 +22,7 @@ from ..training.data import load_data
 from ..training.devices import best_device
 from ..training.steps import predict_logits
 from ..experiments.specs import RunSpec
-from ..experiments.results import Result, compact_json, result_from_json, result_to_json, round_numbers
+from ..experiments.results import Result, compact_json, result_from_json, round_numbers, without_logits
 from ..experiments.store import Store
 from ..experiments.runs import RunContext, run
 from .features import FeatureExtractor, head_weights
@@ -78,7 +78,7 @@ def extract_features(
     labels = data.test.labels
     merged = data.superclass and measure_merging(every["test"], labels, similar_classes(data))
     distance, overlap = class_geometry(every["test"], labels)
-    return FeatureView(result=result_from_json(result_to_json(result)), classes=data.classes,
+    return FeatureView(result=without_logits(result, keep_outcomes=False), classes=data.classes,
                        superclass=data.superclass, labels=labels, pred=top,
                        confidence=confidence.float(), feature_index=index,
                        feature_labels={k: getattr(data, k).labels[i] for k, i in index.items()},

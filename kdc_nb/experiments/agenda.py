@@ -12,7 +12,6 @@ import math
 import re
 import time
 import traceback
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..core import check
+from ..core import check, warn
 from ..values import decode, encode
 from ..files import DamagedFile, atomic_write, cache_dir, load_meta
 from ..training.data import load_data
@@ -272,7 +271,7 @@ class Scheduler:
         self.left_out = {r: e for r, e in self.left_out.items() if not isinstance(e, torch.OutOfMemoryError)}
         self.context = self.context._replace(n_parallel=self.context.n_parallel//2)
         left = f"{len(self.not_stored)} runs start again, {self.context.n_parallel} at a time"
-        warnings.warn(f"the device is out of memory; {left}")
+        warn(f"the device is out of memory; {left}")
         self.restart_running()
 
 # %% ../../nbs/experiments/05_agenda.ipynb #fb0deb05

@@ -11,7 +11,6 @@ __all__ = ['has_live_teacher', 'strip_scaling', 'teacher_train_logits', 'RunCont
 import os
 import platform
 import subprocess
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 import kdc_nb
-from ..core import check
+from ..core import check, warn
 from ..files import check_saveable
 from ..training.data import DataSpec, Dataset, LeaveFoldOut, load_data
 from ..training.methods import TrainingMethod
@@ -122,8 +121,7 @@ class RunContext(NamedTuple):
         "The network of a finished run; one without weights is trained, with a warning"
         if (net := self.store.load_net(spec)) is not None: return net
         if not self.store.path(spec, "net").exists():
-            warnings.warn(f"no weights of {run_label(spec)} in {self.store.folder}; it is trained again",
-                          stacklevel=2)
+            warn(f"no weights of {run_label(spec)} in {self.store.folder}; it is trained again")
         train_run(spec, self, progress=False)
         return self.store.load_net(spec)
 
@@ -199,8 +197,7 @@ def train_run(
         training = build_trainer(spec, context).run(context.store.path(spec, "part"),
                                                     deadline=deadline, progress=progress)
     except GraphCaptureError as e:
-        warnings.warn(f"{run_label(spec)}: {e}; it is trained without, which costs speed, in a fresh process",
-                      stacklevel=2)
+        warn(f"{run_label(spec)}: {e}; it is trained without, which costs speed, in a fresh process")
         return call_in_fresh_process(train_run, spec, context._replace(use_cuda_graph=False),
                                      progress, deadline)
     return store_result(collect_trained_run(spec, context, training), context.store)

@@ -6,13 +6,12 @@
 __all__ = ['Store', 'build_net', 'init_net', 'all_results', 'clean_store']
 
 # %% ../../nbs/experiments/03_store.ipynb #9386ba11
-import warnings
 from pathlib import Path
 from weakref import WeakValueDictionary
 
 from torch import nn
 
-from ..core import check
+from ..core import check, warn
 from ..files import DamagedFile, load_tensors, runs_folder, save_tensors
 from ..training.data import load_data
 from ..training.models import build_model
@@ -60,8 +59,8 @@ class Store:
             logits, light = load_tensors(path)
             return result_from_json(light, logits=logits)
         except FileNotFoundError: return None
-        except KeyError as e: warnings.warn(f"{path.name}: no {e} in it; {otherwise}", stacklevel=3)
-        except (ValueError, TypeError) as e: warnings.warn(f"{path.name}: {e}; {otherwise}", stacklevel=3)
+        except KeyError as e: warn(f"{path.name}: no {e} in it; {otherwise}")
+        except (ValueError, TypeError) as e: warn(f"{path.name}: {e}; {otherwise}")
 
     def load_net(self,
         spec: RunSpec, # the run whose weights to read
@@ -71,7 +70,7 @@ class Store:
         """
         try: weights, _ = load_tensors(self.path(spec, "net"))
         except FileNotFoundError: return None
-        except DamagedFile as e: return warnings.warn(f"{e}; the run is to be trained again", stacklevel=2)
+        except DamagedFile as e: return warn(f"{e}; the run is to be trained again")
         net = init_net(spec)
         net.load_state_dict(weights)
         return net.eval()

@@ -9,7 +9,6 @@ __all__ = ['default_jobs', 'sweep', 'check_parallelism']
 import math
 import time
 import traceback
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, wait
@@ -20,7 +19,7 @@ import torch
 from joblib import cpu_count
 from tqdm.auto import tqdm
 
-from ..core import check
+from ..core import check, warn
 from ..training.data import load_data
 from ..training.cifar import pending_download
 from kdc_nb.training.devices import (
@@ -80,9 +79,7 @@ def _run_parallel_with_restarts(agenda: Scheduler, pool: Executor | None, on_res
         except BrokenExecutor as e:
             idle = 0 if len(agenda.not_stored) < before else idle + 1
             if pool or idle == 3: raise
-            warnings.warn(
-                f"a worker died; the {len(agenda.not_stored)} runs that are not finished start again ({e})"
-            )
+            warn(f"a worker died; the {len(agenda.not_stored)} runs that are not finished start again ({e})")
             agenda.restart_running()
         else:
             full = any(isinstance(e, torch.OutOfMemoryError) for e in agenda.left_out.values())
@@ -119,7 +116,7 @@ def _run_side_by_side(agenda: Scheduler, on_result: OnResult, on_progress: Calla
             if not cuda_is_broken(): return
             agenda.restart_running()
         except GraphCaptureError as e:
-            warnings.warn(f"{run_label(e.run)}: {e}; it is trained without, which costs speed. "
+            warn(f"{run_label(e.run)}: {e}; it is trained without, which costs speed. "
                           "The rest goes on in a fresh process")
             agenda.uncaptured.add(e.run)
             agenda.restart_running()
@@ -198,7 +195,7 @@ def sweep(
         agenda = Scheduler(specs, RunContext(store, device, max(jobs, slots)), deadline)
         failures = _ProgressSweep(agenda, on_result, progress).lead(jobs, pool)
     errors = [e for e in failures if not isinstance(e, OutOfTime)]
-    for e in errors[1:]: warnings.warn(" ".join([f"{type(e).__name__}: {e}", *getattr(e, "__notes__", [])]))
+    for e in errors[1:]: warn(" ".join([f"{type(e).__name__}: {e}", *getattr(e, "__notes__", [])]))
     if errors: raise errors[0]
     return [store.get(s) for s in specs]
 

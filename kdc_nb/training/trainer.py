@@ -7,7 +7,6 @@ __all__ = ['STEPS_PER_CHUNK', 'OutOfTime', 'Trainer', 'fit']
 
 # %% ../../nbs/training/15_trainer.ipynb #d522d204
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 from tqdm.auto import tqdm
 
-from ..core import check
+from ..core import check, warn
 from ..values import derive_seed
 from ..files import check_saveable, load_tensors
 from ..calibration.metrics import ece, top1
@@ -256,7 +255,7 @@ class Trainer(_TrainerEpochs):
             fits = fits and set(meta) == {"training", "epochs_done", "history", "seconds"}
             check(fits, path, "a checkpoint of another version", "one of this run")
         except FileNotFoundError: return
-        except ValueError as e: return warnings.warn(f"{e}; starting again", stacklevel=3) # damaged is one
+        except ValueError as e: return warn(f"{e}; starting again") # damaged is one
         check(meta["training"] == self.fingerprint, "checkpoint", f"{path}, of another training",
               "one of this data set, method, recipe and seed, or a file that is not there")
         self.load_state_dict(tensors, len(meta["history"]), meta["history"])
