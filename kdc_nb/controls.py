@@ -189,7 +189,7 @@ class Explorer(widgets.VBox):
         check(not path.exists(), "path", str(path), "a file that does not exist yet")
         check(path.suffix in (".html", ".svg", ".pdf", ".png"), "path", str(path),
               "one that ends in .html, .svg, .pdf or .png")
-        check(not self.refusal.value, "controls", "values without a picture", "values that are not refused")
+        self._check_shown()
         page = path.suffix == ".html"
         check(page or not values, "values", "some", f"none for {path.suffix}, which is the picture as it is")
         if page: text = page_html(self.drawing.name, self.html(values))
@@ -204,6 +204,7 @@ class Explorer(widgets.VBox):
         values: Mapping[str, Iterable[Any]] = {}, # of some controls in place of the grid's
     ) -> str:
         "A part of a web page, with sliders that need no Python; a `ValueError` where it would be too large"
+        self._check_shown()
         for k in values: lookup(self.controls, k, "values")
         offered = {k: [*v, *(b[k] for b in self.buttons.values() if k in b)]
                    for k, v in (self.grid | dict(values)).items()}
@@ -211,10 +212,14 @@ class Explorer(widgets.VBox):
         try: return explorer_html(self.drawing, self.show, choices, self.buttons)
         finally: self.show(**self.shown)
 
+    def _check_shown(self) -> None:
+        check(not self.refusal.value, "controls", "values without a picture", "values that are not refused")
+
     def _save(self, kind: str) -> None:
-        with self.errors:
+        with self.errors: # where the bar is
             try: self.save(_free_path(Path(f"{self.drawing.name}.{kind}")))
             except (ValueError, OSError) as e: self.saved.value = f"not saved: {escape(str(e))}"
+        self.errors.clear_output()
 
     def _repr_mimebundle_(self, **kwargs):
         self.drawing.figure.savefig(png := BytesIO(), format="png", dpi=200, metadata={"Software": None})

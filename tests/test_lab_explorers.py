@@ -142,6 +142,10 @@ def test_what_is_typed_is_taken_or_refused(page, shots, root):
     found.get_by_role("button", name="save as SVG").click()
     playwright.expect(found.get_by_text("saved as reliability.svg")).to_be_visible()
     assert "<svg" in (root/"nbs/reliability.svg").read_text()
+    found.get_by_role("button", name="save as HTML").click()
+    playwright.expect(found.get_by_text("saved as reliability.html")).to_be_visible(timeout=120_000)
+    assert "kdc-pictures" in (root/"nbs/reliability.html").read_text()
+    playwright.expect(found.locator(".jp-OutputArea-child")).to_have_count(0)
 
 
 def test_a_picture_follows_a_key_beside_a_busy_core(page, record_property):
