@@ -56,10 +56,19 @@ class NumberControl(widgets.HBox):
         argument: str, # its name, for the message
     ) -> float | int: # an integer if it is `whole`
         "The value; a `ValueError` if it is outside the slider's range, or should be an integer"
+        return self.check_number(argument, self.value)
+
+    def check_number(self,
+        argument: str, # its name, for the message
+        number: Any, # what may be one
+    ) -> float | int: # an integer if it is `whole`
+        "A number as the control would take it; else a `ValueError`"
         kind, (low, high) = ("an integer" if self.whole else "a number"), self.steps[[0, -1]]
-        valid = low <= self.value <= high and (not self.whole or self.value == round(self.value))
-        check(valid, argument, f"{self.value:g}", f"{kind} from {low:g} to {high:g}")
-        return int(self.value) if self.whole else self.value
+        valid = (isinstance(number, (int, float, np.number)) and low <= number <= high
+                 and (not self.whole or number == round(number)))
+        shown = f"{number:g}" if isinstance(number, float) else repr(number)
+        check(valid, argument, shown, f"{kind} from {low:g} to {high:g}")
+        return int(number) if self.whole else float(number)
 
 # %% ../nbs/controls.ipynb #2e513231
 def value_slider(
@@ -116,6 +125,7 @@ class Explorer(widgets.VBox):
     ):
         self.show, self.controls, self.held, self.shown = show, controls, False, {}
         self.buttons, self.grid, self.drawing = dict(buttons), dict(grid), Drawing(figure, name)
+        for k in [*grid, *(k for b in buttons.values() for k in b)]: lookup(controls, k, "grid or buttons")
         self.picture = widgets.HTML(layout=widgets.Layout(width=f"{self.drawing.width}px", max_width="100%"))
         self.picture.add_class("kdc-picture")
         self.refusal, self.saved, self.errors = widgets.HTML(), widgets.HTML(), widgets.Output()
@@ -205,10 +215,11 @@ class Explorer(widgets.VBox):
     ) -> str:
         "A part of a web page, with sliders that need no Python; a `ValueError` where it would be too large"
         self._check_shown()
+        check(isinstance(values, Mapping), "values", repr(values), "a dict of values by control")
         for k in values: lookup(self.controls, k, "values")
-        offered = {k: [*v, *(b[k] for b in self.buttons.values() if k in b)]
-                   for k, v in (self.grid | dict(values)).items()}
-        choices = {k: _offer(c, offered.get(k)) for k, c in self.controls.items()}
+        offered = self.grid | dict(values)
+        choices = {k: _offer(k, c, offered.get(k), [b[k] for b in self.buttons.values() if k in b])
+                   for k, c in self.controls.items()}
         try: return explorer_html(self.drawing, self.show, choices, self.buttons)
         finally: self.show(**self.shown)
 
@@ -233,22 +244,41 @@ def _free_path(path: Path) -> Path:
     paths = [path, *(path.with_stem(f"{path.stem}_{k}") for k in range(2, 1000))]
     return next(p for p in paths if not p.exists())
 
-
+# %% ../nbs/controls.ipynb #b7619b47
 def _offer(
+    name: str, # of the control, for the message
     control: widgets.Widget, # one of an explorer
     values: Iterable[Any] | None, # to which its own is added; None: all that it has
+    more: Iterable[Any], # to be added as well, of buttons
 ) -> Choice:
     "What a file lets its reader choose; a `ValueError` for a value that the control does not have"
+    check(values is None or isinstance(values, Iterable) and not isinstance(values, str), name,
+          repr(values), "several values, such as a list")
     if isinstance(control, NumberControl):
-        label, kind = control.children[0].value, int if control.whole else float
-        found = {kind(v) for v in (control.steps if values is None else values)} | {kind(control.value)}
-        pairs = [(f"{v:g}", v) for v in sorted(found)]
+        wanted = [*(control.steps if values is None else values), control.value, *more]
+        pairs = [(f"{v:g}", v) for v in sorted({control.check_number(name, v) for v in wanted})]
+        label, kind, now = control.children[0].value, "slider", control.checked(name)
     else:
-        label = control.description
-        options = getattr(control, "options", (("no", False), ("yes", True))) # of a box to tick
-        pairs = [o if isinstance(o, tuple) else (str(o), o) for o in options]
-        if values is not None:
-            wanted = [*values, control.value]
-            pairs = [(text, v) for text, v in pairs if v in wanted]
+        label, now, pairs = control.description, control.value, _options(name, control)
+        kind = {widgets.SelectionSlider: "slider", widgets.Checkbox: "box"}.get(type(control), "menu")
+        if values is not None: pairs = _select_options(name, pairs, [*values, now, *more])
     texts, found = zip(*pairs)
-    return Choice(label, list(found), list(texts), found.index(control.value))
+    return Choice(label, list(found), list(texts), found.index(now), kind)
+
+# %% ../nbs/controls.ipynb #fa563478
+def _options(name: str, control: widgets.Widget) -> list[tuple[str, Any]]: # texts and values
+    "What a control lets choose"
+    if isinstance(control, widgets.Checkbox): return [("no", False), ("yes", True)]
+    check(hasattr(control, "options") and not isinstance(control, widgets.SelectMultiple), name,
+          f"a {type(control).__name__}", "a NumberControl, a Checkbox, or one with options, for a web page")
+    options = control.options.items() if isinstance(control.options, Mapping) else control.options
+    pairs = [o if isinstance(o, tuple) else (str(o), o) for o in options]
+    check(control.value in [v for _, v in pairs], name, repr(control.value), "one of its options")
+    return pairs
+
+
+def _select_options(name: str, pairs: list[tuple[str, Any]], wanted: list[Any]) -> list[tuple[str, Any]]:
+    "Those of the options that are wanted, in their order; a `ValueError` for what is none"
+    known = [v for _, v in pairs]
+    for v in wanted: check(v in known, name, repr(v), f"one of {', '.join(map(repr, known))}")
+    return [(text, v) for text, v in pairs if v in wanted]

@@ -60,16 +60,22 @@ class _Panel(NamedTuple):
 def _split_panels(
     figure: Figure, # drawn once, so that its axes have found their places
 ) -> list[_Panel]: # from left to right
-    "The columns of a figure"
+    "The columns of a figure; one panel where something reaches beyond a column or is no part of one"
+    width, places = _POINTS*figure.get_figwidth(), [ax.get_subplotspec() for ax in figure.axes]
+    whole = [_Panel(figure.axes, 0, width)]
+    if not all(places) or len({p.get_gridspec() for p in places}) > 1: return whole
+    if any(len(p.colspan) > 1 for p in places) or _figure_artists(figure): return whole
     columns: dict[int, list[Axes]] = {}
-    for ax in figure.axes:
-        place = ax.get_subplotspec()
-        columns.setdefault(place.colspan.start if place else 0, []).append(ax)
+    for ax, place in zip(figure.axes, places): columns.setdefault(place.colspan.start, []).append(ax)
     groups = [columns[k] for k in sorted(columns)]
     boxes = [Bbox.union([ax.get_tightbbox() for ax in g]) for g in groups]
-    cuts = [(a.x1 + b.x0)/2*_POINTS/figure.dpi for a, b in zip(boxes, boxes[1:])]
-    edges = [0, *cuts, _POINTS*figure.get_figwidth()]
+    edges = [0, *((a.x1 + b.x0)/2*_POINTS/figure.dpi for a, b in zip(boxes, boxes[1:])), width]
     return [_Panel(g, a, b - a) for g, a, b in zip(groups, edges, edges[1:])]
+
+
+def _figure_artists(figure: Figure) -> list[Artist]:
+    "What belongs to no axes, such as a title over all of them"
+    return [a for a in figure.get_children() if a is not figure.patch and a not in figure.axes]
 
 # %% ../nbs/drawings.ipynb #8c268ada
 class Drawing:
@@ -77,41 +83,61 @@ class Drawing:
 
     def __init__(self,
         figure: Figure, # is closed for pyplot; what has been made with `animated=True` moves
-        name: str, # of what is shown, such as "reliability"
+        name: str, # of what is shown, such as "reliability"; part of a file's name
     ):
+        check(bool(figure.axes), "figure", "one without axes", "one with axes")
+        check(bool(name) and not {*"/\\"} & {*name}, "name", repr(name), "the name of a file")
         plt.close(figure)
         FigureCanvasAgg(figure).draw()
         self.figure, self.name, self.panels = figure, name, _split_panels(figure)
         figure.set_layout_engine("none") # what has found its place stays there
         figure.set_dpi(_POINTS)
-        self.still = [_draw_svg(p.axes, figure, name) for p in self.panels]
         self.moving = sorted(figure.findobj(lambda artist: artist.get_animated()), key=lambda a: a.zorder)
+        check(bool(self.moving), "figure", "nothing that moves", "artists made with `animated=True`")
+        self.columns = [next((k for k, p in enumerate(self.panels) if a.axes in _with_insets(p.axes)), 0)
+                        for a in self.moving]
+        rest = [a for a in _figure_artists(figure) if not a.get_animated() and a not in figure.subfigs]
+        self.still = [_draw_svg([*p.axes, *rest], figure, name) for p in self.panels]
+        self.limits = self.current_limits()
 
     @property
     def width(self) -> int:
         "Width in a browser's pixels"
         return round(100*self.figure.get_figwidth())
 
+    def current_limits(self) -> list[tuple]: # of x and y, of each axes
+        "What the axes show"
+        return [(ax.get_xlim(), ax.get_ylim()) for ax in self.figure.axes]
+
     def pieces(self) -> list[str]: # one for each artist that moves, from the lowest to the highest
-        "What the moving artists draw now"
-        return [_draw_svg([a], self.figure, self.name) for a in self.moving]
+        "What the moving artists draw now; a `ValueError` if axes have moved, too"
+        check(self.current_limits() == self.limits, "figure", "axes with other limits than before",
+              "those that it was made with")
+        return [_draw_svg([a], self.figure, f"{self.name} {k}") for k, a in enumerate(self.moving)]
 
     def html(self) -> str:
         "The figure as it is now: its panels"
-        drawn = [(k, a.axes, piece) for k, (a, piece) in enumerate(zip(self.moving, self.pieces()))]
         height = _POINTS*self.figure.get_figheight()
-        def svg(panel, still):
-            moving = "".join(f'<g data-piece="{k}" data-axes="{escape(_describe_axes(ax))}">{piece}</g>'
-                             for k, ax, piece in drawn if ax in panel.axes)
+        moving = [""]*len(self.panels)
+        for k, (a, column, piece) in enumerate(zip(self.moving, self.columns, self.pieces())):
+            axes = f' data-axes="{escape(_describe_axes(a.axes, self.figure))}"' if a.axes else ""
+            moving[column] += f'<g data-piece="{k}"{axes}>{piece}</g>'
+        def svg(panel, still, moving):
             size = f"flex: {panel.width:.0f} 1 0; max-width: {1.8*panel.width:.0f}px"
             box = f"{panel.left:.1f} 0 {panel.width:.1f} {height:.1f}"
             return f'<svg viewBox="{box}" style="{size}">{still}{moving}</svg>'
-        return f'<div class="kdc-panels">{"".join(map(svg, self.panels, self.still))}</div>'
+        panels = "".join(map(svg, self.panels, self.still, moving))
+        return f'<div class="kdc-panels" role="group" aria-label="{escape(self.name)}">{panels}</div>'
+
+
+def _with_insets(axes: Iterable[Axes]) -> list[Artist]:
+    "Axes and those inside them"
+    return [inner for ax in axes for inner in ax.findobj(Axes)]
 
 # %% ../nbs/drawings.ipynb #4120ac15
-def _describe_axes(ax: Axes) -> str: # in JSON
+def _describe_axes(ax: Axes, figure: Figure) -> str: # in JSON
     "Where the axes are in the SVG, and what is at their ends; a label in percent counts in percent"
-    width, height = _POINTS*ax.figure.get_size_inches()
+    width, height = _POINTS*figure.get_size_inches()
     box = ax.get_position()
     def end(axis, start, stop):
         low, high = axis.get_view_interval()
@@ -128,6 +154,7 @@ class Choice(NamedTuple):
     values: list[Any] # that `show` gets
     texts: list[str] # how they are called
     index: int # of the value to begin with
+    kind: str # of control: "slider", "menu" or "box"
 
 # %% ../nbs/drawings.ipynb #40f38985
 _MOST_PICTURES, _LARGEST = 4000, 4_000_000 # a file's pictures, and its bytes
@@ -167,10 +194,10 @@ def _control_html(choice: Choice) -> str:
     "A box to tick, a slider over numbers, or a menu; plain text where there is nothing to choose"
     label, texts = escape(choice.label), escape(json.dumps(choice.texts))
     if len(choice.values) == 1: return f"<span>{label} <b>{escape(choice.texts[0])}</b></span>"
-    if choice.values == [False, True]:
+    if choice.kind == "box":
         return (f'<label><input type="checkbox" data-texts="{texts}"{" checked"*choice.index}> {label}'
                 "</label>")
-    if all(isinstance(v, (int, float)) for v in choice.values):
+    if choice.kind == "slider":
         return (f'<label>{label} <input type="range" min="0" max="{len(choice.values) - 1}" '
                 f'value="{choice.index}" data-texts="{texts}">'
                 f"<output>{escape(choice.texts[choice.index])}</output></label>")
@@ -208,6 +235,7 @@ def explorer_html(
 <div class="kdc-controls">{row}<button type=button class="kdc-svg">save as SVG</button>\
 <button type=button class="kdc-png">save as PNG</button><b class="kdc-refusal" role="status"></b></div>
 {drawing.html()}<div class="kdc-note" hidden></div>
+<noscript>The controls need JavaScript.</noscript>
 <script type="application/octet-stream" class="kdc-pictures">{packed}</script></div>"""
 
 # %% ../nbs/drawings.ipynb #3f725d53

@@ -61,14 +61,16 @@ function tellMarks(root, note) {
   const panels = root.querySelector(".kdc-panels")
   panels.addEventListener("pointermove", tell)
   panels.addEventListener("pointerdown", tell)
-  panels.addEventListener("pointerleave", hide)
+  panels.addEventListener("pointerleave", event => event.pointerType === "mouse" && hide())
+  document.addEventListener("pointerdown", event => panels.contains(event.target) || hide())
 }
 
 // The panels side by side, as one drawing
 function asSvg(panels) {
   const parts = [...panels.querySelectorAll("svg")], boxes = parts.map(p => p.viewBox.baseVal)
   const width = boxes.reduce((sum, b) => sum + b.width, 0), height = boxes[0].height
-  const inside = parts.map(p => p.innerHTML).join("") // all have the figure's coordinates
+  const write = new XMLSerializer(), inside = parts.flatMap(p => [...p.childNodes]) // all in the figure's coordinates
+    .map(node => write.serializeToString(node)).join("")
   return `<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="${width}pt"
     height="${height}pt" viewBox="0 0 ${width} ${height}"><rect width="100%" height="100%" fill="white"/>${inside}</svg>`
 }
@@ -94,7 +96,7 @@ async function savePng(svg, name) {
 async function start(root) {
   const { pieces, pictures } = await unpack(root.querySelector(".kdc-pictures").textContent)
   const inputs = [...root.querySelectorAll("[data-texts]")], panels = root.querySelector(".kdc-panels")
-  const places = [...panels.querySelectorAll("[data-piece]")].sort((a, b) => a.dataset.piece - b.dataset.piece)
+  const places = panels.querySelectorAll("[data-piece]")
   const refusal = root.querySelector(".kdc-refusal"), shown = []
 
   function show() {
@@ -104,7 +106,8 @@ async function start(root) {
     refusal.textContent = refused ? `${picture} (the picture is of the values before)` : ""
     panels.classList.toggle("kdc-stale", refused)
     if (refused) return
-    places.forEach((place, k) => {
+    places.forEach(place => {
+      const k = place.dataset.piece
       if (shown[k] !== picture[k]) place.innerHTML = pieces[shown[k] = picture[k]]
     })
   }
@@ -121,11 +124,14 @@ async function start(root) {
   const name = root.dataset.name
   root.querySelector(".kdc-svg").addEventListener("click", () =>
     download(URL.createObjectURL(new Blob([asSvg(panels)], { type: "image/svg+xml" })), `${name}.svg`))
-  root.querySelector(".kdc-png").addEventListener("click", () => savePng(asSvg(panels), `${name}.png`))
+  root.querySelector(".kdc-png").addEventListener("click", () =>
+    savePng(asSvg(panels), `${name}.png`).catch(e => { refusal.textContent = `not saved: ${e.message}` }))
   tellMarks(root, root.querySelector(".kdc-note"))
   inputs.forEach(input => setControl(input, readControl(input))) // a browser may have kept older ones
   show()
   root.classList.add("kdc-ready")
 }
 
-document.querySelectorAll(".kdc-page").forEach(start)
+for (const root of document.querySelectorAll(".kdc-page")) {
+  start(root).catch(e => { root.querySelector(".kdc-refusal").textContent = `the controls do not work here: ${e.message}` })
+}

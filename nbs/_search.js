@@ -8,7 +8,7 @@ async function unpack(base64) {
 function score([, page, title, text], words) {
   const name = `${page} ${title}`.toLowerCase(), body = text.toLowerCase()
   const counts = words.map(w => 10*name.includes(w) + Math.min(5, body.split(w).length - 1))
-  return counts.every(n => n > 0) ? counts.reduce((a, b) => a + b) : 0
+  return counts.every(n => n > 0) ? counts.reduce((a, b) => a + b, 0) : 0
 }
 
 function entry([url, page, title, text], words) {
@@ -22,10 +22,11 @@ function entry([url, page, title, text], words) {
 }
 
 const asked = new URLSearchParams(location.search).get("q") ?? ""
-const words = asked.toLowerCase().split(/\s+/).filter(Boolean)
+const words = asked.toLowerCase().split(/[\s"'“”‘’]+/).filter(Boolean)
 const sections = await unpack(document.getElementById("sections").textContent)
 const found = sections.map(s => [score(s, words), s]).filter(([n]) => words.length && n).sort((a, b) => b[0] - a[0])
 document.querySelector("input[name=q]").value = asked
 document.getElementById("found").replaceChildren(
-  `${found.length} ${found.length === 1 ? "section" : "sections"} with ${words.join(", ") || "no word"}`,
+  words.length ? `${found.length} ${found.length === 1 ? "section" : "sections"} with ${words.join(", ")}`
+    + (found.length > 40 ? ", the best 40 of them" : "") : "Nothing was asked for",
   ...found.slice(0, 40).map(([, s]) => entry(s, words)))

@@ -3,6 +3,7 @@ finger; the numbers in the picture against those of the Python functions
 """
 import json
 import statistics
+from xml.etree import ElementTree
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -188,6 +189,61 @@ def test_a_value_without_a_picture_is_told(open_file, tmp_path):
     holds(page, np.array([[0, .3]]))
 
 
+def figure_with(*places, **kw):
+    "A figure of one axes, with a moving text at each place, and a moving title over all"
+    figure, ax = plt.subplots(figsize=(4, 2), layout="constrained")
+    ax.set(xlabel="N\u00a0= 5", **kw)
+    texts = [ax.text(x, .5, "", zorder=5 + k, animated=True) for k, x in enumerate(places)]
+    return figure, ax, [figure.suptitle(" ", animated=True), *texts]
+
+
+def test_what_belongs_to_no_axes_is_there_and_everything_in_its_place(open_file, tmp_path):
+    figure, ax, texts = figure_with(.2, .8)
+    figure.supylabel("for all")
+    inset = ax.inset_axes([.4, .1, .2, .2], xlim=(0, 1), ylim=(0, 1))
+    dot = inset.plot([], [], "o", animated=True)[0]
+    def show(n):
+        dot.set_data([.25], [n/10])
+        for k, text in enumerate(texts): text.set_text(f"text {k} of {n}")
+    file = Explorer(figure, show, {"n": number_slider(1, 3, 1, 1, "n")}, "toy").save(tmp_path/"toy.html")
+    page = open_file(file)
+    slider(page, "n").press("End")
+    boxes = [page.get_by_text(f"text {k} of 3").bounding_box() for k in range(3)]
+    assert boxes[0]["y"] < boxes[1]["y"] and boxes[1]["x"] < boxes[2]["x"]
+    assert page.get_by_text("for all").is_visible()
+    with page.expect_download() as got: page.get_by_role("button", name="save as SVG").click()
+    got.value.save_as(tmp_path/"toy.svg")
+    assert "text 2 of 3.0" in [t.text for t in ElementTree.parse(tmp_path/"toy.svg").iter() if t.text]
+
+
+def test_what_cannot_be_drawn_is_said(tmp_path):
+    figure, ax, _ = figure_with(.5)
+    explorer = Explorer(figure, lambda x: ax.set_xlim(0, x), {"x": number_slider(1, 3, 1, 1, "x")}, "toy")
+    explorer.move(x=2)
+    assert "figure: got axes with other limits than before" in explorer.refusal.value
+    with pytest.raises(ValueError, match="figure: got nothing that moves"):
+        Explorer(plt.subplots()[0], lambda: None, {}, "toy")
+    with pytest.raises(ValueError, match="figure: got one without axes"):
+        Explorer(plt.figure(), lambda: None, {})
+    with pytest.raises(ValueError, match="name: got 'a/b', expected the name of a file"):
+        Explorer(figure_with(.5)[0], lambda: None, {}, "a/b")
+    with pytest.raises(ValueError, match="grid or buttons: got 'y', expected one of x"):
+        Explorer(figure_with(.5)[0], lambda x: None, {"x": number_slider(1, 3, 1, 1, "x")}, grid={"y": []})
+
+
+def test_a_note_stays_after_the_finger(open_file, files):
+    page = open_file(files["reliability"], 360)
+    touch = page.context.new_cdp_session(page)
+    touch.send("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    dot = page.locator("[data-piece='3'] use").last.bounding_box()
+    at = {"x": dot["x"] + dot["width"]/2, "y": dot["y"] + dot["height"]/2}
+    for kind, points in (("touchStart", [at]), ("touchEnd", [])):
+        touch.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+    page.wait_for_timeout(200)
+    assert page.locator(".kdc-note").inner_text().startswith("confidence (%)")
+    assert page.locator(".kdc-note").is_visible()
+
+
 def test_it_is_there_without_scripts(browser, files):
     "The first picture, all of it, in its place from the beginning"
     page = browser.new_page()
@@ -231,6 +287,7 @@ def test_what_a_file_offers_can_be_said(tmp_path):
 
 
 def test_an_integer_stays_one():
-    seen, control = [], NumberControl("n", range(1, 4), 2, whole=True)
-    Explorer(plt.subplots()[0], lambda n: seen.append(n), {"n": control}).html()
+    seen, control, (figure, ax) = [], NumberControl("n", range(1, 4), 2, whole=True), plt.subplots()
+    ax.plot([], [], animated=True)
+    Explorer(figure, lambda n: seen.append(n), {"n": control}).html()
     assert set(map(type, seen)) == {int} and sorted(set(seen)) == [1, 2, 3]

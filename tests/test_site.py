@@ -328,3 +328,5 @@ def test_words_are_found(folder, open_site):
     page.wait_for_url("**/studies/theorems.html*")
     page.goto((folder/"search.html").as_uri() + "?q=xyzzy<b>")
     assert page.locator("#found").inner_text() == "0 sections with xyzzy<b>"
+    page.goto((folder/"search.html").as_uri())
+    assert page.locator("#found").inner_text() == "Nothing was asked for"
