@@ -43,11 +43,12 @@ class NumberControl(widgets.HBox):
         self.slider.observe(lambda change: self._take(self.steps[change.new]), "value")
         self.box.observe(lambda change: self._take(change.new), "value")
         self.value = value
+        self._follow() # a 0 is no change
 
     def _take(self, value: float) -> None:
         if not self.following: self.value = value
 
-    def _follow(self, change) -> None:
+    def _follow(self, change: Any = None) -> None:
         self.following = True
         self.box.value, self.slider.value = self.value, int(abs(self.steps - self.value).argmin())
         self.following = False
@@ -68,7 +69,7 @@ class NumberControl(widgets.HBox):
                  and (not self.whole or number == round(number)))
         shown = f"{number:g}" if isinstance(number, float) else repr(number)
         check(valid, argument, shown, f"{kind} from {low:g} to {high:g}")
-        return int(number) if self.whole else float(number)
+        return int(number) if self.whole else round(float(number), 10) # as steps are, .1 + .2 is .3
 
 # %% ../nbs/controls.ipynb #2e513231
 def value_slider(
@@ -118,7 +119,7 @@ class Explorer(widgets.VBox):
         figure: Figure, # closed for pyplot; all that `show` changes in it has been made with `animated=True`
         show: Callable[..., None], # called with the controls' values by name; a `ValueError` is shown as text
         controls: Mapping[str, widgets.Widget], # by the name of the argument that `show` gets
-        name: str = "explorer", # of the files that the button saves
+        name: str = "explorer", # of the files that are saved, and of the picture for screen readers
         buttons: Mapping[str, Mapping[str, Any]] = {}, # text of each button -> the values that it sets
         # values of some controls that a file offers, to which those of now are added; of the others: all
         grid: Mapping[str, Iterable[Any]] = {},
@@ -161,8 +162,9 @@ class Explorer(widgets.VBox):
         self.held = True
         try:
             for k, v in values.items(): lookup(self.controls, k, "values").value = v
-        finally: self.held = False
-        self.update()
+        finally:
+            self.held = False
+            self.update()
 
     def update(self,
         change: Any = None, # not used: what `observe` of a widget calls it with
@@ -227,7 +229,7 @@ class Explorer(widgets.VBox):
         check(not self.refusal.value, "controls", "values without a picture", "values that are not refused")
 
     def _save(self, kind: str) -> None:
-        with self.errors: # where the bar is
+        with self.errors: # tqdm's bar is shown there
             try: self.save(_free_path(Path(f"{self.drawing.name}.{kind}")))
             except (ValueError, OSError) as e: self.saved.value = f"not saved: {escape(str(e))}"
         self.errors.clear_output()

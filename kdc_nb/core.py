@@ -245,11 +245,11 @@ def hold_ctrl_c() -> Iterator[None]:
     # only the main thread hears it; on Windows every process of a console does
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
         return (yield)
-    waiting: list[tuple] = []
-    handler = signal.signal(signal.SIGINT, lambda *args: waiting.append(args)) # any thread may be told
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number)) # another thread may get it
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) # which is inherited
     try: yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        signal.signal(signal.SIGINT, handler)
-        if waiting and callable(handler): handler(*waiting[0])
+        signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
+        if came: signal.raise_signal(signal.SIGINT) # for whatever handles it

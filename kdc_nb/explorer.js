@@ -37,7 +37,8 @@ function nearestMark(panel, x, y) {
     for (const mark of piece.querySelectorAll("use")) {
       const at = [mark.x.baseVal.value, mark.y.baseVal.value]
       const distance = Math.hypot(at[0] - x, at[1] - y)
-      if (distance >= best.distance || at[0] < axes.x.from - 1 || at[0] > axes.x.to + 1) continue
+      const beside = at[0] < axes.x.from - 1 || at[0] > axes.x.to + 1
+      if (distance >= best.distance || beside || at[1] > axes.y.from + 1 || at[1] < axes.y.to - 1) continue
       const words = ["x", "y"].map((k, i) => `${axes[k].label} ${Number(valueAt(axes[k], at[i]).toPrecision(4))}`)
       best = { distance, text: words.join("\n") }
     }

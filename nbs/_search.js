@@ -1,8 +1,5 @@
-// Sections of all pages that hold every word that is asked for, those with it in their title first
-async function unpack(base64) {
-  const bytes = Uint8Array.from(atob(base64), c => c.charCodeAt(0))
-  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).json()
-}
+// Sections of all pages that hold every word that is asked for, those with it in their title first.
+// (`unpack` is in explorer.js, which comes before.)
 
 // How well a section [url, page, title, text] answers: words in its title count ten times
 function score([, page, title, text], words) {

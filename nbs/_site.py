@@ -5,8 +5,6 @@ which also forbids it every request. Cells that say `#| live` are run, so that t
 One page more, search.html, holds the text of all.
 """
 import ast
-import gzip
-import json
 import os
 import posixpath
 import re
@@ -32,7 +30,7 @@ from pygments.lexers import get_lexer_by_name
 
 from _build import NBS, ROOT, directives, notebooks
 
-from kdc_nb.drawings import read_asset
+from kdc_nb.drawings import pack_json, read_asset
 
 FRAME = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
 # under nbs: what was found, then the modules, each on those before it
@@ -223,11 +221,11 @@ def search_html(pages: list[Page]) -> str:
             text = " ".join(unescape(plain(html)).split())
             sections.append([file_name(p.name) + f"#{anchor}"*bool(anchor), unescape(plain(p.title)),
                              unescape(plain(title)), text])
-    packed = b64encode(gzip.compress(json.dumps(sections).encode(), mtime=0)).decode()
     body = (f'<h1>Search</h1>\n<div id="found" role="status"></div>\n'
-            f'<script type="application/octet-stream" id="sections">{packed}</script>')
+            f'<script type="application/octet-stream" id="sections">{pack_json(sections)}</script>')
     here = Page("search.html", "", module=False)
-    return frame("Search", body, (NBS/"_search.js").read_text(encoding="utf-8"), navigation(here, pages))
+    script = read_asset("explorer.js") + (NBS/"_search.js").read_text(encoding="utf-8")
+    return frame("Search", body, script, navigation(here, pages))
 
 
 def build(folder: Path) -> None:

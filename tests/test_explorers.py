@@ -210,10 +210,11 @@ def test_buttons_set_several_controls_and_draw_once(outputs, monkeypatch):
     monkeypatch.setattr(explorer, "show", lambda **values: drawn.append(values) or show(**values))
     buttons["go to the fitted T"].click()
     assert drawn == [{"T": pytest.approx(fit_temperature(*check_outputs_and_labels(*outputs)), rel=1e-3),
-                      "n_bins": 15, "predicted": None}]
+                      "n_bins": 15, "predicted": "top"}]
     explorer.controls["n_bins"].value = 7
     buttons["reset"].click()
-    assert drawn[2:] == [{"T": 1., "n_bins": 15, "predicted": None}] and explorer.picture.value == first
+    assert explorer.controls["predicted"].label == "top label"
+    assert drawn[2:] == [{"T": 1., "n_bins": 15, "predicted": "top"}] and explorer.picture.value == first
     with pytest.raises(ValueError, match="values: got 'bins', expected one of T, n_bins"):
         explorer.move(bins=7)
 
@@ -271,7 +272,7 @@ def test_the_fallback_is_the_picture(outputs, tmp_path):
     fallback, saved = (np.asarray(Image.open(f))
                        for f in (BytesIO(b64decode(data["image/png"])), tmp_path/"now.png"))
     assert np.array_equal(fallback, saved) and metadata["image/png"]["width"] == 840 == fallback.shape[1]/2
-    assert data["text/plain"] == "reliability: T = 1.0, n_bins = 15, predicted = None"
+    assert data["text/plain"] == "reliability: T = 1.0, n_bins = 15, predicted = top"
 
 
 def test_classes_follow_every_control(looks, monkeypatch):

@@ -88,7 +88,7 @@ def module(monkeypatch):
     return importlib.import_module("_site")
 
 
-@every_page
+@pytest.mark.parametrize("name", [*NOTEBOOKS, "search.html"])
 def test_it_loads_nothing(pages, name):
     page = pages[name]
     assert not page.find_all(["iframe", "object", "embed", "base"])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['best_device', 'list_devices', 'bf16_autocast', 'seeded_rng', 'distributed_session', 'rank_and_world', 'rank_slice',
-           'gather_batch', 'gather_strided', 'broadcast_int', 'mark_cuda_broken', 'cuda_is_broken', 'raise_if_told',
+           'gather_batch', 'gather_strided', 'broadcast_int', 'mark_cuda_broken', 'cuda_is_broken', 'raise_if_ctrl_c',
            'heed_ctrl_c', 'free_gpu_memory', 'worker_processes', 'one_thread', 'pack_own_code', 'call_with_own_code',
            'call_in_fresh_process']
 
@@ -156,12 +156,12 @@ def cuda_is_broken() -> bool:
     return _CUDA_BROKEN
 
 # %% ../../nbs/training/11_devices.ipynb #5fbc88fc
-_CTRL_C = threading.Event() # has come, and not yet stopped what it was for
+_CTRL_C_CAME = threading.Event() # until the block of `heed_ctrl_c` ends
 
 
-def raise_if_told() -> None:
+def raise_if_ctrl_c() -> None:
     "Raise a `KeyboardInterrupt` if Ctrl-C came in a block of `heed_ctrl_c` and did not end it"
-    if _CTRL_C.is_set(): raise KeyboardInterrupt
+    if _CTRL_C_CAME.is_set(): raise KeyboardInterrupt
 
 
 @contextmanager
@@ -171,17 +171,17 @@ def heed_ctrl_c() -> Iterator[None]:
     """
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler): return (yield)
-    def note(*args): _CTRL_C.set(); handler(*args)
+    def note(*args): _CTRL_C_CAME.set(); handler(*args)
     signal.signal(signal.SIGINT, note)
     try:
         with torch.set_grad_enabled(torch.is_grad_enabled()): yield
-        raise_if_told()
+        raise_if_ctrl_c()
     except Exception:
-        raise_if_told()
+        raise_if_ctrl_c()
         raise
     finally:
         signal.signal(signal.SIGINT, handler)
-        _CTRL_C.clear()
+        _CTRL_C_CAME.clear()
 
 # %% ../../nbs/training/11_devices.ipynb #4b7a90e3
 def free_gpu_memory() -> None:

@@ -24,7 +24,7 @@ from ..calibration.metrics import ece, top1
 from .data import Dataset
 from .methods import TrainingMethod, TrainingStep
 from kdc_nb.training.devices import (
-    best_device, bf16_autocast, broadcast_int, gather_batch, heed_ctrl_c, raise_if_told, rank_slice,
+    best_device, bf16_autocast, broadcast_int, gather_batch, heed_ctrl_c, raise_if_ctrl_c, rank_slice,
     seeded_rng,
 )
 from .asking import as_predictor, check_loss, check_network, check_teacher
@@ -219,7 +219,7 @@ class Trainer(_TrainerEpochs):
                 for event in self.train_epoch():
                     self.seconds = time.time() - began
                     writer.save_if_due()
-                    raise_if_told()
+                    raise_if_ctrl_c()
                     self.stop_if(self.world == 1 and deadline is not None and time.time() > deadline, writer)
                     yield event
                 self.seconds = time.time() - began
