@@ -19,6 +19,7 @@ from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import CodeType
 from typing import Any, ClassVar
@@ -245,6 +246,7 @@ def hold_ctrl_c() -> Iterator[None]:
     # only the main thread hears it; on Windows every process of a console does
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
         return (yield)
+    resource_tracker.ensure_running() # which would start in the block, and let the signal through again
     came: list[int] = []
     handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number)) # another thread may get it
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) # which is inherited

@@ -175,7 +175,7 @@ def test_outputs(pages, name):
     assert len(main.select(".output")) == len(outputs)
     pictures = [base64.b64decode(o.data["image/png"]) for o in outputs if "image/png" in o.get("data", {})]
     assert [base64.b64decode(i["src"].partition(",")[2]) for i in main.select(".output img")] == pictures
-    tables = [o for o in outputs if "text/html" in o.get("data", {})]
+    tables = [o for o in outputs if "<table" in o.get("data", {}).get("text/html", "")]
     assert len(main.select(".output table")) == len(tables)
     plain = [o.get("text") or o.data["text/plain"]
              for o in outputs if o.get("data", {}).keys() <= {"text/plain"}]

@@ -353,7 +353,8 @@ def test_ctrl_c_while_workers_start(tmp_path):
     time.sleep(.5)
     os.killpg(child.pid, signal.SIGINT)
     said = child.communicate(timeout=60)[1]
-    assert "Stopped. In" in said and said.count("Traceback") == 1 and "import" not in said, said
+    assert "Stopped. In" in said and said.count("Traceback") == 1 and "import" not in said, (
+        child.returncode, said)
 
 
 def test_ctrl_c_before_anything_began():
