@@ -94,6 +94,7 @@ class Drawing:
         check(bool(self.moving), "figure", "nothing that moves", "artists made with `animated=True`")
         self.columns = [next((k for k, p in enumerate(self.panels) if a.axes in _axes_within(p.artists)), 0)
                         for a in self.moving]
+        self.tags = [f'<g data-piece="{k}"{_axes_attribute(a, figure)}>' for k, a in enumerate(self.moving)]
         self.still = [_draw_svg([a for a in p.artists if not a.get_animated()], figure, name)
                       for p in self.panels]
         self.limits = self.current_limits()
@@ -117,10 +118,8 @@ class Drawing:
         "The figure as it is now: its panels"
         height = _POINTS*self.figure.get_figheight()
         moving = [""]*len(self.panels)
-        for k, (a, column, piece) in enumerate(zip(self.moving, self.columns, self.pieces())):
-            told = a.axes and not isinstance(a, Legend) # whose marks stand for no numbers
-            axes = f' data-axes="{escape(_describe_axes(a.axes, self.figure))}"' if told else ""
-            moving[column] += f'<g data-piece="{k}"{axes}>{piece}</g>'
+        for column, tag, piece in zip(self.columns, self.tags, self.pieces()):
+            moving[column] += f"{tag}{piece}</g>"
         def svg(panel, still, moving):
             size = f"flex: {panel.width:.0f} 1 0; max-width: {1.8*panel.width:.0f}px"
             box = f"{panel.left:.1f} 0 {panel.width:.1f} {height:.1f}"
@@ -134,17 +133,19 @@ def _axes_within(artists: Iterable[Artist]) -> list[Axes]:
     return [ax for a in artists for ax in a.findobj(Axes)]
 
 # %% ../nbs/drawings.ipynb #4120ac15
-def _describe_axes(ax: Axes, figure: Figure) -> str: # in JSON
-    "Where the axes are in the SVG, and what is at their ends; a label in percent counts in percent"
-    width, height = _POINTS*figure.get_size_inches()
+def _axes_attribute(artist: Artist, figure: Figure) -> str: # empty where its marks stand for no numbers
+    "Where an artist's axes are in the SVG, and what is at their ends; a label in percent counts in percent"
+    if artist.axes is None or isinstance(artist, Legend): return ""
+    (width, height), ax = _POINTS*figure.get_size_inches(), artist.axes
     box = ax.get_position()
     def end(axis, start, stop):
         low, high = axis.get_view_interval()
         label = axis.get_label_text()
         return {"from": round(start, 6), "to": round(stop, 6), "low": low, "high": high,
                 "log": axis.get_scale() == "log", "percent": label.endswith("(%)"), "label": label}
-    return json.dumps({"x": end(ax.xaxis, width*box.x0, width*box.x1),
-                       "y": end(ax.yaxis, height*(1 - box.y0), height*(1 - box.y1))})
+    ends = {"x": end(ax.xaxis, width*box.x0, width*box.x1),
+            "y": end(ax.yaxis, height*(1 - box.y0), height*(1 - box.y1))}
+    return f' data-axes="{escape(json.dumps(ends))}"'
 
 # %% ../nbs/drawings.ipynb #5f53f301
 class Choice(NamedTuple):

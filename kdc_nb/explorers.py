@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
+from torch import Tensor
 
 from .core import check, lookup
 from .calibration.outputs import check_outputs_and_labels
@@ -32,7 +33,7 @@ from .experiments.transfer import TransferPlot, prepare_transfer
 from .analysis.views import FeatureView, feature_images, most_confused_triple
 from .analysis.projections import ClassClusters, format_merging, unit_square_clusters
 from .analysis.theorems import FEATURE_SAMPLERS, LinearPlot, prepare_linear_view
-from .controls import Explorer, NumberControl, dropdown, number_slider, value_slider
+from .controls import Explorer, NumberControl, checkbox, dropdown, number_slider, value_slider
 
 # %% ../nbs/explorers.ipynb #392e160a
 @plt.rc_context(SMALL_FONT)
@@ -49,19 +50,7 @@ def explore_reliability(
     >>> explore_reliability([[2., 0.], [0., 1.], [1., 0.]], [0, 1, 1]).values()
     {'T': 1.0, 'n_bins': 15, 'predicted': 'top'}
     """
-    names = None
-    if isinstance(outputs, Result):
-        check(labels is None, "labels", "some", "none beside a result, which has its own")
-        check(bool(outputs.logits), "outputs", "a result from a light file, without logits",
-              "one from a store, such as run(spec)")
-        data = load_data(outputs.spec.data)
-        outputs, labels, from_logits, names = outputs.logits["test"], data.test.labels, True, data.classes
-    check(labels is not None, "labels", "none", "one for each row of the outputs")
-    x, y = check_outputs_and_labels(outputs, labels, from_logits)
-    z, names = to_logits(x, from_logits), names or [str(k) for k in range(x.shape[1])]
-    possible = z.gather(1, y[:, None]).isfinite()
-    check(bool(possible.all()), "labels", f"{int((~possible).sum())} whose class is masked (a logit of -inf)",
-          "classes that can be")
+    z, y, names = _read_outputs(outputs, labels, from_logits)
     fitted = estimate_temperature(z, y)
     figure, (left, right) = create_panels(2, 3.8)
     diagram, curves = ReliabilityDiagram(left, animated=True), TemperatureCurves(z, y, fitted, right)
@@ -83,6 +72,24 @@ def explore_reliability(
     buttons = {} if fitted.note else {"go to the fitted T": {"T": float(f"{fitted.T:.4g}")}}
     grid = {"T": steps[::3], "n_bins": (5, 10, 15, 20, 30, 50), "predicted": ()}
     return Explorer(figure, show, controls, "reliability", buttons, grid)
+
+
+def _read_outputs(outputs: Any, labels: Any, from_logits: bool) -> tuple[Tensor, Tensor, Sequence[str]]:
+    "Logits (N, C), labels (N,) and names of classes; a `ValueError` for what is wrong with them"
+    names = None
+    if isinstance(outputs, Result):
+        check(labels is None, "labels", "some", "none beside a result, which has its own")
+        check(bool(outputs.logits), "outputs", "a result from a light file, without logits",
+              "one from a store, such as run(spec)")
+        data = load_data(outputs.spec.data)
+        outputs, labels, from_logits, names = outputs.logits["test"], data.test.labels, True, data.classes
+    check(labels is not None, "labels", "none", "one for each row of the outputs")
+    x, y = check_outputs_and_labels(outputs, labels, from_logits)
+    z, names = to_logits(x, from_logits), names or [str(k) for k in range(x.shape[1])]
+    possible = z.gather(1, y[:, None]).isfinite()
+    check(bool(possible.all()), "labels", f"{int((~possible).sum())} whose class is masked (a logit of -inf)",
+          "classes that can be")
+    return z, y, names
 
 # %% ../nbs/explorers.ipynb #6e7c8d83
 @plt.rc_context(SMALL_FONT)
@@ -228,10 +235,8 @@ def _format_student(result: Result) -> str:
 def _class_controls(names: Sequence[str], begin: Sequence[int]) -> dict[str, widgets.Widget]:
     "Menus for three classes, and for which of their samples are shown and how"
     options = [(n, i) for i, n in enumerate(names)]
-    images = widgets.Checkbox(False, description="as images", indent=False,
-                              layout=widgets.Layout(width="auto"))
     return ({k: dropdown(f"class {k}", options, v) for k, v in zip("abc", begin)}
-            | {"split": dropdown("samples of", ["test", "train"]), "images": images})
+            | {"split": dropdown("samples of", ["test", "train"]), "images": checkbox("as images", False)})
 
 # %% ../nbs/explorers.ipynb #0180abcf
 @plt.rc_context(SMALL_FONT | {"font.size": 8})
@@ -247,8 +252,7 @@ def explore_theory() -> Explorer:
         overconfidence=number_slider(.2, 4, 2, .1, "overconfidence"),
         angle=number_slider(0, 180, 30, 5, "angle (degrees)"),
         features=dropdown("features", list(FEATURE_SAMPLERS)),
-        intercept=widgets.Checkbox(True, description="intercept", indent=False,
-                                   layout=widgets.Layout(width="auto")))
+        intercept=checkbox("intercept", True))
     grid = {"T": (.5, 1, 1.5, 2, 3, 5, 10), "alpha": np.linspace(0, 1, 11), "angle": (0, 30, 90), "N": (),
             "d": (), "scale": (), "overconfidence": (), "features": (), "intercept": ()}
     return Explorer(picture.figure, lambda **values: picture.show(prepare_linear_view(**values)),
