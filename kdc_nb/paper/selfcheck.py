@@ -98,7 +98,7 @@ def _check_resuming(device: str) -> _CheckOutcome:
 # %% ../../nbs/paper/04_selfcheck.ipynb #38b7d642
 def _check_side_by_side(device: str) -> _CheckOutcome:
     "Three students of one teacher, two at a time and one by one"
-    master = RunSpec(DataSpec("digits", n_train=512, n_valid=200), "resnet8", recipe=_CHECK_RECIPE)
+    master = RunSpec(_CHECK_DATA, "resnet8", recipe=_CHECK_RECIPE)
     students = [replace(master, method=Distil(t, T, .9))
                 for t, T in ((master, 1.), (master, 4.), (TemperatureScaled(master), 1.))]
     losses = lambda results: [row["loss"] for r in results for row in r.history]

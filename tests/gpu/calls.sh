@@ -21,6 +21,10 @@ prepare() {
   cp "$data"/cifar10-train-{0,1,2,3}.npz .gpu/a
   cp "$data"/cifar10-{train-4,test}.npz "$data"/cifar100-train-{0,1}.npz .gpu/b
   cp "$data"/cifar100-{train-2,train-3,train-4,test}.npz .gpu/c
+  $PYTHON - .gpu/a/joblib.zip <<< "import sys, zipfile, pathlib, joblib
+home = pathlib.Path(joblib.__file__).parent
+with zipfile.ZipFile(sys.argv[1], 'w', zipfile.ZIP_DEFLATED) as z:
+    for f in home.rglob('*.py'): z.write(f, f.relative_to(home.parent))" || exit
   for k in a b c; do git rev-parse HEAD > .gpu/$k/COMMIT; done
   git sparse-checkout set --no-cone '/*' '!/nbs/' || exit # the pages are 30 MB
   for k in a b c; do echo "with .gpu/$k: $(( ($(git ls-files -z | xargs -0 du -cb 2>/dev/null | tail -n 1 | cut -f1) + $(du -sb .gpu/$k | cut -f1)) / 1024 )) KiB"; done
@@ -38,8 +42,9 @@ home() { # FOLDER, of each call in turn
 
 start() { # what came along, to a place that lasts as long as the machine
   W=${KDC_WORK:-$HOME/kdc_gpu} OUT=${OUT:-$PWD/.gpu/out}
-  mkdir -p "$W/shards" "$OUT"
-  export KDC_CACHE=$W/cache PYTHONPATH=$PWD PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} TQDM_MININTERVAL=5
+  mkdir -p "$W/shards" "$W/site" "$OUT"
+  [ -f .gpu/a/joblib.zip ] && $PYTHON -m zipfile -e .gpu/a/joblib.zip "$W/site"
+  export KDC_CACHE=$W/cache PYTHONPATH=$PWD:$W/site PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} TQDM_MININTERVAL=5
   cat .gpu/[abc]/COMMIT 2>/dev/null | head -n 1 > "$W/COMMIT.new"; [ -s "$W/COMMIT.new" ] && mv "$W/COMMIT.new" "$W/COMMIT"
   KDC_COMMIT=$(cat "$W/COMMIT"); export KDC_COMMIT
   mv .gpu/[abc]/*.npz "$W/shards/" 2>/dev/null
