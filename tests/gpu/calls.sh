@@ -26,7 +26,9 @@ home = pathlib.Path(joblib.__file__).parent
 with zipfile.ZipFile(sys.argv[1], 'w', zipfile.ZIP_DEFLATED) as z:
     for f in home.rglob('*.py'): z.write(f, f.relative_to(home.parent))" || exit
   for k in a b c; do git rev-parse HEAD > .gpu/$k/COMMIT; done
-  git sparse-checkout set --no-cone '/*' '!/nbs/' || exit # the pages are 30 MB
+  # nothing else is needed there, and the pages alone are 30 MB
+  git sparse-checkout set --no-cone /settings.ini /kdc_nb/ '!/kdc_nb/_modidx.py' /tests/__init__.py /tests/shards.py /tests/gpu/ \
+    /tests/benchmarks/training.py || exit
   for k in a b c; do echo "with .gpu/$k: $(( ($(git ls-files -z | xargs -0 du -cb 2>/dev/null | tail -n 1 | cut -f1) + $(du -sb .gpu/$k | cut -f1)) / 1024 )) KiB"; done
 }
 
@@ -54,7 +56,7 @@ start() { # what came along, to a place that lasts as long as the machine
 one() { # 165 s at most
   local limit=${LIMIT:-160}
   start
-  { nvidia-smi; $PYTHON -V; $PYTHON -m pip list 2>/dev/null; nproc; df -h /dev/shm; } > "$OUT/facts.txt" 2>&1
+  { nvidia-smi; $PYTHON -V; nproc; df -h /dev/shm; $PYTHON -m pip list; } > "$OUT/facts.txt" 2>&1 &
   timeout $((limit/2 - 10)) $PYTHON -m kdc_nb --check $DEVICE 2>&1 | tee "$OUT/check.txt"
   timeout $((limit - SECONDS)) $PYTHON tests/benchmarks/training.py --rounds 1 --seconds .8 --budget $((limit - 10 - SECONDS)) ${BENCHMARK:-} $DEVICE \
     --results "$OUT/benchmark_training.json" 2>&1 | tee "$OUT/benchmark.txt"
