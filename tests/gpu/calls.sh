@@ -57,7 +57,7 @@ one() { # 165 s at most
   local limit=${LIMIT:-160}
   start
   { nvidia-smi; $PYTHON -V; nproc; df -h /dev/shm; $PYTHON -m pip list; } > "$OUT/facts.txt" 2>&1 &
-  timeout $((limit/2 - 10)) $PYTHON -m kdc_nb --check $DEVICE 2>&1 | tee "$OUT/check.txt"
+  timeout $((limit*6/10)) $PYTHON -m kdc_nb --check $DEVICE 2>&1 | tee "$OUT/check.txt"
   timeout $((limit - SECONDS)) $PYTHON tests/benchmarks/training.py --rounds 1 --seconds .8 --budget $((limit - 10 - SECONDS)) ${BENCHMARK:-} $DEVICE \
     --results "$OUT/benchmark_training.json" 2>&1 | tee "$OUT/benchmark.txt"
   cp "$OUT/benchmark_training.json" "$W/" # says how many runs side by side are fastest
