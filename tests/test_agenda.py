@@ -88,6 +88,21 @@ def test_what_is_running_takes_its_place_and_its_time(tmp_path, clock):
     assert made.next() is None, "a teacher takes 12 seconds now, and 15 are left for it and its student"
 
 
+def test_a_run_of_unknown_pace_is_tried_rather_than_nothing(tmp_path, clock):
+    "By the teacher's pace a student would take ten seconds, of which six are left; it takes four"
+    rows = [STUDENT, replace(STUDENT, seed=1), OTHER]
+    made = agenda(tmp_path, rows, 16., resnet14=10.)
+    assert made.next() == TEACHER and made.next() is None
+    clock.now = 10.
+    made.mark_trained(TEACHER)
+    assert made.next() is None, "its evaluation may tell something"
+    finish(made, TEACHER, 10.)
+    assert made.next() == STUDENT and made.next() is None, "one at a time"
+    clock.now = 14.
+    finish(made, STUDENT, 4.)
+    assert made.next() is None, "now it is known that none can be finished"
+
+
 def test_a_place_is_free_as_soon_as_its_run_only_waits_for_its_evaluation(tmp_path, clock):
     rows = [replace(TEACHER, seed=s) for s in (0, 1)]
     made = agenda(tmp_path, rows, 100., resnet14=10.)

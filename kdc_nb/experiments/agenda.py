@@ -157,8 +157,8 @@ class Scheduler:
     """What is left to do, and what comes next.
 
     The rows are in order of worth, and each brings the runs that teach it; a teacher is no row of its own.
-    With a budget only rows are begun that can be finished, as far as the pace of others tells. If not a
-    single one can be, the first is begun all the same: the next call goes on with it.
+    With a budget only rows are begun that can be finished, as far as the pace of others tells. Rather than
+    do nothing, a run of unknown pace is tried, or the very first of all: the next call goes on with it.
     """
 
     def __init__(self,
@@ -187,8 +187,7 @@ class Scheduler:
     ) -> RunSpec | None:
         "The first run that can begin now, if there is one"
         runs = [r for r, wait in self.start_times().items() if wait <= 0]
-        if self.pace and not self.any_begun and not runs and time.time() < self.deadline:
-            runs = self.order[:1]
+        if not runs and not self.running and self.pace and time.time() < self.deadline: runs = self.trials()
         ready = (lambda r: r not in self.running
                            and not set(lineage(r)[:-1]) & self.not_stored and can_begin(r))
         first = next((self.order.index(r) for r in runs if ready(r)), -1)
@@ -197,6 +196,11 @@ class Scheduler:
         if first < 0: return None
         self.running[self.order[first]], self.any_begun = time.time(), True
         return self.order[first]
+
+    def trials(self) -> list[RunSpec]: # of which one may begin where nothing else is running
+        "The very first run, and later those like none that was measured: only a guess says that they are long"
+        if not self.any_begun: return self.order[:1]
+        return [r for r in self.order if r not in self.left_out and self.pace.plan_run(r).seconds is None]
 
     def start_times(self) -> dict[RunSpec, float]: # seconds from now until it can begin
         "The runs of all rows that can be finished in time on as many places as there are"

@@ -132,7 +132,7 @@ def seed_means(
     others = groups[[c for c in frame if c not in (*by, *_VALUES, "debiased", "seed")]].first()
     spread = groups["value"].agg(lambda v: v.to_numpy().std(ddof=1) if len(v) > 1 else 0.)
     means = others.join(means).assign(std=spread, seeds=seeds)
-    ends = np.stack([*groups["debiased"].agg(_t_interval)])
+    ends = np.stack([_t_interval(values) for _, values in groups["debiased"]])
     low, high = (np.where(seeds > 1, end, means[k]) for k, end in zip(("low", "high"), ends.T))
     return _within_limits(means.assign(low=low, high=high).reset_index())
 
