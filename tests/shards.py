@@ -12,9 +12,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from kdc_nb.files import cache_dir, save_tensors
+from kdc_nb.files import cache_dir, save_tensors # before torch, whose threads would spin
+
+import torch
 
 
 def unpack(
@@ -30,19 +31,20 @@ def unpack(
     return np.concatenate(strips).reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2).copy(), labels, classes
 
 
-def write_photos(name: str, source: Path, folder: Path) -> None:
+def write_photos(name: str, source: Path, folder: Path) -> list[Path]: # the shards
     "Write a set in the form of the kit's cache, unless it is there"
     target = folder/"data"/f"{name}.safetensors"
-    if target.exists(): return
     paths = [*(source/f"{name}-train-{k}.npz" for k in range(5)), source/f"{name}-test.npz"]
     missing = [p.name for p in paths if not p.exists()]
     if missing: raise SystemExit(f"{source}: no {', '.join(missing)}")
+    if target.exists(): return paths
     with ProcessPoolExecutor(min(6, os.cpu_count())) as pool: parts = list(pool.map(unpack, paths))
     join = lambda which, k: torch.from_numpy(np.concatenate([p[k] for p in which]))
     tensors = {f"{split}_{what}": join(which, k)
                for split, which in (("train", parts[:5]), ("test", parts[5:]))
                for k, what in enumerate(("inputs", "labels"))}
     save_tensors(target, tensors, classes=parts[-1][2])
+    return paths
 
 
 def main() -> None:
