@@ -115,7 +115,7 @@ def test_the_calls_rehearsed(tmp_path, checkout, shards):
     assert tars and {p.name for p in second.glob("store_*.tar")} - tars, "of what is new"
 
     for folder in (out, second, second): call(checkout, "home", folder, **home)
-    assert (set(read_results(checkout/"nbs/results/gpu_table1.npz"))
+    assert (set(read_results(checkout/"nbs/results/table1.npz"))
             and (checkout/"nbs/results/gpu_benchmark_training.json").exists())
     weights = {f.stem for f in (tmp_path/"home/runs").glob("*.net")}
     assert weights == {p.stem.removeprefix("store_") for p in second.glob("store_*.tar")}

@@ -25,12 +25,15 @@ import statistics
 import sys
 import time
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 BEGAN = time.perf_counter() # before torch is imported, which takes seconds
+
+from kdc_nb.files import atomic_write # before torch, whose threads would spin
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +44,6 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
-from kdc_nb.files import atomic_write
 from kdc_nb.training.data import Dataset, Split
 from kdc_nb.training.devices import best_device, bf16_autocast
 from kdc_nb.training.losses import cross_entropy, distillation
@@ -274,14 +276,18 @@ def flop(case: Case) -> int:
     return own if case.loop == "predict" else 3*own + (forward_flop(TEACHER) if case.method == "KD" else 0)
 
 
-def kernels(step: Callable[[], Any], device: torch.device) -> int:
-    "How many times a step has the GPU compute, copy or fill"
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+def kernels(step: Callable[[], Any], device: torch.device) -> Row:
+    "How many times a step has the GPU compute, copy or fill, how long in all, and what takes longest"
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as seen:
         step()
         synchronize(device)
-    n = sum(e.device_type == DeviceType.CUDA and not e.is_user_annotation for e in seen.events())
-    if not n: raise RuntimeError("the profiler saw no kernels")
-    return n
+    events = [e for e in seen.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    if not events: raise RuntimeError("the profiler saw no kernels")
+    times = Counter()
+    for e in events: times[e.name] += e.time_range.elapsed_us()
+    calls = Counter(e.name for e in events)
+    busiest = [[name[:80], calls[name], round(us)] for name, us in times.most_common(8)]
+    return {"kernels": len(events), "kernels_us": round(sum(times.values())), "busiest": busiest}
 
 
 @contextmanager
@@ -332,7 +338,7 @@ def count_kernels(row: Row, case: Case, device: torch.device, args: Namespace) -
     loop = kit(case, images(args.images, classes_of(case.model)), device)
     loop.step() # cuDNN chooses
     loop.renew()
-    row["kernels"] = kernels(loop.eager, device)
+    row |= kernels(loop.eager, device)
 
 
 def measure(case: Case, device: torch.device, args: Namespace) -> Row:
@@ -364,6 +370,7 @@ def line(case: Case, row: Row) -> str:
         cells.append(f"{row['bytes']/1e6:.1f} MB ({row['rate']*row['bytes']/1e12:.3g} TB/s)")
         cells.append(f"{row['operations']:,} operations")
     if "kernels" in row: cells.append(f"{row['kernels']:,} kernels")
+    if "busiest" in row: cells.append(f"{row['kernels_us']:,} us, of these {row['busiest'][0]}")
     if "error" in row: cells.append("ERROR " + row["error"].splitlines()[0][:300])
     return cells[0] + " " + ", ".join(cells[1:])
 
@@ -397,7 +404,7 @@ def options() -> Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--models", nargs="+", default=MODELS)
     p.add_argument("--batch", nargs="+", type=int, default=[BATCH, 512, 1024], help="images of a step")
-    p.add_argument("--slots", nargs="+", type=int, default=[1, 2, 4], help="runs side by side")
+    p.add_argument("--slots", nargs="+", type=int, default=[1, 2, 4, 8], help="runs side by side")
     p.add_argument("--seconds", type=float, default=1., help="of each measurement in each round")
     p.add_argument("--rounds", type=int, default=3)
     p.add_argument("--budget", type=float, default=float("inf"), help="seconds for everything")

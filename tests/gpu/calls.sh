@@ -29,10 +29,10 @@ home() { # FOLDER, of each call in turn
   local f store
   [ -d nbs ] || restore
   for f in check.txt facts.txt benchmark.txt benchmark_training.json; do [ -f "$1/$f" ] && cp "$1/$f" "nbs/results/gpu_$f"; done
-  for f in "$1"/*.npz; do [ -f "$f" ] && $PYTHON -m tests.gpu.merge "nbs/results/gpu_$(basename "$f")" "$f"; done
+  for f in "$1"/*.npz; do [ -f "$f" ] && $PYTHON -m tests.gpu.merge "nbs/results/$(basename "$f")" "$f"; done
   store=$($PYTHON -c "from kdc_nb.experiments.store import Store; print(Store().folder)") && mkdir -p "$store"
   for f in "$1"/store_*.tar; do [ -f "$f" ] && tar -xf "$f" -C "$store"; done
-  ls -l nbs/results/gpu_*
+  git status --short nbs/results
 }
 
 bring() {
