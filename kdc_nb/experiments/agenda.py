@@ -198,7 +198,7 @@ class Scheduler:
         return self.order[first]
 
     def trials(self) -> list[RunSpec]: # of which one may begin where nothing else is running
-        "The very first run, and later those like none that was measured: only a guess says that they are long"
+        "The very first run, and later those like none measured before: only a guess says that they are long"
         if not self.any_begun: return self.order[:1]
         return [r for r in self.order if r not in self.left_out and self.pace.plan_run(r).seconds is None]
 
