@@ -29,7 +29,8 @@ __all__ = ['results_file', 'Table', 'format_html_table', 'compare', 'decompose_s
            'write_features', 'paper_progress_table', 'published_values', 'row_differences', 'table_claims',
            'METHOD_GRID', 'as_hyperparameters', 'candidate_specs', 'candidates_table', 'select_on_validation',
            'PAPER_EXPERIMENTS', 'PAPER_METHODS', 'SETTINGS', 'Setting', 'kd_label', 'paper_specs', 'table_specs',
-           'explore_classes', 'explore_method', 'explore_reliability', 'explore_theory', 'explore_transfer']
+           'explore_bin_images', 'explore_classes', 'explore_method', 'explore_reliability', 'explore_theory',
+           'explore_transfer']
 
 # %% ../nbs/all.ipynb #492b7cbd
 from .files import results_file
@@ -107,6 +108,7 @@ from kdc_nb.paper.selection import (
 from kdc_nb.paper.settings import (
     PAPER_EXPERIMENTS, PAPER_METHODS, SETTINGS, Setting, kd_label, paper_specs, table_specs,
 )
+from .bin_images import explore_bin_images
 from kdc_nb.explorers import (
     explore_classes, explore_method, explore_reliability, explore_theory, explore_transfer,
 )
@@ -141,6 +143,6 @@ _all_ = [
     'read_features', 'write_features', 'paper_progress_table', 'published_values', 'row_differences',
     'table_claims', 'METHOD_GRID', 'as_hyperparameters', 'candidate_specs', 'candidates_table',
     'select_on_validation', 'PAPER_EXPERIMENTS', 'PAPER_METHODS', 'SETTINGS', 'Setting', 'kd_label',
-    'paper_specs', 'table_specs', 'explore_classes', 'explore_method', 'explore_reliability',
-    'explore_theory', 'explore_transfer',
+    'paper_specs', 'table_specs', 'explore_bin_images', 'explore_classes', 'explore_method',
+    'explore_reliability', 'explore_theory', 'explore_transfer',
 ]

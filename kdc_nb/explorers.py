@@ -16,13 +16,11 @@ import numpy as np
 from torch import Tensor
 
 from .core import check, lookup
-from .calibration.outputs import check_outputs_and_labels
-from .calibration.posthoc import estimate_temperature, to_logits
+from .calibration.posthoc import estimate_temperature
 from .calibration.reliability import format_ece
 from kdc_nb.calibration.diagrams import (
     SMALL_FONT, ReliabilityDiagram, TemperatureCurves, create_panels, evaluate_at_temperature,
 )
-from .training.data import load_data
 from kdc_nb.training.loss_fields import (
     BATCH_PENALTIES, LOGIT_PENALTIES, LossFieldPlot, batch_loss_field, logit_loss_field,
     target_loss_field, weight_loss_field,
@@ -34,6 +32,7 @@ from .analysis.views import FeatureView, feature_images, most_confused_triple
 from .analysis.projections import ClassClusters, format_merging, unit_square_clusters
 from .analysis.theorems import FEATURE_SAMPLERS, LinearPlot, prepare_linear_view
 from .controls import Explorer, NumberControl, checkbox, dropdown, number_slider, value_slider
+from .bin_images import read_outputs
 
 # %% ../nbs/explorers.ipynb #392e160a
 @plt.rc_context(SMALL_FONT)
@@ -41,55 +40,53 @@ def explore_reliability(
     outputs: Any, # (N, C) logits or probabilities of any framework; or a `Result` with its logits
     labels: Any = None, # (N,) integers from 0 to C-1; None beside a result
     from_logits: bool = True, # False: they are probabilities
+    other: Any = None, # another model's, of the same samples and kind; None: there is none beside it
 ) -> Explorer:
     """Sliders for temperature and number of bins above a reliability diagram, of a run or your own outputs:
-    that of the top label, or of one class.
+    that of the top label, or of one class; beside another model, such as the teacher.
 
-    A `ValueError` names what is wrong with outputs or labels.
+    A `ValueError` names what is wrong with outputs or labels, or that models are of other samples.
 
     >>> explore_reliability([[2., 0.], [0., 1.], [1., 0.]], [0, 1, 1]).values()
     {'T': 1.0, 'n_bins': 15, 'predicted': 'top'}
     """
-    z, y, names = _read_outputs(outputs, labels, from_logits)
+    z, y, names = read_outputs(outputs, labels, from_logits)
+    others = [] if other is None else [_read_other(other, z, y, labels, from_logits)]
     fitted = estimate_temperature(z, y)
     figure, (left, right) = create_panels(2, 3.8)
-    diagram, curves = ReliabilityDiagram(left, animated=True), TemperatureCurves(z, y, fitted, right)
-    at = lru_cache(64)(lambda *values: evaluate_at_temperature(z, y, *values))
+    diagram = ReliabilityDiagram(left, animated=True, other="the other model"*len(others))
+    curves = TemperatureCurves(z, y, fitted, right)
+    at = lru_cache(64)(lambda x, *values: evaluate_at_temperature(x, y, *values))
 
-    def show(T, n_bins, predicted):
+    def show(T, n_bins, predicted, other_T=1.):
         k = None if predicted == "top" else predicted # None would be no choice at all in a menu
-        now, shown = at(T, n_bins, None), at(T, n_bins, k)
-        title = f"T = {T:.4g}, N = {len(y):,}, NLL {now.nll:.3f}"
-        if k is not None: title = f"Is it class {names[k]}? T = {T:.4g}, N = {len(y):,}"
-        diagram.show(shown.bins, f"{title}\n{format_ece(shown.ece)}")
-        curves.show(T, now)
+        models = [(z, T), *((x, other_T) for x in others)]
+        scores = [at(x, t, n_bins, k) for x, t in models]
+        words = "" if k is None else f"Is it class {names[k]}? ", "The other: "
+        lines = [f"{word}T = {t:.4g}, N = {len(y):,}, NLL {s.nll:.3f}\n{format_ece(s.ece)}"
+                 for word, (_, t), s in zip(words, models, scores)]
+        diagram.show(scores[0].bins, "\n".join(lines), *(s.bins for s in scores[1:]))
+        curves.show(T, at(z, T, n_bins, None))
 
     steps = [float(f"{2**e:.3g}") for e in np.arange(-3, 3.01, .05)]
     predictions = [("top label", "top"), *((name, k) for k, name in enumerate(names))]
     controls = {"T": NumberControl("temperature T", steps, 1.),
                 "n_bins": NumberControl("bins", range(2, 51), 15, whole=True),
                 "predicted": dropdown("prediction", predictions)}
+    if others: controls["other_T"] = NumberControl("temperature of the other", steps, 1.)
     buttons = {} if fitted.note else {"go to the fitted T": {"T": float(f"{fitted.T:.4g}")}}
-    grid = {"T": steps[::3], "n_bins": (5, 10, 15, 20, 30, 50), "predicted": ()}
-    return Explorer(figure, show, controls, "reliability", buttons, grid)
+    grid = {"T": steps[::3], "n_bins": (5, 10, 15, 20, 30, 50), "predicted": (), "other_T": ()}
+    return Explorer(figure, show, controls, "reliability", buttons, {k: grid[k] for k in controls})
 
 
-def _read_outputs(outputs: Any, labels: Any, from_logits: bool) -> tuple[Tensor, Tensor, Sequence[str]]:
-    "Logits (N, C), labels (N,) and names of classes; a `ValueError` for what is wrong with them"
-    names = None
-    if isinstance(outputs, Result):
-        check(labels is None, "labels", "some", "none beside a result, which has its own")
-        check(bool(outputs.logits), "outputs", "a result from a light file, without logits",
-              "one from a store, such as run(spec)")
-        data = load_data(outputs.spec.data)
-        outputs, labels, from_logits, names = outputs.logits["test"], data.test.labels, True, data.classes
-    check(labels is not None, "labels", "none", "one for each row of the outputs")
-    x, y = check_outputs_and_labels(outputs, labels, from_logits)
-    z, names = to_logits(x, from_logits), names or [str(k) for k in range(x.shape[1])]
-    possible = z.gather(1, y[:, None]).isfinite()
-    check(bool(possible.all()), "labels", f"{int((~possible).sum())} whose class is masked (a logit of -inf)",
-          "classes that can be")
-    return z, y, names
+def _read_other(other: Any, z: Tensor, y: Tensor, labels: Any, from_logits: bool) -> Tensor: # (N, C) logits
+    "A model beside the one of logits `z` and labels `y`; a `ValueError` unless it is of the same samples"
+    try: x, own, _ = read_outputs(other, labels, from_logits)
+    except ValueError as e: raise ValueError(f"other: {e}") from None
+    check(x.shape == z.shape and bool((own == y).all()), "other", f"{tuple(x.shape)} logits",
+          f"those of the same samples, {tuple(z.shape)} with the same labels")
+    return x
+
 
 # %% ../nbs/explorers.ipynb #6e7c8d83
 @plt.rc_context(SMALL_FONT)

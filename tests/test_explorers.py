@@ -27,6 +27,7 @@ from kdc_nb.experiments.store import Store
 from kdc_nb.experiments.teachers import TemperedPosterior
 from kdc_nb.experiments.transfer import TransferPlot, prepare_transfer
 from kdc_nb.analysis.views import extract_features
+from kdc_nb.bin_images import explore_bin_images
 from kdc_nb.explorers import explore_classes, explore_method, explore_reliability, explore_transfer
 from tests.conftest import made, patch_name
 
@@ -75,6 +76,32 @@ def test_reliability_of_your_own_logits(outputs, monkeypatch):
     every_control(explorer, monkeypatch, T=2., n_bins=7, predicted=3)
     explorer.controls["predicted"].value = 3
     assert explorer.drawing.figure.axes[0].get_title().startswith("Is it class 3? T = 1, N = 500")
+
+
+def test_a_second_model_beside_it(outputs, monkeypatch):
+    logits, labels = outputs
+    explorer = explore_reliability(logits, labels, other=logits/3)
+    every_control(explorer, monkeypatch, T=2., n_bins=7, predicted=3, other_T=.5)
+    explorer.move(T=3., other_T=1.)
+    first, second = (dots.get_xydata() for dots in explorer.drawing.figure.axes[0].get_lines()[1:3])
+    assert np.allclose(first, second), "one model at two temperatures"
+    own, own_ece, beside, its_ece = explorer.drawing.figure.axes[0].get_title().split("\n")
+    assert own.removeprefix("T = 3") == beside.removeprefix("The other: T = 1") and own_ece == its_ece
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda z, y: z[:9], "other: labels: got 500 of them, expected 9"),
+    (lambda z, y: torch.cat([z, z], 1), r"other: got \(500, 10\) logits, expected .* \(500, 5\)"),
+    (lambda z, y: z[:, :3], "other: labels: got 0 to 4, expected 0 to 2")])
+def test_a_model_of_other_samples_is_refused(outputs, spoil, message):
+    with pytest.raises(ValueError, match=message): explore_reliability(*outputs, other=spoil(*outputs))
+
+
+def test_images_of_a_bin(results, monkeypatch):
+    explorer = explore_bin_images(results[TEACHER], 5)
+    number = explorer.controls["number"]
+    others = [{"number": v} for _, v in number.options if v != number.value]
+    every_control(explorer, monkeypatch, kind="wrong", **(others or [{}])[0])
 
 
 def test_nothing_is_computed_twice(outputs, monkeypatch):

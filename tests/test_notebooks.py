@@ -31,7 +31,7 @@ def only_imports(source: str) -> bool:
 
 
 FLOORS = ("core", "values", "files", "tables", "calibration", "training",
-          "experiments", "analysis", "paper", "drawings", "controls", "explorers", "all")
+          "experiments", "analysis", "paper", "drawings", "controls", "bin_images", "explorers", "all")
 
 
 def modules() -> dict[str, str]:

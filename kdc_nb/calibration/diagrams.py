@@ -62,6 +62,7 @@ class ReliabilityDiagram:
     def __init__(self,
         ax: Axes | None = None, # None: a new one
         animated: bool = False, # whether an explorer draws the parts that change
+        other: str = "", # name of a second model in the picture; "": there is none
     ):
         self.ax = ax = ax or plt.subplots(figsize=(4.4, 4), layout="constrained")[1]
         ax.plot([0, 1], [0, 1], c=GREY, lw=1)
@@ -69,16 +70,23 @@ class ReliabilityDiagram:
         self.most = _add_share_axis(ax, animated=animated)
         self.band = ax.fill_between([], [], [], color=SKY, alpha=.4, lw=0,
                                     label="null band", animated=animated)
-        self.ends = ax.vlines([], [], [], color=BLUE, animated=animated)
-        self.dots = ax.plot([], [], "o", ms=4, c=BLUE, label="accuracy, 95% interval", animated=animated)[0]
-        self.title = ax.set_title(" \n ", fontsize="medium", animated=animated) # room for two lines
+        self.models = [self._empty_model(*m, animated) for m in (("accuracy, 95% interval", BLUE),
+                                                                 (other, ORANGE)) if m[0]]
+        # room for as many lines
+        self.title = ax.set_title("\n".join([" "]*2*len(self.models)), fontsize="medium", animated=animated)
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence (%)", ylabel="accuracy (%)")
         format_percent_axes(ax)
         ax.legend(fontsize="small", loc="upper left").set_animated(animated) # above what moves
 
+    def _empty_model(self, label: str, color: str, animated: bool) -> tuple: # intervals and dots
+        "What is drawn of a model, with nothing in it"
+        return (self.ax.vlines([], [], [], color=color, animated=animated),
+                self.ax.plot([], [], "o", ms=4, c=color, label=label, animated=animated)[0])
+
     def show(self,
         bins: ReliabilityBins, # not all empty
-        title: str, # one line or two
+        title: str, # one line or two; four beside another model
+        other: ReliabilityBins | None = None, # of the other model, if it has a name
     ) -> "ReliabilityDiagram": # itself
         "Accuracy against confidence, with 95% intervals, the null band and the share of samples in each bin"
         used = bins.count > 0
@@ -86,8 +94,11 @@ class ReliabilityDiagram:
         self.share.set_data(.25*bins.count/bins.count.max(), np.append(bins.lower, 1))
         self.most.set_text(f"{100*bins.count.max()/bins.count.sum():.0f}")
         self.band.set_verts([np.column_stack([np.append(x, x[::-1]), np.append(low, high[::-1])])])
-        self.ends.set_segments([[(c, a), (c, b)] for c, a, b in zip(x, bins.low[used], bins.high[used])])
-        self.dots.set_data(x, bins.accuracy[used])
+        for (ends, dots), b in zip(self.models, (bins, other)):
+            at = b.count > 0
+            ends.set_segments([[(c, low), (c, high)] for c, low, high in
+                               zip(b.confidence[at], b.low[at], b.high[at])])
+            dots.set_data(b.confidence[at], b.accuracy[at])
         self.title.set_text(title)
         return self
 
