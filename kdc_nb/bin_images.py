@@ -50,15 +50,17 @@ def read_outputs(
 
 # %% ../nbs/bin_images.ipynb #f28c4b7d
 _ROWS, _COLUMNS = 3, 4
+_WIDTH, _HEIGHT = 38, 44 # of a cell: an image of 32 x 32 pixels, its frame and a line above it
 
 
 class _ImagePanel:
     "Up to a dozen images with a line above each; `show` gives it others"
 
     def __init__(self, ax: Axes):
-        self.picture = ax.imshow(np.zeros((1, 1, 4)), extent=(0, _COLUMNS, _ROWS, 0), animated=True)
-        self.lines = [ax.text(k % _COLUMNS + .5, k//_COLUMNS + .1, "", ha="center", va="center", fontsize=7,
-                              animated=True) for k in range(_ROWS*_COLUMNS)]
+        self.picture = ax.imshow(np.zeros((1, 1, 4)), extent=(0, _COLUMNS*_WIDTH, _ROWS*_HEIGHT, 0),
+                                 animated=True)
+        self.lines = [ax.text(_WIDTH*(k % _COLUMNS + .5), _HEIGHT*(k//_COLUMNS + .1), "", ha="center",
+                              va="center", fontsize=7, animated=True) for k in range(_ROWS*_COLUMNS)]
         self.title = ax.set_title(" \n ", fontsize="medium", animated=True) # room for two lines
         ax.set_axis_off()
 
