@@ -129,7 +129,7 @@ def explore_bin_images(
         diagram.show(bins, f"N = {len(y):,}\n{format_ece(result.raw.metrics['ece'])}")
         ring.set_data([bins.confidence[k]], [bins.accuracy[k]])
         title = (f"confidence {100*k/n_bins:.0f} to {100*number/n_bins:.0f}%: {int(bins.count[k]):,} images, "
-                 f"{100*bins.accuracy[k]:.0f}% correct\nshown: {len(some)} of {len(found):,}"
+                 f"{100*bins.accuracy[k]:.1f}% correct\nshown: {len(some)} of {len(found):,}"
                  + f" {kind} ones"*(kind != "all"))
         panel.show(inputs[some].to("cpu"), lines, right[some].tolist(), title)
 
