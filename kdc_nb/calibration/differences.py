@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Difference', 'SeedVariance', 'estimate_difference', 'difference_of_contributions', 'paired_difference',
-           'seed_homogeneity', 'contrast_seed_variance', 'estimate_contrast', 'holm', 'rank_intervals',
-           'spread_log_ratio']
+           'check_paired_outcomes', 'seed_homogeneity', 'contrast_seed_variance', 'estimate_contrast', 'holm',
+           'rank_intervals', 'spread_log_ratio']
 
 # %% ../../nbs/calibration/12_differences.ipynb #b1766144
 from collections.abc import Iterable, Mapping, Sequence
@@ -149,12 +149,20 @@ def paired_difference(
     From logits and labels `compare` computes it. A `ValueError` if the seeds or images do not fit together,
     or the metric cannot be paired.
     """
-    _check_outcomes([*a, *b], "a, b")
-    check(len(a) == len(b) > 0, "b", f"{len(b)} seeds", f"{len(a)}, as many as a, and one at least")
-    _check_same_images([*a, *b])
+    check_paired_outcomes(a, b)
     predictions = [(x.predictions, y.predictions, x.pred == y.pred) for x, y in zip(a, b)]
     one, other = (debiased_contributions(m, metric) for m in (a, b))
     return difference_of_contributions(PairedContributions(one, other, predictions, False), metric)
+
+
+def check_paired_outcomes(
+    a: Sequence[Outcomes], # of the first model, one for each seed
+    b: Sequence[Outcomes], # of the second model
+) -> None:
+    "A `ValueError` unless both models have outcomes of as many seeds, on the same images"
+    _check_outcomes([*a, *b], "a, b")
+    check(len(a) == len(b) > 0, "b", f"{len(b)} seeds", f"{len(a)}, as many as a, and one at least")
+    _check_same_images([*a, *b])
 
 
 def _check_outcomes(several: Sequence[Any], argument: str) -> None:
