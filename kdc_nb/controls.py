@@ -110,11 +110,11 @@ def checkbox(
 
 # %% ../nbs/controls.ipynb #63d6421d
 def number_slider(
+    name: str, # shown beside the slider
     low: float, # first number of the slider
     high: float, # last number of the slider
     value: float, # from `low` to `high`, to begin with
     step: float, # between two numbers of the slider, above 0
-    name: str, # shown beside the slider
 ) -> NumberControl:
     "A slider over evenly spaced numbers, with a box that takes those between its steps, too"
     return NumberControl(name, np.round(np.arange(low, high + step/2, step), 10), value)

@@ -66,18 +66,18 @@ class Registry(UserDict):
 
     def __init__(self,
         kind: str, # what the entries are, such as "metric", for messages
-        *rooms: str, # modules that register the kit's own entries
+        *modules: str, # modules that register the kit's own entries
         **built_in: Any, # the kit's own entries where they are values, which do not say who made them
     ):
         super().__init__()
-        self.kind, self.rooms, self.built_in = kind, rooms, frozenset(built_in)
+        self.kind, self.modules, self.built_in = kind, modules, frozenset(built_in)
         self.data.update(built_in)
         self.by_kind.setdefault(kind, self)
 
     def load(self) -> None:
         "Import the modules that register the kit's own entries"
-        rooms, self.rooms = self.rooms, ()
-        for room in rooms: import_module(room)
+        modules, self.modules = self.modules, ()
+        for name in modules: import_module(name)
 
     def __contains__(self, name):
         if name not in self.data: self.load()

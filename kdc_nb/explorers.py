@@ -32,7 +32,7 @@ from .analysis.views import FeatureView, feature_images, most_confused_triple
 from .analysis.projections import ClassClusters, format_merging, unit_square_clusters
 from .analysis.theorems import FEATURE_SAMPLERS, LinearPlot, prepare_linear_view
 from .controls import Explorer, NumberControl, checkbox, dropdown, number_slider, value_slider
-from .bin_images import read_outputs
+from .bin_images import as_logits_and_labels
 
 # %% ../nbs/explorers.ipynb #392e160a
 @plt.rc_context(SMALL_FONT)
@@ -50,7 +50,7 @@ def explore_reliability(
     >>> explore_reliability([[2., 0.], [0., 1.], [1., 0.]], [0, 1, 1]).values()
     {'T': 1.0, 'n_bins': 15, 'predicted': 'top'}
     """
-    z, y, names = read_outputs(outputs, labels, from_logits)
+    z, y, names = as_logits_and_labels(outputs, labels, from_logits)
     others = [] if other is None else [_read_other(other, z, y, labels, from_logits)]
     fitted = estimate_temperature(z, y)
     figure, (left, right) = create_panels(2, 3.8)
@@ -81,7 +81,7 @@ def explore_reliability(
 
 def _read_other(other: Any, z: Tensor, y: Tensor, labels: Any, from_logits: bool) -> Tensor: # (N, C) logits
     "A model beside the one of logits `z` and labels `y`; a `ValueError` unless it is of the same samples"
-    try: x, own, _ = read_outputs(other, labels, from_logits)
+    try: x, own, _ = as_logits_and_labels(other, labels, from_logits)
     except ValueError as e: raise ValueError(f"other: {e}") from None
     check(x.shape == z.shape and bool((own == y).all()), "other", f"{tuple(x.shape)} logits",
           f"those of the same samples, {tuple(z.shape)} with the same labels")
@@ -242,12 +242,12 @@ def explore_theory() -> Explorer:
     picture = LinearPlot()
     sizes = value_slider("points N", (10, 20, 50, 100, 200, 500, 1000, 2000), 1000)
     controls = dict(
-        T=number_slider(.5, 10, 2, .1, "temperature T"),
-        alpha=number_slider(0, 1, .5, .01, "weight alpha"), N=sizes,
+        T=number_slider("temperature T", .5, 10, 2, .1),
+        alpha=number_slider("weight alpha", 0, 1, .5, .01), N=sizes,
         d=NumberControl("dimensions d", range(2, 31), 10, whole=True),
-        scale=number_slider(.1, 6, 2, .1, "logit scale"),
-        overconfidence=number_slider(.2, 4, 2, .1, "overconfidence"),
-        angle=number_slider(0, 180, 30, 5, "angle (degrees)"),
+        scale=number_slider("logit scale", .1, 6, 2, .1),
+        overconfidence=number_slider("overconfidence", .2, 4, 2, .1),
+        angle=number_slider("angle (degrees)", 0, 180, 30, 5),
         features=dropdown("features", list(FEATURE_SAMPLERS)),
         intercept=checkbox("intercept", True))
     grid = {"T": (.5, 1, 1.5, 2, 3, 5, 10), "alpha": np.linspace(0, 1, 11), "angle": (0, 30, 90), "N": (),
@@ -258,18 +258,18 @@ def explore_theory() -> Explorer:
 # %% ../nbs/explorers.ipynb #7868680b
 _METHOD_FAMILIES = { # a function that computes the field, a title, the controls, and their values in a file
     "targets": (target_loss_field, "A target: smoothed label and teacher", lambda: dict(
-        eps=number_slider(0, 1, .1, .01, "smoothing eps"), alpha=number_slider(0, 1, .5, .01, "weight alpha"),
-        teacher=number_slider(.01, .99, .7, .01, "teacher's probability of the label")),
+        eps=number_slider("smoothing eps", 0, 1, .1, .01), alpha=number_slider("weight alpha", 0, 1, .5, .01),
+        teacher=number_slider("teacher's probability of the label", .01, .99, .7, .01)),
         {"eps": (0, .1, .2, .5, 1), "alpha": (0, .25, .5, .75, .9, 1), "teacher": (.3, .5, .7, .9, .99)}),
     "weights": (weight_loss_field, "A weight: focal loss",
-                lambda: dict(gamma=number_slider(-2, 10, 3, .1, "exponent gamma")), {}),
+                lambda: dict(gamma=number_slider("exponent gamma", -2, 10, 3, .1)), {}),
     "logits": (logit_loss_field, "NLL and a penalty on logits", lambda: dict(
         penalty=dropdown("penalty", list(LOGIT_PENALTIES)),
-        beta=number_slider(0, 2, .1, .01, "weight beta"), margin=number_slider(0, 12, 6, .1, "margin")),
+        beta=number_slider("weight beta", 0, 2, .1, .01), margin=number_slider("margin", 0, 12, 6, .1)),
         {"beta": (0, .02, .05, .1, .2, .5, 1, 2), "margin": range(13)}),
     "batches": (batch_loss_field, "NLL and a penalty on a batch", lambda: dict(
-        penalty=dropdown("penalty", list(BATCH_PENALTIES)), beta=number_slider(0, 10, 2, .1, "weight beta"),
-        overconfidence=number_slider(.2, 4, 2, .1, "overconfidence of the others")),
+        penalty=dropdown("penalty", list(BATCH_PENALTIES)), beta=number_slider("weight beta", 0, 10, 2, .1),
+        overconfidence=number_slider("overconfidence of the others", .2, 4, 2, .1)),
         {"beta": (0, 1, 2, 4, 7, 10), "overconfidence": (.2, .5, 1, 2, 4)}),
 }
 

@@ -97,9 +97,9 @@ class NamedSpec:
 
     def __init_subclass__(cls,
         n_given: int = 0,
-        rooms: Sequence[str] = (), # modules that register the kit's own entries
+        modules: Sequence[str] = (), # modules that register the kit's own entries
     ):
-        cls.registry, cls.n_given = Registry(cls.__name__, *rooms), n_given
+        cls.registry, cls.n_given = Registry(cls.__name__, *modules), n_given
         SPEC_TYPES[written_name(cls)] = cls
 
     def __init__(self,

@@ -178,7 +178,7 @@ def test_a_value_without_a_picture_is_told(open_file, tmp_path):
     def show(share, kind):
         check(share <= .5, "share", f"{share:g}", "a half at most")
         dot.set_data([share], [len(kind)/10])
-    controls = {"share": number_slider(0, 1, .2, .2, "share"), "kind": dropdown("kind", ["a & b", "<c>"])}
+    controls = {"share": number_slider("share", 0, 1, .2, .2), "kind": dropdown("kind", ["a & b", "<c>"])}
     file = Explorer(figure, show, controls, "toy").save(tmp_path/"toy.html")
     page = open_file(file)
     slider(page, "share").press("End")
@@ -206,7 +206,7 @@ def test_what_belongs_to_no_axes_is_there_and_everything_in_its_place(open_file,
     def show(n):
         dot.set_data([.25], [n/10])
         for k, text in enumerate(texts): text.set_text(f"text {k} of {n}")
-    file = Explorer(figure, show, {"n": number_slider(1, 3, 1, 1, "n")}, "toy").save(tmp_path/"toy.html")
+    file = Explorer(figure, show, {"n": number_slider("n", 1, 3, 1, 1)}, "toy").save(tmp_path/"toy.html")
     page = open_file(file)
     slider(page, "n").press("End")
     boxes = [page.get_by_text(f"text {k} of 3").bounding_box() for k in range(3)]
@@ -219,7 +219,7 @@ def test_what_belongs_to_no_axes_is_there_and_everything_in_its_place(open_file,
 
 def test_what_cannot_be_drawn_is_said(tmp_path):
     figure, ax, _ = figure_with(.5)
-    explorer = Explorer(figure, lambda x: ax.set_xlim(0, x), {"x": number_slider(1, 3, 1, 1, "x")}, "toy")
+    explorer = Explorer(figure, lambda x: ax.set_xlim(0, x), {"x": number_slider("x", 1, 3, 1, 1)}, "toy")
     explorer.move(x=2)
     assert "figure: got axes with other limits than before" in explorer.refusal.value
     with pytest.raises(ValueError, match="figure: got nothing that moves"):
@@ -229,7 +229,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path):
     with pytest.raises(ValueError, match="name: got 'a/b', expected the name of a file"):
         Explorer(figure_with(.5)[0], lambda: None, {}, "a/b")
     with pytest.raises(ValueError, match="grid or buttons: got 'y', expected one of x"):
-        Explorer(figure_with(.5)[0], lambda x: None, {"x": number_slider(1, 3, 1, 1, "x")}, grid={"y": []})
+        Explorer(figure_with(.5)[0], lambda x: None, {"x": number_slider("x", 1, 3, 1, 1)}, grid={"y": []})
 
 
 def test_a_note_stays_after_the_finger(open_file, files):

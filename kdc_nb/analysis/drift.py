@@ -53,8 +53,7 @@ def read_corrupted_images(
     folder: Path | str, # where the .npy files are
     corruption: str, # of a corruption: a file's name without .npy
     severity: int, # 1 to 5
-    # inputs (N, 3, H, W) uint8 and labels (N,) int64; 10,000 of 32 x 32 in the published files
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]: # inputs (N, 3, H, W) uint8, labels (N,); 10,000 of 32 x 32 as published
     """One severity of a published corruption (Hendrycks and Dietterich 2019); a `ValueError` names the file
     and what is wrong with it
     """
@@ -77,8 +76,7 @@ def read_corrupted_images(
 def _evaluate_with_noise(
     logits: Tensor, # (N, C)
     labels: Tensor, # (N,)
-    # top1, nll, ece; low and high: the 95% interval of ece; null_low and null_high: its null band
-) -> dict[str, float]:
+) -> dict[str, float]: # top1, nll, ece; low and high, the 95% interval of ece; null_low and null_high
     "Accuracy, NLL and ECE with its interval and null band, from 200 draws"
     x, y = check_outputs_and_labels(logits, labels)
     e = top_label_estimates(["ece"], top_label(x, y, True), n_boot=200)["ece"]
@@ -145,9 +143,7 @@ def evaluate_drift(
 def average_by_severity(
     drift: DriftResult, # of one run
     output: str, # "raw" or "scaled"
-    # (6,) for each number that `_evaluate_with_noise` gives: clean images first, then severity 1 to 5; NaN
-    # where none were asked about
-) -> dict[str, np.ndarray]:
+) -> dict[str, np.ndarray]: # (6,) each: clean images first, then severity 1 to 5; NaN where not asked
     """Metrics averaged over the corruptions at each severity; the ends of intervals and bands too, so they
     are those of one kind of images. A `ValueError` for an unknown output
     """

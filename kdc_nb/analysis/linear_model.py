@@ -106,8 +106,7 @@ def _check_problem(X: np.ndarray, y: np.ndarray, z_t: np.ndarray, T: float,
 # %% ../../nbs/analysis/09_linear_model.ipynb #c8f8bee6
 def _whitening(
     X: np.ndarray, # features (d, N) of rank r
-    # A (d, r) in the span of the points, V (r, N) with orthonormal rows: X' A = V'
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray]: # A (d, r) in their span, V (r, N) with orthonormal rows: X' A = V'
     "Coordinates in which all features are of one size and uncorrelated"
     size = np.linalg.norm(X, axis=1, keepdims=True)
     for unit in (np.where(size, size, 1), np.ones_like(size)): # scaled, if the points then span everything

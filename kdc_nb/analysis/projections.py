@@ -225,22 +225,22 @@ class ClassClusters:
 
 # %% ../../nbs/analysis/03_projections.ipynb #4df11627
 def unit_square_clusters(
-    looks: Sequence[FeatureView], # networks to compare; the first gives the axes
+    views: Sequence[FeatureView], # networks to compare; the first gives the axes
     classes: Sequence[int], # three, 0 to C-1
     split: str, # "train" or "test"
 ) -> list[list[np.ndarray]]: # for each network and class (n, 2), 0 to 1
     "Penultimate features of three classes in two dimensions, scaled so that all lie in the unit square"
-    clusters = _prepare_penultimate(looks, classes, split)
+    clusters = _prepare_penultimate(views, classes, split)
     limits = _axis_limits(xy for own in clusters for xy in own)
     low, high = np.array(limits[::2]), np.array(limits[1::2])
     return [[(xy - low)/(high - low) for xy in own] for own in clusters]
 
 # %% ../../nbs/analysis/03_projections.ipynb #c480b2fa
 def format_merging(
-    look: FeatureView, # of one network
+    view: FeatureView, # of one network
     classes: Sequence[int], # a, b and c, 0 to C-1
 ) -> str: # two lines
     "How far the first two of three classes have merged: ratio of distances, and overlap in percent"
-    d, (a, b, c) = look.centroid_distances, classes
+    d, (a, b, c) = view.centroid_distances, classes
     return (f"distance ab over ac, bc {2*d[a, b]/(d[a, c] + d[b, c]):.2f}\n"
-            f"overlap of a and b {100*look.class_overlaps[a, b]:.0f}% (N = {len(look.labels):,})")
+            f"overlap of a and b {100*view.class_overlaps[a, b]:.0f}% (N = {len(view.labels):,})")

@@ -27,13 +27,12 @@ from .evaluation import table_order
 # %% ../../nbs/calibration/11_contributions.ipynb #b4db779a
 def contributions_per_image(
     o: Outcomes, # of one model
-    metric: str, # "top1", "nll", or a paired calibration error of the top label
-    n_bins: int = 15, # bins of a calibration error
+    metric: str, # "top1", "nll", or a paired calibration error of the top label, of 15 bins
 ) -> Tensor: # (N,) numbers whose mean is the metric
     "What each image contributes to a metric"
     known = [k for k in table_order(METRICS) if k in o.per_sample or METRICS[k].norm and METRICS[k].paired]
     check(metric in known, "metric", repr(metric), f"{', '.join(known)}: what is known of each image")
-    return o.per_sample[metric] if metric in o.per_sample else signed_gaps(o.predictions, metric, n_bins)
+    return o.per_sample[metric] if metric in o.per_sample else signed_gaps(o.predictions, metric)
 
 
 def signed_gaps(

@@ -21,7 +21,9 @@ from .outcomes import Outcomes
 from .bins import exact_interval
 from .null_bands import central_range
 from .estimates import Estimate
-from .differences import Difference, check_paired_outcomes, estimate_difference
+from kdc_nb.calibration.differences import (
+    Difference, check_paired_outcomes, estimate_difference, t_quantile,
+)
 
 # %% ../../nbs/calibration/19_decisions.ipynb #9e59e38a
 class RiskCoverage(NamedTuple):
@@ -74,8 +76,7 @@ def estimate_aurc(
     value, (least, most) = each.mean(), exact_interval(errors, n, level)
     low, high = least + (1 - least)*math.log1p(-least) if least < 1 else 1., most*(1 - math.log(most))
     if value > 0:
-        from scipy.special import stdtrit
-        reach = math.exp(stdtrit(n - 1, (1 + level)/2)*each.std(ddof=1)/n**.5/value)
+        reach = math.exp(t_quantile((1 - level)/2, n - 1)*each.std(ddof=1)/n**.5/value)
         low, high = max(low, value/reach), min(high, value*reach)
     return Estimate(float(value), low, high, None, *central_range(_aurc_null_draws(o, n_boot, seed), level))
 
@@ -198,8 +199,7 @@ def evaluate_sets(
     "How often sets hold the true class, and how large they are; a `ValueError` for labels that do not fit"
     _, y = check_outputs_and_labels(sets.member.double(), labels, True)
     held, size, n = sets.member.gather(1, y[:, None]).sum(), sets.member.double().sum(1), len(y)
-    from scipy.special import stdtrit
     mean = float(size.mean())
-    reach = float(stdtrit(n - 1, (1 + level)/2)*size.std()/n**.5) if n > 1 else math.inf
+    reach = t_quantile((1 - level)/2, n - 1)*float(size.std())/n**.5 if n > 1 else math.inf
     return {"coverage": Estimate(float(held)/n, *exact_interval(float(held), n, level)),
             "size": Estimate(mean, mean - reach, mean + reach)}

@@ -32,12 +32,12 @@ from kdc_nb.calibration.intervals import (
 @frozen_spec
 class Estimate:
     "The value of a metric with interval and null band: fractions, NLL in nats; what does not apply is None"
-    value: float = None # the metric, as observed; None if it is infinite
-    low: float = None # lower end of the interval for the metric without the noise of the labels
-    high: float = None # upper end of the interval
-    debiased: float = None # the median-unbiased estimate, if the interval is by inversion of a test
-    null_low: float = None # lower end of the null band: the scores of a perfectly calibrated model
-    null_high: float = None # upper end of the null band
+    value: float | None = None # the metric, as observed; None if it is infinite
+    low: float | None = None # lower end of the interval for the metric without the noise of the labels
+    high: float | None = None # upper end of the interval
+    debiased: float | None = None # the median-unbiased estimate, if the interval is by inversion of a test
+    null_low: float | None = None # lower end of the null band: the scores of a perfectly calibrated model
+    null_high: float | None = None # upper end of the null band
 
     def is_outside_interval(self) -> bool:
         "Whether the value lies outside its interval"

@@ -126,13 +126,13 @@ class Evaluation:
     n_boot: int # draws behind intervals and null bands
     raw: dict # name of the metric -> Estimate, for the outputs as given
     # the same after temperature scaling; None if there are fewer than 5 images and no validation set
-    scaled: dict = None
-    T: float = None # the temperature: fitted to the validation set, or to all images if it was cross-fitted
+    scaled: dict | None = None
+    T: float | None = None # the temperature, fitted to the validation set, or to all images if cross-fitted
     cross_fitted: bool = False # whether each fifth was scaled by the temperature of the other four
-    T_low: float = None # lower end of the temperature's 95% interval; None: not known
-    T_high: float = None # its upper end
-    T_note: str = None # why the temperature is no minimum of the NLL, if it is none
-    n_wrong: int = None # images whose top label is wrong; None: not known, in older files
+    T_low: float | None = None # lower end of the temperature's 95% interval; None: not known
+    T_high: float | None = None # its upper end
+    T_note: str | None = None # why the temperature is no minimum of the NLL, if it is none
+    n_wrong: int | None = None # images whose top label is wrong; None: not known, in older files
 
     def estimates(self,
         metrics: str | Sequence[str] | None = None, # names; None: all, in the order of tables

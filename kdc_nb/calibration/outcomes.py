@@ -53,12 +53,11 @@ def compute_outcomes(
 # %% ../../nbs/calibration/03_outcomes.ipynb #b9326545
 def metrics_from_outcomes(
     o: Outcomes, # of one model
-    n_bins: int = 15, # bins of the metrics of the top label
 ) -> dict[str, float]: # by name; fractions, NLL in nats
     """The metrics that follow from outcomes: your own and the built-in ones, but
     Brier score and class-wise ACE
     """
-    top = {k: binned_error(m, o.predictions, n_bins)
+    top = {k: binned_error(m, o.predictions, 15)
            for k, m in METRICS.items() if m.predictions is top_label and k not in ON_REQUEST}
     return ({k: float(v.mean()) for k, v in o.per_sample.items()}
             | top | {"sce": float(l1_norm(o.classwise_gaps, None))})

@@ -6,7 +6,6 @@
 __all__ = ['TeacherCachePool', 'SideBySideRunner']
 
 # %% ../../nbs/experiments/06_side_by_side.ipynb #d3baef95
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from contextlib import ExitStack, nullcontext
 
 import torch
+from joblib import cpu_count
 
 from ..training.data import load_data
 from ..training.devices import best_device, cuda_is_broken, rank_and_world, worker_processes
@@ -24,15 +24,15 @@ from kdc_nb.experiments.runs import (
     RunContext, TrainedRun, build_trainer, collect_trained_run, has_live_teacher, store_result,
     strip_scaling,
 )
-from .agenda import OnResult, Scheduler, count_training_images, has_result_and_weights
+from .agenda import OnResult, Scheduler, count_training_images
 
 # %% ../../nbs/experiments/06_side_by_side.ipynb #c0a7b2d3
 class TeacherCachePool:
     "Logits of live teachers, kept for as long as a student may still need them, 4 GB at most"
 
     def __init__(self,
-        specs: Iterable[RunSpec], # the runs of the sweep that are not in the store
-    ): # that are to be trained
+        specs: Iterable[RunSpec], # the runs of the sweep that are to be trained
+    ):
         self.waiting = Counter(filter(None, map(self.key, specs)))
         self.caches, self.sizes = {}, {} # by key, the longest unused first
         # keys of those that a student is asking for; who has taken one
@@ -92,14 +92,14 @@ class _RunSlot:
     def __init__(self,
         run: RunSpec,
         context: RunContext,
-        until: float | None, # when to stop, as `time.time()` tells it
+        deadline: float | None, # when to stop, as `time.time()` tells it
         cache: TeacherCache | None, # of its teacher
         stream: torch.cuda.Stream | None, # None: there is only one
     ):
         self.stream, self.event = stream, None
         with self.on_stream(): self.training = build_trainer(run, context, cache)
         self.run, self.context = run, context
-        self.pieces = self.training.chunks(context.store.path(run, "part"), deadline=until)
+        self.chunks = self.training.chunks(context.store.path(run, "part"), deadline=deadline)
 
     def on_stream(self):
         "Whatever is asked of the device in the block goes to the slot's stream"
@@ -112,7 +112,7 @@ class _RunSlot:
     def advance(self) -> bool: # False: there is none left
         "Ask for the next piece"
         with self.on_stream():
-            try: self.event = next(self.pieces)
+            try: self.event = next(self.chunks)
             except StopIteration: return False
         return True
 
@@ -141,7 +141,7 @@ class SideBySideRunner:
         # processes that share each run keep step
         beside = rank_and_world()[1] == 1 and (n > 1 or device.type == "cuda")
         self.workers = ExitStack()
-        self.n_workers = min(2*n, max(1, os.cpu_count() - 1))
+        self.n_workers = min(2*n, max(1, cpu_count() - 1))
         self.pool = self.workers.enter_context(worker_processes(self.n_workers)) if beside else None
 
     def work(self) -> None:
@@ -197,7 +197,7 @@ class SideBySideRunner:
         "Put a run into a slot, unless another process has finished it"
         context, cache = (self.agenda.context._replace(use_cuda_graph=run not in self.agenda.uncaptured),
                           self.caches.take(run))
-        if has_result_and_weights(run, context):
+        if context.has_result_and_weights(run):
             self.end(run)
             self.on_result(context.store.get(run))
         else: self.slots[run] = _RunSlot(run, context, self.agenda.deadline, cache, self.stream_for(run))

@@ -33,7 +33,7 @@ from .results import Result
 from .store import Store
 from .runs import RunContext, explain_interrupt, train_run
 from kdc_nb.experiments.agenda import (
-    OnResult, Scheduler, count_training_images, has_result_and_weights, parse_duration,
+    OnResult, Scheduler, count_training_images, parse_duration,
 )
 from .side_by_side import SideBySideRunner
 
@@ -41,7 +41,7 @@ from .side_by_side import SideBySideRunner
 def _run_in_worker(run: RunSpec, context: RunContext, deadline: float | None) -> Exception | None:
     "Do one run in a worker; why it is not finished is returned, so that it stops no other run"
     try:
-        if not has_result_and_weights(run, context):
+        if not context.has_result_and_weights(run):
             train_run(run, context, False, deadline) # another process may have done it
     except Exception as e: return e
 
@@ -154,11 +154,11 @@ def _continue_in_fresh_process(
 def _run_remaining(
     specs: list[RunSpec],
     context: RunContext,
-    until: float | None,
-    unrecorded: set[RunSpec],
+    deadline: float | None, # as `time.time()` tells it
+    uncaptured: set[RunSpec], # whose steps cannot be recorded
 ) -> tuple[dict[RunSpec, Exception], bool]: # what was left out, and why; whether this process is sound
     "Do what is left"
-    agenda = Scheduler(specs, context, until, unrecorded)
+    agenda = Scheduler(specs, context, deadline, uncaptured)
     SideBySideRunner(agenda, agenda.mark_done).work()
     return agenda.left_out, not cuda_is_broken()
 

@@ -17,6 +17,7 @@ import numpy as np
 from ..core import check
 from ..tables import Table
 from ..calibration.estimates import Estimate
+from ..calibration.differences import t_quantile
 from kdc_nb.calibration.evaluation import (
     DAGGER, OUTSIDE_NOTE, evaluate, find_metric, format_metric, metric_label, metric_unit,
 )
@@ -100,10 +101,9 @@ def _check_seeds(name: str, own: Sequence[Result]) -> None:
 # %% ../../nbs/experiments/08_tables.ipynb #0612708e
 def _t_interval(values: "pandas.Series") -> np.ndarray: # ends of the 95% interval of the mean; NaN for one
     "Student's t"
-    from scipy.special import stdtrit # `scipy.stats` takes a second to import
     x = values.to_numpy()
     if len(x) < 2 or not np.isfinite(x).all(): return np.full(2, np.nan)
-    return x.mean() + np.array([-1, 1])*stdtrit(len(x) - 1, .975)*x.std(ddof=1)/len(x)**.5
+    return x.mean() + np.array([-1, 1])*t_quantile(.025, len(x) - 1)*x.std(ddof=1)/len(x)**.5
 
 
 def _within_limits(means: "pandas.DataFrame") -> "pandas.DataFrame":
@@ -139,7 +139,7 @@ def seed_means(
 # %% ../../nbs/experiments/08_tables.ipynb #d36c9615
 def format_seed_count(
     means: "pandas.DataFrame", # of `seed_means`
-) -> str: # of `seed_means`
+) -> str:
     "The number of seeds of a frame's lines in words, such as '3 seeds' or '1 to 3 seeds'"
     few, many = int(means.seeds.min()), int(means.seeds.max())
     return f"{few} to {many} seeds" if few < many else f"{few} seed{'s'*(few > 1)}"

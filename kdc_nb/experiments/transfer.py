@@ -72,9 +72,8 @@ def _teacher_calibration(
 # %% ../../nbs/experiments/10_transfer.ipynb #14a4c2ec
 def prepare_transfer(
     results: Mapping[RunSpec, Result], # students, and the runs that taught them
-    # in the order of `results`; students whose teacher's result is not there are left out
-) -> list[_TransferPair]:
-    "The calibration of students beside that of their teachers"
+) -> list[_TransferPair]: # in the order of `results`
+    "The calibration of students beside that of their teachers, where the teacher's result is there, too"
     sides = {s: _teacher_calibration(s, results) for s in results if isinstance(s.method, Distil)}
     def row(s, t, r):
         raw = r.evaluation.raw
@@ -84,7 +83,6 @@ def prepare_transfer(
     return [row(s, t, results[s]) for s, t in sides.items() if t]
 
 # %% ../../nbs/experiments/10_transfer.ipynb #cce580b5
-# teachers
 _TEACHER_STYLES = {TemperedPosterior: ("tempered truth", BLUE), RunSpec: ("trained network", ORANGE),
                    TemperatureScaled: ("after temperature scaling", GREEN)}
 

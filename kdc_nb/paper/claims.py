@@ -117,8 +117,7 @@ _RowOutput = tuple[str, str] # a row's name, and "raw" or "scaled"
 # %% ../../nbs/paper/02_claims.ipynb #5907737f
 def table_claims(
     rows: Mapping[str, RunSpec], # of one seed, by name, as `table_specs` has them
-    # by claim: pairs, of which the first shall have the lower error, NLL or divergence
-) -> dict[str, list[tuple[_RowOutput, _RowOutput]]]:
+) -> dict[str, list[tuple[_RowOutput, _RowOutput]]]: # pairs, of which the first shall have the lower error
     "The paper's claims about a table (sections 2.1 and 4.3); a pair of which one is no row is left out"
     plain, names = _plain_student(rows), {s: name for name, s in rows.items()}
     taught = [s for s in rows.values() if isinstance(s.method, Distil) and s.method.teacher.first_run()]

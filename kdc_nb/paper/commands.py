@@ -21,14 +21,15 @@ from joblib import cpu_count
 from ..core import check
 from ..values import spec_hash
 from ..tables import Table
-from ..training.devices import best_device, distributed_session, heed_ctrl_c, rank_and_world
+from ..training.devices import best_device, distributed_session, rank_and_world
 from ..training.recipes import RECIPES
 from ..experiments.specs import RunSpec
 from ..experiments.results import Result, read_results, without_logits, write_results
 from ..experiments.store import Store
+from ..experiments.runs import exit_status
 from ..experiments.agenda import format_plan, parse_duration, plan_sweep, read_specs
 from ..experiments.sweeps import check_parallelism, default_jobs, sweep
-from ..experiments.clusters import cluster_pool
+from ..experiments.clusters import CLUSTER_LIBRARIES, cluster_pool
 from kdc_nb.paper.settings import (
     MINIATURE_DATA, PAPER_EXPERIMENTS, PUBLISHED_HYPERPARAMETERS, order_by_priority, paper_specs,
 )
@@ -68,7 +69,7 @@ def _build_parser() -> argparse.ArgumentParser:
     p.add_argument("--device", help="cpu, cuda, cuda:1 or mps (the fastest there is)")
     p.add_argument("--jobs", type=int,
                    help="processes at a time, each with a run (one for each core of a CPU, 1 on a GPU)")
-    p.add_argument("--on", choices=["dask", "ray", "slurm"],
+    p.add_argument("--on", choices=[*CLUSTER_LIBRARIES],
                    help="do the jobs on a cluster, by its own settings (this machine)")
     p.add_argument("--slots", type=int, default=1,
                    help="runs at a time in one process, on a GPU each on a stream (1)")
@@ -88,18 +89,12 @@ def main(
     "The command `kdc_sweep`; errors are printed, and are an exit status"
     a = _build_parser().parse_args(args)
     store = Store(a.store)
-    try:
+    def work():
         for file in a.modules: _import_file(file)
-        with (heed_ctrl_c(), distributed_session(a.device),
+        with (distributed_session(a.device),
               redirect_stdout(sys.stdout if rank_and_world()[0] == 0 else io.StringIO())):
             return _run_command(a, store)
-    except KeyboardInterrupt:
-        status, why = 130, f"\nStopped. What is done is kept in {store.folder}; the same command goes on."
-    except ValueError as e: status, why = 2, e
-    except (FloatingPointError, OSError, RuntimeError) as e:
-        status, why = 1, "\n".join([f"{type(e).__name__}: {e}", *getattr(e, "__notes__", [])])
-    print(why, file=sys.stderr)
-    return status
+    return exit_status(work, store.folder)
 
 # %% ../../nbs/paper/05_commands.ipynb #7c231da0
 def _import_file(path: str) -> None:

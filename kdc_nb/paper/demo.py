@@ -23,12 +23,13 @@ from ..core import check
 from ..files import atomic_write
 from ..training.data import DataSpec
 from ..training.methods import Method
-from ..training.devices import best_device, heed_ctrl_c
+from ..training.devices import best_device
 from ..training.recipes import RECIPES, Recipe
 from ..experiments.specs import Distil, RunSpec
 from ..experiments.teachers import TemperedPosterior
 from ..experiments.results import Result
 from ..experiments.store import Store
+from ..experiments.runs import exit_status
 from ..experiments.sweeps import sweep
 from kdc_nb.experiments.tables import (
     collect_by_row, format_seed_count, results_frame, results_table, seed_means,
@@ -221,14 +222,8 @@ def main(
     p.add_argument("--folder", default="demo_out", help="where figures, page and runs go (demo_out)")
     p.add_argument("--device", help="cpu, cuda or mps (the fastest there is)")
     a = p.parse_args(args)
-    try:
-        with heed_ctrl_c(): print(run_demo(a.data, a.seeds, a.folder, a.device))
-    except KeyboardInterrupt:
-        print(f"\nStopped. What is done is kept in {a.folder}; the same command goes on.", file=sys.stderr)
-        return 130
-    except ValueError as e: print(e, file=sys.stderr); return 2
-    except (FloatingPointError, OSError, RuntimeError) as e:
-        print(f"{type(e).__name__}: {e}", file=sys.stderr)
-        return 1
-    print(f"Figures and page: {Path(a.folder).resolve()/'index.html'}")
-    return 0
+    def work():
+        print(run_demo(a.data, a.seeds, a.folder, a.device))
+        print(f"Figures and page: {Path(a.folder).resolve()/'index.html'}")
+        return 0
+    return exit_status(work, a.folder)

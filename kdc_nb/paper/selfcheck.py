@@ -98,13 +98,13 @@ def _check_resuming(device: str) -> _CheckOutcome:
 # %% ../../nbs/paper/04_selfcheck.ipynb #38b7d642
 def _check_side_by_side(device: str) -> _CheckOutcome:
     "Three students of one teacher, two at a time and one by one"
-    master = RunSpec(_CHECK_DATA, "resnet8", recipe=_CHECK_RECIPE)
-    students = [replace(master, method=Distil(t, T, .9))
-                for t, T in ((master, 1.), (master, 4.), (TemperatureScaled(master), 1.))]
+    teacher = RunSpec(_CHECK_DATA, "resnet8", recipe=_CHECK_RECIPE)
+    students = [replace(teacher, method=Distil(t, T, .9))
+                for t, T in ((teacher, 1.), (teacher, 4.), (TemperatureScaled(teacher), 1.))]
     losses = lambda results: [row["loss"] for r in results for row in r.history]
     with tempfile.TemporaryDirectory() as folder:
         together = sweep(students, Store(Path(folder)/"a"), device, progress=False, slots=2)
-        alone = sweep([master, *students], Store(Path(folder)/"b"), device, progress=False)[1:]
+        alone = sweep([teacher, *students], Store(Path(folder)/"b"), device, progress=False)[1:]
     return _compare_losses("side by side", {"two at a time": losses(together), "one by one": losses(alone)})
 
 # %% ../../nbs/paper/04_selfcheck.ipynb #a0000014

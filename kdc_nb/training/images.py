@@ -212,8 +212,7 @@ def find_images(
     # the subfolders to look into, in the order of the labels; one that is not there, or empty, has no images.
     # None: all, and each must have some
     classes: Sequence[str] | None = None,
-    # paths (N,) below the folder, labels (N,), names of the classes
-) -> tuple[np.ndarray, Tensor, tuple[str, ...]]:
+) -> tuple[np.ndarray, Tensor, tuple[str, ...]]: # paths (N,) below the folder, labels (N,), class names
     """The images of a folder (torchvision's ImageFolder); a `ValueError` names the folder
     and what is wrong with it. A warning names subfolders that are left out
     """
@@ -251,8 +250,7 @@ def read_images(
     folder: Path | str, # as `find_images` takes it
     size: int = 32, # pixels a side
     classes: Sequence[str] | None = None, # the subfolders to read; None: all
-    # inputs (N, 3, size, size) uint8, labels (N,), names of the classes
-) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+) -> tuple[Tensor, Tensor, tuple[str, ...]]: # inputs (N, 3, size, size) uint8, labels (N,), class names
     "The images of a folder; a `ValueError` names the file that cannot be read"
     names, labels, classes = find_images(folder, classes)
     return load_images([Path(folder)/n for n in names], size), labels, classes
@@ -261,9 +259,7 @@ def read_images(
 def open_image(
     path: Path | str, # of a file that PIL can read
     whole: bool = True, # False: only its head is read
-    # PIL's Image, in colour; how it is to be turned and what shines through it is not
-    # looked at, as in torchvision
-) -> Any:
+) -> Any: # PIL's Image, in colour; as in torchvision, neither turned nor with what shines through it
     "A picture file; a `ValueError` names one that cannot be read, or has more than 8 bits a channel"
     from PIL import Image
     try:

@@ -75,14 +75,14 @@ class LossFieldPlot:
         self.title = self.triangle.set_title(" ", fontsize="medium", animated=animated)
 
     def show(self,
-        pull: _LossField, # as `prepare_loss_field` gives it
+        field: _LossField, # as `prepare_loss_field` gives it
         title: str, # above the triangle
     ) -> "LossFieldPlot": # this one
-        "Draw a pull; an arrow's length grows with the square root of the speed"
-        speed = np.linalg.norm(pull.moves@self.corners, axis=1, keepdims=True)
-        self.arrows.set_UVC(*(.15*pull.moves@self.corners/np.sqrt(np.maximum(speed, 1e-12))).T)
-        self.chance.set_data(pull.lead, pull.chance)
-        self.target.set_data(pull.lead, np.clip(pull.target, -.29, 1.59))
+        "Draw a field; an arrow's length grows with the square root of the speed"
+        speed = np.linalg.norm(field.moves@self.corners, axis=1, keepdims=True)
+        self.arrows.set_UVC(*(.15*field.moves@self.corners/np.sqrt(np.maximum(speed, 1e-12))).T)
+        self.chance.set_data(field.lead, field.chance)
+        self.target.set_data(field.lead, np.clip(field.target, -.29, 1.59))
         self.title.set_text(title)
         return self
 

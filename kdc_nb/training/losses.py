@@ -274,7 +274,6 @@ def bdc(
 def bec(
     logits: Tensor, # (B, C)
     labels: Tensor, # (B,)
-    self_pairs: bool = False, # count each class paired with itself
 ) -> Tensor: # scalar
     "Binary exclusion constraint, the second penalty of CPC, from the same source; it takes B*C*C numbers"
     z, y = _as_batch(logits, labels)
@@ -282,7 +281,7 @@ def bec(
     pairs = other[:, :, None] & other[:, None] & ~torch.eye(C, dtype=torch.bool, device=z.device)
     loss = (torch.where(pairs, F.softplus(z[:, None] - z[:, :, None]), 0.)
             .sum((1, 2)).mean()/((C - 1)*max(C - 2, 1)))
-    return .5*loss + (.5*math.log(2)/(C - 2) if self_pairs and C > 2 else 0.)
+    return .5*loss
 
 # %% ../../nbs/training/08_losses.ipynb #cbb9cb2d
 def effective_target(

@@ -237,7 +237,6 @@ def _torchvision_resnet(n_classes: int, in_channels: int, depth: int) -> nn.Modu
     return getattr(models, f"resnet{depth}")(num_classes=n_classes)
 
 # %% ../../nbs/training/05_models.ipynb #c7e19528
-# constructors: (n_classes, in_channels, numbers of the name) to a net
 class _ModelRegistry(Registry):
     "Networks, whose names may have numbers in them: one that an earlier name stands for is taken"
     def __setitem__(self, name, made):

@@ -6,7 +6,6 @@
 __all__ = ['register_image_folder', 'register_tiny_imagenet', 'register_imagenet100']
 
 # %% ../../nbs/training/04_streams.ipynb #174ac2cf
-import os
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from joblib import cpu_count
 from torch import Tensor
 
 from ..core import check, hold_ctrl_c
@@ -97,8 +97,7 @@ def _iter_batches(
     """Batches, read by as many workers as there are cores, 16 at most; a process that is
     itself a worker reads alone
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = 0 if parent_process() else min(cores, 16, len(batches))
+    workers = 0 if parent_process() else min(cpu_count(), 16, len(batches))
     loader = torch.utils.data.DataLoader(source, batch_sampler=[b.tolist() for b in batches],
                                          num_workers=workers, generator=torch.Generator(),
                                          worker_init_fn=_ignore_interrupt)
