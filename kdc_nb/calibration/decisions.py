@@ -75,7 +75,7 @@ def estimate_aurc(
     each, errors = aurc_contributions(o).numpy(), n - float(o.correct.sum())
     value, (least, most) = each.mean(), exact_interval(errors, n, level)
     low, high = least + (1 - least)*math.log1p(-least) if least < 1 else 1., most*(1 - math.log(most))
-    if value > 0:
+    if 0 < errors < n:
         reach = math.exp(t_quantile((1 - level)/2, n - 1)*each.std(ddof=1)/n**.5/value)
         low, high = max(low, value/reach), min(high, value*reach)
     return Estimate(float(value), low, high, None, *central_range(_aurc_null_draws(o, n_boot, seed), level))
@@ -139,6 +139,7 @@ def share_to_defer(
     bootstrap; a `ValueError` for outcomes of other images, or a number that is wrong
     """
     check(0 <= accuracy <= 1, "accuracy", accuracy, "a share from 0 to 1")
+    check(0 < level < 1, "level", level, "a number between 0 and 1")
     check_bins_and_draws(1, n_boot, seed)
     check_paired_outcomes([student], [teacher])
     gain, n = teacher.correct - student.correct, len(student.correct)
