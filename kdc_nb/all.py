@@ -30,12 +30,17 @@ __all__ = ['results_file', 'Table', 'format_html_table', 'compare', 'decompose_s
            'METHOD_GRID', 'as_hyperparameters', 'candidate_specs', 'candidates_table', 'select_on_validation',
            'PAPER_EXPERIMENTS', 'PAPER_METHODS', 'SETTINGS', 'Setting', 'kd_label', 'paper_specs', 'table_specs',
            'explore_bin_images', 'explore_classes', 'explore_method', 'explore_reliability', 'explore_theory',
-           'explore_transfer']
+           'explore_transfer', 'aurc_difference', 'conformal_sets', 'deferral_curve', 'estimate_aurc', 'evaluate_sets',
+           'risk_coverage', 'share_to_defer']
 
 # %% ../nbs/all.ipynb #492b7cbd
 from .files import results_file
 from .tables import Table, format_html_table
 from .calibration.comparisons import compare, decompose_score, judge_claims
+from kdc_nb.calibration.decisions import (
+    aurc_difference, conformal_sets, deferral_curve, estimate_aurc, evaluate_sets, risk_coverage,
+    share_to_defer,
+)
 from kdc_nb.calibration.diagrams import (
     BLUE, COLORS, GREEN, GREY, ORANGE, PINK, SKY, plot_differences, plot_reliability,
     plot_reliability_overlay,
@@ -144,5 +149,6 @@ _all_ = [
     'table_claims', 'METHOD_GRID', 'as_hyperparameters', 'candidate_specs', 'candidates_table',
     'select_on_validation', 'PAPER_EXPERIMENTS', 'PAPER_METHODS', 'SETTINGS', 'Setting', 'kd_label',
     'paper_specs', 'table_specs', 'explore_bin_images', 'explore_classes', 'explore_method',
-    'explore_reliability', 'explore_theory', 'explore_transfer',
+    'explore_reliability', 'explore_theory', 'explore_transfer', 'aurc_difference', 'conformal_sets',
+    'deferral_curve', 'estimate_aurc', 'evaluate_sets', 'risk_coverage', 'share_to_defer',
 ]

@@ -207,11 +207,11 @@ def test_notebooks() -> Tally:
 
 
 def test_modules(long: bool) -> Tally:
-    "pytest over tests/, a worker for each core, each of which takes whole files"
+    "pytest over tests/, a worker for each core, which takes groups of tests as `tests/conftest.py` has them"
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder)/"report.xml"
         status, _ = stream("pytest", f"--junitxml={report}", "--durations=20", "-o", "junit_logging=no",
-                           "--numprocesses", str(cpu_count()), "--dist", "loadfile",
+                           "--numprocesses", str(cpu_count()), "--dist", "loadgroup",
                            *([] if long else ["-m", "not long"]))
         if not report.exists(): return Tally(failed=1)
         suite = ElementTree.parse(report).getroot().find("testsuite")

@@ -23,6 +23,17 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic",
          "--disable-component-update", "--disable-sync"]
 
 
+def pytest_collection_modifyitems(items):
+    """Of several workers each takes whole files. The pages in JupyterLab take longest: they come first, and
+    any worker may do a quarter of them
+    """
+    def is_page(item): return item.path.name == "test_lab.py" and hasattr(item, "callspec")
+    for k, item in enumerate(items):
+        part = f" {k % 4}" if is_page(item) else ""
+        item.add_marker(pytest.mark.xdist_group(item.path.stem + part))
+    items.sort(key=lambda item: not is_page(item))
+
+
 def made(n=600, c=5, factor=1., sharpness=2., seed=0):
     "Logits of a model off by `factor`, labels, and the true posterior"
     g = torch.Generator().manual_seed(seed)
