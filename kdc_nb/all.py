@@ -31,7 +31,7 @@ __all__ = ['results_file', 'Table', 'format_html_table', 'compare', 'decompose_s
            'PAPER_EXPERIMENTS', 'PAPER_METHODS', 'SETTINGS', 'Setting', 'kd_label', 'paper_specs', 'table_specs',
            'explore_bin_images', 'explore_classes', 'explore_method', 'explore_reliability', 'explore_theory',
            'explore_transfer', 'aurc_difference', 'conformal_sets', 'deferral_curve', 'estimate_aurc', 'evaluate_sets',
-           'risk_coverage', 'share_to_defer']
+           'risk_coverage', 'share_to_defer', 'Calibrated', 'load_calibrated']
 
 # %% ../nbs/all.ipynb #492b7cbd
 from .files import results_file
@@ -113,6 +113,7 @@ from kdc_nb.paper.selection import (
 from kdc_nb.paper.settings import (
     PAPER_EXPERIMENTS, PAPER_METHODS, SETTINGS, Setting, kd_label, paper_specs, table_specs,
 )
+from .experiments.deployment import Calibrated, load_calibrated
 from .bin_images import explore_bin_images
 from kdc_nb.explorers import (
     explore_classes, explore_method, explore_reliability, explore_theory, explore_transfer,
@@ -151,4 +152,5 @@ _all_ = [
     'paper_specs', 'table_specs', 'explore_bin_images', 'explore_classes', 'explore_method',
     'explore_reliability', 'explore_theory', 'explore_transfer', 'aurc_difference', 'conformal_sets',
     'deferral_curve', 'estimate_aurc', 'evaluate_sets', 'risk_coverage', 'share_to_defer',
+    'Calibrated', 'load_calibrated',
 ]

@@ -8,14 +8,13 @@ __all__ = ['TIE_TOLERANCE', 'simulate_calibrated', 'NullDraws', 'top_label_null_
            'null_band']
 
 # %% ../../nbs/calibration/06_null_bands.ipynb #902b4a3b
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..core import check
 from .outputs import check_bins_and_draws, check_outputs, to_probs
@@ -73,7 +72,7 @@ def _simulate_classwise(
     rng, scores = np.random.default_rng(seed), [[] for _ in bins]
     cdf = torch.cat([p.cumsum(1).float() for p in split_rows(probs)])
     rows = max(1, min(2**20//n, 2**24//max(s.numel() for s in sums)))
-    for start in tqdm(range(0, n_boot, rows), "null band", leave=False, delay=5):
+    for start in _with_bar(range(0, n_boot, rows)):
         u = torch.from_numpy(rng.random((n, min(rows, n_boot - start)), dtype=np.float32))
         labels = torch.searchsorted(cdf, u, right=True).clamp_(max=c - 1)
         draw = torch.arange(u.shape[1])
@@ -82,6 +81,13 @@ def _simulate_classwise(
             drawn = torch.bincount(cells.flatten(), minlength=s.numel()*len(draw)).view(-1, *s.shape)
             score.append(norm((s - drawn)/n))
     return [torch.cat(score).float() for score in scores]
+
+
+def _with_bar(steps: range) -> Iterable[int]:
+    "The steps, with a bar where they take more than five seconds; without tqdm, which this floor can do without"
+    try: from tqdm.auto import tqdm
+    except ImportError: return steps
+    return tqdm(steps, "null band", leave=False, delay=5)
 
 # %% ../../nbs/calibration/06_null_bands.ipynb #868fe3f6
 class NullDraws(NamedTuple):
