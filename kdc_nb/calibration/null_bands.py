@@ -84,7 +84,7 @@ def _simulate_classwise(
 
 
 def _with_bar(steps: range) -> Iterable[int]:
-    "The steps, with a bar where they take more than five seconds; without tqdm, which this floor can do without"
+    "The steps, with a bar where they take more than five seconds; without tqdm, none"
     try: from tqdm.auto import tqdm
     except ImportError: return steps
     return tqdm(steps, "null band", leave=False, delay=5)
