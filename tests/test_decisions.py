@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdc_nb.calibration.decisions import (
-    aurc_contributions, aurc_difference, conformal_sets, deferral_curve, estimate_aurc, evaluate_sets,
-    risk_coverage, share_to_defer,
+    ConformalSets, aurc_contributions, aurc_difference, conformal_sets, deferral_curve, estimate_aurc,
+    evaluate_sets, risk_coverage, share_to_defer,
 )
 from kdc_nb.calibration.differences import estimate_difference
 from kdc_nb.calibration.null_bands import simulate_calibrated
@@ -186,6 +186,12 @@ def test_sets_have_their_size_with_an_interval():
     d = estimate_difference(sets.member.double().sum(1).numpy()[None])
     assert size.value == float(sets.member.sum())/2000
     assert (size.low, size.high) == pytest.approx((d.low, d.high))
+
+
+def test_sets_of_one_class_each_are_taken_for_no_probabilities(recwarn):
+    sets = ConformalSets(torch.eye(4).bool(), .5)
+    found = evaluate_sets(sets, [0, 1, 2, 0])
+    assert found["coverage"].value == .75 and found["size"].value == found["size"].low == 1 and not recwarn
 
 
 Z, Y, _ = made(40)

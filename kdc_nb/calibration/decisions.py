@@ -198,7 +198,7 @@ def evaluate_sets(
     level: float = .95, # of the intervals, between 0 and 1
 ) -> dict[str, Estimate]: # "coverage", a fraction, and "size", the mean number of classes in a set
     "How often sets hold the true class, and how large they are; a `ValueError` for labels that do not fit"
-    _, y = check_outputs_and_labels(sets.member.double(), labels, True)
+    _, y = check_outputs_and_labels(sets.member.double() - 2, labels) # which are no probabilities
     held, size, n = sets.member.gather(1, y[:, None]).sum(), sets.member.double().sum(1), len(y)
     mean = float(size.mean())
     reach = t_quantile((1 - level)/2, n - 1)*float(size.std())/n**.5 if n > 1 else math.inf
