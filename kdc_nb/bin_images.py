@@ -21,7 +21,7 @@ from .core import check
 from .calibration.outputs import check_outputs_and_labels, softmax64
 from .calibration.posthoc import to_logits
 from .calibration.predictions import equal_width_bins
-from .calibration.reliability import format_ece, reliability_bins
+from .calibration.reliability import format_ece
 from .calibration.diagrams import BLUE, ORANGE, SMALL_FONT, ReliabilityDiagram, create_panels
 from .training.data import load_data
 from .experiments.results import Result
@@ -103,19 +103,20 @@ _KINDS = {"all": lambda right: right | True, "correct": lambda right: right, "wr
 @plt.rc_context(SMALL_FONT)
 def explore_bin_images(
     result: Result, # of a data set of images, with its logits
-    n_bins: int = 15, # bins of equal width, 1 or more
 ) -> Explorer:
     """A slider over the bins of a run's reliability diagram, beside test images that are in the bin, and a
     menu for those that it has right or wrong.
 
-    A `ValueError` for a result without logits, or of texts.
+    A `ValueError` for a result without logits, or of anything but images as bytes.
     """
     check(isinstance(result, Result), "result", type(result).__name__, "a `Result`, from `run` or the store")
     z, y, names = as_logits_and_labels(result, None, True)
-    inputs = load_data(result.spec.data).test.inputs
-    check(len(inputs.shape) == 4, "result", "one of texts", "one of images")
+    inputs, bins = load_data(result.spec.data).test.inputs, result.diagram().bins
+    check(len(inputs.shape) == 4 and inputs[y[:1]].to("cpu").dtype == torch.uint8, "result",
+          "one of texts or of floats", "one of images as bytes")
     confidence, taken = softmax64(z).max(1)
-    bin_of, right, bins = equal_width_bins(confidence, n_bins), taken == y, reliability_bins(z, y, n_bins)
+    n_bins, right = len(bins.count), taken == y
+    bin_of = equal_width_bins(confidence, n_bins)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     figure, (left, ax) = create_panels(2, 3.8)
     diagram, panel = ReliabilityDiagram(left, animated=True), _ImagePanel(ax)

@@ -18,6 +18,7 @@ import kdc_nb.calibration.diagrams as explorers
 from kdc_nb.calibration.posthoc import fit_temperature
 from kdc_nb.calibration.outputs import check_outputs_and_labels
 from kdc_nb.training.data import DataSpec
+from kdc_nb.training.images import register_images
 from kdc_nb.training.loss_fields import _batch_context
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.results import result_from_json, result_to_json
@@ -98,10 +99,18 @@ def test_a_model_of_other_samples_is_refused(outputs, spoil, message):
 
 
 def test_images_of_a_bin(results, monkeypatch):
-    explorer = explore_bin_images(results[TEACHER], 5)
+    explorer = explore_bin_images(results[TEACHER])
     number = explorer.controls["number"]
     others = [{"number": v} for _, v in number.options if v != number.value]
     every_control(explorer, monkeypatch, kind="wrong", **(others or [{}])[0])
+
+
+def test_floats_are_no_images(tmp_path):
+    x = torch.rand(60, 3, 8, 8)
+    spec = RunSpec(register_images("floats", *[(x, torch.arange(60) % 2)]*3, ["a", "b"]), "resnet8", "nll",
+                   Recipe(1, 20))
+    result = run(spec, Store(tmp_path), "cpu", progress=False)
+    with pytest.raises(ValueError, match="result: got one of texts or of floats"): explore_bin_images(result)
 
 
 def test_nothing_is_computed_twice(outputs, monkeypatch):
