@@ -30,8 +30,8 @@ class TorchCalibrationMetric(TorchMetric):
     tensor(0.5000, dtype=torch.float64)
     """
     is_differentiable, full_state_update = False, False
-    outputs: list[Tensor]
-    labels: list[Tensor]
+    outputs: list[Tensor] # (B, C) of each batch
+    labels: list[Tensor] # (B,) of each batch
 
     def __init__(self,
         name: str = "ece", # of a registered metric
