@@ -118,6 +118,7 @@ def explore_bin_images(
     n_bins, right = len(bins.count), taken == y
     bin_of = equal_width_bins(confidence, n_bins)
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+    short = [name if len(name) < 11 else f"{name[:9]}…" for name in names] # two stand above an image
     figure, (left, ax) = create_panels(2, 3.8)
     diagram, panel = ReliabilityDiagram(left, animated=True), _ImagePanel(ax)
     ring = left.plot([], [], "o", ms=11, mfc="none", c=ORANGE, clip_on=False, animated=True)[0]
@@ -126,7 +127,7 @@ def explore_bin_images(
         k = number - 1
         found = order[((bin_of == k) & _KINDS[kind](right))[order]]
         some = found[:_ROWS*_COLUMNS]
-        lines = [names[p] if p == t else f"{names[p]}? {names[t]}"
+        lines = [short[p] if p == t else f"{short[p]}? {short[t]}"
                  for p, t in zip(taken[some].tolist(), y[some].tolist())]
         diagram.show(bins, f"N = {len(y):,}\n{format_ece(result.raw.metrics['ece'])}")
         ring.set_data([bins.confidence[k]], [bins.accuracy[k]])

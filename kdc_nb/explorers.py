@@ -74,7 +74,8 @@ def explore_reliability(
                 "n_bins": NumberControl("bins", range(2, 51), 15, whole=True),
                 "predicted": dropdown("prediction", predictions)}
     if others: controls["other_T"] = NumberControl("temperature of the other", steps, 1.)
-    buttons = {} if fitted.note else {"go to the fitted T": {"T": float(f"{fitted.T:.4g}")}}
+    there = not fitted.note and steps[0] <= fitted.T <= steps[-1]
+    buttons = {"go to the fitted T": {"T": float(f"{fitted.T:.4g}")}} if there else {}
     grid = {"T": steps[::3], "n_bins": (5, 10, 15, 20, 30, 50), "predicted": (), "other_T": ()}
     return Explorer(figure, show, controls, "reliability", buttons, {k: grid[k] for k in controls})
 

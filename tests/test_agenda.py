@@ -103,6 +103,14 @@ def test_a_run_of_unknown_pace_is_tried_rather_than_nothing(tmp_path, clock):
     assert made.next() is None, "now it is known that none can be finished"
 
 
+def test_a_first_run_that_fails_does_not_count_as_begun(tmp_path, clock):
+    rows = [replace(TEACHER, seed=s) for s in (0, 1)]
+    made = agenda(tmp_path, rows, 5., resnet14=10.)
+    assert made.next() == rows[0], "too long, but the first of all"
+    made.leave_out(rows[0], FloatingPointError())
+    assert made.next() == rows[1]
+
+
 def test_a_place_is_free_as_soon_as_its_run_only_waits_for_its_evaluation(tmp_path, clock):
     rows = [replace(TEACHER, seed=s) for s in (0, 1)]
     made = agenda(tmp_path, rows, 100., resnet14=10.)

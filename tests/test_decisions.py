@@ -154,7 +154,7 @@ def slow_sets(valid, labels, probs, level, score, u_valid, u):
 def test_sets_are_those_of_the_papers(score, level):
     (v, y, _), (z, _, _) = made(150, seed=1), made(60, seed=2)
     got = conformal_sets(v, y, z, level, score, seed=5)
-    draws = [torch.rand(n, 1, generator=torch.Generator().manual_seed(5 + k), dtype=torch.float64)
+    draws = [torch.rand(n, 1, generator=torch.Generator().manual_seed(10 + k), dtype=torch.float64)
              for k, n in enumerate((150, 60))]
     slow = slow_sets(v.softmax(1).numpy(), y.tolist(), z.softmax(1).numpy(), level, score,
                      *(u[:, 0].numpy() for u in draws))
@@ -188,6 +188,19 @@ def test_sets_have_their_size_with_an_interval():
     assert (size.low, size.high) == pytest.approx((d.low, d.high))
 
 
+def test_ends_of_intervals_are_possible_numbers():
+    size = evaluate_sets(ConformalSets(torch.tensor([[True, False], [True, True]]), .5), [0, 0])["size"]
+    assert (size.low, size.high) == (0, 2)
+    e = estimate_aurc(outcomes([.9, .8], [1, 0]), level=.99999)
+    assert 0 <= e.low <= e.value <= e.high <= 1 and e.null_high <= 1
+
+
+def test_the_rank_is_exact_where_a_level_is_no_binary_number():
+    z = torch.linspace(0, 1, 99, dtype=torch.float64)[:, None]*torch.tensor([1., 0.])
+    sets = conformal_sets(z, [0]*99, z, .55, "lac")
+    assert int(sets.member[:, 0].sum()) == 55
+
+
 def test_sets_of_one_class_each_are_taken_for_no_probabilities(recwarn):
     sets = ConformalSets(torch.eye(4).bool(), .5)
     found = evaluate_sets(sets, [0, 1, 2, 0])
@@ -211,6 +224,8 @@ O = compute_outcomes(Z, Y)
     (lambda: conformal_sets(Z, Y, Z, 1.), "level: got 1.0"),
     (lambda: conformal_sets(Z, Y, Z, score="raps"), "score: got 'raps'"),
     (lambda: conformal_sets(Z, Y[:9], Z), "labels: got 9 of them"),
+    (lambda: conformal_sets(Z, Y, Z, seed="a"), "seed: got"),
+    (lambda: evaluate_sets(conformal_sets(Z, Y, Z), Y, 1.), "level: got 1.0"),
     (lambda: evaluate_sets(conformal_sets(Z, Y, Z), Y[:9]), "labels: got 9 of them")])
 def test_bad_input_is_told(do, message):
     with pytest.raises(ValueError, match=message): do()

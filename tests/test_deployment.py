@@ -1,4 +1,6 @@
 "A network and its temperature in one module: saved, exported, run elsewhere"
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -75,15 +77,24 @@ class Two(nn.Module):
     def forward(self, x, y): return x + y
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions(trained, dtype):
+    got, expected = copy.deepcopy(trained[1]).to(dtype)(images(5)), trained[1](images(5))
+    assert got.dtype == dtype
+    assert torch.allclose(got.float(), expected, atol=.3 if dtype == torch.bfloat16 else 1e-4)
+
+
 def test_any_network():
     x = torch.randn(3, 4)
-    assert torch.equal(Calibrated(Two(), 4)(x, x), x/2)
+    assert torch.equal(Calibrated(Two(), 4)(x, y=x), x/2)
+    assert torch.equal(Calibrated(Two(), np.float32(4))(x, x), x/2)
 
 
 @pytest.mark.parametrize("do, message", [
-    (lambda: Calibrated(Two(), -1), "T: got -1, expected a number above 0"),
+    (lambda: Calibrated(Two(), -1), "T: got -1, expected a finite number above 0"),
     (lambda: Calibrated(Two(), float("nan")), "T: got nan"),
-    (lambda: Calibrated(Two(), "2"), "T: got 2"),
+    (lambda: Calibrated(Two(), "2"), "T: got '2'"),
+    (lambda: Calibrated(nn.LSTM(4, 4), 2)(torch.zeros(1, 4)), "net: got one that gives a tuple"),
     (lambda: Calibrated(torch.zeros(3), 1), "net: got Tensor, expected a torch.nn.Module"),
     (lambda: load_calibrated(SPEC, Store("/nowhere")), "spec: got .*resnet8.*/nowhere has not")])
 def test_bad_input_is_told(do, message):

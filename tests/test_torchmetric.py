@@ -44,6 +44,13 @@ def test_it_is_copied_and_reset():
     assert metric.compute() != value
 
 
+def test_what_was_given_may_be_written_over():
+    metric, z, y = TorchCalibrationMetric("nll"), Z.clone(), Y.clone()
+    metric.update(z, y)
+    z.zero_(); y.zero_()
+    assert metric.compute() == fed(TorchCalibrationMetric("nll"), [300]).compute()
+
+
 def test_a_call_is_the_batchs_value_and_counts():
     metric, alone = TorchCalibrationMetric("nll"), TorchCalibrationMetric("nll")
     alone.update(Z[:100], Y[:100])
@@ -61,6 +68,8 @@ def test_a_metric_of_ones_own():
 @pytest.mark.parametrize("do, message", [
     (lambda: TorchCalibrationMetric("ecce"), "metric: got 'ecce'"),
     (lambda: TorchCalibrationMetric(n_bins=0), "n_bins: got 0"),
+    (lambda: TorchCalibrationMetric().compute(), "compute: got no images"),
+    (lambda: fed(TorchCalibrationMetric()).update(Z[:, :3], Y.clamp(max=2)), "preds: got shape"),
     (lambda: TorchCalibrationMetric().update(Z, Y + 9), "labels: got 9 to 13, expected 0 to 4"),
     (lambda: TorchCalibrationMetric(from_logits=False).update(Z, Y), "probs: got")])
 def test_bad_input_is_told(do, message):

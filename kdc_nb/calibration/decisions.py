@@ -76,9 +76,10 @@ def estimate_aurc(
     value, (least, most) = each.mean(), exact_interval(errors, n, level)
     low, high = least + (1 - least)*math.log1p(-least) if least < 1 else 1., most*(1 - math.log(most))
     if 0 < errors < n:
-        reach = math.exp(t_quantile((1 - level)/2, n - 1)*each.std(ddof=1)/n**.5/value)
+        reach = math.exp(min(t_quantile((1 - level)/2, n - 1)*each.std(ddof=1)/n**.5/value, 700.))
         low, high = max(low, value/reach), min(high, value*reach)
-    return Estimate(float(value), low, high, None, *central_range(_aurc_null_draws(o, n_boot, seed), level))
+    null_low, null_high = central_range(_aurc_null_draws(o, n_boot, seed), level)
+    return Estimate(float(value), low, high, None, null_low, min(null_high, 1.))
 
 
 def _aurc_null_draws(o: Outcomes, n_boot: int, seed: int) -> Tensor: # (n_boot,)
@@ -182,11 +183,13 @@ def conformal_sets(
     """
     check(0 < level < 1, "level", level, "a number between 0 and 1")
     check(score in ("aps", "lac"), "score", repr(score), "'aps' or 'lac'")
+    check_bins_and_draws(1, 2, seed)
     v, y = check_outputs_and_labels(valid_outputs, valid_labels, from_logits)
     x = check_outputs(outputs, from_logits)
     check(x.shape[1] == v.shape[1], "outputs", f"{x.shape[1]} classes", f"{v.shape[1]}, as valid_outputs has")
-    valid, new = (_conformal_scores(to_probs(t, from_logits), score, seed + k) for k, t in enumerate((v, x)))
-    rank = math.ceil((len(y) + 1)*level) # of the threshold among the scores of true classes
+    valid, new = (_conformal_scores(to_probs(t, from_logits), score, 2*int(seed) + k)
+                  for k, t in enumerate((v, x)))
+    rank = math.ceil((len(y) + 1)*level - 1e-9) # of the threshold among the scores of true classes
     true = valid.gather(1, y[:, None])[:, 0].sort().values
     threshold = float(true[rank - 1]) if rank <= len(y) else math.inf
     return ConformalSets(new <= threshold, threshold)
@@ -199,8 +202,9 @@ def evaluate_sets(
 ) -> dict[str, Estimate]: # "coverage", a fraction, and "size", the mean number of classes in a set
     "How often sets hold the true class, and how large they are; a `ValueError` for labels that do not fit"
     _, y = check_outputs_and_labels(sets.member.double() - 2, labels) # which are no probabilities
+    check(0 < level < 1, "level", level, "a number between 0 and 1")
     held, size, n = sets.member.gather(1, y[:, None]).sum(), sets.member.double().sum(1), len(y)
     mean = float(size.mean())
     reach = t_quantile((1 - level)/2, n - 1)*float(size.std())/n**.5 if n > 1 else math.inf
     return {"coverage": Estimate(float(held)/n, *exact_interval(float(held), n, level)),
-            "size": Estimate(mean, mean - reach, mean + reach)}
+            "size": Estimate(mean, max(mean - reach, 0.), min(mean + reach, sets.member.shape[1]))}

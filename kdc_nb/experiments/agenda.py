@@ -191,8 +191,8 @@ class Scheduler:
 
     def trials(self) -> list[RunSpec]: # of which one may begin where nothing else is running
         "The very first run, and later those like none measured before: only a guess says that they are long"
-        if not self.any_begun: return self.order[:1]
-        return [r for r in self.order if r not in self.left_out and self.pace.plan_run(r).seconds is None]
+        left = [r for r in self.order if r in self.not_stored and r not in self.left_out]
+        return [r for r in left if self.pace.plan_run(r).seconds is None] if self.any_begun else left[:1]
 
     def start_times(self) -> dict[RunSpec, float]: # seconds from now until it can begin
         "The runs of all rows that can be finished in time on as many places as there are"
@@ -255,6 +255,7 @@ class Scheduler:
         self.running.pop(run, None)
         self.awaiting_evaluation.discard(run)
         self.left_out[run] = why
+        self.any_begun = len(self.not_stored) < len(self.order) # this one does not count
         why.add_note(f"This was {run_label(run)}.")
         traceback.clear_frames(why.__traceback__) # which hold the memory of all that went wrong
 

@@ -6,7 +6,7 @@
 __all__ = ['Calibrated', 'Normalise', 'load_calibrated']
 
 # %% ../../nbs/experiments/12_deployment.ipynb #f7e4608f
-import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -31,15 +31,19 @@ class Calibrated(nn.Module):
     ):
         super().__init__()
         check(isinstance(net, nn.Module), "net", type(net).__name__, "a torch.nn.Module")
-        check(isinstance(T, (int, float)) and 0 < T < math.inf, "T", T, "a number above 0")
+        check(isinstance(T, Real) and 1e-30 < T < 1e30, "T", repr(T), "a finite number above 0")
         self.net = net
         self.register_buffer("T", torch.tensor(float(T)))
 
     def forward(self,
         *inputs: Any, # of the network
+        **named: Any, # likewise
     ) -> Tensor: # (B, C) logits
-        "The network's logits, divided by the temperature"
-        return self.net(*inputs)/self.T
+        "The network's logits, divided by the temperature; a `ValueError` if it gives something else"
+        logits = self.net(*inputs, **named)
+        check(isinstance(logits, Tensor), "net", f"one that gives a {type(logits).__name__}",
+              "one that gives a tensor of logits")
+        return logits/self.T
 
 # %% ../../nbs/experiments/12_deployment.ipynb #c828a54a
 class Normalise(nn.Module):
@@ -55,9 +59,9 @@ class Normalise(nn.Module):
 
     def forward(self,
         x: Tensor, # (B, C, H, W) uint8
-    ) -> Tensor: # like x, float32
+    ) -> Tensor: # like x, in the precision of the module
         "What a network of the kit expects"
-        return (x.float()/255 - self.mean)/self.std
+        return (x.to(self.mean.dtype)/255 - self.mean)/self.std
 
 
 def load_calibrated(

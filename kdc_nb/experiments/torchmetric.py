@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric as TorchMetric
 
-from ..core import lookup
+from ..core import check, lookup
 from ..calibration.outputs import check_bins_and_draws, check_outputs_and_labels
 from ..calibration.predictions import binned_error
 from ..calibration.metrics import METRICS
@@ -55,11 +55,14 @@ class TorchCalibrationMetric(TorchMetric):
     ) -> None:
         "Note the outputs of a batch"
         check_outputs_and_labels(preds, target, self.from_logits)
-        self.outputs.append(preds.detach())
-        self.labels.append(target)
+        alike = all(x.shape[1:] == preds.shape[1:] for x in self.outputs)
+        check(alike, "preds", f"shape {tuple(preds.shape)}", "as many classes as the batches before")
+        self.outputs.append(preds.detach().clone())
+        self.labels.append(target.clone())
 
     def compute(self) -> Tensor: # (), float64: a fraction, or in nats
         "The metric of all batches together"
+        check(len(self.outputs) > 0, "compute", "no images", "some, by `update`")
         x, y = (torch.cat(v) if isinstance(v, list) else v for v in (self.outputs, self.labels))
         x, y, m = *check_outputs_and_labels(x.cpu(), y.cpu(), self.from_logits), self.metric
         if m.per_sample: return m.per_sample(x, y, self.from_logits).double().mean()
