@@ -32,10 +32,15 @@ class RiskCoverage(NamedTuple):
     risk: Tensor # (K,) the share of these that is wrong
 
 
+def _sum_groups(group: Tensor, x: Tensor, n_groups: int) -> Tensor: # (K,)
+    "The sum over each group of images"
+    return torch.zeros(n_groups, dtype=torch.float64).index_add_(0, group, x)
+
+
 def _errors_by_confidence(o: Outcomes) -> tuple[Tensor, Tensor, Tensor]: # (N,), (K,), (K,)
     "The group of each image, the most confident first, and how many each group has, and has wrong"
-    values, group, count = (-o.log_odds).unique(return_inverse=True, return_counts=True)
-    return group, count, torch.zeros(len(values), dtype=torch.float64).index_add_(0, group, 1 - o.correct)
+    _, group, count = (-o.log_odds).unique(return_inverse=True, return_counts=True)
+    return group, count, _sum_groups(group, 1 - o.correct, len(count))
 
 
 def risk_coverage(
@@ -52,10 +57,9 @@ def aurc_contributions(
 ) -> Tensor: # (N,) float64, whose mean is the AURC
     "What each image contributes to the area under the curve of risk and coverage"
     group, count, wrong = _errors_by_confidence(o)
-    rank = torch.arange(1, len(group) + 1, dtype=torch.float64)
-    def group_means(x): # of all ranks from each one on, over a group's ranks
-        sums = x.flip(0).cumsum(0).flip(0)
-        return torch.stack([part.mean() for part in sums.split(count.tolist())])
+    rank, place = torch.arange(1, len(group) + 1).double(), torch.arange(len(count)).repeat_interleave(count)
+    def group_means(x): # of the sums over all ranks from each one on, over a group's ranks
+        return _sum_groups(place, x.flip(0).cumsum(0).flip(0), len(count))/count
     at_rank = (wrong/count).repeat_interleave(count) # in random order within a group
     own, dilutes = group_means(1/rank), group_means(at_rank/rank)
     return (1 - o.correct)*own[group] - dilutes[group] + (1 - o.correct).mean()
@@ -121,11 +125,10 @@ def deferral_curve(
 
 def _defer(log_odds: Tensor, gain: Tensor, accuracy: Tensor) -> tuple[Tensor, Tensor]: # (K,) each
     "Shares and accuracies, from what the large model would gain on each image and the small one's accuracy"
-    values, group, count = log_odds.unique(return_inverse=True, return_counts=True)
-    gains = torch.zeros(len(values), dtype=torch.float64).index_add_(0, group, gain).cumsum(0)
-    start = torch.zeros(1, dtype=torch.float64)
-    return (torch.cat([start, count.cumsum(0).double()])/len(gain),
-            accuracy + torch.cat([start, gains])/len(gain))
+    _, group, count = log_odds.unique(return_inverse=True, return_counts=True)
+    handed, gained = (torch.cat([x.new_zeros(1), x.cumsum(0)])/len(gain)
+                      for x in (count.double(), _sum_groups(group, gain, len(count))))
+    return handed, accuracy + gained
 
 # %% ../../nbs/calibration/19_decisions.ipynb #9d78e0fd
 def share_to_defer(

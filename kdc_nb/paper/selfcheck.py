@@ -39,10 +39,10 @@ def _make_trainer(name: str, device: str,
                   use_cuda_graph: bool = True) -> Trainer: # of _CHECKED_METHODS, or _DISTILLATION
     "A small network that is to learn by a method, or from a teacher"
     data = replace(load_data(_CHECK_DATA), augment=_CHECK_RECIPE.augment)
-    with seeded_rng(0): net, master = (build_model(m, data.n_classes) for m in ("resnet8", "resnet14"))
-    master = master.to(device, memory_format=torch.channels_last).eval()
+    with seeded_rng(0): net, teaching_net = (build_model(m, data.n_classes) for m in ("resnet8", "resnet14"))
+    teaching_net = teaching_net.to(device, memory_format=torch.channels_last).eval()
     method, teacher = ((_CHECKED_METHODS[name].build(), None) if name != _DISTILLATION
-                       else (Distillation(2., .5), lambda x, index: master(x).float()))
+                       else (Distillation(2., .5), lambda x, index: teaching_net(x).float()))
     where = dict(device=torch.device(device), use_cuda_graph=use_cuda_graph)
     return Trainer(net, data, method, _CHECK_RECIPE, seed=0, teacher=teacher, **where)
 
