@@ -17,6 +17,7 @@ setup(
     package_data={"kdc_nb": ["explorer.css", "explorer.js"]},
     install_requires=cfg["requirements"].split(),
     extras_require={"text": cfg["text_requirements"].split(),
+                    "parquet": cfg["parquet_requirements"].split(),
                     "dev": (cfg["dev_requirements"] + " " + cfg["text_requirements"]).split()},
     entry_points={"nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
                   "console_scripts": cfg["console_scripts"].split()},

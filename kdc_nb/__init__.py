@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 # What most people come for, and the module that holds it; nothing is imported before somebody asks
 _PUBLIC = {
     "evaluate": "calibration.evaluation", "compare": "calibration.comparisons",
+    "compare_students": "calibration.compare_students",
     "plot_reliability": "calibration.diagrams",
     "explore_reliability": "explorers", "load_outputs": "calibration.inputs",
     "DataSpec": "training.data", "Method": "training.methods",
@@ -75,6 +76,12 @@ def kdc_demo() -> int:
     os.environ["MPLBACKEND"] = "agg" # it draws into files
     print("Loading PyTorch takes a few seconds.", file=sys.stderr)
     return _command("paper.demo")
+
+
+def kdc_compare() -> int:
+    "The command: does a small model keep its teacher's calibration?"
+    os.environ["MPLBACKEND"] = "agg" # it draws into a file
+    return _command("reports")
 
 
 _no_spinning()

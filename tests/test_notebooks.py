@@ -31,7 +31,8 @@ def only_imports(source: str) -> bool:
 
 
 FLOORS = ("core", "values", "files", "tables", "calibration", "training",
-          "experiments", "analysis", "paper", "drawings", "controls", "bin_images", "explorers", "all")
+          "experiments", "analysis", "paper", "drawings", "controls", "bin_images", "explorers",
+          "student_explorer", "reports", "all")
 
 
 def modules() -> dict[str, str]:
@@ -104,7 +105,7 @@ def test_calibration_stands_alone():
     neither matplotlib, pandas nor tqdm
     """
     rooms = [m for m in modules() if m.startswith("calibration.")]
-    assert len(rooms) == 20
+    assert len(rooms) == 23
     rooms.remove("calibration.diagrams")
     code = f"""
 import sys
@@ -125,8 +126,9 @@ assert "ECE" in repr(evaluate([[2., 0.], [0., 1.]]*20, [0, 1]*20, n_boot=10))
 
 def draws(module: str) -> bool:
     "Whether a module makes pictures, so that it needs matplotlib"
-    return bool(re.search(r"^(import|from) matplotlib|calibration\.diagrams import",
-                          modules()[module], flags=re.M)) or module in ("controls", "explorers", "all")
+    draw = ("controls", "explorers", "reports", "all")
+    return module in draw or bool(re.search(r"^(import|from) matplotlib|calibration\.diagrams import",
+                                            modules()[module], flags=re.M))
 
 
 def test_what_draws_nothing_is_light():

@@ -243,13 +243,13 @@ class Stopped(KeyboardInterrupt):
 
 def exit_status(
     work: Callable[[], int], # what a command does; it gives the status of what went well
-    folder: Path | str, # where what is done is kept
+    stopped: str, # what is said after Ctrl-C
 ) -> int:
     "A command's status; its errors are printed: 130 after Ctrl-C, 2 for bad input, 1 for another error"
     try:
         with heed_ctrl_c(): return work()
     except KeyboardInterrupt:
-        status, why = 130, f"\nStopped. What is done is kept in {folder}; the same command goes on."
+        status, why = 130, f"\n{stopped}"
     except ValueError as e: status, why = 2, e
     except (FloatingPointError, OSError, RuntimeError) as e:
         status, why = 1, "\n".join([f"{type(e).__name__}: {e}", *getattr(e, "__notes__", [])])

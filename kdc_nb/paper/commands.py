@@ -94,7 +94,7 @@ def main(
         with (distributed_session(a.device),
               redirect_stdout(sys.stdout if rank_and_world()[0] == 0 else io.StringIO())):
             return _run_command(a, store)
-    return exit_status(work, store.folder)
+    return exit_status(work, f"Stopped. What is done is kept in {store.folder}; the same command goes on.")
 
 # %% ../../nbs/paper/05_commands.ipynb #7c231da0
 def _import_file(path: str) -> None:

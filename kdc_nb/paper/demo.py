@@ -226,4 +226,4 @@ def main(
         print(run_demo(a.data, a.seeds, a.folder, a.device))
         print(f"Figures and page: {Path(a.folder).resolve()/'index.html'}")
         return 0
-    return exit_status(work, a.folder)
+    return exit_status(work, f"Stopped. What is done is kept in {a.folder}; the same command goes on.")
