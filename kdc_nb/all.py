@@ -11,10 +11,10 @@ __all__ = ['results_file', 'Table', 'format_html_table', 'compare', 'compare_stu
            'register_metric', 'sce', 'top1', 'true_calibration_error', 'unregister_metric', 'null_band',
            'simulate_calibrated', 'compute_outcomes', 'Calibrator', 'fit_temperature', 'load_outputs', 'softmax64',
            'format_ece', 'DataSpec', 'Dataset', 'load_data', 'show_images', 'stratified_split', 'find_images',
-           'read_images', 'register_images', 'Method', 'TrainingMethod', 'with_penalty', 'MODELS', 'RECIPES', 'Recipe',
-           'register_image_folder', 'draw_topic_texts', 'register_texts', 'fit', 'plan_sweep', 'read_specs',
-           'write_specs', 'plot_histories', 'plot_metric', 'plot_panels', 'plot_reliability_grid', 'plot_tradeoff',
-           'prepare_histories', 'group_by_seed', 'read_results', 'recalibrate', 'result_outcomes', 'write_results',
+           'read_images', 'register_images', 'DistilLoss', 'Method', 'TrainingMethod', 'with_penalty', 'MODELS',
+           'RECIPES', 'Recipe', 'register_image_folder', 'draw_topic_texts', 'register_texts', 'fit', 'plan_sweep',
+           'read_specs', 'write_specs', 'plot_histories', 'plot_metric', 'plot_panels', 'plot_reliability_grid',
+           'plot_tradeoff', 'group_by_seed', 'read_results', 'recalibrate', 'result_outcomes', 'write_results',
            'RunContext', 'run', 'teacher_train_logits', 'Distil', 'RunSpec', 'lineage', 'method_label', 'run_label',
            'self_distillation_chain', 'teacher_label', 'trace_generation', 'Store', 'all_results', 'clean_store',
            'sweep', 'add_metrics', 'collect_by_row', 'results_frame', 'results_table', 'seed_means', 'Ensemble',
@@ -63,6 +63,7 @@ from .calibration.posthoc import Calibrator, fit_temperature
 from .calibration.reliability import format_ece
 from .calibration.truth import kl_to_truth, true_calibration_error
 from .training.data import DataSpec, Dataset, load_data, show_images, stratified_split
+from .training.distillation import DistilLoss
 from .training.images import find_images, read_images, register_images
 from .training.methods import Method, TrainingMethod, with_penalty
 from .training.models import MODELS
@@ -72,7 +73,7 @@ from .training.text import draw_topic_texts, register_texts
 from .training.trainer import fit
 from .experiments.agenda import plan_sweep, read_specs, write_specs
 from kdc_nb.experiments.panels import (
-    plot_histories, plot_metric, plot_panels, plot_reliability_grid, plot_tradeoff, prepare_histories,
+    plot_histories, plot_metric, plot_panels, plot_reliability_grid, plot_tradeoff,
 )
 from kdc_nb.experiments.results import (
     group_by_seed, read_results, recalibrate, result_outcomes, write_results,
@@ -130,28 +131,27 @@ _all_ = [
     'kl_to_truth', 'ks', 'mce', 'nll', 'register_metric', 'sce', 'top1', 'true_calibration_error',
     'unregister_metric', 'null_band', 'simulate_calibrated', 'compute_outcomes', 'Calibrator',
     'fit_temperature', 'load_outputs', 'softmax64', 'format_ece', 'DataSpec', 'Dataset', 'load_data',
-    'show_images', 'stratified_split', 'find_images', 'read_images', 'register_images', 'Method',
-    'TrainingMethod', 'with_penalty', 'MODELS', 'RECIPES', 'Recipe', 'register_image_folder',
+    'show_images', 'stratified_split', 'find_images', 'read_images', 'register_images', 'DistilLoss',
+    'Method', 'TrainingMethod', 'with_penalty', 'MODELS', 'RECIPES', 'Recipe', 'register_image_folder',
     'draw_topic_texts', 'register_texts', 'fit', 'plan_sweep', 'read_specs', 'write_specs',
     'plot_histories', 'plot_metric', 'plot_panels', 'plot_reliability_grid', 'plot_tradeoff',
-    'prepare_histories', 'group_by_seed', 'read_results', 'recalibrate', 'result_outcomes',
-    'write_results', 'RunContext', 'run', 'teacher_train_logits', 'Distil', 'RunSpec', 'lineage',
-    'method_label', 'run_label', 'self_distillation_chain', 'teacher_label', 'trace_generation', 'Store',
-    'all_results', 'clean_store', 'sweep', 'add_metrics', 'collect_by_row', 'results_frame',
-    'results_table', 'seed_means', 'Ensemble', 'OutOfFold', 'TemperatureScaled', 'TemperedPosterior',
-    'direct_counterpart', 'teacher_from_logits', 'direct_and_distilled_frame', 'plot_temperature_grid',
-    'plot_transfer', 'prepare_transfer', 'plot_class_matrix', 'plot_confidence_shift',
-    'prepare_agreement', 'prepare_confidence_shift', 'corrupt_images', 'register_corruption',
-    'generations_frame', 'merging_frame', 'plot_generations', 'average_by_severity', 'drift_frame',
-    'evaluate_drift', 'read_drifts', 'write_drifts', 'similar_classes', 'fit_linear_student',
-    'tempered_probs', 'weight_hessian', 'compute_umap', 'plot_penultimate', 'plot_umap',
-    'calibration_gap', 'draw_linear_problem', 'fit_intercept', 'null_gap_bound', 'project_to_span',
-    'theorem1_cubic_term', 'theorem1_weights', 'extract_features', 'read_features', 'write_features',
-    'paper_progress_table', 'published_values', 'row_differences', 'table_claims', 'METHOD_GRID',
-    'as_hyperparameters', 'candidate_specs', 'candidates_table', 'select_on_validation',
-    'PAPER_EXPERIMENTS', 'PAPER_METHODS', 'SETTINGS', 'Setting', 'kd_label', 'paper_specs', 'table_specs',
-    'explore_bin_images', 'explore_classes', 'explore_method', 'explore_reliability', 'explore_theory',
-    'explore_transfer', 'aurc_difference', 'conformal_sets', 'deferral_curve', 'estimate_aurc',
-    'evaluate_sets', 'risk_coverage', 'share_to_defer', 'Calibrated', 'load_calibrated',
-    'explore_students', 'write_report',
+    'group_by_seed', 'read_results', 'recalibrate', 'result_outcomes', 'write_results', 'RunContext',
+    'run', 'teacher_train_logits', 'Distil', 'RunSpec', 'lineage', 'method_label', 'run_label',
+    'self_distillation_chain', 'teacher_label', 'trace_generation', 'Store', 'all_results', 'clean_store',
+    'sweep', 'add_metrics', 'collect_by_row', 'results_frame', 'results_table', 'seed_means', 'Ensemble',
+    'OutOfFold', 'TemperatureScaled', 'TemperedPosterior', 'direct_counterpart', 'teacher_from_logits',
+    'direct_and_distilled_frame', 'plot_temperature_grid', 'plot_transfer', 'prepare_transfer',
+    'plot_class_matrix', 'plot_confidence_shift', 'prepare_agreement', 'prepare_confidence_shift',
+    'corrupt_images', 'register_corruption', 'generations_frame', 'merging_frame', 'plot_generations',
+    'average_by_severity', 'drift_frame', 'evaluate_drift', 'read_drifts', 'write_drifts',
+    'similar_classes', 'fit_linear_student', 'tempered_probs', 'weight_hessian', 'compute_umap',
+    'plot_penultimate', 'plot_umap', 'calibration_gap', 'draw_linear_problem', 'fit_intercept',
+    'null_gap_bound', 'project_to_span', 'theorem1_cubic_term', 'theorem1_weights', 'extract_features',
+    'read_features', 'write_features', 'paper_progress_table', 'published_values', 'row_differences',
+    'table_claims', 'METHOD_GRID', 'as_hyperparameters', 'candidate_specs', 'candidates_table',
+    'select_on_validation', 'PAPER_EXPERIMENTS', 'PAPER_METHODS', 'SETTINGS', 'Setting', 'kd_label',
+    'paper_specs', 'table_specs', 'explore_bin_images', 'explore_classes', 'explore_method',
+    'explore_reliability', 'explore_theory', 'explore_transfer', 'aurc_difference', 'conformal_sets',
+    'deferral_curve', 'estimate_aurc', 'evaluate_sets', 'risk_coverage', 'share_to_defer', 'Calibrated',
+    'load_calibrated', 'explore_students', 'write_report',
 ]

@@ -26,7 +26,7 @@ from kdc_nb.paper.commands import main
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT/"nbs/results"
-PAGE = nbformat.read(ROOT/"nbs/training/13_recipes.ipynb", as_version=4)
+PAGE = nbformat.read(ROOT/"nbs/training/14_recipes.ipynb", as_version=4)
 OWN = Recipe(epochs=1, batch_size=20, lr=.02)
 MEASURED = { # recipe, whether with eight epochs in place of its own: the file, and a model of it
     ("cpu", False): ("paper_cifar10.npz", ("resnet14", "resnet8")),

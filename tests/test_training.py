@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kdc_nb.files import load_tensors, save_tensors
 from kdc_nb.training.data import DataSpec, load_data, stratified_split
 from kdc_nb.training.devices import mark_cuda_broken, seeded_rng
-from kdc_nb.training.methods import Distillation, Method, TrainingMethod, TrainingStep
+from kdc_nb.training.methods import Method, TrainingMethod, TrainingStep
+from kdc_nb.training.distillation import Distillation
 from kdc_nb.training.models import MODELS, build_model
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.steps import (

@@ -21,7 +21,8 @@ from ..values import frozen_spec, spec_hash, written_name
 from ..training.data import DataSpec, LeaveFoldOut, load_data
 from ..training.models import MODELS, build_model, find_model
 from ..training.text import MissingExtra
-from ..training.methods import Distillation, Method
+from ..training.methods import Method
+from ..training.distillation import Distillation, DistilLoss
 from ..training.devices import best_device, seeded_rng
 from ..training.recipes import RECIPES, Recipe
 from ..training.steps import Predictor, has_dropout
@@ -141,19 +142,30 @@ def _check_model(name: str) -> None:
 # %% ../../nbs/experiments/00_specs.ipynb #e9ac81e5
 @frozen_spec
 class Distil:
-    "Distillation (Hinton et al., 2015) from a teacher; a `ValueError` where T or alpha is out of its range"
+    """Distillation from a teacher, by Hinton's loss (2015) or another; a `ValueError` where T or alpha is out
+    of its range, or there is no such loss
+    """
     teacher: Teacher # a `RunSpec`, or one of the next page
     T: float = 1. # temperature, above 0
     alpha: float = .9 # weight of the teacher, 0 to 1
+    loss: DistilLoss | str | None = None # what it is asked for, or its name; None: Hinton's
 
     def __post_init__(self):
         check(isinstance(self.teacher, Teacher), "teacher",
               repr(self.teacher), "a RunSpec or another Teacher")
+        if isinstance(self.loss, str): object.__setattr__(self, "loss", DistilLoss(self.loss))
+        check(self.loss is None or isinstance(self.loss, DistilLoss), "loss", repr(self.loss),
+              f"a DistilLoss or its name, one of {', '.join(DistilLoss.registry)}")
         self.build()
+
+    def label(self) -> str: # such as "KD(T=4, alpha=0.9)"
+        "Temperature, weight and loss in a few words"
+        loss = f", {_name_and_strengths(self.loss)}" if self.loss else ""
+        return f"KD(T={self.T:g}, alpha={self.alpha:g}{loss})"
 
     def build(self) -> Distillation:
         "The training method; a `ValueError` where T or alpha is out of its range"
-        return Distillation(self.T, self.alpha)
+        return Distillation(self.T, self.alpha, self.loss and self.loss.build())
 
 # %% ../../nbs/experiments/00_specs.ipynb #713a12ca
 def run_label(
@@ -167,11 +179,14 @@ def method_label(
     method: Method | Distil, # a training method, or distillation, whose teacher is named by its run
 ) -> str:
     "A method in a few words, with its strengths, or temperature, weight and teacher"
-    if isinstance(method, Method):
-        return " ".join([method.name, *(k if v is True else f"{k}={v:g}"
-                                        for k, v in method.params.items() if v is not False)])
-    return (f"KD(T={method.T:g}, alpha={method.alpha:g}) from "
-            f"{method.teacher.label(lambda run: f'[{run_label(run)}]')}")
+    if isinstance(method, Method): return _name_and_strengths(method)
+    return f"{method.label()} from {method.teacher.label(lambda run: f'[{run_label(run)}]')}"
+
+
+def _name_and_strengths(named: Method | DistilLoss) -> str: # such as "mdca beta=10 gamma=1"
+    "A name with the parameters behind it"
+    return " ".join([named.name, *(k if v is True else f"{k}={v:g}"
+                                   for k, v in named.params.items() if v is not False)])
 
 
 def teacher_label(
@@ -207,7 +222,7 @@ def _own_code(part: Any) -> list[str]:
     their content is in the id
     """
     used = [type(part)] if isinstance(part, Teacher) and not isinstance(part, RunSpec) else []
-    if isinstance(part, Method): used.append(part.registry[part.name])
+    if isinstance(part, (Method, DistilLoss)): used.append(part.registry[part.name])
     if isinstance(part, RunSpec): used.append(MODELS[find_model(part.model)[0]])
     return [source_fingerprint(made) for made in used if not is_built_in(made)]
 
@@ -262,7 +277,8 @@ def describe_run(
     if isinstance(method := spec.method, Method):
         return columns | {"training": "direct", "method": method_label(method), "teacher": "",
                           "T": math.nan, "alpha": math.nan, "generation": 0}
-    return columns | {"training": "distilled", "method": "KD", "teacher": teacher_label(method),
+    kd = f"KD, {_name_and_strengths(method.loss)}" if method.loss else "KD"
+    return columns | {"training": "distilled", "method": kd, "teacher": teacher_label(method),
                       "T": method.T, "alpha": method.alpha, "generation": trace_generation(spec)[1]}
 
 
@@ -271,4 +287,4 @@ def row_label(
 ) -> str: # the same for all seeds
     "How a run was trained, in a few words without data, network and seed"
     if isinstance(method := spec.method, Method): return method_label(method)
-    return f"KD(T={method.T:g}, alpha={method.alpha:g}) from {teacher_label(method)}"
+    return f"{method.label()} from {teacher_label(method)}"

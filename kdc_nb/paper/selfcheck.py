@@ -16,7 +16,8 @@ import torch
 
 from ..training.data import DataSpec, load_data
 from ..training.models import build_model
-from ..training.methods import Distillation, Method
+from ..training.methods import Method
+from ..training.distillation import Distillation
 from ..training.devices import best_device, call_in_fresh_process, cuda_is_broken, seeded_rng
 from ..training.recipes import Recipe
 from ..training.trainer import Trainer

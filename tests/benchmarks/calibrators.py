@@ -17,7 +17,8 @@ from training import BATCH, C, images, kernels, synchronize # the benchmark besi
 from kdc_nb.files import atomic_write
 from kdc_nb.tables import format_text_table
 from kdc_nb.training.devices import best_device
-from kdc_nb.training.methods import Distillation, Method, TrainingMethod, TrainingStep
+from kdc_nb.training.methods import Method, TrainingMethod, TrainingStep
+from kdc_nb.training.distillation import Distillation
 from kdc_nb.training.models import build_model
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.trainer import Trainer

@@ -47,7 +47,8 @@ from torchvision import transforms
 from kdc_nb.training.data import Dataset, Split
 from kdc_nb.training.devices import best_device, bf16_autocast
 from kdc_nb.training.losses import cross_entropy, distillation
-from kdc_nb.training.methods import Distillation, Method
+from kdc_nb.training.methods import Method
+from kdc_nb.training.distillation import Distillation
 from kdc_nb.training.models import build_model
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.steps import predict_logits
