@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "evaluate": "calibration.evaluation", "compare": "calibration.comparisons",
     "compare_students": "calibration.compare_students",
+    "explore_students": "student_explorer", "write_report": "reports",
     "plot_reliability": "calibration.diagrams",
     "explore_reliability": "explorers", "load_outputs": "calibration.inputs",
     "DataSpec": "training.data", "Method": "training.methods",

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['report_html', 'write_report', 'main']
 
-# %% ../nbs/reports.ipynb #fa233836
+# %% ../nbs/reports.ipynb #ea41e89a
 import argparse
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from .experiments.runs import exit_status
 from .drawings import page_html
 from .student_explorer import explore_students
 
-# %% ../nbs/reports.ipynb #e02b6f62
+# %% ../nbs/reports.ipynb #b5ae5eb7
 _WORDS = {
     "ECE": "expected calibration error: how far confidence and accuracy are apart, on average over 15 bins. "
            "smECE is the same without bins.",
@@ -65,24 +66,35 @@ def report_html(
                    for name, own in report.paragraphs().items())
     tables = "".join(_differences_html(report, name) for name in report.students)
     words = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in _WORDS.items())
+    first = "".join(f"<li>{escape(own[0])}" for own in report.paragraphs().values())
     title = "Does the student keep its teacher's calibration?"
-    return page_html(title, f"<h1>{escape(title)}</h1>{said}{explore_students(report).html()}"
+    return page_html(title, f"<h1>{escape(title)}</h1><ul>{first}</ul>{explore_students(report).html()}{said}"
                             f"{report.table()._repr_html_()}{tables}<h2>Words</h2><dl>{words}</dl>")
+
+
+def _check_new_page(path: Path | str, argument: str) -> Path:
+    "A `ValueError` unless a page can be written there, where nothing is yet"
+    path = Path(path)
+    new = path.suffix == ".html" and not path.exists() and not path.is_symlink()
+    check(new, argument, str(path), "a new file that ends in .html")
+    check(path.parent.is_dir() and os.access(path.parent, os.W_OK), argument, str(path),
+          "a file in a folder that is there and can be written to")
+    return path
 
 
 def write_report(
     report: StudentReport, # of `compare_students`
     path: Path | str, # of a new file that ends in .html
 ) -> Path:
-    "Write the page of `report_html`; a `ValueError` if there is such a file already"
-    path = Path(path)
-    check(path.suffix == ".html" and not path.exists(), "path", str(path), "a new file that ends in .html")
-    check(path.parent.is_dir(), "path", str(path), "a file in a folder that is there")
-    html = report_html(report)
+    "Write the page of `report_html`; a `ValueError` if there is such a file already, or no such folder"
+    path, html = _check_new_page(path, "path"), report_html(report)
     with atomic_write(path) as part: part.write_text(html, encoding="utf-8")
     return path
 
-# %% ../nbs/reports.ipynb #edeed726
+# %% ../nbs/reports.ipynb #66f99171
+_Files = list[dict[str, Any]] # the arrays of each file of a model
+
+
 def _build_parser() -> argparse.ArgumentParser:
     "What the command understands"
     p = argparse.ArgumentParser(
@@ -96,25 +108,45 @@ def _build_parser() -> argparse.ArgumentParser:
     p.add_argument("--valid", nargs="+", default=[], metavar="FILE",
                    help="the same models on validation images, in the same order, for temperatures")
     p.add_argument("--valid-labels", help="file of their labels, if they are not beside the logits")
+    p.add_argument("--classes", metavar="A,B,...",
+                   help="the columns of tables that hold the classes, in order, where there are others")
     p.add_argument("--probs", action="store_true", help="all outputs are probabilities")
     p.add_argument("--direct", metavar="NAME", help="the student that had no teacher")
     p.add_argument("--out", metavar="FILE", help="an .html file to write, with sliders")
     return p
 
 
-def _read_model(argument: str, key: str = "logits") -> tuple[str, list[dict[str, np.ndarray]]]:
+def _read_model(
+    argument: str, # FILE, FILE,FILE,... or one of these behind NAME=
+    classes: Sequence[str] | None, # columns of tables; None: all that are without doubt
+) -> tuple[str, _Files]:
     "The name of a model, and the arrays of each of its files"
-    name, _, files = argument.rpartition("=") if not Path(argument).exists() else ("", "", argument)
+    name, _, files = argument.partition("=") if not Path(argument).exists() else ("", "", argument)
+    if not files: name, files = "", argument
     paths = [files] if Path(files).exists() else files.split(",")
-    found = [read_arrays(p) for p in paths]
+    found = [read_arrays(p, classes if p.lower().endswith((".csv", ".parquet")) else None) for p in paths]
     for p, arrays in zip(paths, found): check("logits" in arrays, p, f"only {', '.join(arrays)}", "logits")
     return name or Path(paths[0]).stem, found
+
+
+def _read_models(arguments: Sequence[str], classes: Sequence[str] | None) -> dict[str, _Files]:
+    "Models by name; the columns of tables are read in the order that the first has"
+    out = {}
+    for argument in arguments:
+        name, files = _read_model(argument, classes)
+        check(name not in out, "students", f"two models called {name}", "names that differ: NAME=FILE")
+        named = [f["classes"] for f in files if "classes" in f]
+        first = next((f["classes"] for own in out.values() for f in own if "classes" in f), None)
+        if first and any(c != first and {*c} == {*first} for c in named):
+            name, files = _read_model(argument, first)
+        out[name] = files
+    return out
 
 
 def _shared_labels(
     option: str, # "labels" or "valid-labels"
     path: str | None, # of their own file
-    models: "_Files", # all
+    models: Mapping[str, _Files], # all
     key: str, # under which these may hold them
 ) -> np.ndarray | None: # (N,)
     "The labels of a file of their own, or those that stand beside the logits"
@@ -125,30 +157,37 @@ def _shared_labels(
     check(same, option, "different ones in several files", "the same images in the same order everywhere")
     return own[0] if own else None
 
-# %% ../nbs/reports.ipynb #a93fadbb
-_Files = dict[str, list[dict[str, np.ndarray]]] # of each model, the arrays of each of its files
-
-
+# %% ../nbs/reports.ipynb #7027efb2
 def _compare_files(a: argparse.Namespace) -> StudentReport:
     "Read what the command names, and compare it"
-    pairs = [("teacher", _read_model(a.teacher)[1]), *map(_read_model, a.students)]
-    models = dict(pairs)
-    names = ", ".join(k for k, _ in pairs)
-    check(len(models) == len(pairs), "students", names, "names that differ: NAME=FILE")
+    classes = a.classes.split(",") if a.classes else None
+    models = _read_models([a.teacher, *a.students], classes)
+    names = dict(zip(models, ("teacher", *[*models][1:]))) # whatever its file is called
+    check("teacher" not in [*models][1:], "students", "one called teacher", "another name: NAME=FILE")
+    models = {names[k]: files for k, files in models.items()}
     labels = _shared_labels("labels", a.labels, models, "labels")
     check(labels is not None, "labels", "none", "--labels FILE, or labels beside the logits")
     logits = {k: [f["logits"] for f in files] for k, files in models.items()}
-    return compare_students(logits.pop("teacher"), logits, labels, **_read_validation(a, models),
-                            from_logits=not a.probs, direct=a.direct)
+    valid = _read_validation(a, models, names, classes)
+    return compare_students(logits.pop("teacher"), logits, labels, **valid, from_logits=not a.probs,
+                            direct=a.direct)
 
 
-def _read_validation(a: argparse.Namespace, models: _Files) -> dict[str, Any]: # empty: there is none
-    "What `compare_students` takes of validation images"
+def _read_validation(
+    a: argparse.Namespace,
+    models: Mapping[str, _Files], # on the test images
+    names: Mapping[str, str], # of the models, by those of their files
+    classes: Sequence[str] | None,
+) -> dict[str, Any]: # what `compare_students` takes of validation images; empty: there are none
+    "Validation logits and labels: files of their own, or arrays beside those of the test images"
     key, of_labels, held = "valid_logits", "valid_labels", models
     if a.valid:
         expected = f"{len(models)}: {', '.join(models)}"
         check(len(a.valid) == len(models), "valid", f"{len(a.valid)} models", expected)
-        key, of_labels, held = "logits", "labels", dict(zip(models, (_read_model(f)[1] for f in a.valid)))
+        key, of_labels, held = "logits", "labels", _read_models(a.valid, classes)
+        if {*held} & {*names}: # they are called as the models are
+            check([*held] == [*names], "valid", ", ".join(held), f"{', '.join(names)}, in this order")
+        held = dict(zip(models, held.values()))
     there = [key in f for files in held.values() for f in files]
     check(all(there) or not any(there), "valid", "validation logits of some models only", "of all or none")
     labels = _shared_labels("valid-labels", a.valid_labels, held, of_labels)
@@ -163,9 +202,7 @@ def main(
     "The command `kdc_compare`; errors are printed, and are an exit status"
     a = _build_parser().parse_args(args)
     def work():
-        if a.out: # refused before anything is computed
-            check(a.out.endswith(".html") and not Path(a.out).exists(), "out", a.out,
-                  "a new file that ends in .html")
+        if a.out: _check_new_page(a.out, "out") # before anything is computed
         report = _compare_files(a)
         print(report)
         if a.out: print(f"\nwritten: {write_report(report, a.out)}")

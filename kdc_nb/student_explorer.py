@@ -83,7 +83,7 @@ def _thin_curve(log_probs: Tensor, labels: Tensor) -> tuple[np.ndarray, np.ndarr
     at = np.unique(np.searchsorted(curve.coverage, np.linspace(.02, 1, 99) - 1e-9))
     return curve.coverage[at].numpy(), curve.risk[at].numpy()
 
-# %% ../nbs/student_explorer.ipynb #32b07ad7
+# %% ../nbs/student_explorer.ipynb #9530efea
 _STEPS = [float(f"{2**e:.3g}") for e in np.arange(-2, 2.01, .25)]
 
 
@@ -110,7 +110,7 @@ def explore_students(
         tempered = ((logits[k]/t).log_softmax(1) for k, t in (("teacher", T), (name, own)))
         return compare_groups(*tempered, y, tenths)
     widest = max(gaps(name, 1., 1.).filter(regex="_gap").abs().to_numpy().max() for name in names)
-    gap_panel = GapPanel(below, min(1., max(.1, 2.5*widest))) # room for what temperatures near 1 do
+    gap_panel = GapPanel(below, min(1., max(.1, 1.7*widest))) # room for what temperatures near 1 do
     risk_panel = RiskPanel(corner, 1.15*max(curve(k, 1.)[1].max() for k in logits) or 1)
 
     def show(T, own_T, student=names[0]):

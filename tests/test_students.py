@@ -153,11 +153,16 @@ def test_seeds_and_one_teacher_for_all(models):
     one = compare_students(teacher, several, y)
     all_ = compare_students([teacher]*3, several, y)
     assert one.students["student"].share == all_.students["student"].share
-    assert len(one.evaluations["teacher"]) == 3
+    assert (len(one.evaluations["teacher"]), len(all_.evaluations["teacher"])) == (1, 3)
+    assert one.metrics["teacher"] == {k: getattr(one.evaluations["teacher"][0], k) for k in ("raw", "scaled")}
+    for k in ("low", "high"): # three runs that are alike know no more than one
+        alike, alone = (getattr(r.metrics["teacher"]["raw"]["ece"], k) for r in (all_, one))
+        assert alike == pytest.approx(alone)
     nll = one.metrics["student"]["raw"]["nll"]
     assert nll.value == pytest.approx(np.mean([e.raw["nll"].value for e in one.evaluations["student"]]))
     assert nll.low < nll.value < nll.high
-    assert "3 training runs" in repr(one.table()) and len(one.bold_errors("student", seed=2)) > 0
+    assert "3 training runs of each" in repr(all_.table()) and "not of other teachers" in repr(one.table())
+    assert len(one.bold_errors("student", seed=2)) > 0
 
 
 def test_probabilities_are_logits(models):
@@ -307,7 +312,80 @@ def test_several_runs_and_validation_files(folder, models, capsys):
         np.savez(f"{name}_v.npz", logits=z[1000:], labels=y[1000:])
     assert main("t.npz KD=a.npz,b.npz --valid t_v.npz a_v.npz,b_v.npz".split()) == 0
     said = capsys.readouterr().out
-    assert "2 training runs of each" in said and "With a temperature for each, KD" in said
+    assert "2 of each student" in said and "With a temperature for each, KD" in said
+
+
+def test_validation_files_go_by_their_names(folder, models, capsys):
+    teacher, students, y = models
+    for name, z in (("t", teacher), ("a", students["KD"]), ("b", students["calm"])):
+        np.savez(f"{name}.npz", logits=z[:1000], labels=y[:1000])
+        np.savez(f"{name}_v.npz", logits=z[1000:], labels=y[1000:])
+    assert main("t.npz a.npz b.npz --valid t_v.npz a=a_v.npz b=b_v.npz".split()) == 2 # t_v is none of them
+    assert "valid: got t_v, a, b, expected t, a, b, in this order" in capsys.readouterr().err
+    assert main("t.npz a.npz b.npz --valid t=t_v.npz b=b_v.npz a=a_v.npz".split()) == 2
+    assert "in this order" in capsys.readouterr().err
+    assert main("t.npz a.npz b.npz --valid t=t_v.npz a=a_v.npz b=b_v.npz".split()) == 0
+
+
+def test_columns_go_by_their_names(folder, models, capsys):
+    import pandas as pd
+    teacher, students, y = models
+    names = list("abcdef")
+    t, s = (pd.DataFrame(z[:1000], columns=names) for z in (teacher, students["KD"]))
+    t.assign(label=[names[k] for k in y[:1000]]).to_csv("t.csv", index=False)
+    said = []
+    for order in (names, names[::-1]):
+        s[order].assign(label=[names[k] for k in y[:1000]]).to_csv("s.csv", index=False)
+        assert main("t.csv s.csv".split()) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]
+    with pytest.raises(ValueError, match=r"^students: got columns \['f', 'e'"):
+        compare_students(t, s[names[::-1]], y[:1000])
+    with pytest.raises(ValueError, match="^students: got index"):
+        compare_students(t, s.sample(frac=1, random_state=0), y[:1000])
+    s.assign(id=1).to_csv("more.csv", index=False)
+    assert main("t.csv more.csv --classes a,b,c,d,e,f".split()) == 0
+
+
+@pytest.mark.parametrize("write", [
+    lambda y: np.save("l.npy", y.astype(float)), lambda y: np.savetxt("l.csv", y),
+    lambda y: open("l.csv", "w").write("y\n" + "\n".join(map(str, y))),
+    lambda y: __import__("pandas").Series(y, name="label").to_csv("l.csv"),
+])
+def test_labels_as_people_write_them(folder, models, write, capsys):
+    write(models[2][:1000])
+    name = next(p.name for p in folder.glob("l.*"))
+    assert main(f"teacher.npz kd.npz --labels {name} --valid-labels v.npy".split()) == 0
+    said = capsys.readouterr().out
+    assert main("teacher.npz kd.npz --labels y.npy --valid-labels v.npy".split()) == 0
+    assert said == capsys.readouterr().out
+
+
+def test_tables_without_a_header_and_with_shuffled_rows(folder, models, capsys):
+    import pandas as pd
+    teacher, students, y = models
+    np.savetxt("t.csv", teacher[:1000], delimiter=",")
+    table = pd.DataFrame(students["KD"][:1000]).rename(columns=str)
+    table.sample(frac=1, random_state=0).to_parquet("s.parquet")
+    with pytest.warns(UserWarning, match="put into the order of their numbers"):
+        assert main("t.csv s.parquet --labels y.npy".split()) == 0
+    shuffled = capsys.readouterr().out
+    np.save("s.npy", students["KD"][:1000])
+    assert main("t.csv s.npy --labels y.npy".split()) == 0
+    assert shuffled == capsys.readouterr().out
+
+
+def test_infinite_is_told_of_the_right_one():
+    p = np.array([[.7, .2, .1]]*10 + [[.1, .8, .1]]*10)
+    q = np.array([[.8, .2, 0.]]*10 + [[0., .8, .2]]*10)
+    said = compare_students(q, p, np.array([0]*9 + [2] + [1]*10), from_logits=False).paragraphs()["student"]
+    assert any(re.search(r"NLL 0\.\d+ against inf", s) for s in said)
+
+
+def test_a_gap_in_the_other_direction_is_called_so(models):
+    teacher, students, y = models
+    said = compare_students(teacher, .3*students["KD"], y).paragraphs()["student"]
+    assert any("it errs in the other direction" in s for s in said)
 
 
 @pytest.mark.parametrize("words, message", [
@@ -316,9 +394,11 @@ def test_several_runs_and_validation_files(folder, models, capsys):
     ("teacher.npz kd.npz --labels v.npy", "labels: got 500 of them"),
     ("teacher.npz kd.npz --labels y.npy", "valid_labels: got not all of"),
     ("teacher.npz kd.npz --labels kd.npz", "labels: got kd.npz with logits"),
-    ("teacher.npz kd.npz kd.npz --labels y.npy", "students: got teacher, kd, kd, expected names that differ"),
+    ("teacher.npz kd.npz kd.npz --labels y.npy", "students: got two models called kd, expected names that differ"),
     ("teacher.npz kd.npz --labels y.npy --valid teacher.npz", "valid: got 1 models, expected 2"),
     ("teacher.npz kd.npz --labels y.npy --valid-labels v.npy --out r.txt", "out: got r.txt"),
+    ("teacher.npz kd.npz --labels y.npy --out no/r.html", "out: got no/r.html, expected a file in"),
+    ("teacher.npz teacher=kd.npz --labels y.npy", "students: got two models called teacher"),
     ("teacher.npz kd.npz --labels y.npy --valid-labels v.npy --direct x", "direct: got 'x'"),
     ("teacher.npz y.npy --labels y.npy", "y.npy: got only labels, expected logits"),
 ])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['compare_students']
 
-# %% ../../nbs/calibration/22_compare_students.ipynb #fc90b2f1
-from collections.abc import Mapping
+# %% ../../nbs/calibration/22_compare_students.ipynb #36d64249
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from kdc_nb.calibration.students import (
 )
 from .student_report import Student, StudentReport
 
-# %% ../../nbs/calibration/22_compare_students.ipynb #ae9f48c9
+# %% ../../nbs/calibration/22_compare_students.ipynb #07d48930
 def _read_models(
     models: Mapping[str, tuple[str, Any]], # by name: the argument it came by, and outputs
     labels: Any, # (N,)
@@ -34,11 +34,24 @@ def _read_models(
     for name, (argument, _) in models.items():
         enough = len(split[name]) == runs or name == "teacher" and len(split[name]) == 1
         check(enough, argument, f"{len(split[name])} seeds", f"{runs}, as another model has")
+    _check_tables([*models.values(), (of_labels, labels)])
     like, out = None, {}
     for name, (argument, _) in models.items():
         out[name], y = check_seeds(split[name], labels, from_logits, argument, of_labels, like)
         like = like or (argument, out[name][0])
-    return {name: x*(runs if len(x) < runs else 1) for name, x in out.items()}, y
+    return out, y
+
+
+def _check_tables(given: Iterable[tuple[str, Any]]) -> None:
+    "A `ValueError` for tables of pandas with other rows or columns, or in another order, than the first"
+    seen = {}
+    for argument, x in given:
+        for table in [t for t in (x if isinstance(x, (list, tuple)) else [x]) if hasattr(t, "iloc")]:
+            for k in ("index", "columns"):
+                if not hasattr(table, k): continue
+                name, first = seen.setdefault(k, (argument, getattr(table, k)))
+                check(first.equals(getattr(table, k)), argument, f"{k} {[*getattr(table, k)][:4]} ...",
+                      f"{[*first][:4]} ..., as {name} has; or arrays, by to_numpy()")
 
 
 def _name_students(students: Any, prefix: str = "") -> dict[str, tuple[str, Any]]:
@@ -47,10 +60,10 @@ def _name_students(students: Any, prefix: str = "") -> dict[str, tuple[str, Any]
     if not isinstance(students, Mapping): return {"student": (argument, students)}
     odd = [k for k in students if not isinstance(k, str) or k in ("teacher", "")]
     check(students and not odd, argument, f"names {odd}" if odd else "none",
-          "one or more, with names other than 'teacher'")
+          "one or more, whose names are texts other than 'teacher'")
     return {name: (f"{argument}[{name!r}]", x) for name, x in students.items()}
 
-# %% ../../nbs/calibration/22_compare_students.ipynb #3a05c70f
+# %% ../../nbs/calibration/22_compare_students.ipynb #72c88b6c
 def compare_students(
     teacher: Any, # (N, C) its logits, of any framework; a list of these for several training runs
     students: Any, # a student's logits likewise; or several by name
@@ -75,19 +88,25 @@ def compare_students(
     check(len(y) > 1, "labels", f"{len(y)} of them", "two images or more")
     held, valid_y = _read_validation(outputs, valid_teacher, valid_students, valid_labels, from_logits)
     def pair(a, b): # difference: a less b
-        more = (held[a], held[b], valid_y) if held else ()
-        return compare(outputs[a], outputs[b], y, *more, from_logits=from_logits, names=(a, b),
+        more = (*_in_pairs(held[a], held[b]), valid_y) if held else ()
+        return compare(*_in_pairs(outputs[a], outputs[b]), y, *more, from_logits=from_logits, names=(a, b),
                        metrics=METRICS_SHOWN)
     evaluations = {name: [evaluate(x, y, *((held[name][k], valid_y) if held else (None, None)),
                                    from_logits=from_logits, metrics=METRICS_SHOWN)
-                          for k, x in enumerate(seeds)] for name, seeds in outputs.items()}
-    log_probs = {name: [to_log_probs(x, from_logits) for x in seeds] for name, seeds in outputs.items()}
-    pooled = {name: pool_evaluations(evaluations[name], z, y) for name, z in log_probs.items()}
-    rows = {name: compare_images(log_probs["teacher"], log_probs[name], y) for name in named}
+                          for k, x in enumerate(runs)] for name, runs in outputs.items()}
+    log_probs = {name: [to_log_probs(x, from_logits) for x in runs] for name, runs in outputs.items()}
+    pooled = {name: pool_evaluations(runs) for name, runs in evaluations.items()}
+    rows = {name: compare_images(*_in_pairs(log_probs["teacher"], log_probs[name]), y) for name in named}
     found = _describe_students({name: pair(name, "teacher") for name in named}, rows)
     beside = {name: pair(name, direct) for name in named if name != direct} if direct else {}
     gap = mean_estimate(next(iter(rows.values())).teacher_gap, (-1, 1))
     return StudentReport(y, log_probs, evaluations, pooled, gap, found, direct, beside)
+
+
+def _in_pairs(a: list[Tensor], b: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    "Training runs of two models, where one of the teacher stands beside several of a student"
+    runs = max(len(a), len(b))
+    return tuple(x*runs if len(x) < runs else x for x in (a, b))
 
 
 def _read_validation(

@@ -72,10 +72,11 @@ def _find_labels(
 
 # %% ../../nbs/calibration/17_inputs.ipynb #c3c4bc2e
 def _read_csv(path: Path) -> "pandas.DataFrame":
-    "A table with a header; its labels are texts"
+    "A table with a header, or of nothing but numbers; its labels are texts"
     import pandas as pd
     with open(path, newline="", encoding="utf-8-sig") as f:
         head = [h.strip() for h in next(csv.reader(f), [])]
+    if _is_row_of_numbers(head): return pd.read_csv(path, header=None).rename(columns=str)
     check(head and head.count("label") < 2, "header", ", ".join(head[:5]) or "nothing",
           "names of columns, at most one of them label")
     with warnings.catch_warnings():
@@ -84,26 +85,40 @@ def _read_csv(path: Path) -> "pandas.DataFrame":
                            skipinitialspace=True, dtype={"label": str}, keep_default_na=False)
 
 
+def _is_row_of_numbers(head: list[str]) -> bool:
+    "Whether a first line holds numbers, and not the numbers of columns"
+    try: numbers = [float(h) for h in head]
+    except ValueError: return False
+    return len(head) > 0 and numbers != [*range(len(head))]
+
+
 def _read_parquet(path: Path) -> "pandas.DataFrame":
-    "A table with its columns"
+    "A table with its columns, and its index as one without a name"
     import pandas as pd
-    try: return pd.read_parquet(path).rename(columns=str)
+    try: table = pd.read_parquet(path).rename(columns=str)
     except ImportError as e: raise ValueError("a .parquet is read by pyarrow: pip install pyarrow") from e
+    return table if table.index.equals(pd.RangeIndex(len(table))) else table.reset_index(names="")
 
 
 def _table_arrays(
     table: "pandas.DataFrame", # scores of classes, and perhaps labels
     classes: Sequence[str] | None, # names of the columns with the scores; None: all that are without doubt
-    name: str, # of the file, for the warning
-) -> dict[str, np.ndarray]: # "logits" (N, C) and "labels" (N,), what there is
-    "Column `label` and those of the classes"
-    labels = table.pop("label").astype(str).str.strip() if "label" in table else None
-    if labels is not None and not len(table.columns): return {"labels": labels.astype(float).to_numpy()}
+    name: str, # of the file, for warnings
+) -> dict[str, Any]: # "logits" (N, C) with the names of the "classes", and "labels" (N,), what there is
+    "Column `label` and those of the classes; one column alone is that of the labels"
+    rows = table[""] if "" in table else None # numbers of rows, as pandas writes them
+    if rows is not None and sorted(rows) == [*range(len(rows))] != [*rows]:
+        warn(f"{name}: the rows are put into the order of their numbers")
+        table = table.sort_values("")
+    n_columns, table = len(table.columns), table[[c for c in table if c and not c.startswith("Unnamed: ")]]
+    if len(table.columns) == 1: return {"labels": table.iloc[:, 0].astype(float).to_numpy()}
+    labels = table["label"].astype(str).str.strip() if "label" in table else None
+    table = table.drop(columns="label", errors="ignore")
     chosen = _class_columns(table) if classes is None else _named_columns(table, classes)
     check(len(chosen) > 1, "columns", ", ".join(chosen) or "none", "scores of two classes or more")
-    if classes is None and (len(chosen) < len(table.columns) or not _numbered(chosen)):
+    if classes is None and (len(chosen) + (labels is not None) < n_columns or not _numbered(chosen)):
         warn(f"{name}: the classes are taken to be {', '.join(chosen)}; classes=[...] names them")
-    found = {"logits": table[chosen].to_numpy(float)}
+    found = {"logits": table[chosen].to_numpy(float), "classes": chosen}
     return found if labels is None else found | {"labels": _find_labels(labels, chosen)}
 
 
@@ -128,7 +143,8 @@ def _numpy_arrays(path: Path) -> dict[str, np.ndarray]:
         with found: found = {k: found[k] for k in found}
     if len(found) == 1 and not {*found} & {*_ARRAYS}:
         x = next(iter(found.values()))
-        return {"labels" if x.ndim == 1 and x.dtype.kind in "iub" else "logits": x}
+        whole = x.ndim == 1 and x.dtype.kind in "iubf" and bool((x == x.round()).all())
+        return {"labels" if whole else "logits": x}
     known = {k: x for k, x in found.items() if k in _ARRAYS}
     check(bool(known), "arrays", ", ".join(found) or "none", f"some of {', '.join(_ARRAYS)}")
     return known
@@ -137,7 +153,7 @@ def _numpy_arrays(path: Path) -> dict[str, np.ndarray]:
 def read_arrays(
     path: Path | str, # of an .npz, .npy, .csv or .parquet
     classes: Sequence[str] | None = None, # columns with the scores of the classes, as for `load_outputs`
-) -> dict[str, np.ndarray]: # "logits" (N, C), "labels" (N,), and "valid_logits" and "valid_labels" of an .npz
+) -> dict[str, Any]: # what there is of logits (N, C), labels (N,), valid_logits, valid_labels, classes
     "What a file holds of outputs and labels, unchecked; a `ValueError` names the file and what is wrong"
     path = Path(path)
     tables = {".csv": _read_csv, ".parquet": _read_parquet}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Student', 'StudentReport']
 
-# %% ../../nbs/calibration/21_student_report.ipynb #9360597a
+# %% ../../nbs/calibration/21_student_report.ipynb #aeb401a5
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -19,7 +19,9 @@ from ..tables import Table
 from .predictions import equal_mass_bins
 from .metrics import METRICS
 from .estimates import Estimate
-from .evaluation import Evaluation, format_metric, metric_label, metric_name
+from kdc_nb.calibration.evaluation import (
+    DAGGER, OUTSIDE_NOTE, Evaluation, format_metric, metric_label, metric_name,
+)
 from .comparisons import Comparison
 from .students import METRICS_SHOWN, KeptVerdict, compare_groups, compare_images
 
@@ -34,12 +36,12 @@ class Student(NamedTuple):
     bold_errors: Estimate # share of images on which it is wrong and more confident than its teacher
     verdicts: dict[str, KeptVerdict] # "raw", and "scaled" where there are validation images
 
-# %% ../../nbs/calibration/21_student_report.ipynb #faa2c67c
+# %% ../../nbs/calibration/21_student_report.ipynb #ad9a3590
 @dataclass(frozen=True, eq=False)
 class StudentReport:
     "Students beside their teacher, on the same images; fields are fractions, shown in percent"
     labels: Tensor # (N,)
-    log_probs: dict[str, list[Tensor]] # (N, C) of each seed, of the teacher and all students
+    log_probs: dict[str, list[Tensor]] # (N, C) of each training run, of the teacher and all students
     evaluations: dict[str, list[Evaluation]] # likewise
     metrics: dict[str, dict[str, dict[str, Estimate]]] # by model, output and metric: means over seeds
     teacher_gap: Estimate # mean confidence less accuracy
@@ -81,7 +83,8 @@ class StudentReport:
         lookup(self.students, student, "student")
         runs = len(self.log_probs[student])
         check(seed in range(runs), "seed", seed, f"0 to {runs - 1}")
-        return [self.log_probs[k][seed] for k in ("teacher", student)]
+        teachers = self.log_probs["teacher"]
+        return [teachers[seed if len(teachers) > 1 else 0], self.log_probs[student][seed]]
 
     def to_frame(self) -> "pandas.DataFrame": # a line for each model, seed, output and metric
         "The metrics of all models, tidy; for what they differ by see `students[...].comparison.to_frame()`"
@@ -106,7 +109,7 @@ class StudentReport:
                        for name, own in self.paragraphs().items())
         return said + self.table()._repr_html_()
 
-# %% ../../nbs/calibration/21_student_report.ipynb #36260820
+# %% ../../nbs/calibration/21_student_report.ipynb #2013114b
 def _value(metric: str, e: Estimate) -> str:
     "A metric without its interval"
     return "infinite" if e.value is None else format_metric(metric, e.value)
@@ -115,21 +118,22 @@ def _value(metric: str, e: Estimate) -> str:
 def _cell(metric: str, e: Estimate) -> str:
     "A metric with its interval, where it has one"
     ends = [format_metric(metric, x) for x in (e.low, e.high) if x is not None]
-    return _value(metric, e) + (f" [{' to '.join(ends)}]" if ends else "")
+    outside = DAGGER*(e.value is not None and e.is_outside_interval())
+    return _value(metric, e) + outside + (f" [{' to '.join(ends)}]" if ends else "")
 
 
 def _band(metric: str, e: Estimate) -> str:
     "A null band"
     return f"{format_metric(metric, e.null_low)} to {format_metric(metric, e.null_high)}"
 
-# %% ../../nbs/calibration/21_student_report.ipynb #961039a7
+# %% ../../nbs/calibration/21_student_report.ipynb #f9ec7d72
 def _temperature_cell(evaluations: Sequence[Evaluation]) -> str:
-    "The temperature of a model, or the range of those of its seeds"
-    (e, *more), fitted = evaluations, [e.T for e in evaluations]
-    if more: return f"{min(fitted):.3g} to {max(fitted):.3g}"
-    return f"{e.T:.3g}" + (f" [{e.T_low:.3g} to {e.T_high:.3g}]" if e.T_low else "")
+    "The temperature of a model, or the range of those of its training runs"
+    (e, *more), fitted = evaluations, [f"{e.T:#.3g}" for e in sorted(evaluations, key=lambda e: e.T)]
+    if more: return " to ".join(dict.fromkeys([fitted[0], fitted[-1]]))
+    return fitted[0] + (f" [{e.T_low:#.3g} to {e.T_high:#.3g}]" if e.T_low else "")
 
-# %% ../../nbs/calibration/21_student_report.ipynb #9430650b
+# %% ../../nbs/calibration/21_student_report.ipynb #fb9908e1
 def _model_column(report: "StudentReport", name: str) -> dict[str, str]: # by row
     "The metrics of a model, raw and after temperature scaling"
     outputs, cells = report.metrics[name], {}
@@ -147,15 +151,23 @@ def _models_table(report: "StudentReport") -> Table:
     "A column for each model, a row for each metric"
     columns = {name: _model_column(report, name) for name in report.metrics}
     rows = [[row, *(c[row] for c in columns.values())] for row in columns["teacher"]]
-    (first, *more), notes = report.evaluations["teacher"], []
+    first, notes = report.evaluations["teacher"][0], []
+    if any(DAGGER in cell for row in rows for cell in row): notes.append(OUTSIDE_NOTE)
     if first.scaled:
         how = "cross-fitted in 5 folds" if first.cross_fitted else "fitted to the validation images"
-        notes = [f"after TS: the logits are divided by a temperature, {how}. What it takes off the NLL is "
-                 "calibration, what remains is refinement."]
+        notes.append(f"after TS: the logits are divided by a temperature, {how}. What it takes off the NLL "
+                     "is calibration, what remains is refinement.")
     caption = f"{first.n:,} images, {first.n_classes} classes; [95% interval]"
-    notes.append(f"{len(more) + 1} training runs of each: this speaks of other runs and other images." if more
-                 else "One training run of each: this speaks of other images, not of other training runs.")
-    return Table(["", *columns], rows, caption, notes)
+    return Table(["", *columns], rows, caption, [*notes, _runs_note(report)])
+
+
+def _runs_note(report: "StudentReport") -> str:
+    "What the intervals speak of"
+    teachers, students = (max(len(report.log_probs[k]) for k in ks) for ks in (["teacher"], report.students))
+    if students == 1: return "One training run of each: this speaks of other images, not of other runs."
+    if teachers > 1: return f"{students} training runs of each: this speaks of other runs and other images."
+    return (f"One training run of the teacher, {students} of each student: this speaks of other images and "
+            "other students, not of other teachers.")
 
 # %% ../../nbs/calibration/21_student_report.ipynb #78869565
 def _points(mean: float, low: float, high: float) -> str: # of fractions
@@ -175,7 +187,7 @@ def _teacher_sentence(report: "StudentReport") -> str:
             f"is calibrated as far as {n:,} images can tell")
     return f"The teacher {said}: its ECE is {_cell('ece', e)}%; calibrated, it would be {_band('ece', e)}%."
 
-# %% ../../nbs/calibration/21_student_report.ipynb #18017969
+# %% ../../nbs/calibration/21_student_report.ipynb #85483242
 _SAID = { # by the word of a verdict: of a student, and of one that had another teacher or none
     "kept": ("keeps its teacher's calibration", "is as well calibrated as the teacher"),
     "lost": ("loses its teacher's calibration", "is worse calibrated than the teacher"),
@@ -188,29 +200,32 @@ def _verdict_sentences(report: "StudentReport", name: str) -> Iterator[str]:
     "Whether a student keeps its teacher's calibration, and by which numbers; raw, then after temperatures"
     who = f"{name}, which had no teacher," if name == report.direct else name
     for which, v in report.students[name].verdicts.items():
-        power = (f". {len(report.labels):,} images cannot tell: they would show a difference of "
-                 f"{100*v.detectable:.1f} points four times in five")*(v.word == "cannot be told")
+        more = {"cannot be told": f". {len(report.labels):,} images cannot tell: they would show a "
+                                  f"difference of {100*min(v.detectable, 1):.1f} points four times in five",
+                "kept": f", and less than {100*v.margin:g} points more by a test at 5%"}.get(v.word, "")
         after = "With a temperature for each, "*(which == "scaled")
-        yield f"{after}{who} {_SAID[v.word][name == report.direct]}: ECE {_points(*v.difference[:3])}{power}."
+        yield f"{after}{who} {_SAID[v.word][name == report.direct]}: ECE {_points(*v.difference[:3])}{more}."
 
-# %% ../../nbs/calibration/21_student_report.ipynb #a6f2c6f7
+# %% ../../nbs/calibration/21_student_report.ipynb #ffacd1dd
 def _share_sentence(report: "StudentReport", name: str) -> str:
     "How much of the teacher's gap a student has; whether it passed, only one that had no teacher can tell"
     share, gap = report.students[name].share, report.teacher_gap
     what = _direction(gap).replace("confident", "confidence")
     if share.low is None or not what:
-        return (f"How much of it {name} has cannot be told: the teacher's mean confidence is "
+        return (f"How much of the teacher's gap {name} has cannot be told: the teacher's mean confidence is "
                 f"{_points(gap.value, gap.low, gap.high)} from its accuracy, which may be none.")
     low, high = (f"{100*x:.0f}" for x in (share.low, share.high))
     taught = ", without having been taught"*(name == report.direct)
-    return f"{name} has {100*share.value:.0f}% [{low} to {high}] of the teacher's {what}{taught}."
+    if share.high < 0: what += f": it errs in the other direction{taught}"
+    else: what += taught
+    return f"{name} has {100*share.value:.0f}% [{low} to {high}] of the teacher's {what}."
 
-# %% ../../nbs/calibration/21_student_report.ipynb #0fe20d3c
+# %% ../../nbs/calibration/21_student_report.ipynb #9eb7509b
 def _beside_sentence(name: str, other: str, c: Comparison) -> str:
     "How much more accurate, and how much more knowing, one model is than another"
     def nats(m): return "{:+.3f} nats [{:+.3f} to {:+.3f}]".format(*m.difference[:3])
     top1, raw, scaled = c.raw["top1"], c.raw["nll"], c.scaled.get("nll")
-    nll = nats(raw) if raw.difference else "infinite"
+    nll = nats(raw) if raw.difference else f"{raw.a:.3f} against {raw.b:.3f}"
     if raw.difference and scaled and scaled.difference:
         nll += (f", of which calibration {raw.difference.mean - scaled.difference.mean:+.3f} and "
                 f"refinement {nats(scaled)}")
@@ -220,16 +235,20 @@ def _beside_sentence(name: str, other: str, c: Comparison) -> str:
 def _images_sentence(name: str, s: "Student") -> str:
     "How often a student answers as its teacher, and where it is bold"
     share = lambda e: f"{100*e.value:.1f}% [{100*e.low:.1f} to {100*e.high:.1f}]"
-    kl = f"{s.kl.value:.3f} nats" if s.kl.value is not None else "infinite"
-    return (f"{name} predicts what the teacher predicts on {share(s.agreement)} of the images "
-            f"(KL from teacher to student: {kl}). On {share(s.bold_errors)} it is wrong and more confident.")
+    kl = f"{s.kl.value:.3f} nats" if s.kl.value is not None else "infinite, for a class that it rules out"
+    return (f"{name} predicts what the teacher predicts on {share(s.agreement)} of the images (KL from "
+            f"teacher to student: {kl}). On {share(s.bold_errors)} it is wrong, and surer than the teacher "
+            "is of what that predicts.")
 
 
 def _temperature_sentence(name: str, outputs: dict[str, dict[str, Estimate]], evaluations: list) -> str:
     "What a temperature changes"
     def change(k): return " to ".join(_value(k, outputs[o][k]) for o in ("raw", "scaled"))
-    return (f"Its temperature, {_temperature_cell(evaluations)}, takes the ECE of {name} from "
-            f"{change('ece')}% and its NLL from {change('nll')} nats.")
+    how = " (for each fifth of the images fitted to the others)"*evaluations[0].cross_fitted
+    told = {e.T_note for e in evaluations} - {None}
+    notes = "".join(f" That temperature is no minimum: {note}." for note in told)
+    return (f"A temperature of its own{how}, {_temperature_cell(evaluations)}, takes the ECE of {name} from "
+            f"{change('ece')}% and its NLL from {change('nll')} nats.{notes}")
 
 # %% ../../nbs/calibration/21_student_report.ipynb #b5e1e7ff
 def _paragraphs(report: "StudentReport") -> dict[str, list[str]]:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METRICS_SHOWN', 'share_passed', 'ImageRows', 'compare_images', 'mean_estimate', 'KeptVerdict', 'judge_kept',
-           'pool_evaluations', 'compare_groups']
+           'pool_estimates', 'pool_evaluations', 'compare_groups']
 
-# %% ../../nbs/calibration/20_students.ipynb #e72d46d7
+# %% ../../nbs/calibration/20_students.ipynb #418e9450
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +19,6 @@ from .metrics import METRICS
 from .bins import exact_interval
 from .estimates import Estimate
 from .evaluation import Evaluation
-from .contributions import pair_contributions
 from .differences import Difference, estimate_difference, holm, t_quantile
 from .comparisons import EQUIVALENCE_MARGINS
 
@@ -81,12 +80,13 @@ def mean_estimate(
     d = estimate_difference(rows)
     return Estimate(d.mean, max(d.low, limits[0]), min(d.high, limits[1]))
 
-# %% ../../nbs/calibration/20_students.ipynb #9d025a69
+# %% ../../nbs/calibration/20_students.ipynb #b46c3838
 class KeptVerdict(NamedTuple):
     "Whether a student is as well calibrated as its teacher"
     word: str # "kept", "lost", "better" or "cannot be told"
     difference: Difference # of the debiased ECEs, student less teacher; fractions
     detectable: float # the true difference that is found with a power of 80%
+    margin: float # the largest loss that does not count
 
 
 def judge_kept(
@@ -97,42 +97,39 @@ def judge_kept(
     def verdict(d, p):
         word = "kept" if d.mean + d.reach(.1) < margin else "cannot be told"
         if p < .05 and (d.mean < 0 or word != "kept"): word = "lost" if d.mean > 0 else "better"
-        return KeptVerdict(word, d, d.detectable(.05/len(differences)))
+        return KeptVerdict(word, d, d.detectable(.05/len(differences)), margin)
     corrected = holm([d.p for d in differences.values()])
     return {k: verdict(d, p) for (k, d), p in zip(differences.items(), corrected)}
 
-# %% ../../nbs/calibration/20_students.ipynb #61118a78
+# %% ../../nbs/calibration/20_students.ipynb #5cf6e00a
 METRICS_SHOWN = ("top1", "nll", "ece", "smece")
 
 
-def _pool_seeds(
-    estimates: Sequence[Estimate], # of one metric, by seed
-    rows: np.ndarray, # (seeds, images) contributions to it
+def pool_estimates(
+    runs: Sequence[Estimate], # of one metric, by training run
     limits: tuple[float, float], # of the metric
 ) -> Estimate:
-    "The mean over seeds, with an interval for other seeds and other images"
-    if len(estimates) == 1: return estimates[0]
+    "The mean over training runs, with an interval for other runs and other images"
+    if len(runs) == 1: return runs[0]
     def mean(k):
-        values = [getattr(e, k) for e in estimates]
+        values = [getattr(e, k) for e in runs]
         return None if None in values else float(np.mean(values))
-    ends = mean_estimate(rows, limits)
-    return Estimate(mean("value"), ends.low, ends.high, *map(mean, ("debiased", "null_low", "null_high")))
+    pooled = {k: mean(k) for k in ("value", "low", "high", "debiased", "null_low", "null_high")}
+    if None in (pooled["value"], pooled["low"], pooled["high"]):
+        return Estimate(**pooled | dict(low=None, high=None))
+    each = [e.value if e.debiased is None else e.debiased for e in runs]
+    middle, spread = np.mean(each), t_quantile(.025, len(runs) - 1)*np.std(each, ddof=1)/len(runs)**.5
+    low, high = (middle + s*np.hypot(pooled[end] - middle, spread) for s, end in ((-1, "low"), (1, "high")))
+    return Estimate(**pooled | dict(low=max(float(low), limits[0]), high=min(float(high), limits[1])))
 
 
 def pool_evaluations(
-    evaluations: Sequence[Evaluation], # by seed
-    logits: Sequence[Tensor], # (N, C) likewise
-    y: Tensor, # (N,) labels
+    runs: Sequence[Evaluation], # of one model
 ) -> dict[str, dict[str, Estimate]]: # by output ("raw", "scaled") and metric
-    "The metrics of a model"
-    outputs = {"raw": logits}
-    if all(e.scaled for e in evaluations): outputs["scaled"] = [z/e.T for z, e in zip(logits, evaluations)]
-    if len(evaluations) == 1: return {which: getattr(evaluations[0], which) for which in outputs}
-    def pooled(which, z):
-        rows = pair_contributions(z, z, y, True, METRICS_SHOWN)
-        return {k: _pool_seeds([getattr(e, which)[k] for e in evaluations], rows[k].a, METRICS[k].limits)
-                for k in METRICS_SHOWN}
-    return {which: pooled(which, z) for which, z in outputs.items()}
+    "The metrics of a model, means over its training runs"
+    outputs = ["raw", *["scaled"]*all(e.scaled for e in runs)]
+    return {which: {k: pool_estimates([getattr(e, which)[k] for e in runs], METRICS[k].limits)
+                    for k in METRICS_SHOWN} for which in outputs}
 
 # %% ../../nbs/calibration/20_students.ipynb #bb45914b
 def _gap_columns(
