@@ -12,10 +12,15 @@ import torch
 
 from kdc_nb.core import check
 from kdc_nb.controls import Explorer, NumberControl, dropdown, number_slider
+from kdc_nb.calibration.predictions import equal_mass_bins
+from kdc_nb.calibration.compare_students import compare_students
 from kdc_nb.calibration.diagrams import evaluate_at_temperature
+from kdc_nb.calibration.students import compare_groups
+from kdc_nb.calibration.null_bands import simulate_calibrated
 from kdc_nb.calibration.reliability import reliability_bins
 from kdc_nb.analysis.theorems import prepare_linear_view
 from kdc_nb.explorers import explore_method, explore_reliability, explore_theory
+from kdc_nb.reports import write_report
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.browser
@@ -113,6 +118,25 @@ def test_the_picture_has_pythons_numbers(open_file, files, outputs, width, shots
         holds(page, np.array([[T, now.nll]]))
         assert page.get_by_text(f"T = {T:g}, N = 500, NLL {now.nll:.3f}").is_visible()
     page.screenshot(path=shots/f"saved_reliability_{width}.png", full_page=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_report_moves_as_python_says(open_file, tmp_path, width, shots):
+    logits, labels = simulate_calibrated(500, 5)
+    report = compare_students(1.5*logits, {"KD": logits, "calm": .5*logits}, labels)
+    page = open_file(write_report(report, tmp_path/"report.html"), width)
+    page.locator(".kdc-controls select").select_option(label="calm")
+    move(page, "of the student", 2.)
+    tempered = (report.log_probs[k][0]/T for k, T in (("teacher", 1.), ("calm", 2.)))
+    tenths = equal_mass_bins(report.log_probs["teacher"][0].exp().amax(1, keepdim=True), 10)[:, 0]
+    gaps = compare_groups(*(z.log_softmax(1) for z in tempered), report.labels, tenths)
+    holds(page, np.column_stack([gaps.index + 1.12, gaps.student_gap]))
+    now = evaluate_at_temperature(.5*logits, labels, 2.)
+    assert page.get_by_text(f"calm, T = 2, N = 500, NLL {now.nll:.3f}").is_visible()
+    page.get_by_role("button", name="fitted temperatures, KD").click()
+    assert page.get_by_text(f"KD, T = {report.evaluations['KD'][0].T:.4g}, N = 500").is_visible()
+    page.screenshot(path=shots/f"report_{width}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
