@@ -39,8 +39,8 @@ def slow_js(q, p, y, T): return T**2*(kl(p, (p + q)/2) + kl(q, (p + q)/2))/2
 
 
 def slow_dkd(q, p, y, T, beta=8.):
-    def two(x): return np.array([x[y], 1 - x[y]])
-    def others(x): return np.delete(x, y)/(1 - x[y])
+    def two(x): return np.array([x[y], np.delete(x, y).sum()])
+    def others(x): return np.delete(x, y)/np.delete(x, y).sum()
     return T**2*(kl(two(p), two(q)) + beta*kl(others(p), others(q)))
 
 
