@@ -24,7 +24,7 @@ from .experiments.runs import exit_status
 from .drawings import page_html
 from .student_explorer import explore_students
 
-# %% ../nbs/reports.ipynb #b5ae5eb7
+# %% ../nbs/reports.ipynb #532f9934
 _WORDS = {
     "ECE": "expected calibration error: how far confidence and accuracy are apart, on average over 15 bins. "
            "smECE is the same without bins.",
@@ -62,11 +62,12 @@ def report_html(
     report: StudentReport, # of `compare_students`
 ) -> str: # of a whole file
     "A page with sentences, sliders and tables, that needs neither Python nor a network"
+    paragraphs = report.paragraphs()
+    first = "".join(f"<li>{escape(own[0])}" for own in paragraphs.values())
     said = "".join(f"<h2>{escape(name)}</h2><ul>{''.join(f'<li>{escape(s)}' for s in own)}</ul>"
-                   for name, own in report.paragraphs().items())
+                   for name, own in paragraphs.items())
     tables = "".join(_differences_html(report, name) for name in report.students)
     words = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in _WORDS.items())
-    first = "".join(f"<li>{escape(own[0])}" for own in report.paragraphs().values())
     title = "Does the student keep its teacher's calibration?"
     return page_html(title, f"<h1>{escape(title)}</h1><ul>{first}</ul>{explore_students(report).html()}{said}"
                             f"{report.table()._repr_html_()}{tables}<h2>Words</h2><dl>{words}</dl>")
@@ -91,7 +92,7 @@ def write_report(
     with atomic_write(path) as part: part.write_text(html, encoding="utf-8")
     return path
 
-# %% ../nbs/reports.ipynb #66f99171
+# %% ../nbs/reports.ipynb #69110ea0
 _Files = list[dict[str, Any]] # the arrays of each file of a model
 
 
@@ -129,18 +130,25 @@ def _read_model(
     return name or Path(paths[0]).stem, found
 
 
-def _read_models(arguments: Sequence[str], classes: Sequence[str] | None) -> dict[str, _Files]:
-    "Models by name; the columns of tables are read in the order that the first has"
+def _read_models(
+    arguments: Sequence[str], # a model each
+    classes: Sequence[str] | None, # columns of tables; None: all that are without doubt
+    like: Mapping[str, _Files] = {}, # models that were read before
+) -> dict[str, _Files]:
+    "Models by name; the columns of tables are read in the order that the first of all has"
     out = {}
     for argument in arguments:
         name, files = _read_model(argument, classes)
         check(name not in out, "students", f"two models called {name}", "names that differ: NAME=FILE")
-        named = [f["classes"] for f in files if "classes" in f]
-        first = next((f["classes"] for own in out.values() for f in own if "classes" in f), None)
-        if first and any(c != first and {*c} == {*first} for c in named):
-            name, files = _read_model(argument, first)
+        first, *more = _class_names([*like.values(), *out.values(), files]) or [None]
+        if any(c != first and {*c} == {*first} for c in more): name, files = _read_model(argument, first)
         out[name] = files
     return out
+
+
+def _class_names(models: Iterable[_Files]) -> list[list[str]]:
+    "The columns with the classes of each table"
+    return [f["classes"] for files in models for f in files if "classes" in f]
 
 
 def _shared_labels(
@@ -157,7 +165,7 @@ def _shared_labels(
     check(same, option, "different ones in several files", "the same images in the same order everywhere")
     return own[0] if own else None
 
-# %% ../nbs/reports.ipynb #7027efb2
+# %% ../nbs/reports.ipynb #76e8cce3
 def _compare_files(a: argparse.Namespace) -> StudentReport:
     "Read what the command names, and compare it"
     classes = a.classes.split(",") if a.classes else None
@@ -184,7 +192,7 @@ def _read_validation(
     if a.valid:
         expected = f"{len(models)}: {', '.join(models)}"
         check(len(a.valid) == len(models), "valid", f"{len(a.valid)} models", expected)
-        key, of_labels, held = "logits", "labels", _read_models(a.valid, classes)
+        key, of_labels, held = "logits", "labels", _read_models(a.valid, classes, models)
         if {*held} & {*names}: # they are called as the models are
             check([*held] == [*names], "valid", ", ".join(held), f"{', '.join(names)}, in this order")
         held = dict(zip(models, held.values()))

@@ -1,8 +1,10 @@
 "Does a student keep its teacher's calibration: the numbers, the words, the file, the command"
 import json
 import re
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -292,7 +294,6 @@ def test_the_command_says_what_the_function_says(folder, models, report, capsys)
 
 
 def test_files_of_other_kinds_say_the_same(folder, models, capsys):
-    import pandas as pd
     teacher, students, y = models
     np.save("t.npy", teacher[:1000])
     pd.DataFrame(students["KD"][:1000]).add_prefix("z").assign(label=y[:1000]).to_csv("s.csv", index=False)
@@ -328,7 +329,6 @@ def test_validation_files_go_by_their_names(folder, models, capsys):
 
 
 def test_columns_go_by_their_names(folder, models, capsys):
-    import pandas as pd
     teacher, students, y = models
     names = list("abcdef")
     t, s = (pd.DataFrame(z[:1000], columns=names) for z in (teacher, students["KD"]))
@@ -339,6 +339,15 @@ def test_columns_go_by_their_names(folder, models, capsys):
         assert main("t.csv s.csv".split()) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
+    np.save("v1.npy", y[1000:])
+    for z, name in ((teacher, "t_v"), (students["KD"], "s_v")): # in an order of their own
+        pd.DataFrame(z[1000:], columns=names)[names[::-1]].to_csv(f"{name}.csv", index=False)
+    assert main("t.csv s.csv --valid t_v.csv s_v.csv --valid-labels v1.npy".split()) == 0
+    reversed_ = capsys.readouterr().out
+    for z, name in ((teacher, "t_v"), (students["KD"], "s_v")):
+        pd.DataFrame(z[1000:], columns=names).to_csv(f"{name}.csv", index=False)
+    assert main("t.csv s.csv --valid t_v.csv s_v.csv --valid-labels v1.npy".split()) == 0
+    assert reversed_ == capsys.readouterr().out
     with pytest.raises(ValueError, match=r"^students: got columns \['f', 'e'"):
         compare_students(t, s[names[::-1]], y[:1000])
     with pytest.raises(ValueError, match="^students: got index"):
@@ -349,8 +358,8 @@ def test_columns_go_by_their_names(folder, models, capsys):
 
 @pytest.mark.parametrize("write", [
     lambda y: np.save("l.npy", y.astype(float)), lambda y: np.savetxt("l.csv", y),
-    lambda y: open("l.csv", "w").write("y\n" + "\n".join(map(str, y))),
-    lambda y: __import__("pandas").Series(y, name="label").to_csv("l.csv"),
+    lambda y: Path("l.csv").write_text("y\n" + "\n".join(map(str, y))),
+    lambda y: pd.Series(y, name="label").to_csv("l.csv"),
 ])
 def test_labels_as_people_write_them(folder, models, write, capsys):
     write(models[2][:1000])
@@ -362,7 +371,6 @@ def test_labels_as_people_write_them(folder, models, write, capsys):
 
 
 def test_tables_without_a_header_and_with_shuffled_rows(folder, models, capsys):
-    import pandas as pd
     teacher, students, y = models
     np.savetxt("t.csv", teacher[:1000], delimiter=",")
     table = pd.DataFrame(students["KD"][:1000]).rename(columns=str)

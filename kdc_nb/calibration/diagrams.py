@@ -223,15 +223,16 @@ SMALL_FONT = {"font.size": 9} # in pictures 840 pixels wide; at 100 pixels per i
 def create_panels(
     n: int, # number of panels side by side
     height: float, # of the figure, in inches
+    rows: int = 1, # of so many panels
     **kw, # for `Figure.subplots`
-) -> tuple[Figure, Any]: # and its n axes
+) -> tuple[Figure, Any]: # and its n axes, or (rows, n)
     """A figure, 8.4 inches wide, that pyplot does not manage.
 
     Within `rc_context` pyplot would choose its backend and lose it afterwards, so that later figures would
     not be shown.
     """
     figure = Figure(figsize=(8.4, height), layout="constrained")
-    return figure, figure.subplots(1, n, **kw)
+    return figure, figure.subplots(rows, n, **kw)
 
 # %% ../../nbs/calibration/14_diagrams.ipynb #8f3aa5b8
 class TemperatureCurves:

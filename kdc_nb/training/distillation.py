@@ -193,7 +193,7 @@ class _Curriculum(nn.Module):
         q, p = _log_softened(step, T)
         return T**2*_kl(p, q)
 
-# %% ../../nbs/training/11_distillation.ipynb #752f32a9
+# %% ../../nbs/training/11_distillation.ipynb #ba7f7278
 class Distillation(TrainingMethod):
     """Distillation from a teacher: Hinton's (2015), or by another loss; a `ValueError` for T or alpha out of
     range
@@ -205,13 +205,13 @@ class Distillation(TrainingMethod):
         teacher_loss: _TeacherLoss | None = None, # as a `DistilLoss` builds it; None: Hinton's
     ):
         check_distillation(T, alpha)
-        super().__init__(*[teacher_loss]*(teacher_loss is not None))
-        self.T, self.alpha, self.own = T, alpha, teacher_loss is not None
+        super().__init__(teacher_loss or cross_entropy)
+        self.T, self.alpha, self.is_hinton = T, alpha, teacher_loss is None
 
     def forward(self,
         step: TrainingStep, # with the teacher's logits (B, C)
     ) -> Tensor:
         "The loss, in nats where it is Hinton's; a `ValueError` for a step without a teacher"
-        if not self.own:
+        if self.is_hinton:
             return distillation(step.logits, step.targets, step.teacher_logits, self.T, self.alpha)
         return self.alpha*self.loss(step, self.T) + (1 - self.alpha)*cross_entropy(step.logits, step.targets)
