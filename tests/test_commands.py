@@ -30,9 +30,11 @@ TINY = RunSpec(DataSpec("known", n_train=100, n_valid=60, n_test=80),
 
 @pytest.fixture
 def few(monkeypatch):
-    "Three methods instead of all"
+    "Three methods and two losses of a teacher instead of all"
     patch_name(monkeypatch, "_CHECKED_METHODS",
                {k: selfcheck_room._CHECKED_METHODS[k] for k in ("nll", "crl", "mdca")})
+    patch_name(monkeypatch, "_TEACHER_LOSSES",
+               {k: selfcheck_room._TEACHER_LOSSES[k] for k in ("distillation", "distillation, ctkd")})
     yield
     mark_cuda_broken(False)
 
@@ -42,7 +44,8 @@ def test_the_check_passes_here(few, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("device cpu, ") and lines[-1] == "All is well."
     assert ([line.split("  ")[0] for line in lines[2:-1]]
-            == ["nll", "distillation", "crl", "mdca", "stopped and resumed", "side by side"])
+            == ["nll", "distillation", "distillation, ctkd", "crl", "mdca",
+                "stopped and resumed", "side by side"])
 
 
 def test_a_method_that_trains_otherwise_the_second_time_is_a_fault(few, capsys, monkeypatch):
@@ -53,8 +56,8 @@ def test_a_method_that_trains_otherwise_the_second_time_is_a_fault(few, capsys, 
     patch_name(monkeypatch, "_epoch_losses", drifting)
     assert main(["--check", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
-    assert ("crl                   FAULT   the second time is 20% off the first" in out
-            and "nll                   well" in out)
+    assert ("crl                         FAULT   the second time is 20% off the first" in out
+            and "nll                         well" in out)
     assert out.splitlines()[-1] == "Faults: crl"
 
 

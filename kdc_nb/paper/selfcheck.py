@@ -17,7 +17,7 @@ import torch
 from ..training.data import DataSpec, load_data
 from ..training.models import build_model
 from ..training.methods import Method
-from ..training.distillation import Distillation
+from ..training.distillation import Distillation, DistilLoss
 from ..training.devices import best_device, call_in_fresh_process, cuda_is_broken, seeded_rng
 from ..training.recipes import Recipe
 from ..training.trainer import Trainer
@@ -33,17 +33,22 @@ _CHECK_DATA = DataSpec("known", n_train=1024, n_valid=500, n_test=500)
 _CHECK_RECIPE = Recipe(3, 128, augment=("crop", "flip"), live_teacher=True)
 _CHECKED_METHODS = {k: Method(k) for k in sorted(Method.registry)} | {"mmce": Method("mmce", beta=1)}
 _CHECKED_METHODS |= {"mdca, focal": PAPER_METHODS["MDCA"], "mmce, ported": PAPER_METHODS["MMCE"]}
-_DISTILLATION = "distillation"
+_DISTILLATION = "distillation" # by Hinton's loss; the others by their names
+_TEACHER_LOSSES = {_DISTILLATION: None} | {f"{_DISTILLATION}, {k}": DistilLoss(k)
+                                           for k in sorted(DistilLoss.registry)}
 
 # %% ../../nbs/paper/04_selfcheck.ipynb #35e54f1f
 def _make_trainer(name: str, device: str,
-                  use_cuda_graph: bool = True) -> Trainer: # of _CHECKED_METHODS, or _DISTILLATION
+                  use_cuda_graph: bool = True) -> Trainer: # of _CHECKED_METHODS or _TEACHER_LOSSES
     "A small network that is to learn by a method, or from a teacher"
     data = replace(load_data(_CHECK_DATA), augment=_CHECK_RECIPE.augment)
     with seeded_rng(0): net, teaching_net = (build_model(m, data.n_classes) for m in ("resnet8", "resnet14"))
     teaching_net = teaching_net.to(device, memory_format=torch.channels_last).eval()
-    method, teacher = ((_CHECKED_METHODS[name].build(), None) if name != _DISTILLATION
-                       else (Distillation(2., .5), lambda x, index: teaching_net(x).float()))
+    if name in _CHECKED_METHODS: method, teacher = _CHECKED_METHODS[name].build(), None
+    else:
+        loss = _TEACHER_LOSSES[name]
+        method = Distillation(2., .5, loss and loss.build())
+        teacher = lambda x, index: teaching_net(x).float()
     where = dict(device=torch.device(device), use_cuda_graph=use_cuda_graph)
     return Trainer(net, data, method, _CHECK_RECIPE, seed=0, teacher=teacher, **where)
 
@@ -77,7 +82,7 @@ def _compare_losses(name: str, losses: dict[str, list[float]]) -> _CheckOutcome:
     return _CheckOutcome(name, ", ".join(faults), ", ".join(f"{k} {v[-1]:.4f}" for k, v in losses.items()))
 
 # %% ../../nbs/paper/04_selfcheck.ipynb #e015d858
-def _check_method(name: str, device: str) -> _CheckOutcome: # of _CHECKED_METHODS, or _DISTILLATION
+def _check_method(name: str, device: str) -> _CheckOutcome: # of _CHECKED_METHODS or _TEACHER_LOSSES
     "Train by a method in every way that there is on the device"
     ways = {"recorded": (device, True), "step by step": (device, False), "on the CPU": ("cpu", False)}
     if device == "cpu": ways = {"the second time": ("cpu", False), "the first": ("cpu", False)}
@@ -115,7 +120,7 @@ def check_device(
     """Whether everything trains on a device as it should, one check after another; an error counts as a
     fault and is not raised
     """
-    things = {k: (_check_method, k, device) for k in ("nll", _DISTILLATION, *_CHECKED_METHODS)}
+    things = {k: (_check_method, k, device) for k in ("nll", *_TEACHER_LOSSES, *_CHECKED_METHODS)}
     things |= {"stopped and resumed": (_check_resuming, device),
                "side by side": (_check_side_by_side, device)}
     for name, (f, *args) in things.items():
@@ -133,7 +138,7 @@ def print_device_check(
         print("On a CPU nothing is recorded: each method is trained twice, and must end alike.")
     faults = []
     for c in check_device(device):
-        print(f"{c.name:22}{'FAULT' if c.fault else 'well':8}{c.fault or c.shown}", flush=True)
+        print(f"{c.name:28}{'FAULT' if c.fault else 'well':8}{c.fault or c.shown}", flush=True)
         if c.fault: faults.append(c.name)
     print("All is well." if not faults else f"Faults: {', '.join(faults)}")
     return not faults
