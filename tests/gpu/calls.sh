@@ -27,7 +27,7 @@ restore() { git sparse-checkout disable && git status --short | head -n 5; }
 
 home() { # FOLDER, of each call in turn
   local f store
-  [ -d nbs ] || restore
+  [ -f tests/test_ids.py ] || restore
   for f in check.txt benchmark_training.json; do [ -f "$1/$f" ] && cp "$1/$f" "nbs/results/gpu_$f"; done
   for f in "$1"/*.npz; do [ -f "$f" ] && $PYTHON -m tests.gpu.merge "nbs/results/$(basename "$f")" "$f"; done
   store=$($PYTHON -c "from kdc_nb.experiments.store import Store; print(Store().folder)") && mkdir -p "$store"
