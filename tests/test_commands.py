@@ -74,7 +74,7 @@ def test_after_a_recording_that_failed_the_others_are_checked_in_fresh_processes
                lambda f, *args: asked.append(args) or elsewhere(f, *args))
     assert main(["--check", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
-    assert ("crl                   FAULT   GraphCaptureError: the step cannot be recorded: why" in out
+    assert ("crl                         FAULT   GraphCaptureError: the step cannot be recorded: why" in out
             and out.splitlines()[-1] == "Faults: crl")
     assert len(asked) == 3
 

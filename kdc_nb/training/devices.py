@@ -13,6 +13,7 @@ import gc
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -172,7 +173,11 @@ def heed_ctrl_c() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler): return (yield)
     def note(*args): _CTRL_C_CAME.set(); handler(*args)
+    unraisable = sys.unraisablehook
+    def unless_noted(error):
+        if not issubclass(error.exc_type, KeyboardInterrupt): unraisable(error)
     signal.signal(signal.SIGINT, note)
+    sys.unraisablehook = unless_noted
     try:
         with torch.set_grad_enabled(torch.is_grad_enabled()): yield
         raise_if_ctrl_c()
@@ -181,6 +186,7 @@ def heed_ctrl_c() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGINT, handler)
+        sys.unraisablehook = unraisable
         _CTRL_C_CAME.clear()
 
 # %% ../../nbs/training/12_devices.ipynb #4b7a90e3
