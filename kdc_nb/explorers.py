@@ -94,7 +94,7 @@ def _read_other(other: Any, z: Tensor, y: Tensor, labels: Any, from_logits: bool
 def explore_transfer(
     results: Mapping[RunSpec, Result], # students for several T and alpha, and their teachers
 ) -> Explorer:
-    """Sliders for T and alpha, and menus for teacher and seed, above the calibration of stored students.
+    """Sliders for T and alpha, menus for teacher, seed and loss, above the calibration of stored students.
 
     A `ValueError` if there is no student whose teacher's result is there, too.
     """
@@ -108,7 +108,8 @@ def explore_transfer(
     def show(**values):
         spec = _find_student(students, **values)
         r = results[spec]
-        transfer.show(pairs, spec.method.T, spec.method.alpha, chosen=spec)
+        own = [p for p in pairs if p.spec.method.loss == spec.method.loss]
+        transfer.show(own, spec.method.T, spec.method.alpha, chosen=spec)
         title = f"Student of {_trace_first_teacher(spec)[0]}, seed {spec.seed}, N = {r.evaluation.n:,}"
         diagram.show(r.diagram().bins, f"{title}\n{format_ece(r.raw.metrics['ece'])}")
 
@@ -128,13 +129,16 @@ class _StudentChoice(NamedTuple):
     teacher: str # the first of a chain, as `_trace_first_teacher` calls it
     generation: int
     seed: int
+    loss: str # of distillation, as `Distil.loss_label` calls it
 
 
 def _index_students(specs: Iterable[RunSpec]) -> dict[_StudentChoice, RunSpec]:
     "Students by what can be chosen; the first of those for which all of it is the same"
     out = {}
     for s in specs:
-        out.setdefault(_StudentChoice(s.method.T, s.method.alpha, *_trace_first_teacher(s), s.seed), s)
+        method = s.method
+        choice = _StudentChoice(method.T, method.alpha, *_trace_first_teacher(s), s.seed, method.loss_label())
+        out.setdefault(choice, s)
     return out
 
 
@@ -148,10 +152,12 @@ def _find_student(students: Mapping[_StudentChoice, RunSpec],
 
 
 def _format_stored_students(students: Iterable[_StudentChoice], wanted: _StudentChoice) -> str:
-    """The temperatures and weights of this teacher's students; or its generations and
-    seeds, if it has no student of the generation and seed that are wanted
+    """The temperatures and weights of this teacher's students; or its losses, or generations and
+    seeds, if it has no student of the loss, or generation and seed, that are wanted
     """
     same = [s for s in students if s[2:] == wanted[2:]]
+    losses = dict.fromkeys(s.loss for s in students if s.teacher == wanted.teacher)
+    if wanted.loss not in losses: return f": this teacher's have the loss {' or '.join(losses)}"
     own = sorted({(s.generation, s.seed) for s in students if s.teacher == wanted.teacher})
     if not same:
         return ": this teacher's have " + " or ".join(f"generation {g}, seed {seed}" for g, seed in own)
@@ -165,7 +171,7 @@ _METHOD_WORDS = {"nll": "NLL", "ls": "label smoothing", "TS": "temperature scali
 
 
 def _student_controls(students: Mapping[_StudentChoice, RunSpec]) -> dict[str, widgets.Widget]:
-    """Controls for what is chosen, generation and seed only where there are several; the
+    """Controls for what is chosen, generation, seed and loss only where there are several; the
     first student's to begin with
     """
     first, columns = next(iter(students)), _StudentChoice(*map(dict.fromkeys, zip(*students)))
@@ -176,6 +182,7 @@ def _student_controls(students: Mapping[_StudentChoice, RunSpec]) -> dict[str, w
              "teacher": dropdown("first teacher" if chain else "teacher", names)}
     if chain: found["generation"] = value_slider("generation", columns.generation, first.generation)
     if len(columns.seed) > 1: found["seed"] = dropdown("seed", sorted(columns.seed), first.seed)
+    if len(columns.loss) > 1: found["loss"] = dropdown("loss", list(columns.loss), first.loss)
     return found
 
 # %% ../nbs/explorers.ipynb #745a3c18

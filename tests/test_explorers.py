@@ -337,3 +337,17 @@ def test_figures_are_shown_after_an_explorer():
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in code])
     NotebookClient(nb, kernel_name="python3").execute()
     assert any("image/png" in o.get("data", {}) for o in nb.cells[-1].outputs)
+
+
+def test_a_loss_is_chosen_where_there_are_several(results, monkeypatch):
+    "The dots are of that loss alone; what is not stored is said"
+    other = {replace(s, method=replace(s.method, loss="dkd")): results[r]
+             for s, r in zip(STUDENTS, reversed(STUDENTS))}
+    assert "loss" not in explore_transfer(results).controls
+    both = explore_transfer(results | other)
+    assert both.controls["loss"].options == ("Hinton's", "dkd beta=8")
+    every_control(both, monkeypatch, loss="dkd beta=8", alpha=1.)
+    shown = []
+    monkeypatch.setattr("kdc_nb.explorers.TransferPlot.show", lambda _, pairs, *a, **k: shown.append(pairs))
+    explore_transfer(results | other)
+    assert {p.spec.method.loss for p in shown[0]} == {None} and len(shown[0]) > 1

@@ -160,8 +160,11 @@ class Distil:
 
     def label(self) -> str: # such as "KD(T=4, alpha=0.9)"
         "Temperature, weight and loss in a few words"
-        loss = f", {_name_and_strengths(self.loss)}" if self.loss else ""
-        return f"KD(T={self.T:g}, alpha={self.alpha:g}{loss})"
+        return f"KD(T={self.T:g}, alpha={self.alpha:g}{f', {self.loss_label()}' if self.loss else ''})"
+
+    def loss_label(self) -> str: # such as "Hinton's" or "dkd beta=8"
+        "What the student is asked for, with its strengths"
+        return _name_and_strengths(self.loss) if self.loss else "Hinton's"
 
     def build(self) -> Distillation:
         "The training method; a `ValueError` where T or alpha is out of its range"

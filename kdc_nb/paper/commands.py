@@ -78,7 +78,7 @@ def _build_parser() -> argparse.ArgumentParser:
         help="begin what can be finished in a time such as 90s, 9min, 1.5h, the most telling rows first"
     )
     flag("--plan", "only say what would be done, and how long it would take")
-    flag("--check", "only say whether every method trains on this device as it does on a CPU; about a minute")
+    flag("--check", "only say whether every method trains on this device as it does on a CPU; two minutes")
     p.add_argument("--results", help="add the light results of what is done to this .npz file")
     return p
 
