@@ -347,6 +347,7 @@ def test_a_loss_is_chosen_where_there_are_several(results, monkeypatch):
     both = explore_transfer(results | other)
     assert both.controls["loss"].options == ("Hinton's", "dkd beta=8")
     every_control(both, monkeypatch, loss="dkd beta=8", alpha=1.)
+    monkeypatch.undo()
     shown = []
     monkeypatch.setattr("kdc_nb.explorers.TransferPlot.show", lambda _, pairs, *a, **k: shown.append(pairs))
     explore_transfer(results | other)
