@@ -215,6 +215,15 @@ def test_the_transfer_explorer_follows_the_hand(page, shots):
     screenshot(page, shots, "transfer_explorer")
 
 
+def test_the_losses_follow_the_hand(page, shots):
+    run_all(page, "nbs/studies/atlas.ipynb", shots)
+    push_slider(page, 0)
+    for nth, index in ((2, 4), (0, 2), (1, 1)): # loss, teacher, seed
+        with another_picture(page):
+            page.locator(".widget-dropdown select").nth(nth).select_option(index=index)
+    screenshot(page, shots, "losses_explorer")
+
+
 def test_the_theorems_follow_the_hand(page, shots):
     run_all(page, "nbs/studies/theorems.ipynb", shots)
     page.locator(".noUi-handle").first.scroll_into_view_if_needed()
