@@ -15,7 +15,7 @@ from kdc_nb.calibration.metrics import ece, nll, top1
 from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import RECIPES, Recipe
-from kdc_nb.experiments.agenda import _runs_teachers_first, write_specs
+from kdc_nb.experiments.agenda import write_specs
 from kdc_nb.experiments.results import read_results, result_outcomes, write_results
 from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.specs import (
@@ -70,7 +70,7 @@ def test_each_generation_is_taught_by_the_one_before(n, seed):
     chain = self_distillation_chain(replace(NET, seed=seed), n, T=2, alpha=.5)
     assert ([trace_generation(s) for s in chain] == [(chain[0], k) for k in range(n + 1)]
             and lineage(chain[-1]) == chain)
-    assert _runs_teachers_first(chain[::-1]) == chain
+    assert lineage(*chain[::-1]) == chain
 
 
 def test_a_chain_begins_where_a_network_was_not_taught_by_a_network():

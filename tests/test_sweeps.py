@@ -25,11 +25,11 @@ from kdc_nb.training.devices import worker_processes
 from kdc_nb.training.losses import cross_entropy
 from kdc_nb.training.methods import Method, TrainingMethod
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.experiments.agenda import _runs_teachers_first, plan_sweep, read_specs, write_specs
+from kdc_nb.experiments.agenda import plan_sweep, read_specs, write_specs
 from kdc_nb.experiments.clusters import cluster_pool
 from kdc_nb.experiments.results import read_results
 from kdc_nb.experiments.runs import explain_interrupt, run
-from kdc_nb.experiments.specs import Distil, RunSpec, run_label
+from kdc_nb.experiments.specs import Distil, RunSpec, lineage, run_label
 from kdc_nb.experiments.store import Store, all_results, clean_store
 from kdc_nb.experiments.sweeps import default_jobs, sweep
 from kdc_nb.experiments.teachers import TemperatureScaled
@@ -60,7 +60,7 @@ def same(a, b, within=0.):
 
 def test_each_run_once_and_teachers_first(store):
     third = replace(STUDENTS[0], method=Distil(STUDENTS[0]))
-    assert _runs_teachers_first([third, TEACHER, third]) == [TEACHER, STUDENTS[0], third]
+    assert lineage(third, TEACHER, third) == [TEACHER, STUDENTS[0], third]
     assert [r.spec for r in go([third, TEACHER, third], store)] == [third, TEACHER, third]
     assert [r.spec for r in all_results(store)] == [TEACHER, STUDENTS[0], third]
 

@@ -44,11 +44,6 @@ def parse_duration(
     check(bool(match), "budget", repr(budget), "a time such as '90s', '9min' or '1.5h'")
     return float(match[1])*_SECONDS_PER_UNIT[match[2]]
 
-# %% ../../nbs/experiments/05_agenda.ipynb #6fb47708
-def _runs_teachers_first(specs: Iterable[RunSpec]) -> list[RunSpec]:
-    "Each run once, after those that teach it"
-    return list(dict.fromkeys(r for s in specs for r in lineage(s)))
-
 # %% ../../nbs/experiments/05_agenda.ipynb #5cefde93
 def count_training_images(
     spec: RunSpec, # any run; its data are loaded
@@ -78,7 +73,7 @@ class _TrainingPace:
         here = describe_environment(best_device(device))["name"], n_parallel
         for r in all_results(store):
             measured = r.facts["name"], r.facts.get("at_once", 1)
-            if measured == here and not pending_download(full_data(r.spec.data)): self.add(r)
+            if measured == here and not pending_download(r.spec.data): self.add(r)
 
     def add(self, result: Result) -> None:
         "Note the pace of a run"
@@ -95,7 +90,7 @@ class _TrainingPace:
 
     def plan_run(self, spec: RunSpec) -> _PlannedRun:
         "The plan for a run that is not done, from its checkpoint or the pace of others"
-        if pending_download(full_data(spec.data)): return _PlannedRun(spec, spec.recipe.epochs, None)
+        if pending_download(spec.data): return _PlannedRun(spec, spec.recipe.epochs, None)
         try: meta = load_meta(self.store.path(spec, "part"))
         except (FileNotFoundError, DamagedFile): meta = {"epochs_done": 0., "seconds": 0.}
         # not there: a checkpoint of an older version, from which no run goes on
@@ -115,9 +110,9 @@ def plan_sweep(
     "What `sweep` would do, and how long it would take one by one; nothing is downloaded for it"
     pace = _TrainingPace(store or Store(), device, n_parallel)
     def planned(r):
-        fetched = not pending_download(full_data(r.data)) # before that nobody knows its id
+        fetched = not pending_download(r.data) # before that nobody knows its id
         return _PlannedRun(r, 0, 0.) if fetched and pace.store.path(r, "run").exists() else pace.plan_run(r)
-    return [planned(r) for r in _runs_teachers_first(specs)]
+    return [planned(r) for r in lineage(*specs)]
 
 # %% ../../nbs/experiments/05_agenda.ipynb #bcda93dc
 def _format_duration(seconds: float | None) -> str:
@@ -135,7 +130,7 @@ def format_plan(
     known, unknown = sum(p.seconds or 0. for p in planned), sum(p.seconds is None for p in planned)
     total = (f"{sum(p.epochs > 0 for p in planned)} runs to do, one by one {_format_duration(known)}"
              + f" and {unknown} of which nothing is known"*(unknown > 0))
-    files = ", ".join(dict.fromkeys(f for p in planned if (f := pending_download(full_data(p.spec.data)))))
+    files = ", ".join(dict.fromkeys(f for p in planned if (f := pending_download(p.spec.data))))
     fetched = [f"{files} will be downloaded first, or taken from {cache_dir()/'data'}"] if files else []
     return "\n".join([*(f"{left(p):28}{_format_duration(p.seconds):>18}  {run_label(p.spec)}"
                         for p in planned),

@@ -231,10 +231,10 @@ def _own_code(part: Any) -> list[str]:
 
 # %% ../../nbs/experiments/00_specs.ipynb #2d14b9d4
 def lineage(
-    spec: RunSpec, # any run; one without a teacher stands alone
+    *specs: RunSpec, # any runs; one without a teacher stands alone
 ) -> list[RunSpec]:
-    "A run and all runs behind its teachers, the first teacher first, each once"
-    return list(dict.fromkeys([*(r for t in spec.teacher_runs() for r in lineage(t)), spec]))
+    "Runs and all runs behind their teachers, those that teach first, each once"
+    return list(dict.fromkeys(r for s in specs for r in (*lineage(*s.teacher_runs()), s)))
 
 # %% ../../nbs/experiments/00_specs.ipynb #79216b61
 def with_seed(

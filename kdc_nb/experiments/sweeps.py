@@ -28,7 +28,7 @@ from kdc_nb.training.devices import (
 )
 from ..training.steps import GraphCaptureError
 from ..training.trainer import OutOfTime
-from .specs import RunSpec, full_data, lineage, run_label
+from .specs import RunSpec, lineage, run_label
 from .results import Result
 from .store import Store
 from .runs import RunContext, explain_interrupt, train_run
@@ -97,9 +97,9 @@ def default_jobs(
 ) -> int: # 1 or more
     "Processes at a time where nobody says: on a CPU one for each core, unless the runs are soon over"
     if best_device(device).type != "cpu" or rank_and_world()[1] > 1: return 1
-    runs = dict.fromkeys(r for s in specs for r in lineage(s))
-    unknown = any(pending_download(full_data(r.data)) for r in runs) # before that nobody knows its size
-    left = [*runs] if unknown else [r for r in runs if not store.path(r, "run").exists()]
+    runs = lineage(*specs)
+    unknown = any(pending_download(r.data) for r in runs) # before that nobody knows its size
+    left = runs if unknown else [r for r in runs if not store.path(r, "run").exists()]
     per_image = lambda r: math.prod(load_data(r.data).train.inputs.shape[1:])
     long = unknown or sum(count_training_images(r)*per_image(r) for r in left) > _WORTH_PROCESSES
     return max(1, min(cpu_count(), len(left))) if long else 1

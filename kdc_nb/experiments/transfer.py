@@ -76,10 +76,9 @@ def prepare_transfer(
     "The calibration of students beside that of their teachers, where the teacher's result is there, too"
     sides = {s: _teacher_calibration(s, results) for s in results if isinstance(s.method, Distil)}
     def row(s, t, r):
-        raw = r.evaluation.raw
-        return _TransferPair(s, t, _result_calibration(r), raw["ece"],
-                             r.evaluation.n,
-                             r.raw.metrics["error"].value if "error" in r.raw.metrics else None)
+        m = r.raw.metrics
+        return _TransferPair(s, t, _result_calibration(r), m["ece"], r.evaluation.n,
+                             m["error"].value if "error" in m else None)
     return [row(s, t, results[s]) for s, t in sides.items() if t]
 
 # %% ../../nbs/experiments/10_transfer.ipynb #cce580b5
