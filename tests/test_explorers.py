@@ -348,6 +348,10 @@ def test_a_loss_is_chosen_where_there_are_several(results, monkeypatch):
     assert both.controls["loss"].options == ("Hinton's", "dkd beta=8")
     every_control(both, monkeypatch, loss="dkd beta=8", alpha=1.)
     monkeypatch.undo()
+    few = explore_transfer(results | {s: r for s, r in other.items() if s.method.teacher == TEACHER})
+    few.move(loss="dkd beta=8")
+    with pytest.raises(ValueError, match="this teacher's have the loss Hinton's$"):
+        few.show(**few.values() | {"teacher": "the truth at tau=2"})
     shown = []
     monkeypatch.setattr("kdc_nb.explorers.TransferPlot.show", lambda _, pairs, *a, **k: shown.append(pairs))
     explore_transfer(results | other)

@@ -160,7 +160,8 @@ class Distil:
 
     def label(self) -> str: # such as "KD(T=4, alpha=0.9)"
         "Temperature, weight and loss in a few words"
-        return f"KD(T={self.T:g}, alpha={self.alpha:g}{f', {self.loss_label()}' if self.loss else ''})"
+        loss = f", {self.loss_label()}" if self.loss else ""
+        return f"KD(T={self.T:g}, alpha={self.alpha:g}{loss})"
 
     def loss_label(self) -> str: # such as "Hinton's" or "dkd beta=8"
         "What the student is asked for, with its strengths"

@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 
 from ..core import check, warn
 from ..training.data import load_data
-from ..training.cifar import pending_download
 from kdc_nb.training.devices import (
     best_device, call_with_own_code, cuda_is_broken, free_gpu_memory, list_devices, mark_cuda_broken,
     one_thread, pack_own_code, rank_and_world, worker_processes,
@@ -33,7 +32,7 @@ from .results import Result
 from .store import Store
 from .runs import RunContext, explain_interrupt, train_run
 from kdc_nb.experiments.agenda import (
-    OnResult, Scheduler, count_training_images, parse_duration,
+    OnResult, Scheduler, count_training_images, parse_duration, pending_file,
 )
 from .side_by_side import SideBySideRunner
 
@@ -98,7 +97,7 @@ def default_jobs(
     "Processes at a time where nobody says: on a CPU one for each core, unless the runs are soon over"
     if best_device(device).type != "cpu" or rank_and_world()[1] > 1: return 1
     runs = lineage(*specs)
-    unknown = any(pending_download(r.data) for r in runs) # before that nobody knows its size
+    unknown = any(pending_file(r) for r in runs) # before that nobody knows its size
     left = runs if unknown else [r for r in runs if not store.path(r, "run").exists()]
     per_image = lambda r: math.prod(load_data(r.data).train.inputs.shape[1:])
     long = unknown or sum(count_training_images(r)*per_image(r) for r in left) > _WORTH_PROCESSES

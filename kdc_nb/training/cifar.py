@@ -17,9 +17,7 @@ from torch import Tensor
 
 from ..core import check
 from ..files import atomic_write, cache_dir, load_tensors, save_tensors
-from kdc_nb.training.data import (
-    DataSpec, Dataset, LeaveFoldOut, Split, channel_stats, check_split_sizes,
-)
+from .data import DataSpec, Dataset, Split, channel_stats, check_split_sizes
 
 # %% ../../nbs/training/02_cifar.ipynb #cf87699e
 _CIFAR_ARCHIVES = { # torchvision's class, file, MD5 of the file
@@ -85,11 +83,10 @@ def _load_cifar(
 
 # %% ../../nbs/training/02_cifar.ipynb #dd31ff9b
 def pending_download(
-    data: DataSpec | LeaveFoldOut, # of any name; only the CIFAR sets are ever fetched
+    data: DataSpec, # of any name; only the CIFAR sets are ever fetched
 ) -> str: # a file's name; empty: nothing
     "What `load_data` would have to fetch from elsewhere for a data set of the kit's own"
-    whole = getattr(data, "data", data).name # what lacks a fold needs the file of the whole
-    name = "cifar10" if whole == "cifar10h" else whole
+    name = "cifar10" if data.name == "cifar10h" else data.name
     there = name not in _CIFAR_ARCHIVES or (cache_dir()/"data"/f"{name}.safetensors").exists()
     return "" if there else _CIFAR_ARCHIVES[name][1]
 
