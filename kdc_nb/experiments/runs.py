@@ -73,7 +73,7 @@ def _predict_train(
     rank, world = rank_and_world()
     own = zip(*(rows[rank::world].split(data.eval_batch_size)
                 for rows in (data.train.inputs, torch.arange(len(data.train)))))
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
         logits = [predict(data.normalise(x.to(device)), i.to(device)) for x, i in own]
         return gather_strided(torch.cat(logits), len(data.train))
 
@@ -217,7 +217,8 @@ def describe_environment(
     name = (torch.cuda.get_device_name(device) if device.type == "cuda"
             else platform.processor() or platform.machine())
     shared = {"processes": rank_and_world()[1]} if rank_and_world()[1] > 1 else {}
-    return shared | {"device": device.type, "name": name, "threads": torch.get_num_threads(),
+    bf16 = {"precision": "bf16"} if device.type == "cpu" and torch.is_autocast_enabled("cpu") else {}
+    return shared | bf16 | {"device": device.type, "name": name, "threads": torch.get_num_threads(),
                      "torch": torch.__version__, "kdc_nb": kdc_nb.__version__, "commit": _git_commit()}
 
 

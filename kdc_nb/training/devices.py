@@ -53,8 +53,9 @@ def list_devices(
 def bf16_autocast(
     device: torch.device, # the one that is trained on
 ) -> torch.autocast:
-    "bf16 on CUDA, full precision elsewhere"
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    "bf16 on CUDA, and where the caller has autocast on; full precision elsewhere"
+    enabled = device.type == "cuda" or torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 # %% ../../nbs/training/12_devices.ipynb #04d2b98a
 _RNG_LOCK = threading.Lock()

@@ -35,7 +35,8 @@ def predict_logits(
     "Logits in evaluation mode, in full precision: 16 bits would round away part of the calibration"
     device, (rank, world) = next(net.parameters()).device, rank_and_world()
     net.eval()
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    without_tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with without_tf32, torch.autocast(device.type, enabled=False):
         own = [net(data.normalise(x.to(device))) for x in inputs[rank::world].split(data.eval_batch_size)]
         return gather_strided(torch.cat(own), len(inputs)).cpu()
 
