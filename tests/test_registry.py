@@ -15,7 +15,7 @@ from kdc_nb.values import spec_hash
 from kdc_nb.calibration.posthoc import Calibrator
 from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.losses import cross_entropy
-from kdc_nb.training.asking import check_network
+from kdc_nb.training.network_checks import check_network
 from kdc_nb.training.methods import Method, TrainingMethod
 from kdc_nb.training.models import MODELS
 from kdc_nb.training.recipes import RECIPES, Recipe

@@ -30,7 +30,7 @@ from kdc_nb.training.devices import (
     best_device, broadcast_int, call_in_fresh_process, cuda_is_broken, gather_strided, heed_ctrl_c,
     rank_and_world,
 )
-from ..training.asking import check_network
+from ..training.network_checks import check_network
 from ..training.steps import GraphCaptureError, Predictor, TeacherCache, predict_logits
 from ..training.trainer import Trainer
 from .specs import Distil, RunSpec, Teacher, lineage, run_label
@@ -43,8 +43,8 @@ def has_live_teacher(
     spec: RunSpec, # any run; one without a teacher has none
 ) -> bool:
     "Whether the teacher is queried about each augmented image, not once about the plain ones"
-    if not (spec.recipe.live_teacher and spec.recipe.augment and spec.teacher_runs()): return False
-    return not set(spec.recipe.augment).isdisjoint(load_data(spec.data).augment)
+    if not (spec.recipe.live_teacher and spec.teacher_runs()): return False
+    return bool(spec.recipe.augmentations(load_data(spec.data)))
 
 
 def strip_scaling(

@@ -19,7 +19,7 @@ from ..tables import Table
 from ..calibration.estimates import Estimate
 from ..calibration.differences import t_quantile
 from kdc_nb.calibration.evaluation import (
-    DAGGER, OUTSIDE_NOTE, evaluate, find_metric, format_metric, metric_label, metric_unit,
+    DAGGER, OUTSIDE_NOTE, evaluate, find_metric, format_metric, metric_label, metric_unit, worst_value,
 )
 from ..training.data import load_data
 from .specs import RunSpec, describe_run, row_label, with_seed
@@ -33,10 +33,8 @@ def metric_lines(
 ) -> list[dict[str, Any]]: # a line of a frame for each metric
     "Estimates as lines of a tidy frame; NaN where there is none, and infinite where the metric is"
     def number(x): return math.nan if x is None else x
-    def value(k, e):
-        worst = -math.inf if find_metric(k).higher_is_better else math.inf
-        return worst if e.value is None else e.value
-    return [{**described, "metric": k, "unit": metric_unit(k), "n": n, "value": value(k, e),
+    return [{**described, "metric": k, "unit": metric_unit(k), "n": n,
+             "value": worst_value(k) if e.value is None else e.value,
              **{f: number(getattr(e, f)) for f in ("low", "high", "debiased", "null_low", "null_high")}}
             for k, e in metrics.items()]
 

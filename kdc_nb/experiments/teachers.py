@@ -24,7 +24,7 @@ from ..calibration.posthoc import fit_temperature, to_logits
 from ..training.data import DataSpec, Dataset, LeaveFoldOut, load_data
 from ..training.methods import Method
 from ..training.devices import best_device
-from ..training.asking import as_predictor, check_steady
+from ..training.network_checks import as_predictor, check_steady
 from ..training.steps import Predictor
 from .specs import RunSpec, Teacher
 

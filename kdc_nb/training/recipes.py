@@ -53,6 +53,12 @@ class Recipe:
         check(self.warmup is None or 0 < self.warmup < 1 and not self.milestones, "warmup",
               self.warmup, "a share of training between 0 and 1, and no milestones beside it")
 
+    def augmentations(self,
+        data: Dataset, # what is trained on
+    ) -> tuple[str, ...]:
+        "Its augmentations that leave the labels of a data set true"
+        return tuple(a for a in self.augment if a in data.augment)
+
 # %% ../../nbs/training/14_recipes.ipynb #c0f8e394
 RECIPES = Registry("recipe", # a `Recipe` for each name
     smoke=Recipe(epochs=2, batch_size=64, lr=.05),

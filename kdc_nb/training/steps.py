@@ -75,8 +75,8 @@ def draw_epoch_plan(
     generator, (steps, size) = _epoch_generator(seed, epoch), batch_shape(len(data.train), recipe)
     order = torch.randperm(len(data.train), generator=generator)
     order = torch.cat([order, order[:steps*size - len(order)]])
-    augmentations = [a for a in recipe.augment if a in data.augment]
-    views = draw_shifts_and_flips(len(order), augmentations, max_shift(data.train.inputs), generator)
+    shift_limit = max_shift(data.train.inputs)
+    views = draw_shifts_and_flips(len(order), recipe.augmentations(data), shift_limit, generator)
     images = (t.unflatten(0, (steps, size)) for t in (order, *views))
     lr = [learning_rate(recipe, (epoch + k/steps)/recipe.epochs) for k in range(steps)]
     return EpochPlan(*images, method.draw_epoch(steps, generator), torch.tensor(lr))
@@ -237,7 +237,7 @@ class TrainerState:
         self.n_steps, self.batch_size = batch_shape(len(train), recipe)
         check(self.batch_size % self.world == 0, "batch_size", self.batch_size,
               f"a multiple of {self.world}, the number of processes")
-        self.augmentations = [a for a in recipe.augment if a in self.data.augment]
+        self.augmentations = recipe.augmentations(self.data)
         self.inputs, self.labels, self.disk_batch = train.inputs, train.labels.to(self.device), None
         if isinstance(self.inputs, Tensor): self.inputs = self.inputs.to(self.device)
         else:

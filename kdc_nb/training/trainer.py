@@ -27,7 +27,7 @@ from kdc_nb.training.devices import (
     best_device, bf16_autocast, broadcast_int, gather_batch, heed_ctrl_c, raise_if_ctrl_c, rank_slice,
     seeded_rng,
 )
-from .asking import as_predictor, check_loss, check_network, check_teacher
+from .network_checks import as_predictor, check_loss, check_network, check_teacher
 from .recipes import Recipe
 from kdc_nb.training.steps import (
     CheckpointWriter, EpochPlan, TrainerState, capture_graph, draw_epoch_plan, dropout_rng,
