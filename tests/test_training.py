@@ -446,6 +446,25 @@ def test_logits_keep_their_precision_where_the_body_is_in_16_bits():
     assert net.double()(x.double()).dtype == torch.float64
 
 
+def test_bf16_on_a_cpu_is_for_steps_alone(tmp_path):
+    """Where the caller's autocast is on, training is in bf16; what is kept of it, predictions and what
+    the teacher says of plain images, is in full precision
+    """
+    stores = {wanted: Store(tmp_path/str(wanted)) for wanted in (False, True)}
+    results = {}
+    for wanted, store in stores.items():
+        with torch.autocast("cpu", torch.bfloat16, enabled=wanted):
+            results[wanted] = run(SPEC, store, progress=False)
+    assert [r.facts.get("precision") for r in results.values()] == [None, "bf16"]
+    losses = [r.history[-1]["loss"] for r in results.values()]
+    assert losses[0] != losses[1] and abs(losses[0] - losses[1]) < .1*losses[0]
+    data = load_data(SPEC.data)
+    for wanted, store in stores.items():
+        with torch.autocast("cpu", torch.bfloat16, enabled=not wanted):
+            again = predict_logits(store.load_net(SPEC), data, data.test.inputs)
+        torch.testing.assert_close(again, results[wanted].logits["test"], rtol=0, atol=1e-4) # in bf16 .1
+
+
 def test_logits_of_a_scaled_teacher_are_divided_by_its_temperature_whichever_student_cached_them():
     data, net = load_data(TINY), build_net(SPEC).eval()
     cache = TeacherCache()
