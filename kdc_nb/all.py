@@ -37,7 +37,8 @@ __all__ = ['results_file', 'Table', 'format_html_table', 'compare', 'compare_stu
 from .files import results_file
 from .tables import Table, format_html_table
 from .calibration.compare_students import compare_students
-from .calibration.comparisons import compare, decompose_score, judge_claims
+from .calibration.comparisons import compare, judge_claims
+from .calibration.evaluation import decompose_score
 from kdc_nb.calibration.decisions import (
     aurc_difference, conformal_sets, deferral_curve, estimate_aurc, evaluate_sets, risk_coverage,
     share_to_defer,
@@ -50,7 +51,8 @@ from kdc_nb.calibration.differences import (
     estimate_contrast, estimate_difference, paired_difference, rank_intervals, spread_log_ratio,
 )
 from .calibration.estimates import Estimate, calibration_estimates
-from .calibration.evaluation import evaluate, metric_label
+from .calibration.evaluation import evaluate
+from .calibration.metric_labels import metric_label
 from .calibration.inputs import load_outputs
 from kdc_nb.calibration.metrics import (
     METRICS, Metric, ace, brier, classwise_ace, ece, ks, mce, nll, register_metric, sce, top1,
@@ -62,7 +64,8 @@ from .calibration.outputs import softmax64
 from .calibration.posthoc import Calibrator, fit_temperature
 from .calibration.reliability import format_ece
 from .calibration.truth import kl_to_truth, true_calibration_error
-from .training.data import DataSpec, Dataset, load_data, show_images, stratified_split
+from .training.data import DataSpec, Dataset, load_data, show_images
+from .training.own_data import stratified_split
 from .training.distillation import DistilLoss
 from .training.images import find_images, read_images, register_images
 from .training.methods import Method, TrainingMethod, with_penalty

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['atomic_write', 'DamagedFile', 'content_hash', 'check_saveable', 'save_tensors', 'load_tensors', 'load_meta',
-           'save_npz', 'load_npz', 'cache_dir', 'runs_folder', 'results_file', 'check_fingerprint',
-           'registered_data_path', 'read_registered_data']
+           'save_npz', 'load_npz', 'cache_dir', 'runs_folder', 'results_file', 'check_fingerprint']
 
 # %% ../nbs/files.ipynb #aec6524e
 import hashlib
@@ -190,22 +189,3 @@ def check_fingerprint(
     "A `ValueError` unless it is 16 hexadecimal digits, before it becomes part of a path"
     check(re.fullmatch("[0-9a-f]{16}", fingerprint), "fingerprint",
           repr(fingerprint), "16 hexadecimal digits")
-
-
-def registered_data_path(
-    fingerprint: str, # of their content, 16 hexadecimal digits
-) -> Path: # of a .safetensors file, which need not be there
-    "Where the cache keeps data of your own; a `ValueError` where `fingerprint` is none"
-    check_fingerprint(fingerprint)
-    return cache_dir()/"data"/f"{fingerprint}.safetensors"
-
-
-def read_registered_data(
-    title: str, # of the data set, for messages
-    fingerprint: str, # of their content
-) -> tuple[dict[str, Tensor], dict[str, Any]]: # tensors by name, the JSON
-    "Data of your own, as they were kept; a `ValueError` where the cache has none with this fingerprint"
-    path = registered_data_path(fingerprint)
-    check(path.exists(), "data", f"{title}, of which {path.parent} knows nothing",
-          "what was given with this cache folder")
-    return load_tensors(path)

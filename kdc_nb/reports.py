@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from .core import check
+from .interrupts import exit_status
 from .files import atomic_write
 from .calibration.inputs import read_arrays
 from .calibration.student_report import StudentReport
 from .calibration.compare_students import compare_students
-from .experiments.runs import exit_status
 from .drawings import page_html
 from .student_explorer import explore_students
 

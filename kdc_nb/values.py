@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['WRITTEN_NAMES', 'WRITTEN_FIELDS', 'written_name', 'frozen_spec', 'NamedSpec', 'encode', 'decode', 'spec_hash',
-           'derive_seed']
+           'derive_seed', 'round_numbers']
 
 # %% ../nbs/values.ipynb #784b6fa0
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from types import UnionType
@@ -115,6 +116,8 @@ class NamedSpec:
                   "parameters among " + (", ".join(defaults) or "none"))
         coerced = lambda k, d: _coerce(params.get(k, d), type(d), f"{what}({name!r}) {k}")
         values = {k: _plain(params.get(k)) if d is None else coerced(k, d) for k, d in defaults.items()}
+        for k, v in values.items():
+            check(not isinstance(v, float) or math.isfinite(v), f"{what}({name!r}) {k}", v, "a finite number")
         self.__dict__.update(name=name, params=values)
 
     def __setattr__(self, k, v):
@@ -213,3 +216,12 @@ def derive_seed(
 ) -> int: # from 0 to 2**32 - 1
     "One seed from several numbers (NumPy's `SeedSequence`)"
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+# %% ../nbs/values.ipynb #82b43d8c
+def round_numbers(
+    o: Any, # plain JSON: numbers, texts, lists, dicts
+) -> Any:
+    "Plain JSON with its numbers to 6 digits"
+    if isinstance(o, float): return float(f"{o:.6g}")
+    if isinstance(o, dict): return {k: round_numbers(v) for k, v in o.items()}
+    return [round_numbers(v) for v in o] if isinstance(o, list) else o

@@ -24,7 +24,7 @@ from joblib import cpu_count
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT/"nbs"
-FLAGS = {"slow", "gpu"} # as in `tst_flags`: cells that nbdev_test runs only when asked
+FLAGS = {"slow"} # as in `tst_flags`: cells that nbdev_test runs only when asked
 # in which a second run gives the same bytes, also on another machine (x86-64 with AVX2): no hash order,
 # no dates, sums in one order
 ENV = {

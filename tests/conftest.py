@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from kdc_nb.core import Registry
+from kdc_nb.training.data import _build_data, _summarise_data
 from kdc_nb.experiments.store import Store
 from tests.shards import write_photos
 
@@ -46,6 +47,11 @@ def patch_name(monkeypatch, name, value):
     users = [m for k, m in list(sys.modules.items()) if k.startswith("kdc_nb.") and name in vars(m)]
     assert users, f"nothing is called {name}"
     for m in users: monkeypatch.setattr(m, name, value)
+
+
+def forget_data():
+    "Data sets are loaded anew from here on"
+    for remembered in (_build_data, _summarise_data): remembered.cache_clear()
 
 
 @pytest.fixture(autouse=True)

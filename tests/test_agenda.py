@@ -165,7 +165,7 @@ def test_without_a_pace_runs_are_begun_and_what_is_unlike_others_counts_as_the_s
 def test_a_run_in_which_the_laptop_slept_is_forgotten(tmp_path, clock):
     made = agenda(tmp_path, [STUDENT, OTHER], 100.)
     kind = (TINY.name, "resnet8", 50)
-    for seconds in (3600., 5., 5.): made.pace.add(SimpleNamespace(spec=STUDENT, facts={"seconds": seconds}))
+    for seconds in (3600., 5., 5.): made.pace.add(STUDENT, seconds)
     assert (made.pace.seconds_per_image(kind) == 5/200 == made.pace.slowest_seconds_per_image()
             and made.pace.seconds_per_image(("known", "resnet20", 50)) is None)
 

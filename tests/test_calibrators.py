@@ -256,3 +256,30 @@ def test_isotonic_regression_of_other_classes_is_told():
     for c in (3, 5):
         with pytest.raises(ValueError, match=f"logits: got {c} classes, expected 4, as in the fit"):
             after(r.normal(size=(9, c)))
+
+
+def test_a_class_that_cannot_be_does_not_stop_vector_scaling():
+    "Its logit times 0 has no gradient; far below the others it is the same"
+    z, y, _ = made(400, 3)
+    z = 1.5*z
+    z[(y == 0) & (z[:, 2] < 0), 2] = -torch.inf
+    calibrate, like = (Calibrator("vector").build(x, y) for x in (z, z.clamp(min=-60)))
+    assert torch.equal(calibrate(z) == -torch.inf, z == -torch.inf)
+    assert abs(nll(calibrate(z), y) - nll(like(z.clamp(min=-60)), y)) < 1e-4
+    assert nll(calibrate(z), y) < nll(z, y)
+    with pytest.raises(ValueError, match=r"logits: got shape \(5, 2\), expected \(N, 3\), as in the fit"):
+        calibrate(z[:5, :2])
+
+
+def test_a_calibrator_that_writes_leaves_the_result_as_it_was(tmp_path):
+    @Calibrator.register("halved")
+    def halved(logits, labels):
+        logits.zero_()
+        return lambda z: z.div_(2)
+    spec = RunSpec(DataSpec("known", n_train=40, n_valid=20, n_test=20), "resnet8", "nll", Recipe(1, 20))
+    result = run(spec, Store(tmp_path), "cpu", progress=False)
+    before = {k: z.clone() for k, z in result.logits.items()}
+    after = recalibrate(result, "halved")
+    for k, z in before.items():
+        assert torch.equal(result.logits[k], z) and torch.equal(after.logits[k], z/2)
+    assert not result.logits["test"].is_inference(), "gradients can be had of it, as from the store"

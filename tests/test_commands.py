@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-import kdc_nb.training.devices as devices_room
+import kdc_nb.training.processes as processes_room
 import kdc_nb.paper.selfcheck as selfcheck_room
 from kdc_nb.training.data import DataSpec
 from kdc_nb.training.devices import mark_cuda_broken
@@ -69,7 +69,7 @@ def test_after_a_recording_that_failed_the_others_are_checked_in_fresh_processes
             raise GraphCaptureError("the step cannot be recorded: why")
         return capture(trainer)
     monkeypatch.setattr(Trainer, "capture", refuse)
-    asked, elsewhere = [], devices_room.call_in_fresh_process
+    asked, elsewhere = [], processes_room.call_in_fresh_process
     patch_name(monkeypatch, "call_in_fresh_process",
                lambda f, *args: asked.append(args) or elsewhere(f, *args))
     assert main(["--check", "--device", "cpu"]) == 1
@@ -158,3 +158,9 @@ def test_ctrl_c_leaves_the_results_of_what_was_done(tmp_path):
         "known resnet14 nll, seed 0",
         "known resnet8 KD(T=1, alpha=0.9) from [known resnet14 nll, seed 0], seed 0"
     } <= names, "a teacher and its student"
+
+
+def test_a_file_that_leaves_is_named(tmp_path, capsys):
+    (tmp_path/"leaves.py").write_text("import sys; sys.exit(3)")
+    assert main(["fig2", "--small", "known", "--plan", "--import", str(tmp_path/"leaves.py")]) == 2
+    assert "leaves.py: SystemExit: 3" in capsys.readouterr().err

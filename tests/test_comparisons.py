@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, strategies as st
 from scipy.stats import nct, t, ttest_1samp, ttest_rel
 
-from kdc_nb.calibration.comparisons import EQUIVALENCE_MARGINS, compare, decompose_score, judge_claims
+from kdc_nb.calibration.comparisons import EQUIVALENCE_MARGINS, compare, judge_claims
+from kdc_nb.calibration.evaluation import decompose_score
 from kdc_nb.calibration.contributions import (
     PairedContributions, contributions_per_image, paired_fractions_interval,
 )
@@ -594,3 +595,12 @@ def test_verdicts_err_as_seldom_and_find_as_much_as_they_say(claim):
     shares = simulate(stored, claims[claim], 300)
     assert shares["mean wrong"] < .09 and shares["pairs wrong"] < .07 # 5%, and an error of 1.3 of the first
     assert .73 < shares["mean found"] < .87 and .74 < shares["pairs found"] < .86 # 80%, and 2.3
+
+
+def test_tables_in_another_order_are_named():
+    "The same model by other names would be another one"
+    z = pd.DataFrame(np.random.default_rng(0).normal(size=(30, 3)), columns=[*"abc"])
+    y = [0, 1, 2]*10
+    for other, what in ((z[["b", "a", "c"]], "columns"), (z[::-1], "index")):
+        with pytest.raises(ValueError, match=f"logits_b: got {what} .* as logits_a has"): compare(z, other, y)
+        with pytest.raises(ValueError, match=f"valid_logits_b: got {what}"): compare(z, z, y, z, other, y)

@@ -7,12 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdc_nb.values import decode, encode, spec_hash
+from kdc_nb.core import Registry
+from kdc_nb.values import decode, encode, frozen_spec, spec_hash
 from kdc_nb.files import DamagedFile, atomic_write, load_tensors, save_tensors
 from kdc_nb.training.data import DataSpec
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.experiments.specs import Distil, RunSpec, full_data
+from kdc_nb.experiments.specs import Distil, RunSpec, Teacher, _walk_specs, with_seed
+from kdc_nb.training.data import full_data
 from kdc_nb.experiments.teachers import (
     Ensemble, OutOfFold, StoredLogits, TemperatureScaled, TemperedPosterior,
 )
@@ -83,3 +85,26 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr("os.fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space left"), atomic_write(path) as part: part.write_text("new")
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_a_registry_whose_import_failed_tries_again():
+    "An interrupted import must not leave it empty for good"
+    odd = Registry("odd", "kdc_nb.nowhere")
+    try:
+        for _ in range(2):
+            with pytest.raises(ModuleNotFoundError): list(odd)
+    finally: del Registry.by_kind["odd"]
+
+
+def test_runs_in_a_tuple_are_part_of_a_description():
+    "Their data and code are in the id, and they get the seed"
+    @frozen_spec
+    class Committee(Teacher):
+        runs: tuple
+        def required_runs(self): return self.runs
+
+    first, second = (RunSpec("known", model) for model in ("resnet8", "resnet14"))
+    student = RunSpec(first.data, "resnet8", Distil(Committee((first, second))))
+    assert [p for p in _walk_specs(student) if isinstance(p, RunSpec)] == [student, first, second]
+    seeds = {r.seed for r in (with_seed(student, 5), *with_seed(student, 5).teacher_runs())}
+    assert seeds == {5}

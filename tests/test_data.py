@@ -13,17 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kdc_nb.training.cifar as cifar_room
-import kdc_nb.training.data as data_room
 from kdc_nb.files import cache_dir
 from kdc_nb.training.cifar import _fetch_cifar_archive, _load_cifar
 from kdc_nb.training.data import DataSpec, _shift_and_flip, channel_stats, draw_shifts_and_flips, load_data
+from kdc_nb.training.own_data import stratified_split
 from kdc_nb.training.synthetic import _draw_synthetic_split
+from tests.conftest import forget_data
 
 
 @pytest.fixture(autouse=True)
 def forget():
     "Data sets are kept per process; each test has a cache folder of its own."
-    load_data.cache_clear(); cifar_room._load_cifar.cache_clear()
+    forget_data(); cifar_room._load_cifar.cache_clear()
 
 
 def test_real_photographs(photos):
@@ -171,13 +172,13 @@ def test_statistics_of_a_constant_image_do_not_divide_by_zero():
 @given(st.integers(3, 60), st.integers(1, 5), st.integers(0, 9))
 def test_a_cut_keeps_every_image_once_and_every_classs_share(n, c, seed):
     labels = torch.arange(n*c) % c
-    parts = data_room.stratified_split(torch.arange(n*c), labels, (.6, .2, .2), seed)
+    parts = stratified_split(torch.arange(n*c), labels, (.6, .2, .2), seed)
     assert (sorted(torch.cat([x for x, _ in parts]).tolist()) == list(range(n*c))
             and all(torch.equal(labels[x], y) for x, y in parts))
     for (x, y), share in zip(parts, (.6, .2, .2)):
         assert all(abs(int((y == k).sum()) - share*n) <= 1 for k in range(c))
     with pytest.raises(ValueError, match="fractions: got"):
-        data_room.stratified_split(torch.arange(n*c), labels, (.6, .3))
+        stratified_split(torch.arange(n*c), labels, (.6, .3))
 
 
 def test_data_are_the_same_on_every_machine():

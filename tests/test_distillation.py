@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdc_nb.values import decode, encode, spec_hash
-from kdc_nb.training.data import DataSpec
+from kdc_nb.training.data import DataSpec, load_data
 from kdc_nb.training.distillation import Distillation, DistilLoss
 from kdc_nb.training.losses import cross_entropy, distillation
 from kdc_nb.training.methods import Method, TrainingStep
-from kdc_nb.training.recipes import Recipe
+from kdc_nb.training.recipes import Recipe, training_fingerprint
 from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.specs import Distil, RunSpec, describe_run, method_label, row_label, run_id
 from kdc_nb.experiments.store import Store
@@ -231,3 +231,20 @@ def test_every_loss_trains_a_student_and_resumes(name, tmp_path):
     assert whole.history[-1]["loss"] < 1e3 and torch.isfinite(whole.logits["test"]).all()
     plain = run(replace(student, method=Distil(TEACHER, T=2)), Store(tmp_path/"a"), "cpu", progress=False)
     assert not torch.equal(whole.logits["test"], plain.logits["test"])
+
+
+def test_a_checkpoint_of_another_strength_is_of_another_training():
+    "Also where the loss is a module with a state"
+    data = load_data(DataSpec("known", n_train=40, n_valid=20, n_test=20))
+    made = [Distillation(2., .5, DistilLoss("ctkd", **own).build())
+            for own in ({}, {"rate": .5}, {"epochs": 3}, {})]
+    prints = {training_fingerprint(data, method, Recipe(1), 0) for method in made}
+    assert len(prints) == 3
+
+
+@pytest.mark.parametrize("made", [None, 3])
+def test_a_loss_that_was_not_returned_is_named(made):
+    "None would else be Hinton's"
+    DistilLoss.register("forgot")(lambda: made)
+    with pytest.raises(ValueError, match=rf"loss: got a {type(made).__name__} of DistilLoss\('forgot'\)"):
+        Distil(RunSpec("known", "resnet8"), loss=DistilLoss("forgot")).build()

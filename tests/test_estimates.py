@@ -4,6 +4,7 @@ import math
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, strategies as st
@@ -499,3 +500,23 @@ def test_certain_outputs_and_tiny_sets_are_defined(n):
         assert all(v.low <= v.high for v in e.raw.values() if v.low is not None)
         assert "nan" not in repr(e)
         json.dumps(encode(e), allow_nan=False)
+
+
+@pytest.mark.parametrize("level", [0, 1.5, math.nan])
+def test_a_level_that_is_none_is_named(level):
+    with pytest.raises(ValueError, match="level: got .*, expected a number between 0 and 1"):
+        reliability_bins([[1., 0.]]*4, [0, 1]*2, level=level)
+
+
+def test_numbers_beyond_measure_are_named():
+    "Their squares are infinite; -inf is a class that cannot be"
+    with pytest.raises(ValueError, match="logits: got numbers of 1e.308, expected less, or -inf for a class"):
+        evaluate([[1e308, -1e308, 0.], [0., 1., 2.]]*5, [0, 1]*5, n_boot=2)
+
+
+def test_columns_of_validation_images_in_another_order_are_named():
+    z = pd.DataFrame(np.random.default_rng(0).normal(size=(20, 3)), columns=[*"abc"])
+    y = [0, 1, 2, 0]*5
+    assert evaluate(z, y, z.iloc[::-1], y[::-1], n_boot=2, metrics="nll").T is not None, "other rows are fine"
+    with pytest.raises(ValueError, match=r"valid_logits: got columns \['b', 'a', 'c'\]"):
+        evaluate(z, y, z[["b", "a", "c"]], y, n_boot=2)

@@ -29,11 +29,12 @@ from kdc_nb.experiments.store import Store, build_net
 from kdc_nb.experiments.sweeps import sweep
 from kdc_nb.experiments.teachers import teacher_from_logits
 from kdc_nb.training import streams
+from tests.conftest import forget_data
 
 
 @pytest.fixture(autouse=True)
 def forget():
-    load_data.cache_clear()
+    forget_data()
 
 
 PHOTOGRAPHS = load_sample_images().images # two, 427 x 640
@@ -204,7 +205,7 @@ def test_imagenet_100_is_a_folder_and_a_list_of_classes(imagenet):
             and torch.equal(kept.train.labels, d.train.labels)
             and (kept.classes, kept.augment) == (d.classes, d.augment))
     moved = shutil.move(imagenet, imagenet.parent/"elsewhere")
-    load_data.cache_clear()
+    forget_data()
     with pytest.raises(ValueError,
                        match="data: got imagenet-2, whose .*JPEG is gone, expected the files that"):
         load_data(data)
@@ -309,7 +310,7 @@ def test_an_image_that_breaks_later_is_named_too(imagenet):
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(ValueError, match="^folder: got [^\n]*n01_4.JPEG, which cannot be read[^\n]*$"):
         files.to("cpu")
-    load_data.cache_clear()
+    forget_data()
     with pytest.raises(ValueError, match="data: got imagenet-2, whose .*n01_4.JPEG has changed"):
         load_data(data)
 

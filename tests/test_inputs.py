@@ -556,3 +556,20 @@ def test_the_least_nll_is_found_from_any_start(seed):
     best = scipy.optimize.minimize_scalar(at, bounds=(-8, 14), method="bounded", options=dict(xatol=1e-9))
     assert all(f.T == pytest.approx(found[0].T, rel=1e-6) for f in found)
     assert at(math.log(found[0].T)) <= best.fun + 1e-12
+
+
+@pytest.mark.parametrize("cell, told", [
+    ("", r"logit_1: got '' in row 1, expected a number in each row"),
+    ("high", r"logit_1: got 'high' in row 1"),
+])
+@pytest.mark.parametrize("classes", [None, ["logit_0", "logit_1"]])
+def test_the_cell_that_holds_no_number_is_named(tmp_path, cell, told, classes):
+    (tmp_path/"x.csv").write_text(f"logit_0,logit_1,label\n1,2,0\n1,{cell},1\n")
+    with pytest.raises(ValueError, match=told): load_outputs(tmp_path/"x.csv", classes=classes)
+
+
+def test_a_table_with_an_index_of_several_levels_is_named(tmp_path):
+    index = pd.MultiIndex.from_tuples([("a", 0), ("a", 1)])
+    pd.DataFrame([[1., 0.], [0., 1.]], index=index, columns=["x_0", "x_1"]).to_parquet(tmp_path/"x.parquet")
+    with pytest.raises(ValueError, match="x.parquet.*index: got one of 2 levels"):
+        load_outputs(tmp_path/"x.parquet")

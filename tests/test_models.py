@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from kdc_nb.training.models import MODELS, build_model, count_parameters
+from tests.conftest import forget_data
 
 # for 10 and 100 classes; where only one is published (resnet56, mobilenet_v2_plain), the head gives the other
 PUBLISHED = {
@@ -126,7 +127,6 @@ def test_torchvisions_resnets_have_their_published_size(depth, published):
 
 
 def test_torchvisions_resnets_train_on_larger_images_and_show_their_penultimate_layer(tmp_path, monkeypatch):
-    from kdc_nb.training.data import load_data
     from kdc_nb.training.images import register_images
     from kdc_nb.training.recipes import Recipe
     from kdc_nb.experiments.runs import run
@@ -138,4 +138,4 @@ def test_torchvisions_resnets_train_on_larger_images_and_show_their_penultimate_
     spec = RunSpec(register_images("large", pair, pair, pair), "torchvision_resnet18", "nll", Recipe(1, 6))
     assert (run(spec, Store(), "cpu", progress=False).evaluation.n == 12
             and extract_features(spec, Store(), "cpu").features["test"].shape == (12, 512))
-    load_data.cache_clear()
+    forget_data()

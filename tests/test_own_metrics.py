@@ -13,7 +13,8 @@ from kdc_nb.calibration.contributions import debiased_contributions, signed_gaps
 from kdc_nb.calibration.diagrams import axis_label
 from kdc_nb.calibration.differences import paired_difference, rank_intervals
 from kdc_nb.calibration.estimates import calibration_estimates
-from kdc_nb.calibration.evaluation import evaluate, format_metric, metric_label, metric_unit
+from kdc_nb.calibration.evaluation import evaluate
+from kdc_nb.calibration.metric_labels import format_metric, metric_label, metric_unit
 from kdc_nb.calibration.metrics import (
     BUILT_IN, METRICS, ON_REQUEST, Metric, ece, label_moments, register_metric, select_metrics,
     unregister_metric,

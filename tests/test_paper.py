@@ -24,7 +24,7 @@ from kdc_nb.experiments.specs import (
 from kdc_nb.experiments.store import Store
 from kdc_nb.experiments.sweeps import sweep
 from kdc_nb.experiments.tables import collect_by_row, results_table
-from kdc_nb.experiments.teachers import TemperatureScaled, direct_counterpart
+from kdc_nb.experiments.teachers import TemperatureScaled, TemperedPosterior, direct_counterpart
 from kdc_nb.analysis.diffusion import generations_frame, plot_generations
 from kdc_nb.analysis.linear_model import fit_linear_student
 from kdc_nb.analysis.theorems import calibration_gap, draw_linear_problem
@@ -512,3 +512,9 @@ def test_results_are_added_to_a_file_and_a_damaged_one_is_left(tmp_path, capsys)
     before = path.read_bytes()
     assert kdc_sweep(tmp_path/"a.json", "--results", path, store=tmp_path/"a") == 2
     assert "x.npz: damaged" in capsys.readouterr().err and path.read_bytes() == before
+
+
+def test_a_student_of_the_truth_has_a_place_in_the_order():
+    "Nobody was trained before it"
+    spec = RunSpec("known", "resnet8", Distil(TemperedPosterior()))
+    assert order_by_priority({"truth": spec, "plain": replace(spec, method=Method("nll"))})[-1] == spec

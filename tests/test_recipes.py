@@ -15,7 +15,7 @@ import pytest
 from kdc_nb.core import Registry, own_entries
 from kdc_nb.values import decode, encode
 from kdc_nb.files import load_npz
-from kdc_nb.training.devices import call_with_own_code, pack_own_code
+from kdc_nb.training.processes import call_with_own_code, pack_own_code
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import RECIPES, Recipe
 from kdc_nb.experiments.results import Result, read_results

@@ -10,7 +10,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from kdc_nb.core import own_entries, source_fingerprint
+from kdc_nb.fingerprints import source_fingerprint
+from kdc_nb.core import own_entries
 from kdc_nb.values import spec_hash
 from kdc_nb.calibration.posthoc import Calibrator
 from kdc_nb.training.data import DataSpec, load_data

@@ -24,6 +24,7 @@ from kdc_nb.training.trainer import Trainer
 from kdc_nb.experiments.results import (
     _compress_outcomes, _decompress_outcomes, read_results, recalibrate, result_outcomes, write_results,
 )
+from kdc_nb.experiments.agenda import write_specs
 from kdc_nb.experiments.runs import RunContext, run, teacher_train_logits
 from kdc_nb.experiments.specs import Distil, RunSpec, lineage, run_id, run_label
 from kdc_nb.experiments.store import Store, all_results, clean_store
@@ -148,7 +149,7 @@ def test_what_the_tempered_truth_teaches():
 
 def test_the_same_description_of_other_images_is_another_run(monkeypatch):
     before = run_id(TEACHER)
-    patch_name(monkeypatch, "load_data", lambda data: SimpleNamespace(fingerprint="of other images"))
+    patch_name(monkeypatch, "summarise_data", lambda data: SimpleNamespace(fingerprint="of other images"))
     assert run_id(TEACHER) != before
 
 
@@ -277,3 +278,20 @@ def test_a_result_names_the_commit_of_its_checkout(store, tmp_path, monkeypatch)
     git("commit", "-q", "--allow-empty", "-m", "x")
     assert kr._git_commit.__wrapped__() == git("rev-parse", "HEAD")
     assert "commit" in go(TEACHER, store).facts
+
+
+def test_a_file_of_another_run_is_not_taken_for_its_own(store):
+    "Its digest is right, and its name is not"
+    first, second = (replace(TEACHER, seed=k) for k in (0, 1))
+    result = run(first, store, "cpu", progress=False)
+    store.path(second, "run").write_bytes(store.path(first, "run").read_bytes())
+    with pytest.warns(UserWarning, match="it holds .*seed 0; the run is to be trained again"):
+        assert store.get(second) is None
+    assert store.get(first).spec == result.spec
+
+
+def test_lists_of_other_things_are_named(tmp_path):
+    result = run(TEACHER, Store(tmp_path), "cpu", progress=False)
+    with pytest.raises(ValueError, match="results: got a single one"): write_results(result, tmp_path/"x.npz")
+    with pytest.raises(ValueError, match="specs: got 3"): write_specs([TEACHER, 3], tmp_path/"x.json")
+    assert not [*tmp_path.glob("x.*")]

@@ -14,6 +14,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import kdc_nb.interrupts as interrupts_room
 import kdc_nb.experiments.runs as runs_room
 import kdc_nb.experiments.specs as specs_room
 import kdc_nb.experiments.sweeps as sweeps_room
@@ -140,9 +141,9 @@ def test_those_that_drop_out_share_a_stream_and_come_out_as_if_alone(store, devi
     monkeypatch.setitem(MODELS, "dropping", Dropping)
     runs = [replace(TEACHER, model="dropping", seed=s) for s in (0, 1)]
     together = go([*runs, TEACHER], store, slots=3)
-    dropping = {stream for stream, several in device.steps.items() for t in several if t.drops_out}
+    dropping = {stream for stream, several in device.steps.items() for t in several if t.draws}
     assert dropping == {"stream 0"} and len(device.steps) == 2
-    order = [t.drops_out for t in device.order]
+    order = [t.draws for t in device.order]
     assert sum(a != b for a, b in zip(order, order[1:])) == 1, "and others wait until they are done"
     same(together[:2], [run(s, Store(tmp_path/"alone"), "cpu", progress=False) for s in runs])
 
@@ -328,7 +329,7 @@ def test_ctrl_c_keeps_what_is_done(store, alone, monkeypatch):
         step(trainer)
     with monkeypatch.context() as m:
         m.setattr(Trainer, "step", interrupted)
-        with pytest.raises(runs_room.Stopped): go(ALL, store, slots=2)
+        with pytest.raises(interrupts_room.Stopped): go(ALL, store, slots=2)
     same(go(ALL, store, slots=2), alone)
 
 

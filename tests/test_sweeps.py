@@ -19,16 +19,17 @@ from joblib import cpu_count
 import kdc_nb.experiments.runs as kr
 import kdc_nb.training.steps as steps_room
 import kdc_nb.experiments.sweeps as sweeps_room
+from kdc_nb.interrupts import explain_interrupt
 from kdc_nb.files import save_tensors
 from kdc_nb.training.data import DataSpec
-from kdc_nb.training.devices import worker_processes
+from kdc_nb.training.processes import worker_processes
 from kdc_nb.training.losses import cross_entropy
 from kdc_nb.training.methods import Method, TrainingMethod
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.agenda import plan_sweep, read_specs, write_specs
 from kdc_nb.experiments.clusters import cluster_pool
 from kdc_nb.experiments.results import read_results
-from kdc_nb.experiments.runs import explain_interrupt, run
+from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.specs import Distil, RunSpec, lineage, run_label
 from kdc_nb.experiments.store import Store, all_results, clean_store
 from kdc_nb.experiments.sweeps import default_jobs, sweep
@@ -411,3 +412,13 @@ def test_real_photographs_with_a_live_teacher(photos, store):
     for r in go([replace(teacher, method=Distil(teacher, T, .9)) for T in (1, 4)], store):
         assert (r.evaluation.n == 10_000 and len(r.history) == 2
                 and all(0 <= h["valid_ece"] <= 1 for h in r.history))
+
+
+@pytest.mark.parametrize("how", [{}, {"jobs": 2}, {"slots": 2}])
+def test_the_callers_bf16_goes_along(tmp_path, how):
+    "Whichever process trains"
+    specs = [RunSpec(DataSpec("known", n_train=40, n_valid=20, n_test=20), "resnet8", "nll", Recipe(1, 20), k)
+             for k in (0, 1)]
+    with torch.autocast("cpu", torch.bfloat16):
+        done = sweep(specs, Store(tmp_path), "cpu", progress=False, **how)
+    assert [r.facts["precision"] for r in done] == ["bf16"]*2

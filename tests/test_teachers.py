@@ -25,7 +25,7 @@ from kdc_nb.experiments.teachers import (
     Ensemble, OutOfFold, StoredLogits, TemperatureScaled, TemperedPosterior, log_mean_probs,
     teacher_from_logits,
 )
-from tests.conftest import patch_name
+from tests.conftest import forget_data, patch_name
 
 TINY = DataSpec("known", n_train=100, n_valid=60, n_test=80)
 NET = RunSpec(TINY, "resnet8", Method("nll"), Recipe(2, 50))
@@ -212,7 +212,7 @@ def test_votes_of_people_teach(photos, store, tmp_path, monkeypatch):
     (cache/"data").mkdir(parents=True)
     os.symlink(photos/"data/cifar10.safetensors", cache/"data/cifar10.safetensors")
     monkeypatch.setenv("KDC_CACHE", str(cache))
-    load_data.cache_clear()
+    forget_data()
     with pytest.raises(ValueError, match="put there by hand"): load_data(data)
     with np.load(Path(os.environ["KDC_TEST_DATA"])/"cifar-human-labels.npz", allow_pickle=False) as z:
         votes = z["cifar10h_counts"]

@@ -18,18 +18,19 @@ from scipy import stats
 import kdc_nb.training.text as text_room
 from kdc_nb.values import derive_seed
 from kdc_nb.files import cache_dir
-from kdc_nb.training.data import DataSpec, load_data
+from kdc_nb.training.data import DataSpec, load_data, pending_file
 from kdc_nb.training.methods import TrainingMethod
 from kdc_nb.training.models import MODELS, build_model
 from kdc_nb.training.recipes import Recipe, learning_rate
 from kdc_nb.training.steps import draw_epoch_plan
 from kdc_nb.training.trainer import fit
+from kdc_nb.experiments.agenda import plan_sweep
 from kdc_nb.experiments.results import read_results
 from kdc_nb.experiments.runs import run
-from kdc_nb.experiments.specs import RunSpec, model_has_dropout
+from kdc_nb.experiments.specs import RunSpec, check_model
 from kdc_nb.experiments.store import Store, build_net
 from kdc_nb.training import text_models
-from tests.conftest import patch_name
+from tests.conftest import forget_data, patch_name
 
 TINY = DataSpec("topics", n_train=40, n_valid=20, n_test=30)
 RECIPE = Recipe(3, 16, lr=2e-3, weight_decay=.05, optimizer="adamw", warmup=.2)
@@ -37,7 +38,7 @@ RECIPE = Recipe(3, 16, lr=2e-3, weight_decay=.05, optimizer="adamw", warmup=.2)
 
 @pytest.fixture(autouse=True)
 def forget():
-    load_data.cache_clear()
+    forget_data()
 
 
 def test_the_posterior_of_topics_is_true_and_the_same_everywhere():
@@ -105,7 +106,7 @@ def test_newsgroups_come_from_the_official_archive(archive, tmp_path):
     assert not any("subject" in bare.text(r).replace(" ", "").lower()
                    or "quoted" in bare.text(r).replace(" ", "") for r in bare.test.inputs)
     archive.unlink()
-    load_data.cache_clear()
+    forget_data()
     assert load_data(data).fingerprint == d.fingerprint, "the posts are in the cache"
     assert run(RunSpec(data, "bert_1_32", "nll", RECIPE), Store(), "cpu", progress=False).evaluation.n == 12
 
@@ -268,7 +269,7 @@ def test_without_its_libraries_text_is_refused_and_images_are_not(monkeypatch):
         ):
             call()
     build_model("resnet8", 2)
-    model_has_dropout.cache_clear()
+    check_model.cache_clear()
     assert all(r.spec.data.name == "topics"
                for r in read_results(Path(__file__).parents[1]/"nbs/results/text_topics.npz").values()), (
                    "results can be looked at"
@@ -318,3 +319,14 @@ def test_columns_arrays_and_lists_are_the_same_texts():
 def test_the_one_that_is_no_text_is_named(texts, message):
     with pytest.raises(ValueError, match=message):
         text_room.register_texts("x", (texts(), RUDE), (WORDS, RUDE), (WORDS, RUDE))
+
+
+def test_a_plan_fetches_no_posts(tmp_path, monkeypatch):
+    "Neither the archive nor a tokenizer, until the file is there"
+    monkeypatch.setattr(text_room, "load_hub_tokenizer", lambda name: pytest.fail("the hub was asked"))
+    spec = RunSpec("newsgroups", "bert_1_32")
+    assert pending_file(spec.data) == "20news-bydate.tar.gz"
+    assert [p.seconds for p in plan_sweep([spec], Store(tmp_path/"s"), "cpu")] == [None]
+    (cache_dir()/"data").mkdir(parents=True)
+    (cache_dir()/"data"/"20news-bydate.tar.gz").touch()
+    assert pending_file(spec.data) == ""

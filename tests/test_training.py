@@ -18,14 +18,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdc_nb.files import load_tensors, save_tensors
-from kdc_nb.training.data import DataSpec, load_data, stratified_split
+from kdc_nb.training.data import DataSpec, load_data
+from kdc_nb.training.own_data import stratified_split
 from kdc_nb.training.devices import mark_cuda_broken, seeded_rng
 from kdc_nb.training.methods import Method, TrainingMethod, TrainingStep
 from kdc_nb.training.distillation import Distillation
 from kdc_nb.training.models import MODELS, build_model
 from kdc_nb.training.recipes import Recipe
+import kdc_nb.experiments.runs as kr
 from kdc_nb.training.steps import (
-    GraphCaptureError, TeacherCache, _epoch_generator, match_grad_strides, predict_logits,
+    CheckpointWriter, GraphCaptureError, TeacherCache, _epoch_generator, match_grad_strides, predict_logits,
 )
 from kdc_nb.training.trainer import OutOfTime, Trainer, fit
 from kdc_nb.experiments.specs import Distil, RunSpec, run_id, self_distillation_chain
@@ -384,7 +386,6 @@ def pretended_cuda(monkeypatch):
     for name, fake in dict(Stream=same, stream=lambda s: nullcontext(), current_stream=same,
                            default_stream=same, CUDAGraph=Graph, graph=graph).items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    patch_name(monkeypatch, "bf16_autocast", lambda device: nullcontext())
     def record(trainer):
         Graph.replay = lambda self: trainer.step()
         trainer.begin_epoch()
@@ -658,3 +659,30 @@ def test_a_checkpoint_is_of_one_training(tmp_path):
 
 
 def replace_seed(data): return DataSpec(data.name, **data.params | {"seed": 1})
+
+
+def test_a_fit_in_bf16_leaves_no_old_weights_behind():
+    "Torch keeps casts of weights until the caller's block ends"
+    data, net = load_data(TINY), build_net(SPEC)
+    x = data.normalise(data.test.inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        fit(net, data, TrainingMethod(), Recipe(3, 32), device="cpu", progress=False)
+        with torch.no_grad(): within = net(x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): assert torch.equal(net(x), within)
+
+
+def test_all_precisions_of_a_run_are_told(tmp_path):
+    "Also where it stopped in one and went on in the other; what no step was taken in is not"
+    store, recipe = Store(tmp_path), Recipe(4, 32)
+    spec = replace(SPEC, method=Method("nll"), recipe=recipe)
+    with pytest.raises(OutOfTime), torch.autocast("cpu", torch.bfloat16):
+        fit_spec(spec, store, stop_after=2)
+    assert run(spec, store, "cpu", progress=False).facts["precision"] == "bf16 and float32"
+
+
+def fit_spec(spec, store, stop_after):
+    "Train a run until so many epochs are done"
+    trainer = kr.build_trainer(spec, kr.RunContext(store, "cpu", bf16=torch.is_autocast_enabled("cpu")))
+    path = store.path(spec, "part")
+    for _ in trainer.chunks(path, checkpoint_every=0):
+        if trainer.epoch == stop_after: trainer.stop_if(True, CheckpointWriter(trainer, path))

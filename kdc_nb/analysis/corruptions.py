@@ -68,7 +68,8 @@ def corrupt_images(
     severity: int, # 1 to 5
     seed: int = 0, # of the noise, from 0; each corruption and severity has noise of its own
 ) -> Tensor: # (N, C, H, W) uint8
-    """Images under a corruption in the style of CIFAR-C (Hendrycks and Dietterich 2019).
+    """Images under a corruption in the style of CIFAR-C (Hendrycks and Dietterich 2019), the same for
+    the same images and seed; of some corruptions, what becomes of one image depends on how many there are.
 
     A `ValueError` names the argument that is wrong.
 

@@ -16,6 +16,7 @@ from ..core import check
 from ..calibration.metrics import DERIVED, Metric
 from ..calibration.estimates import Estimate
 from ..calibration.diagrams import COLORS, GREY
+from ..calibration.students import mean_estimate
 from kdc_nb.experiments.specs import (
     Distil, RunSpec, describe_run, method_label, run_label, self_distillation_chain, trace_generation,
 )
@@ -40,8 +41,7 @@ def merging_frame(
     A `ValueError` if they are several networks, or no class of their data is similar to another.
     """
     import pandas as pd
-    students = {s: view for s, view in views.items()
-                if isinstance(s.method, Distil) and s.method.teacher.first_run()}
+    students = {s: view for s, view in views.items() if s.teacher_runs()}
     kinds = {(s.data, s.model) for s in students}
     check(len(kinds) == 1, "views", ", ".join(f"{m} on {d}" for d, m in kinds) or "no students",
           "one student network on one data set")
@@ -50,15 +50,6 @@ def merging_frame(
     return pd.DataFrame([line for s, view in students.items()
                          for line in metric_lines({**describe_run(s), "output": "raw"},
                                                   view.merging | view.result.raw.metrics, len(view.labels))])
-
-# %% ../../nbs/analysis/04_diffusion.ipynb #68127363
-def _estimate_mean(
-    x: Tensor, # (N,), N of 2 or more
-) -> Estimate:
-    "A mean with its normal 95% interval"
-    x = x.double()
-    mean, half = float(x.mean()), 1.96*float(x.std())/len(x)**.5
-    return Estimate(mean, mean - half, mean + half)
 
 # %% ../../nbs/analysis/04_diffusion.ipynb #d0c9193b
 def generations_frame(
@@ -74,12 +65,17 @@ def generations_frame(
     for (first, T, alpha), later in _find_chains(views).items():
         check(first in views, "views", f"no {run_label(first)}", "generation zero of each chain")
         for number, view in sorted(({0: views[first]} | later).items()):
-            own = {"gap": _estimate_mean(view.confidence - (view.pred == view.labels).float()),
-                   "agreement": _estimate_mean((view.pred == views[first].pred).float())}
+            own = {"gap": _mean(view.confidence - (view.pred == view.labels).float(), (-1, 1)),
+                   "agreement": _mean(view.pred == views[first].pred, (0, 1))}
             columns = describe_run(first) | {"chain": method_label(first.method), "T": T, "alpha": alpha,
                                              "generation": number, "output": "raw"}
             lines += metric_lines(columns, view.result.raw.metrics | own, len(view.labels))
     return pd.DataFrame(lines)
+
+
+def _mean(values: Tensor, limits: tuple[float, float]) -> Estimate: # (N,) of the images
+    "The mean of a network, with its interval"
+    return mean_estimate(values.double().numpy()[None], limits)
 
 
 _Chain = tuple[RunSpec, float, float] # generation zero, T and alpha

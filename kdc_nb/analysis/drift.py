@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core import check
-from ..values import decode, encode, frozen_spec
+from ..values import decode, encode, frozen_spec, round_numbers
 from ..files import load_npz, save_npz
 from ..calibration.outputs import check_outputs_and_labels
 from ..calibration.predictions import top_label
@@ -26,7 +26,6 @@ from ..training.data import Split, load_data
 from ..training.devices import best_device
 from ..training.steps import predict_logits
 from ..experiments.specs import RunSpec, describe_run, run_label
-from ..experiments.results import round_numbers
 from ..experiments.store import Store
 from ..experiments.runs import RunContext
 from ..experiments.tables import metric_lines
@@ -119,7 +118,9 @@ def evaluate_drift(
     device: str | None = None, # None: the fastest there is
 ) -> DriftResult:
     """Evaluate a finished run on corrupted test images (Hendrycks and Dietterich, 2019); a `ValueError` says
-    which run is missing, which severity or n is out of range, or what is wrong with a file
+    which run is missing, which severity or n is out of range, or what is wrong with a file.
+
+    Results of different n are of different noise, also on the images that they share.
     """
     store, names = store or Store(), tuple(CORRUPTIONS) if names is None else names
     result, data = store.get(spec), load_data(spec.data)

@@ -122,7 +122,7 @@ def plot_penultimate(
     views: Mapping[str, FeatureView], # by title, in the order of the panels; the first gives the axes
     classes: Sequence[int], # three: two similar ones and another, 0 to C-1
     split: str = "test", # or "train"
-    columns: int = 3, # number of panels in a row
+    columns: int = 3, # panels in a row, at most
 ) -> np.ndarray: # of Axes, one for each panel
     """The clusters of three classes in several networks, on the same axes (the paper's Fig. 5).
 
@@ -132,6 +132,7 @@ def plot_penultimate(
     clusters = _prepare_penultimate(list(views.values()), classes, split)
     limits, names = (_axis_limits(xy for own in clusters for xy in own),
                      [next(iter(views.values())).classes[c] for c in classes])
+    columns = min(columns, len(views))
     rows = -(-len(views)//columns)
     fig, axs = plt.subplots(rows, columns, figsize=(3.4*columns, 3.1*rows),
                             layout="constrained", sharex=True, sharey=True, squeeze=False)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core import check
-from ..values import decode, encode
+from ..values import decode, encode, round_numbers
 from ..files import load_npz, save_npz
 from ..calibration.outputs import softmax64
 from ..calibration.estimates import Estimate
@@ -22,7 +22,7 @@ from ..training.data import load_data
 from ..training.devices import best_device
 from ..training.steps import predict_logits
 from ..experiments.specs import RunSpec
-from ..experiments.results import Result, compact_json, result_from_json, round_numbers, without_logits
+from ..experiments.results import Result, compact_json, result_from_json, without_logits
 from ..experiments.store import Store
 from ..experiments.runs import RunContext, run
 from .features import FeatureExtractor, head_weights

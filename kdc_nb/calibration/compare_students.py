@@ -6,14 +6,14 @@
 __all__ = ['compare_students']
 
 # %% ../../nbs/calibration/22_compare_students.ipynb #36d64249
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ..core import check, lookup
-from .outputs import to_log_probs
+from .outputs import check_same_tables, to_log_probs
 from .evaluation import evaluate
 from .comparisons import Comparison, check_seeds, compare, split_by_seed
 from kdc_nb.calibration.students import (
@@ -34,24 +34,12 @@ def _read_models(
     for name, (argument, _) in models.items():
         enough = len(split[name]) == runs or name == "teacher" and len(split[name]) == 1
         check(enough, argument, f"{len(split[name])} seeds", f"{runs}, as another model has")
-    _check_tables([*models.values(), (of_labels, labels)])
+    check_same_tables([*models.values(), (of_labels, labels)])
     like, out = None, {}
     for name, (argument, _) in models.items():
         out[name], y = check_seeds(split[name], labels, from_logits, argument, of_labels, like)
         like = like or (argument, out[name][0])
     return out, y
-
-
-def _check_tables(given: Iterable[tuple[str, Any]]) -> None:
-    "A `ValueError` for tables of pandas with other rows or columns, or in another order, than the first"
-    seen = {}
-    for argument, x in given:
-        for table in [t for t in (x if isinstance(x, (list, tuple)) else [x]) if hasattr(t, "iloc")]:
-            for k in ("index", "columns"):
-                if not hasattr(table, k): continue
-                name, first = seen.setdefault(k, (argument, getattr(table, k)))
-                check(first.equals(getattr(table, k)), argument, f"{k} {[*getattr(table, k)][:4]} ...",
-                      f"{[*first][:4]} ..., as {name} has; or arrays, by to_numpy()")
 
 
 def _name_students(students: Any, prefix: str = "") -> dict[str, tuple[str, Any]]:

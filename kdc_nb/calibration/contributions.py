@@ -22,7 +22,7 @@ from .metrics import METRICS
 from .outcomes import Outcomes
 from .bins import exact_interval, noise_bins
 from .estimates import top_label_estimates
-from .evaluation import table_order
+from .metric_labels import table_order
 
 # %% ../../nbs/calibration/11_contributions.ipynb #b4db779a
 def contributions_per_image(

@@ -32,15 +32,10 @@ class RiskCoverage(NamedTuple):
     risk: Tensor # (K,) the share of these that is wrong
 
 
-def _sum_groups(group: Tensor, x: Tensor, n_groups: int) -> Tensor: # (K,)
-    "The sum over each group of images"
-    return torch.zeros(n_groups, dtype=torch.float64).index_add_(0, group, x)
-
-
 def _errors_by_confidence(o: Outcomes) -> tuple[Tensor, Tensor, Tensor]: # (N,), (K,), (K,)
     "The group of each image, the most confident first, and how many each group has, and has wrong"
     _, group, count = (-o.log_odds).unique(return_inverse=True, return_counts=True)
-    return group, count, _sum_groups(group, 1 - o.correct, len(count))
+    return group, count, torch.bincount(group, 1 - o.correct, len(count))
 
 
 def risk_coverage(
@@ -59,7 +54,7 @@ def aurc_contributions(
     group, count, wrong = _errors_by_confidence(o)
     rank, place = torch.arange(1, len(group) + 1).double(), torch.arange(len(count)).repeat_interleave(count)
     def group_means(x): # of the sums over all ranks from each one on, over a group's ranks
-        return _sum_groups(place, x.flip(0).cumsum(0).flip(0), len(count))/count
+        return torch.bincount(place, x.flip(0).cumsum(0).flip(0), len(count))/count
     at_rank = (wrong/count).repeat_interleave(count) # in random order within a group
     own, dilutes = group_means(1/rank), group_means(at_rank/rank)
     return (1 - o.correct)*own[group] - dilutes[group] + (1 - o.correct).mean()
@@ -127,7 +122,7 @@ def _defer(log_odds: Tensor, gain: Tensor, accuracy: Tensor) -> tuple[Tensor, Te
     "Shares and accuracies, from what the large model would gain on each image and the small one's accuracy"
     _, group, count = log_odds.unique(return_inverse=True, return_counts=True)
     handed, gained = (torch.cat([x.new_zeros(1), x.cumsum(0)])/len(gain)
-                      for x in (count.double(), _sum_groups(group, gain, len(count))))
+                      for x in (count.double(), torch.bincount(group, gain, len(count))))
     return handed, accuracy + gained
 
 # %% ../../nbs/calibration/19_decisions.ipynb #9d78e0fd
@@ -143,8 +138,7 @@ def share_to_defer(
     bootstrap; a `ValueError` for outcomes of other images, or a number that is wrong
     """
     check(0 <= accuracy <= 1, "accuracy", accuracy, "a share from 0 to 1")
-    check(0 < level < 1, "level", level, "a number between 0 and 1")
-    check_bins_and_draws(1, n_boot, seed)
+    check_bins_and_draws(1, n_boot, seed, level)
     check_paired_outcomes([student], [teacher])
     gain, n = teacher.correct - student.correct, len(student.correct)
     def least(at): # the images of a draw
@@ -184,9 +178,8 @@ def conformal_sets(
 
     The validation images must be such as the others, and none the model was trained on.
     """
-    check(0 < level < 1, "level", level, "a number between 0 and 1")
     check(score in ("aps", "lac"), "score", repr(score), "'aps' or 'lac'")
-    check_bins_and_draws(1, 2, seed)
+    check_bins_and_draws(1, 2, seed, level)
     v, y = check_outputs_and_labels(valid_outputs, valid_labels, from_logits)
     x = check_outputs(outputs, from_logits)
     check(x.shape[1] == v.shape[1], "outputs", f"{x.shape[1]} classes", f"{v.shape[1]}, as valid_outputs has")
@@ -205,7 +198,7 @@ def evaluate_sets(
 ) -> dict[str, Estimate]: # "coverage", a fraction, and "size", the mean number of classes in a set
     "How often sets hold the true class, and how large they are; a `ValueError` for labels that do not fit"
     _, y = check_outputs_and_labels(sets.member.double() - 2, labels) # which are no probabilities
-    check(0 < level < 1, "level", level, "a number between 0 and 1")
+    check_bins_and_draws(1, level=level)
     held, size, n = sets.member.gather(1, y[:, None]).sum(), sets.member.double().sum(1), len(y)
     mean = float(size.mean())
     reach = t_quantile((1 - level)/2, n - 1)*float(size.std())/n**.5 if n > 1 else math.inf

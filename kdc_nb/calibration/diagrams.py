@@ -23,7 +23,7 @@ from .metrics import ece, nll
 from .posthoc import FittedTemperature
 from .estimates import Estimate, top_label_estimates
 from .reliability import ReliabilityBins, bins_from_predictions, prepare_diagram
-from .evaluation import find_metric
+from .metric_labels import find_metric
 from .differences import Difference, holm
 
 # %% ../../nbs/calibration/14_diagrams.ipynb #90b8ee49

@@ -42,9 +42,9 @@ def _class_columns(
     named = [c for c in table if c and not c.startswith("Unnamed: ")]
     series = _numbered(named)
     scores = series or [c for c in named if not is_no_score(c)]
-    numbers = [c for c in scores if table[c].dtype.kind in "fiu"]
-    whole = [c for c in numbers if (table[c] % 1 == 0).all()]
-    if not series and len(whole) < len(numbers): numbers = [c for c in numbers if c not in whole]
+    numbers = series or [c for c in scores if table[c].dtype.kind in "fiu"]
+    whole = [] if series else [c for c in numbers if (table[c] % 1 == 0).all()]
+    if len(whole) < len(numbers): numbers = [c for c in numbers if c not in whole]
     doubtful = [c for c in named if c not in numbers]
     check(not doubtful, "columns", f"{', '.join(doubtful)} beside {', '.join(numbers) or 'nothing'}",
           "nothing but scores of classes; name those: classes=[...]")
@@ -97,6 +97,7 @@ def _read_parquet(path: Path) -> "pandas.DataFrame":
     import pandas as pd
     try: table = pd.read_parquet(path).rename(columns=str)
     except ImportError as e: raise ValueError("a .parquet is read by pyarrow: pip install pyarrow") from e
+    check(table.index.nlevels == 1, "index", f"one of {table.index.nlevels} levels", "one of a single level")
     return table if table.index.equals(pd.RangeIndex(len(table))) else table.reset_index(names="")
 
 
@@ -118,8 +119,18 @@ def _table_arrays(
     check(len(chosen) > 1, "columns", ", ".join(chosen) or "none", "scores of two classes or more")
     if classes is None and (len(chosen) + (labels is not None) < n_columns or not _numbered(chosen)):
         warn(f"{name}: the classes are taken to be {', '.join(chosen)}; classes=[...] names them")
-    found = {"logits": table[chosen].to_numpy(float), "classes": chosen}
+    found = {"logits": np.stack([_as_numbers(table[c]) for c in chosen], 1), "classes": chosen}
     return found if labels is None else found | {"labels": _find_labels(labels, chosen)}
+
+
+def _as_numbers(column: "pandas.Series") -> np.ndarray: # (N,)
+    "A column's numbers; a `ValueError` names the first cell that holds none"
+    import pandas as pd
+    numbers = pd.to_numeric(column, errors="coerce")
+    if column.dtype.kind not in "fiu":
+        for k in np.flatnonzero(numbers.isna())[:1]:
+            check(False, column.name, f"{column.iloc[k]!r} in row {k}", "a number in each row")
+    return numbers.to_numpy(float)
 
 
 def _named_columns(table: Any, classes: Sequence[str]) -> list[str]:

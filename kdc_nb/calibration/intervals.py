@@ -154,7 +154,7 @@ def _mce_interval(contents: BinContents, level: float) -> tuple[float, None, flo
     return float(least), None, float(torch.maximum(high - conf, conf - low).max())
 
 
-extend_metric("mce", interval=_mce_interval, debiases=False)
+extend_metric("mce", interval=_mce_interval)
 
 # %% ../../nbs/calibration/07_intervals.ipynb #7097fb60
 def _ks_interval(contents: BinContents, level: float) -> tuple[float, None, float]: # low, -, high

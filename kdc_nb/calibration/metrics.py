@@ -157,7 +157,7 @@ register_metric("top1", label="Top-1", unit="%", higher_is_better=True, limits=(
                 axis="top-1 accuracy", per_sample=_top1_values)
 register_metric("ece", label="ECE", bins=equal_width_bins, norm=l1_norm, **_TOP)
 register_metric("ace", label="ACE", bins=equal_mass_bins, norm=l1_norm, **_TOP)
-register_metric("mce", label="MCE", bins=equal_width_bins, norm=max_norm, **_TOP)
+register_metric("mce", label="MCE", bins=equal_width_bins, norm=max_norm, debiases=False, **_TOP)
 register_metric("ks", label="KS", bins=unique_bins, norm=ks_norm, walk=lambda w: w.abs().amax(1), **_TOP)
 _ALL = _TOP | dict(predictions=classwise)
 register_metric("sce", label="SCE", bins=equal_width_bins, norm=l1_norm, **_ALL)

@@ -54,9 +54,7 @@ def compute_outcomes(
 def metrics_from_outcomes(
     o: Outcomes, # of one model
 ) -> dict[str, float]: # by name; fractions, NLL in nats
-    """The metrics that follow from outcomes: your own and the built-in ones, but
-    Brier score and class-wise ACE
-    """
+    "The metrics that follow from outcomes: NLL, accuracy, SCE, and all errors of the top label, your own too"
     top = {k: binned_error(m, o.predictions, 15)
            for k, m in METRICS.items() if m.predictions is top_label and k not in ON_REQUEST}
     return ({k: float(v.mean()) for k, v in o.per_sample.items()}

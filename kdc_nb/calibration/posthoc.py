@@ -183,12 +183,21 @@ def _vector_scaling(logits: Any, labels: Any) -> Callable[[Tensor], Tensor]:
     check(not missing, "labels", f"no image of class {missing[:1]}", f"all of {C} classes")
     def nll_and_slope(w):
         w = torch.from_numpy(w).requires_grad_()
-        value = torch.nn.functional.cross_entropy(z*w[:C] + w[C:], y)
+        value = torch.nn.functional.cross_entropy(_scale_classes(z, w), y)
         return float(value.detach()), torch.autograd.grad(value, w)[0].numpy()
     start = np.repeat([1., 0.], C)
     w = torch.from_numpy(minimize(nll_and_slope, start, jac=True, method="L-BFGS-B",
                                   options=dict(maxiter=5000, maxfun=10**5, ftol=0, gtol=1e-7)).x)
-    return lambda z: as_float64(z, "logits")*w[:C] + w[C:]
+    return lambda z: _scale_classes(as_float64(z, "logits"), w)
+
+
+def _scale_classes(z: Tensor, w: Tensor) -> Tensor: # (N, C)
+    "Logits (N, C) with a factor and an offset for each class, w (2C,); a class that cannot be stays so"
+    n_classes = len(w)//2
+    check(z.ndim == 2 and z.shape[1] == n_classes, "logits", f"shape {tuple(z.shape)}",
+          f"(N, {n_classes}), as in the fit")
+    possible = z != -math.inf # whose product with 0 has no gradient
+    return torch.where(possible, z.where(possible, 0)*w[:n_classes] + w[n_classes:], -math.inf)
 
 # %% ../../nbs/calibration/05_posthoc.ipynb #6bb85c66
 @Calibrator.register("isotonic")

@@ -53,7 +53,7 @@ def reliability_bins(
     """The bins of ECE as a reliability diagram shows them, for `plot_reliability`; a `ValueError` names the
     argument that is wrong
     """
-    check_bins_and_draws(n_bins, n_boot, seed)
+    check_bins_and_draws(n_bins, n_boot, seed, level)
     made = predictions(*check_outputs_and_labels(outputs, labels, from_logits), from_logits)
     weight = None if sample_weight is None else check_sample_weight(sample_weight, len(made.correct))
     return bins_from_predictions(made, n_bins, n_boot, level, seed, weight)

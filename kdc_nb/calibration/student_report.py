@@ -19,9 +19,8 @@ from ..tables import Table
 from .predictions import equal_mass_bins
 from .metrics import METRICS
 from .estimates import Estimate
-from kdc_nb.calibration.evaluation import (
-    DAGGER, OUTSIDE_NOTE, Evaluation, format_metric, metric_label, metric_name,
-)
+from .evaluation import DAGGER, OUTSIDE_NOTE, Evaluation, format_estimate
+from .metric_labels import metric_label, metric_name
 from .comparisons import Comparison
 from .students import METRICS_SHOWN, KeptVerdict, compare_groups, compare_images
 
@@ -112,19 +111,18 @@ class StudentReport:
 # %% ../../nbs/calibration/21_student_report.ipynb #2013114b
 def _value(metric: str, e: Estimate) -> str:
     "A metric without its interval"
-    return "infinite" if e.value is None else format_metric(metric, e.value)
+    return format_estimate(metric, e)[0].removesuffix(DAGGER)
 
 
 def _cell(metric: str, e: Estimate) -> str:
     "A metric with its interval, where it has one"
-    ends = [format_metric(metric, x) for x in (e.low, e.high) if x is not None]
-    outside = DAGGER*(e.value is not None and e.is_outside_interval())
-    return _value(metric, e) + outside + (f" [{' to '.join(ends)}]" if ends else "")
+    value, interval, *_ = format_estimate(metric, e)
+    return value + (f" [{interval}]" if interval else "")
 
 
 def _band(metric: str, e: Estimate) -> str:
     "A null band"
-    return f"{format_metric(metric, e.null_low)} to {format_metric(metric, e.null_high)}"
+    return format_estimate(metric, e)[3]
 
 # %% ../../nbs/calibration/21_student_report.ipynb #f9ec7d72
 def _temperature_cell(evaluations: Sequence[Evaluation]) -> str:

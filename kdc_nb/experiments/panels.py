@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Ellipse
 
 from ..core import check, lookup
-from ..calibration.evaluation import find_metric
+from ..calibration.metric_labels import find_metric
 from kdc_nb.calibration.diagrams import (
     BLUE, COLORS, ORANGE, SKY, axis_label, format_percent_axes, plot_reliability,
 )

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OutputSummary', 'Result', 'result_to_json', 'result_from_json', 'evaluate_splits', 'load_evaluation_inputs',
            'make_result', 'recalibrate', 'result_outcomes', 'without_logits', 'write_results', 'compact_json',
-           'round_numbers', 'read_results', 'group_by_seed']
+           'read_results', 'group_by_seed']
 
 # %% ../../nbs/experiments/02_results.ipynb #29760dde
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..core import check
-from ..values import decode, encode
+from ..values import decode, encode, round_numbers
 from ..files import load_npz, save_npz
 from ..tables import Table
 from ..calibration.outputs import softmax64
@@ -30,7 +30,8 @@ from ..calibration.outcomes import Outcomes, compute_outcomes
 from ..calibration.posthoc import Calibrator
 from ..calibration.estimates import Estimate
 from ..calibration.reliability import DiagramData, ReliabilityBins, reliability_bins
-from ..calibration.evaluation import Evaluation, evaluate, format_metric, metric_label
+from ..calibration.evaluation import Evaluation, evaluate
+from ..calibration.metric_labels import format_metric, metric_label
 from ..calibration.truth import estimate_true_error, kl_to_truth
 from ..training.data import load_data
 from .specs import RunSpec, run_label, with_seed
@@ -83,8 +84,8 @@ class Result:
 
     def __repr__(self):
         top1, nll, ece = (self.raw.metrics[k].value for k in ("top1", "nll", "ece"))
-        seen = f"Top-1 {100*top1:.2f}%, NLL {nll:.3f} nats, ECE {100*ece:.2f}%; N = {self.evaluation.n:,}"
-        return f"<Result of {shorten(self.title(), 90, placeholder=' ...')}: {seen}>"
+        return (f"<Result of {shorten(self.title(), 90, placeholder=' ...')}: Top-1 {100*top1:.2f}%, "
+                f"NLL {nll:.3f} nats, ECE {100*ece:.2f}%; N = {self.evaluation.n:,}>")
 
     def __str__(self): return repr(self.table())
     def _repr_html_(self): return self.table()._repr_html_()
@@ -175,9 +176,9 @@ def recalibrate(
 ) -> Result: # of the same run; its logits are those of the calibrator
     "A result after a post-hoc calibrator fitted on validation images; a `ValueError` if it has no logits"
     check(result.logits, "result", "one from a light file", "one with its logits, from `run` or the store")
-    calibrator = Calibrator(calibrator) if isinstance(calibrator, str) else calibrator
-    after = calibrator.build(result.logits["valid"], load_data(result.spec.data).valid.labels)
-    logits = {k: after(z) for k, z in result.logits.items()}
+    if isinstance(calibrator, str): calibrator = Calibrator(calibrator)
+    after = calibrator.build(result.logits["valid"].clone(), load_data(result.spec.data).valid.labels)
+    logits = {k: after(z.clone()) for k, z in result.logits.items()} # copies: one of your own may write
     return make_result(result.spec, logits, result.history, result.facts | {"after": calibrator})
 
 # %% ../../nbs/experiments/02_results.ipynb #9151f3ea
@@ -187,8 +188,8 @@ def result_outcomes(
     """Outcomes on each test image, "raw" and "scaled"; a `ValueError` if neither they nor logits were kept"""
     if result.raw.outcomes is not None:
         return {"raw": result.raw.outcomes, "scaled": result.scaled.outcomes}
-    check(result.logits, "result", f"{run_label(result.spec)} without its images",
-          "one whose light file kept its images, or one with logits, from `run` or the store")
+    what = f"{run_label(result.spec)} without its images"
+    check(result.logits, "result", what, "one with logits, from `run` or the store, or with its images")
     z, labels = result.logits["test"], load_data(result.spec.data).test.labels
     return {"raw": compute_outcomes(z, labels), "scaled": compute_outcomes(z/result.evaluation.T, labels)}
 
@@ -257,6 +258,7 @@ def write_results(
     keep_outcomes: bool = True, # keep how each fares on each test image, where that is known: 50 kB a run
 ) -> None:
     "Write the light part of results to a file, numbers to 6 digits"
+    check(not isinstance(results, Result), "results", "a single one", "a list of them")
     results = [without_logits(r, keep_outcomes) for r in results]
     parts = [{} if r.raw.outcomes is None else _compress_outcomes(result_outcomes(r)) for r in results]
     save_npz(path, {f"{i}/{k}": t for i, p in enumerate(parts) for k, t in p.items()},
@@ -268,15 +270,6 @@ def compact_json(
 ) -> dict[str, Any]:
     "The light part, numbers to 6 digits, but for the description, which must stay as it is"
     return {k: v if k == "spec" else round_numbers(v) for k, v in result_to_json(result).items()}
-
-# %% ../../nbs/experiments/02_results.ipynb #82b43d8c
-def round_numbers(
-    o: Any, # plain JSON: numbers, texts, lists, dicts
-) -> Any:
-    "Plain JSON with its numbers to 6 digits"
-    if isinstance(o, float): return float(f"{o:.6g}")
-    if isinstance(o, dict): return {k: round_numbers(v) for k, v in o.items()}
-    return [round_numbers(v) for v in o] if isinstance(o, list) else o
 
 # %% ../../nbs/experiments/02_results.ipynb #b8af1cf6
 def read_results(

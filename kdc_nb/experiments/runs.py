@@ -4,16 +4,12 @@
 
 # %% auto #0
 __all__ = ['has_live_teacher', 'strip_scaling', 'teacher_train_logits', 'RunContext', 'TrainedRun', 'build_trainer',
-           'collect_trained_run', 'store_result', 'train_run', 'describe_environment', 'Stopped', 'exit_status',
-           'explain_interrupt', 'run']
+           'collect_trained_run', 'store_result', 'train_run', 'describe_environment', 'run']
 
 # %% ../../nbs/experiments/04_runs.ipynb #377881c2
 import os
 import platform
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,16 +19,17 @@ from torch import Tensor, distributed, nn
 
 import kdc_nb
 from ..core import check, warn
+from ..interrupts import explain_interrupt
 from ..files import check_saveable
 from ..training.data import DataSpec, Dataset, LeaveFoldOut, load_data
 from ..training.methods import TrainingMethod
 from kdc_nb.training.devices import (
-    best_device, broadcast_int, call_in_fresh_process, cuda_is_broken, gather_strided, heed_ctrl_c,
-    rank_and_world,
+    autocast_off, best_device, broadcast_int, cuda_is_broken, gather_strided, rank_and_world,
 )
 from ..training.network_checks import check_network
 from ..training.steps import GraphCaptureError, Predictor, TeacherCache, predict_logits
 from ..training.trainer import Trainer
+from ..training.processes import call_in_fresh_process
 from .specs import Distil, RunSpec, Teacher, lineage, run_label
 from .teachers import TemperatureScaled, teacher_temperature
 from .results import Result, make_result
@@ -73,7 +70,7 @@ def _predict_train(
     rank, world = rank_and_world()
     own = zip(*(rows[rank::world].split(data.eval_batch_size)
                 for rows in (data.train.inputs, torch.arange(len(data.train)))))
-    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+    with torch.no_grad():
         logits = [predict(data.normalise(x.to(device)), i.to(device)) for x, i in own]
         return gather_strided(torch.cat(logits), len(data.train))
 
@@ -102,6 +99,7 @@ class RunContext(NamedTuple):
     device: str | None = None # None: the fastest there is
     n_parallel: int = 1 # runs at a time, which share the devices
     use_cuda_graph: bool = True # on CUDA, turn the step into a graph
+    bf16: bool = False # on a CPU, take the steps in bf16
 
     def find_result(self,
         spec: RunSpec, # the run to look up
@@ -156,7 +154,7 @@ def build_trainer(
     check_saveable({f"net/{k}": t for k, t in net.state_dict().items()})
     teacher, T = _build_teacher(spec, data, context)
     return Trainer(net, data, method, spec.recipe,
-                   spec.seed, device, teacher, T, teacher_cache, context.use_cuda_graph)
+                   spec.seed, device, teacher, T, teacher_cache, context.use_cuda_graph, context.bf16)
 
 
 def collect_trained_run(
@@ -173,6 +171,7 @@ def collect_trained_run(
         )
     facts = describe_environment(trainer.device) | {"seconds": round(trainer.seconds, 2)}
     if context.n_parallel > 1: facts["at_once"] = context.n_parallel
+    if trainer.precisions != ["float32"]: facts["precision"] = " and ".join(trainer.precisions)
     return TrainedRun(spec, trainer.net.cpu(), logits, trainer.history, facts)
 
 
@@ -200,14 +199,13 @@ def train_run(
     finite
     """
     if cuda_is_broken(): return call_in_fresh_process(train_run, spec, context, progress, deadline)
-    try:
-        training = build_trainer(spec, context).run(context.store.path(spec, "part"),
-                                                    deadline=deadline, progress=progress)
+    trainer, checkpoint = build_trainer(spec, context), context.store.path(spec, "part")
+    try: trainer.run(checkpoint, deadline=deadline, progress=progress)
     except GraphCaptureError as e:
         warn(f"{run_label(spec)}: {e}; it is trained without, which costs speed, in a fresh process")
         return call_in_fresh_process(train_run, spec, context._replace(use_cuda_graph=False),
                                      progress, deadline)
-    return store_result(collect_trained_run(spec, context, training), context.store)
+    return store_result(collect_trained_run(spec, context, trainer), context.store)
 
 
 def describe_environment(
@@ -217,8 +215,7 @@ def describe_environment(
     name = (torch.cuda.get_device_name(device) if device.type == "cuda"
             else platform.processor() or platform.machine())
     shared = {"processes": rank_and_world()[1]} if rank_and_world()[1] > 1 else {}
-    bf16 = {"precision": "bf16"} if device.type == "cpu" and torch.is_autocast_enabled("cpu") else {}
-    return shared | bf16 | {"device": device.type, "name": name, "threads": torch.get_num_threads(),
+    return shared | {"device": device.type, "name": name, "threads": torch.get_num_threads(),
                      "torch": torch.__version__, "kdc_nb": kdc_nb.__version__, "commit": _git_commit()}
 
 
@@ -236,39 +233,6 @@ def _git_commit() -> str | None: # None: not run from a checkout
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError): return None
 
-# %% ../../nbs/experiments/04_runs.ipynb #5a0d91c2
-class Stopped(KeyboardInterrupt):
-    "Ctrl-C, with a sentence that says what is kept; Jupyter shows the sentence alone"
-    def _render_traceback_(self) -> list[str]: return [str(self)]
-
-
-def exit_status(
-    work: Callable[[], int], # what a command does; it gives the status of what went well
-    stopped: str, # what is said after Ctrl-C
-) -> int:
-    "A command's status; its errors are printed: 130 after Ctrl-C, 2 for bad input, 1 for another error"
-    try:
-        with heed_ctrl_c(): return work()
-    except KeyboardInterrupt:
-        status, why = 130, f"\n{stopped}"
-    except ValueError as e: status, why = 2, e
-    except (FloatingPointError, OSError, RuntimeError) as e:
-        status, why = 1, "\n".join([f"{type(e).__name__}: {e}", *getattr(e, "__notes__", [])])
-    print(why, file=sys.stderr)
-    return status
-
-
-@contextmanager
-def explain_interrupt(
-    folder: Path, # of the store, which the message names
-) -> Iterator[None]:
-    "Turn Ctrl-C into `Stopped`, without a traceback of what was being computed"
-    try:
-        with heed_ctrl_c(): yield
-    except KeyboardInterrupt:
-        raise Stopped(f"Stopped. In {folder} are all finished runs, and the others as they were at most ten "
-                      "seconds ago; the same call goes on.") from None
-
 # %% ../../nbs/experiments/04_runs.ipynb #c3f40b1e
 def run(
     spec: RunSpec, # the description
@@ -285,7 +249,8 @@ def run(
           "a description, such as RunSpec(data, 'resnet8', 'nll')")
     check(store is None or isinstance(store, Store), "store",
           repr(store), "a `Store`, such as Store('folder')")
-    context = RunContext(store or Store(), device)
-    with explain_interrupt(context.store.folder):
+    store = store or Store()
+    with explain_interrupt(store.folder), autocast_off() as bf16:
+        context = RunContext(store, device, bf16=bf16)
         for s in lineage(spec): result = context.find_result(s) or train_run(s, context, progress, deadline)
     return result

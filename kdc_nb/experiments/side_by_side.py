@@ -11,15 +11,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from contextlib import ExitStack, nullcontext
+from functools import lru_cache
 
 import torch
 from joblib import cpu_count
 
-from ..training.data import load_data
-from ..training.devices import best_device, cuda_is_broken, rank_and_world, worker_processes
+from ..training.data import DataSpec, LeaveFoldOut, load_data
+from ..training.devices import best_device, cuda_is_broken, rank_and_world
+from ..training.network_checks import draws_random_numbers
 from ..training.steps import GraphCaptureError, TeacherCache
-from .specs import RunSpec, model_has_dropout
+from ..training.processes import worker_processes
+from .specs import RunSpec
 from .results import evaluate_splits, load_evaluation_inputs
+from .store import init_net
 from kdc_nb.experiments.runs import (
     RunContext, TrainedRun, build_trainer, collect_trained_run, has_live_teacher, store_result,
     strip_scaling,
@@ -84,6 +88,12 @@ class TeacherCachePool:
         self.filling.discard(key)
         self.waiting[key] -= 1
         if self.waiting[key] < 1: self.caches.pop(key, None)
+
+# %% ../../nbs/experiments/06_side_by_side.ipynb #107191b9
+@lru_cache
+def _draws_random_numbers(model: str, data: DataSpec | LeaveFoldOut) -> bool:
+    "Whether a network draws random numbers in training, as dropout does"
+    return draws_random_numbers(init_net(RunSpec(data, model)), load_data(data))
 
 # %% ../../nbs/experiments/06_side_by_side.ipynb #d71c3a90
 class _RunSlot:
@@ -171,7 +181,8 @@ class SideBySideRunner:
         """Whether a run may begin now: runs with dropout draw from one generator, which captured steps of
         others could disturb, so they run only beside their like
         """
-        alike = all(model_has_dropout(other.model) == model_has_dropout(run.model) for other in self.slots)
+        own = _draws_random_numbers(run.model, run.data)
+        alike = all(_draws_random_numbers(other.model, other.data) == own for other in self.slots)
         return alike and self.caches.can_begin(run)
 
     def guarded(self,
@@ -209,7 +220,7 @@ class SideBySideRunner:
         """A CUDA stream that no other run is on; runs with dropout are all on the first, as they draw from
         one generator
         """
-        if model_has_dropout(run.model): return self.streams[0]
+        if _draws_random_numbers(run.model, run.data): return self.streams[0]
         taken = [slot.stream for slot in self.slots.values()]
         return next(s for s in reversed(self.streams) if s is None or s not in taken)
 

@@ -16,7 +16,7 @@ from ..files import DamagedFile, load_tensors, runs_folder, save_tensors
 from ..training.data import load_data
 from ..training.models import build_model
 from ..training.devices import seeded_rng
-from .specs import RunSpec, run_id
+from .specs import RunSpec, run_id, run_label
 from .results import Result, result_from_json, result_to_json
 
 # %% ../../nbs/experiments/03_store.ipynb #5fca33b3
@@ -47,8 +47,10 @@ class Store:
     def get(self,
         spec: RunSpec, # the run to look up
     ) -> Result | None:
-        "The stored result, or None; a damaged file is warned of, and counts as none"
-        return self.read(self.path(spec, "run"))
+        "The stored result, or None; a damaged file, or one of another run, is warned of, and counts as none"
+        result = self.read(path := self.path(spec, "run"))
+        if result is None or result.spec == spec: return result
+        return warn(f"{path.name}: it holds {run_label(result.spec)}; the run is to be trained again")
 
     def read(self,
         path: Path, # of a .run file, which need not exist

@@ -20,19 +20,21 @@ from joblib import cpu_count
 from tqdm.auto import tqdm
 
 from ..core import check, warn
-from ..training.data import load_data
+from ..interrupts import explain_interrupt
+from ..training.data import pending_file, summarise_data
 from kdc_nb.training.devices import (
-    best_device, call_with_own_code, cuda_is_broken, free_gpu_memory, list_devices, mark_cuda_broken,
-    one_thread, pack_own_code, rank_and_world, worker_processes,
+    autocast_off, best_device, cuda_is_broken, free_gpu_memory, list_devices, mark_cuda_broken,
+    rank_and_world,
 )
 from ..training.steps import GraphCaptureError
 from ..training.trainer import OutOfTime
+from ..training.processes import call_with_own_code, one_thread, pack_own_code, worker_processes
 from .specs import RunSpec, lineage, run_label
 from .results import Result
 from .store import Store
-from .runs import RunContext, explain_interrupt, train_run
+from .runs import RunContext, train_run
 from kdc_nb.experiments.agenda import (
-    OnResult, Scheduler, count_training_images, parse_duration, pending_file,
+    OnResult, Scheduler, count_training_images, parse_duration,
 )
 from .side_by_side import SideBySideRunner
 
@@ -97,9 +99,9 @@ def default_jobs(
     "Processes at a time where nobody says: on a CPU one for each core, unless the runs are soon over"
     if best_device(device).type != "cpu" or rank_and_world()[1] > 1: return 1
     runs = lineage(*specs)
-    unknown = any(pending_file(r) for r in runs) # before that nobody knows its size
+    unknown = any(pending_file(r.data) for r in runs) # before that nobody knows its size
     left = runs if unknown else [r for r in runs if not store.path(r, "run").exists()]
-    per_image = lambda r: math.prod(load_data(r.data).train.inputs.shape[1:])
+    per_image = lambda r: math.prod(summarise_data(r.data).input_shape)
     long = unknown or sum(count_training_images(r)*per_image(r) for r in left) > _WORTH_PROCESSES
     return max(1, min(cpu_count(), len(left))) if long else 1
 
@@ -190,8 +192,8 @@ def sweep(
     if jobs is None: jobs = 1 if slots > 1 or pool else default_jobs(specs, store, device)
     check_parallelism(jobs, slots, pool)
     deadline = None if budget is None else time.time() + parse_duration(budget)
-    with explain_interrupt(store.folder), one_thread() if alone else nullcontext():
-        agenda = Scheduler(specs, RunContext(store, device, max(jobs, slots)), deadline)
+    with explain_interrupt(store.folder), autocast_off() as bf16, one_thread() if alone else nullcontext():
+        agenda = Scheduler(specs, RunContext(store, device, max(jobs, slots), bf16=bf16), deadline)
         failures = _ProgressSweep(agenda, on_result, progress).lead(jobs, pool)
     errors = [e for e in failures if not isinstance(e, OutOfTime)]
     for e in errors[1:]: warn(" ".join([f"{type(e).__name__}: {e}", *getattr(e, "__notes__", [])]))

@@ -18,8 +18,9 @@ from ..core import check
 from ..tables import Table
 from ..calibration.estimates import Estimate
 from ..calibration.differences import t_quantile
-from kdc_nb.calibration.evaluation import (
-    DAGGER, OUTSIDE_NOTE, evaluate, find_metric, format_metric, metric_label, metric_unit, worst_value,
+from ..calibration.evaluation import DAGGER, OUTSIDE_NOTE, evaluate
+from kdc_nb.calibration.metric_labels import (
+    find_metric, format_metric, metric_label, metric_unit, worst_value,
 )
 from ..training.data import load_data
 from .specs import RunSpec, describe_run, row_label, with_seed
@@ -68,8 +69,9 @@ def results_frame(
     """All that was measured of runs, tidy; places for runs to come (None) are left out.
 
     Columns: row, data, model, training ("direct" or "distilled"), method, teacher, T, alpha, generation,
-    seed, output ("raw" or "scaled"), metric, unit, n (test images), value, low and high (95% interval),
-    debiased (of a calibration error), null_low and null_high. Rows without names are called by their method.
+    seed, output ("raw" or "scaled"), metric, unit (where it is "%", the numbers are fractions all the same),
+    n (test images), value, low and high (95% interval), debiased (of a calibration error), null_low and
+    null_high. Rows without names are called by their method.
     A `ValueError` if there is nothing, or if the runs of a named row differ in more than their seeds.
     """
     import pandas as pd
@@ -127,7 +129,8 @@ def seed_means(
     frame = frame.assign(debiased=frame.debiased.fillna(frame.value))
     groups = frame.groupby(list(by), sort=False, dropna=False)
     means, seeds = groups[_VALUES].mean(), groups.size()
-    others = groups[[c for c in frame if c not in (*by, *_VALUES, "debiased", "seed")]].first()
+    others = groups[[c for c in frame if c not in (*by, *_VALUES, "debiased", "seed")]]
+    others = others.nth(0).set_axis(means.index) # the first line of each, as it is
     spread = groups["value"].agg(lambda v: v.to_numpy().std(ddof=1) if len(v) > 1 else 0.)
     means = others.join(means).assign(std=spread, seeds=seeds)
     ends = np.stack([_t_interval(values) for _, values in groups["debiased"]])

@@ -159,8 +159,7 @@ def direct_and_distilled_frame(
     """
     import pandas as pd
     groups, frames = group_by_seed(results), []
-    students = [s for s in groups if isinstance(s.method, Distil)
-                and (s.method.T, s.method.alpha) == (T, alpha) and s.method.teacher.first_run()]
+    students = [s for s in groups if s.teacher_runs() and (s.method.T, s.method.alpha) == (T, alpha)]
     kinds = {(s.data, s.model) for s in students}
     check(len(kinds) < 2, "results", ", ".join(f"{m} on {d}" for d, m in kinds),
           "one student network on one data set")

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..core import check, lookup
 from ..tables import Table
-from ..calibration.evaluation import format_metric, metric_label
+from ..calibration.metric_labels import format_metric, metric_label
 from ..calibration.contributions import debiased_contributions
 from ..calibration.differences import Difference, estimate_contrast, seed_homogeneity
 from ..calibration.comparisons import Verdict
@@ -120,7 +120,7 @@ def table_claims(
 ) -> dict[str, list[tuple[_RowOutput, _RowOutput]]]: # pairs, of which the first shall have the lower error
     "The paper's claims about a table (sections 2.1 and 4.3); a pair of which one is no row is left out"
     plain, names = _plain_student(rows), {s: name for name, s in rows.items()}
-    taught = [s for s in rows.values() if isinstance(s.method, Distil) and s.method.teacher.first_run()]
+    taught = [s for s in rows.values() if s.teacher_runs()]
     uncalibrated = next((s for s in taught if _has_plain_teacher(s)), None)
     students = [s for s in taught if not _has_plain_teacher(s)]
     trained = [s for s in rows.values() if plain and isinstance(s.method, Method) and s != plain

@@ -20,13 +20,13 @@ from joblib import cpu_count
 
 from ..core import check
 from ..values import spec_hash
+from ..interrupts import exit_status
 from ..tables import Table
 from ..training.devices import best_device, distributed_session, rank_and_world
 from ..training.recipes import RECIPES
 from ..experiments.specs import RunSpec
 from ..experiments.results import Result, read_results, without_logits, write_results
 from ..experiments.store import Store
-from ..experiments.runs import exit_status
 from ..experiments.agenda import format_plan, parse_duration, plan_sweep, read_specs
 from ..experiments.sweeps import check_parallelism, default_jobs, sweep
 from ..experiments.clusters import CLUSTER_LIBRARIES, cluster_pool
@@ -109,7 +109,8 @@ def _import_file(path: str) -> None:
     sys.modules[name] = module = module_from_spec(spec)
     cloudpickle.register_pickle_by_value(module) # before it runs: a sweep in it has workers, too
     try: spec.loader.exec_module(module)
-    except Exception as e: raise ValueError(f"--import: {path}: {type(e).__name__}: {e}") from e
+    except (Exception, SystemExit) as e:
+        raise ValueError(f"--import: {path}: {type(e).__name__}: {e}") from e
 
 # %% ../../nbs/paper/05_commands.ipynb #b0000006
 def _run_command(a: argparse.Namespace, store: Store) -> int:
@@ -137,7 +138,7 @@ def _run_command(a: argparse.Namespace, store: Store) -> int:
             with nullcontext() if a.on is None else cluster_pool(a.on, jobs, store.folder) as pool:
                 sweep(specs, store, a.device, jobs if a.on else a.jobs, a.budget, slots=a.slots, pool=pool,
                       on_result=keep)
-        except (FloatingPointError, OSError, RuntimeError) as e: failure = e # told when the table is shown
+        except Exception as e: failure = e # told when the table is shown
     if a.what in PAPER_EXPERIMENTS:
         print(PAPER_EXPERIMENTS[a.what].title + (f", in miniature on {a.small}" if a.small else ""))
         print(_progress_table(a, seeds, kept.results))

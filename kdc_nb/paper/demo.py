@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..core import check
+from ..interrupts import exit_status
 from ..files import atomic_write
 from ..training.data import DataSpec
 from ..training.methods import Method
@@ -29,7 +30,6 @@ from ..experiments.specs import Distil, RunSpec
 from ..experiments.teachers import TemperedPosterior
 from ..experiments.results import Result
 from ..experiments.store import Store
-from ..experiments.runs import exit_status
 from ..experiments.sweeps import sweep
 from kdc_nb.experiments.tables import (
     collect_by_row, format_seed_count, results_frame, results_table, seed_means,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from ..core import check
 from ..tables import Table
-from ..calibration.evaluation import format_metric, metric_label
+from ..calibration.metric_labels import format_metric, metric_label
 from ..training.methods import Method
 from ..training.recipes import Recipe
 from ..experiments.specs import Distil, RunSpec, lineage, method_label, run_label

@@ -18,9 +18,10 @@ from ..training.data import DataSpec, load_data
 from ..training.models import build_model
 from ..training.methods import Method
 from ..training.distillation import Distillation, DistilLoss
-from ..training.devices import best_device, call_in_fresh_process, cuda_is_broken, seeded_rng
+from ..training.devices import best_device, cuda_is_broken, seeded_rng
 from ..training.recipes import Recipe
 from ..training.trainer import Trainer
+from ..training.processes import call_in_fresh_process
 from ..experiments.specs import Distil, RunSpec
 from ..experiments.teachers import TemperatureScaled
 from ..experiments.store import Store

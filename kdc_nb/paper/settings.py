@@ -230,12 +230,11 @@ def order_by_priority(
                                 for s in specs_by_row.values() if isinstance(s.method, Distil)))
     def key(spec):
         taught, first, depth = isinstance(spec.method, Distil), spec, 0
-        while isinstance(first.method, Distil):
-            first, depth = first.method.teacher.first_run() or first, depth + 1
+        while first.teacher_runs(): first, depth = first.teacher_runs()[0], depth + 1
+        name = first.method.name if isinstance(first.method, Method) else ""
         alpha = alphas.index(spec.method.alpha) if taught else 0
         scaled = taught and isinstance(spec.method.teacher, TemperatureScaled)
-        rank = (_METHOD_PRIORITY.index(first.method.name) if first.method.name in _METHOD_PRIORITY
-                else len(_METHOD_PRIORITY))
+        rank = _METHOD_PRIORITY.index(name) if name in _METHOD_PRIORITY else len(_METHOD_PRIORITY)
         return alpha, max(1, depth), rank, 2 if scaled else 0 if taught else 1
     return sorted(specs_by_row.values(), key=key)
 

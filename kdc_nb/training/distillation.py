@@ -24,6 +24,12 @@ from .methods import TrainingMethod, TrainingStep
 class DistilLoss(NamedSpec):
     "What a student is asked to take from its teacher, by name, such as `DistilLoss('dkd', beta=8)`"
 
+    def build(self) -> "_TeacherLoss":
+        "The loss; a `ValueError` where what was registered gives none"
+        loss = super().build()
+        check(callable(loss), "loss", f"a {type(loss).__name__} of {self}", "a function of a step and T")
+        return loss
+
 
 _TeacherLoss = Callable[[TrainingStep, float], Tensor] # of a step and the temperature, a scalar
 

@@ -115,16 +115,22 @@ def training_fingerprint(
     seed: int, # of order, augmentation and dropout
 ) -> str: # 16 hexadecimal digits
     "A hash of what a checkpoint depends on, the network's weights aside"
-    numbers = {k: _describe(vars(method)[k]) for k in inspect.signature(type(method)).parameters
-               if k in vars(method)}
-    return spec_hash([data.fingerprint, numbers, _describe(method.loss), recipe, int(seed)])
+    return spec_hash([data.fingerprint, _numbers(method), _describe(method.loss), recipe, int(seed)])
+
+
+def _numbers(o: Any) -> dict[str, Any]: # plain JSON, by name
+    "What an object was made with, as far as it keeps it"
+    return {k: _describe(vars(o)[k]) for k in inspect.signature(type(o)).parameters if k in vars(o)}
 
 
 def _describe(o: Any,
               within: tuple[int, ...] = ()) -> Any: # plain JSON; `within`: functions that close over it
-    "A function as its name and what it closes over; numbers and texts as they are; of the rest the type"
+    """A function as its name and what it closes over, a module as its type and numbers; numbers and texts as
+    they are; of the rest the type
+    """
     if isinstance(o, np.generic): o = o.item()
     if type(o) in (int, float, str, bool): return o if type(o) is str else float(o)
+    if isinstance(o, nn.Module): return [type(o).__name__, _numbers(o)]
     if not hasattr(o, "__qualname__"): return type(o).__name__
     cells = () if id(o) in within else getattr(o, "__closure__", None) or ()
     return [o.__qualname__, *[_describe(_content(cell), (*within, id(o))) for cell in cells]]

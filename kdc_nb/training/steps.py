@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Predictor', 'predict_logits', 'EpochPlan', 'batch_shape', 'draw_epoch_plan', 'match_grad_strides', 'TeacherCache',
-           'GraphCaptureError', 'capture_graph', 'has_dropout', 'dropout_rng', 'TrainerState', 'CheckpointWriter']
+           'GraphCaptureError', 'capture_graph', 'dropout_rng', 'TrainerState', 'CheckpointWriter']
 
 # %% ../../nbs/training/15_steps.ipynb #aba5a62c
 import time
@@ -22,11 +22,12 @@ from ..values import derive_seed
 from ..files import save_tensors
 from .data import Dataset, draw_shifts_and_flips, max_shift
 from .methods import TrainingMethod
-from .devices import gather_strided, mark_cuda_broken, rank_and_world, seeded_rng
+from .devices import autocast_off, gather_strided, mark_cuda_broken, rank_and_world, seeded_rng
+from .network_checks import draws_random_numbers
 from .recipes import Recipe, build_optimizer, learning_rate, training_fingerprint
 
 # %% ../../nbs/training/15_steps.ipynb #bd6afc90
-@torch.inference_mode()
+@torch.no_grad()
 def predict_logits(
     net: nn.Module, # on any device; left in evaluation mode
     data: Dataset, # whose normalisation is used
@@ -35,8 +36,7 @@ def predict_logits(
     "Logits in evaluation mode, in full precision: 16 bits would round away part of the calibration"
     device, (rank, world) = next(net.parameters()).device, rank_and_world()
     net.eval()
-    without_tf32 = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-    with without_tf32, torch.autocast(device.type, enabled=False):
+    with autocast_off(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         own = [net(data.normalise(x.to(device))) for x in inputs[rank::world].split(data.eval_batch_size)]
         return gather_strided(torch.cat(own), len(inputs)).cpu()
 
@@ -168,13 +168,6 @@ def capture_graph(
     here.wait_stream(side)
     return graph.replay
 
-# %% ../../nbs/training/15_steps.ipynb #e71b11dc
-def has_dropout(
-    net: nn.Module, # any network
-) -> bool:
-    "Whether a network has dropout with a rate above 0"
-    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in net.modules())
-
 # %% ../../nbs/training/15_steps.ipynb #b05d3c5f
 @contextmanager
 def dropout_rng(
@@ -205,15 +198,18 @@ class TrainerState:
         teacher_T: float = 1., # temperature above 0, by which the teacher's logits are divided
         teacher_cache: TeacherCache | None = None, # shared with other students of the teacher
         use_cuda_graph: bool = True, # on CUDA, capture the step and replay it
+        bf16: bool = False, # on a CPU, take the steps in bf16, as on a GPU
     ):
         self.data, self.method, self.recipe, self.seed, self.device = data, method, recipe, seed, device
         self.teacher, self.teacher_T, self.teacher_cache = teacher, teacher_T, teacher_cache
         self.recording = True # the teacher is queried, and the cache written; False: the cache is read
         self.use_cuda_graph = use_cuda_graph
+        self.precision = "bf16" if bf16 or device.type == "cuda" else "float32" # of the steps to come
+        self.precisions: list[str] = [] # of all steps so far
         self.rank, self.world = rank_and_world() # of the processes that share the run
         self.net = net.to(device, memory_format=torch.channels_last)
-        self.drops_out = has_dropout(net)
         self.load_images()
+        self.draws = draws_random_numbers(net, data) # as dropout does
         self.ddp_net = nn.parallel.DistributedDataParallel(self.net) if self.world > 1 else self.net
         method.before_fit(len(data.train), data.n_classes, recipe.epochs)
         self.fingerprint = training_fingerprint(data, method, recipe, seed) # of what a checkpoint is of
@@ -290,7 +286,8 @@ class CheckpointWriter:
         if not self.path or trainer.rank > 0 or done == self.saved_epochs: return
         self.saved_epochs, self.saved_at = done, time.time()
         save_tensors(self.path, trainer.state_dict() | trainer.rng_state, training=trainer.fingerprint,
-                     epochs_done=done, history=trainer.history, seconds=trainer.seconds)
+                     epochs_done=done, history=trainer.history, seconds=trainer.seconds,
+                     precisions=trainer.precisions)
 
     def save_if_due(self) -> None:
         "Save it if the last time was long ago"

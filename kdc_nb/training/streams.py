@@ -20,16 +20,17 @@ import torch
 from joblib import cpu_count
 from torch import Tensor
 
-from ..core import check, hold_ctrl_c
+from ..core import check
 from ..values import derive_seed
-from ..files import content_hash, read_registered_data, registered_data_path, save_tensors
-from kdc_nb.training.data import (
-    DataSpec, Dataset, InputsAndLabels, Split, check_augmentations, check_class_names, check_labels,
-    stratified_split,
+from ..interrupts import hold_ctrl_c
+from ..files import content_hash, save_tensors
+from .data import DataSpec, Dataset, Split, check_augmentations
+from kdc_nb.training.own_data import (
+    InputsAndLabels, check_class_names, check_labels, match_class_names, read_registered_data,
+    registered_data_path, stratified_split,
 )
 from kdc_nb.training.images import (
-    check_image_size, find_images, load_images, match_class_names, open_image, read_images,
-    register_images,
+    check_image_size, find_images, load_images, open_image, read_images, register_images,
 )
 
 # %% ../../nbs/training/04_streams.ipynb #4dd4630e

@@ -21,13 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core import check
-from kdc_nb.files import (
-    cache_dir, content_hash, load_tensors, read_registered_data, registered_data_path, save_tensors,
+from ..files import cache_dir, content_hash, load_tensors, save_tensors
+from .data import DataSpec, Dataset, Split, check_split_sizes
+from kdc_nb.training.own_data import (
+    InputsAndLabels, check_class_names, check_labels, match_class_names, read_registered_data,
+    registered_data_path,
 )
-from kdc_nb.training.data import (
-    DataSpec, Dataset, InputsAndLabels, Split, check_class_names, check_labels, check_split_sizes,
-)
-from .images import match_class_names
 
 # %% ../../nbs/training/06_text.ipynb #66351592
 class MissingExtra(ValueError):
@@ -188,6 +187,17 @@ def load_hub_tokenizer(
     return load_from_hub(AutoTokenizer.from_pretrained, name).backend_tokenizer
 
 # %% ../../nbs/training/06_text.ipynb #dd2cf95b
+def _newsgroup_files(folder: Path, bare: bool) -> tuple[Path, Path]:
+    "The cache file, and the archive from which it can be made"
+    return folder/f"newsgroups{'_bare'*bare}.safetensors", folder/"20news-bydate.tar.gz"
+
+
+def _pending_newsgroups(bare: bool, **params: Any) -> str: # a file's name; empty: none
+    "The archive that would have to be fetched"
+    path, archive = _newsgroup_files(cache_dir()/"data", bare)
+    return "" if path.exists() or archive.exists() else archive.name
+
+
 def _load_newsgroup_texts(
     folder: Path, # the cache folder
     bare: bool, # without headers, signatures and quotes
@@ -196,9 +206,9 @@ def _load_newsgroup_texts(
 
     A `ValueError` says where to put which file when they cannot be had
     """
-    from sklearn.datasets import fetch_20newsgroups
-    path, archive = folder/f"newsgroups{'_bare'*bare}.safetensors", folder/"20news-bydate.tar.gz"
+    path, archive = _newsgroup_files(folder, bare)
     if not path.exists():
+        from sklearn.datasets import fetch_20newsgroups
         with TemporaryDirectory() as tmp:
             if archive.exists():
                 (Path(tmp)/"20news_home").mkdir()
@@ -236,6 +246,9 @@ def _newsgroups(
     group = {first: k for k, first in enumerate(dict.fromkeys(c.split(".")[0] for c in classes))}
     return TextDataset(train, valid, Split(rows[n:], labels[n:]), tuple(classes),
                        tuple(group[c.split(".")[0]] for c in classes), tokens=list_vocabulary(cutter))
+
+
+_newsgroups.pending_file = _pending_newsgroups
 
 # %% ../../nbs/training/06_text.ipynb #64868ac0
 def _as_texts(what: str, texts: Any) -> list[str]:

@@ -8,7 +8,7 @@ __all__ = ['STEPS_PER_CHUNK', 'OutOfTime', 'Trainer', 'fit']
 # %% ../../nbs/training/16_trainer.ipynb #d522d204
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from copy import deepcopy
 from itertools import islice, repeat
 from pathlib import Path
@@ -19,13 +19,13 @@ from tqdm.auto import tqdm
 
 from ..core import check, warn
 from ..values import derive_seed
+from ..interrupts import heed_ctrl_c, raise_if_ctrl_c
 from ..files import check_saveable, load_tensors
 from ..calibration.metrics import ece, top1
 from .data import Dataset
 from .methods import TrainingMethod, TrainingStep
 from kdc_nb.training.devices import (
-    best_device, bf16_autocast, broadcast_int, gather_batch, heed_ctrl_c, raise_if_ctrl_c, rank_slice,
-    seeded_rng,
+    autocast_off, best_device, broadcast_int, gather_batch, rank_slice, seeded_rng,
 )
 from .network_checks import as_predictor, check_loss, check_network, check_teacher
 from .recipes import Recipe
@@ -45,6 +45,7 @@ class _TrainerSteps(TrainerState):
         for own, new in zip(self.epoch_plan, plan): own.copy_(new)
         if self.teacher_cache:
             self.teacher_cache.allocate(self.recipe.epochs, plan.index, self.data.n_classes, self.device)
+        if self.precision not in self.precisions: self.precisions.append(self.precision)
         self.step_counter.fill_(self.steps_done)
         self.epoch_counter.fill_(self.epoch)
         self.net.train()
@@ -63,7 +64,8 @@ class _TrainerSteps(TrainerState):
         index, shift, flip, draws, lr = (t.index_select(0, self.step_counter)[0] for t in self.epoch_plan)
         labels = self.labels[index]
         x, targets = self.method.mix_batch(self.step_inputs(index, shift, flip), labels, draws)
-        with bf16_autocast(self.device):
+        in_bf16 = self.precision == "bf16" # whose casts are of the weights of this step, and not kept
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bf16, cache_enabled=False):
             teacher_logits = self.teacher_logits(x, index) if self.teacher else None
             logits = gather_batch(self.ddp_net(x[rank_slice(x)]))
         loss = self.method(TrainingStep(logits, targets, index, self.epoch_counter, teacher_logits))
@@ -131,11 +133,12 @@ class _TrainerEpochs(_TrainerSteps):
         whole, event = self.steps_done == 0, None
         self.begin_epoch()
         if not self.run_step:
-            with seeded_rng(0, self.device) if self.drops_out else nullcontext(): # warming up draws, too
+            with seeded_rng(0, self.device) if self.draws else nullcontext(): # warming up draws, too
                 self.run_step = self.capture()
-        inputs = self.iter_step_inputs()
+        inputs, seed = self.iter_step_inputs(), derive_seed(self.seed, self.epoch, self.rank)
         while self.steps_done < self.n_steps:
-            with self.dropout_rng(): self.run_chunk(inputs)
+            with dropout_rng(seed, self.rng_state, self.device) if self.draws else nullcontext():
+                self.run_chunk(inputs)
             before, event = event, _record_event(self.device)
             yield before
         yield event
@@ -143,12 +146,6 @@ class _TrainerEpochs(_TrainerSteps):
             for b in self.net.buffers(): distributed.broadcast(b, 0)
         if self.teacher_cache and whole: self.teacher_cache.cached_epochs.add(self.epoch)
         self.end_epoch()
-
-    @contextmanager
-    def dropout_rng(self) -> Iterator[None]:
-        "Torch's generators as this epoch's last chunk left them; nothing where the network has no dropout"
-        if not self.drops_out: return (yield)
-        with dropout_rng(derive_seed(self.seed, self.epoch, self.rank), self.rng_state, self.device): yield
 
     def run_chunk(self, inputs: Iterator[Tensor | None]) -> None: # of `iter_step_inputs`
         "Launch the next steps"
@@ -252,7 +249,7 @@ class Trainer(_TrainerEpochs):
             tensors, meta = load_tensors(path)
             rng = {k: tensors.pop(k) for k in [*tensors] if k.startswith("rng/")}
             fits = shapes(tensors) == shapes(self.state_dict())
-            fits = fits and set(meta) == {"training", "epochs_done", "history", "seconds"}
+            fits = fits and {*meta} - {"precisions"} == {"training", "epochs_done", "history", "seconds"}
             check(fits, path, "a checkpoint of another version", "one of this run")
         except FileNotFoundError: return
         except ValueError as e: return warn(f"{e}; starting again") # damaged is one
@@ -260,6 +257,7 @@ class Trainer(_TrainerEpochs):
               "one of this data set, method, recipe and seed, or a file that is not there")
         self.load_state_dict(tensors, len(meta["history"]), meta["history"])
         self.seconds, self.rng_state = meta["seconds"], rng if self.world == 1 else {}
+        self.precisions = meta.get("precisions", [])
 
     def check_state(self) -> None:
         "Refuse a network or method that could not be saved, or not be read back, before it is trained"
@@ -293,7 +291,8 @@ def fit(
     check(isinstance(recipe, Recipe), "recipe", repr(recipe), "a recipe, such as RECIPES['cpu']")
     looks = type(method).forward is not TrainingMethod.forward
     check(teacher is None or looks, "teacher", "one", "none beside a method that does not look at it")
-    check_network(net, data, type(net).__name__, seed)
-    predictor = teacher if teacher is None else as_predictor(teacher)
-    trainer = Trainer(net, data, method, recipe, seed, best_device(device), predictor)
-    return trainer.run(checkpoint, checkpoint_every, deadline, progress)
+    with autocast_off() as bf16:
+        check_network(net, data, type(net).__name__, seed)
+        predictor = teacher if teacher is None else as_predictor(teacher)
+        trainer = Trainer(net, data, method, recipe, seed, best_device(device), predictor, bf16=bf16)
+        return trainer.run(checkpoint, checkpoint_every, deadline, progress)

@@ -1,16 +1,18 @@
 """One table: how long the kit takes, beside what else there is, in turns in one process.
 
-    python tests/benchmarks/speed.py [--rounds 5] [--compile]
+    python tests/benchmarks/speed.py [--rounds 5] [--compile] [--bf16]
 
 A row is one task on the same data. Times are medians over the rounds; the last column is the median of the
 ratios of a round, so that a busy machine changes it little: above 1, the kit is faster. With --compile the
-training step is also compared with torch.compile, whose set-up is told apart. Images a second at full size,
-on a GPU and beside a data loader are in training.py.
+training step is also compared with torch.compile, whose set-up is told apart. With --bf16 it is another
+table: steps of the paper's networks on this CPU in bf16, beside those in full precision. Images a second at
+full size, on a GPU and beside a data loader are in training.py.
 """
 import argparse
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from kdc_nb.tables import Table
 from kdc_nb.calibration.evaluation import evaluate
 from kdc_nb.calibration.metrics import ece
 from kdc_nb.calibration.posthoc import Calibrator, fit_temperature
-from kdc_nb.training.data import DataSpec, load_data
+from kdc_nb.training.data import DataSpec, Split, load_data
 from kdc_nb.training.methods import Method
 from kdc_nb.training.models import build_model
 from kdc_nb.training.recipes import Recipe
@@ -97,6 +99,20 @@ def step_tasks(compiled: bool) -> dict[str, tuple[Work, dict[str, Work]]]:
     return {"training, 50 steps of ResNet8 on 8 x 8, batch 64": (kit, peers)}
 
 
+def bf16_tasks() -> dict[str, tuple[Work, dict[str, Work]]]:
+    "Two steps of the paper's networks on images of 32 x 32, batch 128"
+    def steps(model, bf16):
+        net = build_model(model, data.n_classes)
+        trainer = Trainer(net, data, Method("nll").build(), recipe, 0, torch.device("cpu"), bf16=bf16)
+        trainer.run(progress=False)
+    recipe, known = Recipe(epochs=1, batch_size=128), load_data(DataSpec("known", n_train=256))
+    inputs = torch.randint(256, (256, 3, 32, 32), dtype=torch.uint8)
+    data = replace(known, train=Split(inputs, known.train.labels))
+    return {f"2 steps of {model} in bf16, batch 128": (lambda model=model: steps(model, True), {
+        "in full precision": lambda model=model: steps(model, False)})
+        for model in ("resnet8", "wrn_40_1", "wrn_40_2", "mobilenet_v2")}
+
+
 def seconds(work: Work) -> float:
     "How long a call takes"
     began = time.perf_counter()
@@ -119,8 +135,9 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--compile", action="store_true")
+    p.add_argument("--bf16", action="store_true")
     args = p.parse_args()
-    tasks = metric_tasks() | theory_tasks() | step_tasks(args.compile)
+    tasks = bf16_tasks() if args.bf16 else metric_tasks() | theory_tasks() | step_tasks(args.compile)
     table = [row for name, (ours, peers) in tasks.items() for row in rows(name, ours, peers, args.rounds)]
     print(Table(["task", "beside", "ours, ms", "theirs, ms", "times as fast"], table,
                 f"{args.rounds} rounds, {torch.get_num_threads()} threads", []))

@@ -13,7 +13,8 @@ from pathlib import Path
 import joblib
 
 from kdc_nb.files import cache_dir
-from kdc_nb.experiments.specs import RunSpec, full_data, lineage
+from kdc_nb.experiments.specs import RunSpec, lineage
+from kdc_nb.training.data import full_data
 from kdc_nb.experiments.store import Store
 from kdc_nb.paper.settings import paper_specs
 from tests.shards import write_photos
