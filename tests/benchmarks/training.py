@@ -45,7 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from kdc_nb.training.data import Dataset, Split
-from kdc_nb.training.devices import best_device, bf16_autocast
+from kdc_nb.training.devices import best_device
 from kdc_nb.training.losses import cross_entropy, distillation
 from kdc_nb.training.methods import Method
 from kdc_nb.training.distillation import Distillation
@@ -153,7 +153,7 @@ def usual(case: Case, data: Dataset, device: torch.device) -> Loop:
     source = loaded(data, size, device)
     def step() -> None:
         x, y = (t.to(device, non_blocking=True) for t in next(source))
-        with bf16_autocast(device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             z = net(x)
             if teacher:
                 with torch.no_grad(): said = teacher(x)
