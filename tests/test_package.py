@@ -13,7 +13,7 @@ from kdc_nb.training.models import MODELS, build_model
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.agenda import format_plan, plan_sweep
 from kdc_nb.experiments.runs import run
-from kdc_nb.experiments.specs import RunSpec, check_model
+from kdc_nb.experiments.specs import RunSpec, _check_model
 from kdc_nb.experiments.store import Store, all_results
 from tests.conftest import patch_name
 
@@ -94,7 +94,7 @@ def test_a_persons_own_runs_are_left_out_and_not_said_to_be_trained_again(tmp_pa
                   lambda n_classes, in_channels: build_model("resnet8", n_classes, in_channels))
         run(RunSpec(DataSpec("known", n_train=40, n_valid=20, n_test=20), "mine", "nll", Recipe(1, 20)),
             store, "cpu", progress=False)
-    check_model.cache_clear()
+    _check_model.cache_clear()
     with pytest.warns(UserWarning, match="'mine'.*left out") as said: assert all_results(store) == []
     assert "trained again" not in str(said[0].message)
 

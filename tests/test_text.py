@@ -27,7 +27,7 @@ from kdc_nb.training.trainer import fit
 from kdc_nb.experiments.agenda import plan_sweep
 from kdc_nb.experiments.results import read_results
 from kdc_nb.experiments.runs import run
-from kdc_nb.experiments.specs import RunSpec, check_model
+from kdc_nb.experiments.specs import RunSpec, _check_model
 from kdc_nb.experiments.store import Store, build_net
 from kdc_nb.training import text_models
 from tests.conftest import forget_data, patch_name
@@ -269,7 +269,7 @@ def test_without_its_libraries_text_is_refused_and_images_are_not(monkeypatch):
         ):
             call()
     build_model("resnet8", 2)
-    check_model.cache_clear()
+    _check_model.cache_clear()
     assert all(r.spec.data.name == "topics"
                for r in read_results(Path(__file__).parents[1]/"nbs/results/text_topics.npz").values()), (
                    "results can be looked at"

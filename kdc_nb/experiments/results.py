@@ -84,8 +84,8 @@ class Result:
 
     def __repr__(self):
         top1, nll, ece = (self.raw.metrics[k].value for k in ("top1", "nll", "ece"))
-        return (f"<Result of {shorten(self.title(), 90, placeholder=' ...')}: Top-1 {100*top1:.2f}%, "
-                f"NLL {nll:.3f} nats, ECE {100*ece:.2f}%; N = {self.evaluation.n:,}>")
+        seen = f"Top-1 {100*top1:.2f}%, NLL {nll:.3f} nats, ECE {100*ece:.2f}%; N = {self.evaluation.n:,}"
+        return f"<Result of {shorten(self.title(), 90, placeholder=' ...')}: {seen}>"
 
     def __str__(self): return repr(self.table())
     def _repr_html_(self): return self.table()._repr_html_()
@@ -188,8 +188,8 @@ def result_outcomes(
     """Outcomes on each test image, "raw" and "scaled"; a `ValueError` if neither they nor logits were kept"""
     if result.raw.outcomes is not None:
         return {"raw": result.raw.outcomes, "scaled": result.scaled.outcomes}
-    what = f"{run_label(result.spec)} without its images"
-    check(result.logits, "result", what, "one with logits, from `run` or the store, or with its images")
+    check(result.logits, "result", f"{run_label(result.spec)} without its images",
+          "one whose light file kept its images, or one with logits, from `run` or the store")
     z, labels = result.logits["test"], load_data(result.spec.data).test.labels
     return {"raw": compute_outcomes(z, labels), "scaled": compute_outcomes(z/result.evaluation.T, labels)}
 

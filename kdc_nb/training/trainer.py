@@ -64,7 +64,7 @@ class _TrainerSteps(TrainerState):
         index, shift, flip, draws, lr = (t.index_select(0, self.step_counter)[0] for t in self.epoch_plan)
         labels = self.labels[index]
         x, targets = self.method.mix_batch(self.step_inputs(index, shift, flip), labels, draws)
-        in_bf16 = self.precision == "bf16" # whose casts are of the weights of this step, and not kept
+        in_bf16 = self.precision == "bf16" # no cast of a weight is kept, as the weight will change
         with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bf16, cache_enabled=False):
             teacher_logits = self.teacher_logits(x, index) if self.teacher else None
             logits = gather_batch(self.ddp_net(x[rank_slice(x)]))
