@@ -77,8 +77,8 @@ def test_where_torch_was_first_it_is_said_what_to_set():
 
 def test_a_plan_fetches_nothing(tmp_path, monkeypatch):
     "On a machine that has no CIFAR-100, what there is to do is said, and which file will be needed"
-    patch_name(monkeypatch, "_fetch_cifar_archive", lambda *args: pytest.fail("fetched"))
     spec = RunSpec("cifar100", "resnet8", "nll", "fast")
+    patch_name(monkeypatch, "_fetch_cifar_archive", lambda *args: pytest.fail("fetched"))
     planned = plan_sweep([spec], Store(tmp_path), "cpu")
     assert [(p.spec, p.epochs, p.seconds) for p in planned] == [(spec, 40, None)]
     assert format_plan(planned).endswith(
