@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from hypothesis import given, strategies as st
 
 import kdc_nb.experiments.runs as kr
@@ -19,6 +20,7 @@ from kdc_nb.calibration.posthoc import fit_temperature
 from kdc_nb.calibration.predictions import equal_width_bins
 from kdc_nb.training.data import DataSpec
 from kdc_nb.training.methods import Method
+from kdc_nb.training.models import MODELS
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.trainer import Trainer
 from kdc_nb.experiments.results import (
@@ -288,6 +290,22 @@ def test_a_file_of_another_run_is_not_taken_for_its_own(store):
     with pytest.warns(UserWarning, match="it holds .*seed 0; the run is to be trained again"):
         assert store.get(second) is None
     assert store.get(first).spec == result.spec
+
+
+def test_weights_of_another_run_are_not_taken_for_its_own(store):
+    first, second = (replace(TEACHER, seed=k) for k in (0, 1))
+    for spec in (first, second): run(spec, store, "cpu", progress=False)
+    store.path(second, "net").write_bytes(store.path(first, "net").read_bytes())
+    with pytest.warns(UserWarning, match="holds the weights of .*; the run is to be trained again"):
+        assert store.load_net(second) is None
+    assert store.load_net(first) is not None
+
+
+def test_a_network_that_is_registered_anew_is_tried_anew(monkeypatch):
+    monkeypatch.setitem(MODELS.data, "mine", lambda *sizes: nn.Linear(8, 2))
+    replace(TEACHER, model="mine")
+    monkeypatch.setitem(MODELS.data, "mine", lambda *sizes: "no network")
+    with pytest.raises(ValueError, match="'mine', which gives a str"): replace(TEACHER, model="mine")
 
 
 def test_lists_of_other_things_are_named(tmp_path):

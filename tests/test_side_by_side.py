@@ -21,7 +21,7 @@ import kdc_nb.experiments.sweeps as sweeps_room
 from kdc_nb.training.data import DataSpec
 from kdc_nb.training.devices import cuda_is_broken, mark_cuda_broken
 from kdc_nb.training.methods import Method
-from kdc_nb.training.models import MODELS
+from kdc_nb.training.models import MODELS, build_model
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.training.steps import GraphCaptureError
 from kdc_nb.training.trainer import Trainer
@@ -234,6 +234,28 @@ def test_a_student_that_cannot_begin_blocks_no_other_of_its_teacher(store, alone
         go([replace(STUDENTS[0], model="broken"), *STUDENTS], store)
     assert len(all_results(store)) == 4
     same(go(STUDENTS, store), alone[:3])
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_network_that_fails_on_images_stops_no_other(store, alone, monkeypatch, slots):
+    class Broken(Dropping):
+        def forward(self, x): raise RuntimeError("no such layer")
+    monkeypatch.setitem(MODELS, "broken", Broken)
+    with pytest.raises(ValueError, match="model: got 'broken', which fails .*no such layer") as error:
+        go([replace(TEACHER, model="broken"), *OTHERS], store, slots=slots)
+    assert error.value.__notes__ == ["This was digits broken nll, seed 0."]
+    same(go(OTHERS, store), alone[3:])
+
+
+def test_a_network_that_is_defined_again_with_dropout_is_asked_again(store, monkeypatch):
+    runners = []
+    class Noted(SideBySideRunner):
+        def __init__(self, *args, **kw): super().__init__(*args, **kw); runners.append(self)
+    patch_name(monkeypatch, "SideBySideRunner", Noted)
+    for constructor in (lambda *sizes: build_model("resnet8", *sizes), Dropping):
+        monkeypatch.setitem(MODELS.data, "mine", constructor)
+        go([replace(TEACHER, model="mine")], store)
+    assert [r.draws_random_numbers("mine", DIGITS) for r in runners] == [False, True]
 
 
 @pytest.mark.parametrize("kw", [dict(), dict(slots=2), dict(jobs=2)])

@@ -90,10 +90,10 @@ class TeacherCachePool:
         if self.waiting[key] < 1: self.caches.pop(key, None)
 
 # %% ../../nbs/experiments/06_side_by_side.ipynb #107191b9
-@lru_cache
 def _draws_random_numbers(model: str, data: DataSpec | LeaveFoldOut) -> bool:
-    "Whether a network draws random numbers in training, as dropout does"
-    return draws_random_numbers(init_net(RunSpec(data, model)), load_data(data))
+    "Whether a network draws random numbers in training, as dropout does (one that fails: no)"
+    try: return draws_random_numbers(init_net(RunSpec(data, model)), load_data(data))
+    except Exception: return False
 
 # %% ../../nbs/experiments/06_side_by_side.ipynb #d71c3a90
 class _RunSlot:
@@ -145,6 +145,7 @@ class SideBySideRunner:
         self.agenda, self.on_result, self.on_progress = agenda, on_result, on_progress
         self.slots, self.evaluated = {}, {} # by run; what came out, by the future of its evaluation
         self.caches = TeacherCachePool(agenda.not_stored)
+        self.draws_random_numbers = lru_cache(None)(_draws_random_numbers) # asked once in a sweep
         n, device = agenda.context.n_parallel, best_device(agenda.context.device)
         self.streams = [torch.cuda.Stream(device) if device.type == "cuda" and n > 1 else None
                         for _ in range(n)]
@@ -181,8 +182,8 @@ class SideBySideRunner:
         """Whether a run may begin now: runs with dropout draw from one generator, which captured steps of
         others could disturb, so they run only beside their like
         """
-        own = _draws_random_numbers(run.model, run.data)
-        alike = all(_draws_random_numbers(other.model, other.data) == own for other in self.slots)
+        own = self.draws_random_numbers(run.model, run.data)
+        alike = all(self.draws_random_numbers(other.model, other.data) == own for other in self.slots)
         return alike and self.caches.can_begin(run)
 
     def guarded(self,
@@ -220,7 +221,7 @@ class SideBySideRunner:
         """A CUDA stream that no other run is on; runs with dropout are all on the first, as they draw from
         one generator
         """
-        if _draws_random_numbers(run.model, run.data): return self.streams[0]
+        if self.draws_random_numbers(run.model, run.data): return self.streams[0]
         taken = [slot.stream for slot in self.slots.values()]
         return next(s for s in reversed(self.streams) if s is None or s not in taken)
 

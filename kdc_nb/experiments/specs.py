@@ -89,7 +89,7 @@ class RunSpec(Teacher):
                   f"one trained on {run.data}", f"the student's data, {self.data}")
         check(0 <= self.seed < 2**63, "seed", self.seed, "an integer from 0 to below 2**63")
         self.method.build() # refuses strengths that mean nothing
-        _check_model(self.model)
+        _check_model(self.model, MODELS[find_model(self.model)[0]])
 
     def teacher_runs(self) -> "tuple[RunSpec, ...]": # none: nobody teaches it, or no network does
         "The runs that must be done before this one can be trained"
@@ -121,8 +121,8 @@ class RunSpec(Teacher):
 
 # %% ../../nbs/experiments/00_specs.ipynb #f272b696
 @lru_cache
-def _check_model(name: str) -> None:
-    "Refuse a model that cannot be built; each name is tried once"
+def _check_model(name: str, constructor: Callable) -> None:
+    "Refuse a model that cannot be built; each constructor is tried once with the numbers in a name"
     try:
         with seeded_rng(0): build_model(name, 2) # torch's "meta" takes seconds of imports
     except MissingExtra: pass # a result may be looked at without what made it

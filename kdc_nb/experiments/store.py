@@ -40,7 +40,7 @@ class Store:
     ) -> None:
         "Write the result and weights of a finished run; its checkpoint is removed"
         path = self.path(result.spec, "run")
-        save_tensors(path.with_suffix(".net"), net.state_dict())
+        save_tensors(path.with_suffix(".net"), net.state_dict(), id=path.stem)
         save_tensors(path, result.logits, **result_to_json(result))
         path.with_suffix(".part").unlink(missing_ok=True)
 
@@ -67,12 +67,14 @@ class Store:
     def load_net(self,
         spec: RunSpec, # the run whose weights to read
     ) -> nn.Module | None:
-        """The trained network on the CPU, in evaluation mode, or None; damaged weights are warned of, and
-        count as none
+        """The trained network on the CPU, in evaluation mode, or None; damaged weights, and those of another
+        run, are warned of, and count as none
         """
-        try: weights, _ = load_tensors(self.path(spec, "net"))
+        try: weights, facts = load_tensors(path := self.path(spec, "net"))
         except FileNotFoundError: return None
         except DamagedFile as e: return warn(f"{e}; the run is to be trained again")
+        if (owner := facts.get("id", path.stem)) != path.stem:
+            return warn(f"{path.name}: it holds the weights of {owner}; the run is to be trained again")
         net = init_net(spec)
         net.load_state_dict(weights)
         return net.eval()
