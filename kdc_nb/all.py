@@ -16,22 +16,23 @@ __all__ = ['results_file', 'Table', 'format_html_table', 'compare', 'compare_stu
            'read_specs', 'write_specs', 'plot_histories', 'plot_metric', 'plot_panels', 'plot_reliability_grid',
            'plot_tradeoff', 'group_by_seed', 'read_results', 'recalibrate', 'result_outcomes', 'write_results',
            'RunContext', 'run', 'teacher_train_logits', 'Distil', 'RunSpec', 'lineage', 'method_label', 'run_label',
-           'self_distillation_chain', 'teacher_label', 'trace_generation', 'Store', 'all_results', 'clean_store',
-           'sweep', 'add_metrics', 'collect_by_row', 'results_frame', 'results_table', 'seed_means', 'Ensemble',
-           'OutOfFold', 'TemperatureScaled', 'TemperedPosterior', 'direct_counterpart', 'teacher_from_logits',
-           'direct_and_distilled_frame', 'plot_temperature_grid', 'plot_transfer', 'prepare_transfer',
-           'plot_class_matrix', 'plot_confidence_shift', 'prepare_agreement', 'prepare_confidence_shift',
-           'corrupt_images', 'register_corruption', 'generations_frame', 'merging_frame', 'plot_generations',
-           'average_by_severity', 'drift_frame', 'evaluate_drift', 'read_drifts', 'write_drifts', 'similar_classes',
-           'fit_linear_student', 'tempered_probs', 'weight_hessian', 'compute_umap', 'plot_penultimate', 'plot_umap',
-           'calibration_gap', 'draw_linear_problem', 'fit_intercept', 'null_gap_bound', 'project_to_span',
-           'theorem1_cubic_term', 'theorem1_weights', 'extract_features', 'read_features', 'write_features',
-           'paper_progress_table', 'published_values', 'row_differences', 'table_claims', 'METHOD_GRID',
-           'as_hyperparameters', 'candidate_specs', 'candidates_table', 'select_on_validation', 'PAPER_EXPERIMENTS',
-           'PAPER_METHODS', 'SETTINGS', 'Setting', 'kd_label', 'paper_specs', 'table_specs', 'explore_bin_images',
-           'explore_classes', 'explore_method', 'explore_reliability', 'explore_theory', 'explore_transfer',
-           'aurc_difference', 'conformal_sets', 'deferral_curve', 'estimate_aurc', 'evaluate_sets', 'risk_coverage',
-           'share_to_defer', 'Calibrated', 'load_calibrated', 'explore_students', 'write_report']
+           'self_distillation_chain', 'teacher_label', 'trace_generation', 'Store', 'all_results',
+           'remove_unfinished_runs', 'sweep', 'add_metrics', 'collect_by_row', 'results_frame', 'results_table',
+           'seed_means', 'Ensemble', 'OutOfFold', 'TemperatureScaled', 'TemperedPosterior', 'direct_counterpart',
+           'teacher_from_logits', 'direct_and_distilled_frame', 'plot_metric_by_temperature', 'plot_transfer',
+           'prepare_transfer', 'plot_class_matrix', 'plot_confidence_shift', 'prepare_agreement',
+           'prepare_confidence_shift', 'corrupt_images', 'register_corruption', 'generations_frame', 'merging_frame',
+           'plot_generations', 'average_by_severity', 'drift_frame', 'evaluate_drift', 'read_drifts', 'write_drifts',
+           'similar_classes', 'fit_linear_student', 'tempered_probs', 'weight_hessian', 'compute_umap',
+           'plot_penultimate', 'plot_umap', 'calibration_gap', 'draw_linear_problem', 'fit_intercept',
+           'null_calibration_gap', 'project_to_span', 'theorem1_cubic_term', 'theorem1_student_weights',
+           'extract_features', 'read_features', 'write_features', 'paper_progress_table', 'published_values',
+           'row_differences', 'table_claims', 'METHOD_GRID', 'as_hyperparameters', 'candidate_specs',
+           'candidates_table', 'select_by_validation_nll', 'PAPER_EXPERIMENTS', 'PAPER_METHODS', 'SETTINGS', 'Setting',
+           'kd_label', 'paper_specs', 'table_specs', 'explore_bin_images', 'explore_classes', 'explore_loss_gradients',
+           'explore_reliability', 'explore_theory', 'explore_transfer', 'aurc_difference', 'conformal_sets',
+           'deferral_curve', 'estimate_aurc', 'evaluate_sets', 'risk_coverage', 'share_to_defer', 'Calibrated',
+           'load_calibrated', 'explore_students', 'write_report']
 
 # %% ../nbs/all.ipynb #492b7cbd
 from .files import results_file
@@ -86,14 +87,14 @@ from kdc_nb.experiments.specs import (
     Distil, RunSpec, lineage, method_label, run_label, self_distillation_chain, teacher_label,
     trace_generation,
 )
-from .experiments.store import Store, all_results, clean_store
+from .experiments.store import Store, all_results, remove_unfinished_runs
 from .experiments.sweeps import sweep
 from .experiments.tables import add_metrics, collect_by_row, results_frame, results_table, seed_means
 from kdc_nb.experiments.teachers import (
     Ensemble, OutOfFold, TemperatureScaled, TemperedPosterior, direct_counterpart, teacher_from_logits,
 )
 from kdc_nb.experiments.transfer import (
-    direct_and_distilled_frame, plot_temperature_grid, plot_transfer, prepare_transfer,
+    direct_and_distilled_frame, plot_metric_by_temperature, plot_transfer, prepare_transfer,
 )
 from kdc_nb.analysis.agreement import (
     plot_class_matrix, plot_confidence_shift, prepare_agreement, prepare_confidence_shift,
@@ -105,13 +106,13 @@ from .analysis.geometry import similar_classes
 from .analysis.linear_model import fit_linear_student, tempered_probs, weight_hessian
 from .analysis.projections import compute_umap, plot_penultimate, plot_umap
 from kdc_nb.analysis.theorems import (
-    calibration_gap, draw_linear_problem, fit_intercept, null_gap_bound, project_to_span,
-    theorem1_cubic_term, theorem1_weights,
+    calibration_gap, draw_linear_problem, fit_intercept, null_calibration_gap, project_to_span,
+    theorem1_cubic_term, theorem1_student_weights,
 )
 from .analysis.views import extract_features, read_features, write_features
 from .paper.claims import paper_progress_table, published_values, row_differences, table_claims
 from kdc_nb.paper.selection import (
-    METHOD_GRID, as_hyperparameters, candidate_specs, candidates_table, select_on_validation,
+    METHOD_GRID, as_hyperparameters, candidate_specs, candidates_table, select_by_validation_nll,
 )
 from kdc_nb.paper.settings import (
     PAPER_EXPERIMENTS, PAPER_METHODS, SETTINGS, Setting, kd_label, paper_specs, table_specs,
@@ -119,7 +120,7 @@ from kdc_nb.paper.settings import (
 from .experiments.deployment import Calibrated, load_calibrated
 from .bin_images import explore_bin_images
 from kdc_nb.explorers import (
-    explore_classes, explore_method, explore_reliability, explore_theory, explore_transfer,
+    explore_classes, explore_loss_gradients, explore_reliability, explore_theory, explore_transfer,
 )
 from .student_explorer import explore_students
 from .reports import write_report
@@ -140,20 +141,21 @@ _all_ = [
     'plot_histories', 'plot_metric', 'plot_panels', 'plot_reliability_grid', 'plot_tradeoff',
     'group_by_seed', 'read_results', 'recalibrate', 'result_outcomes', 'write_results', 'RunContext',
     'run', 'teacher_train_logits', 'Distil', 'RunSpec', 'lineage', 'method_label', 'run_label',
-    'self_distillation_chain', 'teacher_label', 'trace_generation', 'Store', 'all_results', 'clean_store',
-    'sweep', 'add_metrics', 'collect_by_row', 'results_frame', 'results_table', 'seed_means', 'Ensemble',
-    'OutOfFold', 'TemperatureScaled', 'TemperedPosterior', 'direct_counterpart', 'teacher_from_logits',
-    'direct_and_distilled_frame', 'plot_temperature_grid', 'plot_transfer', 'prepare_transfer',
-    'plot_class_matrix', 'plot_confidence_shift', 'prepare_agreement', 'prepare_confidence_shift',
-    'corrupt_images', 'register_corruption', 'generations_frame', 'merging_frame', 'plot_generations',
-    'average_by_severity', 'drift_frame', 'evaluate_drift', 'read_drifts', 'write_drifts',
-    'similar_classes', 'fit_linear_student', 'tempered_probs', 'weight_hessian', 'compute_umap',
-    'plot_penultimate', 'plot_umap', 'calibration_gap', 'draw_linear_problem', 'fit_intercept',
-    'null_gap_bound', 'project_to_span', 'theorem1_cubic_term', 'theorem1_weights', 'extract_features',
-    'read_features', 'write_features', 'paper_progress_table', 'published_values', 'row_differences',
-    'table_claims', 'METHOD_GRID', 'as_hyperparameters', 'candidate_specs', 'candidates_table',
-    'select_on_validation', 'PAPER_EXPERIMENTS', 'PAPER_METHODS', 'SETTINGS', 'Setting', 'kd_label',
-    'paper_specs', 'table_specs', 'explore_bin_images', 'explore_classes', 'explore_method',
+    'self_distillation_chain', 'teacher_label', 'trace_generation', 'Store', 'all_results',
+    'remove_unfinished_runs', 'sweep', 'add_metrics', 'collect_by_row', 'results_frame', 'results_table',
+    'seed_means', 'Ensemble', 'OutOfFold', 'TemperatureScaled', 'TemperedPosterior', 'direct_counterpart',
+    'teacher_from_logits', 'direct_and_distilled_frame', 'plot_metric_by_temperature', 'plot_transfer',
+    'prepare_transfer', 'plot_class_matrix', 'plot_confidence_shift', 'prepare_agreement',
+    'prepare_confidence_shift', 'corrupt_images', 'register_corruption', 'generations_frame',
+    'merging_frame', 'plot_generations', 'average_by_severity', 'drift_frame', 'evaluate_drift',
+    'read_drifts', 'write_drifts', 'similar_classes', 'fit_linear_student', 'tempered_probs',
+    'weight_hessian', 'compute_umap', 'plot_penultimate', 'plot_umap', 'calibration_gap',
+    'draw_linear_problem', 'fit_intercept', 'null_calibration_gap', 'project_to_span',
+    'theorem1_cubic_term', 'theorem1_student_weights', 'extract_features', 'read_features',
+    'write_features', 'paper_progress_table', 'published_values', 'row_differences', 'table_claims',
+    'METHOD_GRID', 'as_hyperparameters', 'candidate_specs', 'candidates_table',
+    'select_by_validation_nll', 'PAPER_EXPERIMENTS', 'PAPER_METHODS', 'SETTINGS', 'Setting', 'kd_label',
+    'paper_specs', 'table_specs', 'explore_bin_images', 'explore_classes', 'explore_loss_gradients',
     'explore_reliability', 'explore_theory', 'explore_transfer', 'aurc_difference', 'conformal_sets',
     'deferral_curve', 'estimate_aurc', 'evaluate_sets', 'risk_coverage', 'share_to_defer', 'Calibrated',
     'load_calibrated', 'explore_students', 'write_report',

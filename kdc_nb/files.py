@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['atomic_write', 'DamagedFile', 'content_hash', 'check_saveable', 'save_tensors', 'load_tensors', 'load_meta',
-           'save_npz', 'load_npz', 'cache_dir', 'runs_folder', 'results_file', 'check_fingerprint']
+           'save_npz', 'load_npz', 'cache_dir', 'runs_folder', 'results_file', 'check_fingerprint_format']
 
 # %% ../nbs/files.ipynb #aec6524e
 import hashlib
@@ -183,7 +183,7 @@ def results_file(
     return found/name
 
 # %% ../nbs/files.ipynb #6e70a464
-def check_fingerprint(
+def check_fingerprint_format(
     fingerprint: str, # of data, or of what a teacher says of them
 ) -> None:
     "A `ValueError` unless it is 16 hexadecimal digits, before it becomes part of a path"

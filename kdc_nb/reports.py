@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from .core import check
-from .interrupts import exit_status
+from .interrupts import run_as_command
 from .files import atomic_write
 from .calibration.inputs import read_arrays
 from .calibration.student_report import StudentReport
@@ -215,4 +215,4 @@ def main(
         print(report)
         if a.out: print(f"\nwritten: {write_report(report, a.out)}")
         return 0
-    return exit_status(work, "Stopped. Nothing was written.")
+    return run_as_command(work, "Stopped. Nothing was written.")

@@ -14,8 +14,8 @@ from kdc_nb.calibration.contributions import (
     PairedContributions, contributions_per_image, paired_fractions_interval,
 )
 from kdc_nb.calibration.differences import (
-    SeedVariance, contrast_seed_variance, difference_of_contributions, estimate_contrast,
-    estimate_difference, holm, paired_difference, rank_intervals, seed_homogeneity, spread_log_ratio,
+    SeedVariance, contrast_seed_variance, difference_from_contributions, estimate_contrast,
+    estimate_difference, holm, paired_difference, rank_intervals, bartlett_p, spread_log_ratio,
 )
 from kdc_nb.calibration.estimates import calibration_estimates
 from kdc_nb.calibration.evaluation import evaluate
@@ -274,7 +274,7 @@ def test_accuracies_are_compared_by_the_exact_test(only_a, only_b, rest):
     if n < 2: return
     a, b = np.zeros((2, n))
     a[:only_a], b[only_a:only_a + only_b] = 1, 1
-    d = difference_of_contributions(PairedContributions(a[None], b[None], [], False), "top1")
+    d = difference_from_contributions(PairedContributions(a[None], b[None], [], False), "top1")
     tosses = only_a + only_b
     p = min(1., 2*sum(math.comb(tosses, i) for i in range(min(only_a, only_b) + 1))/2**tosses)
     assert d.p == pytest.approx(max(p, 1e-30), rel=1e-9) and d.mean == pytest.approx((only_a - only_b)/n)
@@ -468,7 +468,7 @@ def test_the_pooled_variance_is_that_of_the_two_way_layout(seed, rows, seeds):
     design = np.array([[*np.eye(rows)[r], *np.eye(seeds)[s]] for r in range(rows) for s in range(seeds)])
     rest = y.ravel() - design @ np.linalg.lstsq(design, y.ravel(), rcond=None)[0]
     pooled = contrast_seed_variance([y], [np.eye(rows)[0] - np.eye(rows)[1]])
-    if not seed_homogeneity(y) < .05:
+    if not bartlett_p(y) < .05:
         assert pooled == pytest.approx((2*(rest @ rest)/(rows - 1)/(seeds - 1), (rows - 1)*(seeds - 1)))
 
 
@@ -476,7 +476,7 @@ def test_rows_that_vary_otherwise_keep_their_own_variance():
     y = two_way(12, 3, 1)
     y[:2] *= 30
     w = np.eye(12)[2] - np.eye(12)[3] # two of the quiet ones
-    assert seed_homogeneity(y) < .05 and seed_homogeneity(y[2:]) > .05
+    assert bartlett_p(y) < .05 and bartlett_p(y[2:]) > .05
     loud = contrast_seed_variance([y], [np.eye(12)[0] - np.eye(12)[1]])
     quiet = contrast_seed_variance([y], [w])
     assert loud.variance > 20*quiet.variance and 2 <= loud.df <= 4

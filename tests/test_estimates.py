@@ -19,7 +19,7 @@ from kdc_nb.calibration.evaluation import Evaluation, _per_sample_estimate, eval
 from kdc_nb.calibration.metrics import BUILT_IN, METRICS, brier, ece, nll
 from kdc_nb.calibration.predictions import binned_error
 from kdc_nb.calibration.null_bands import null_band, null_draws
-from kdc_nb.calibration.posthoc import cross_fit_temperature
+from kdc_nb.calibration.posthoc import cross_fitted_temperatures
 from kdc_nb.calibration.predictions import BinaryPredictions, top_label
 from kdc_nb.calibration.reliability import reliability_bins
 from kdc_nb.calibration.truth import estimate_true_error
@@ -394,7 +394,7 @@ def test_the_temperatures_uncertainty_widens_what_is_cross_fitted_and_nothing_el
     """
     def scaled(seed):
         z, y, p = made(500, 10, 1.5, 60., seed)
-        T = cross_fit_temperature(z, y, 0, 1.5)[:, None]
+        T = cross_fitted_temperatures(z, y, 0, 1.5)[:, None]
         wide = evaluate(z, y, n_boot=100, metrics=["ace", "sce", "nll"]).scaled
         narrow = calibration_estimates(z/T, y, ["ace", "sce"], n_boot=100)
         for k, f in (("sce", "value"), ("sce", "low"), ("sce", "high"), ("ace", "value")):

@@ -29,7 +29,7 @@ from kdc_nb.experiments.teachers import TemperedPosterior
 from kdc_nb.experiments.transfer import TransferPlot, prepare_transfer
 from kdc_nb.analysis.views import extract_features
 from kdc_nb.bin_images import explore_bin_images
-from kdc_nb.explorers import explore_classes, explore_method, explore_reliability, explore_transfer
+from kdc_nb.explorers import explore_classes, explore_loss_gradients, explore_reliability, explore_transfer
 from tests.conftest import made, patch_name
 
 DATA, RECIPE = DataSpec("known", n_train=100, n_valid=60, n_test=300), Recipe(1, 32)
@@ -166,7 +166,7 @@ def test_other_shapes_are_explored(outputs, shape, monkeypatch):
     ("batches", dict(penalty="MMCE", beta=9., overconfidence=.3)),
 ])
 def test_methods_follow_every_control(family, values, monkeypatch):
-    every_control(explore_method(family), monkeypatch, **values)
+    every_control(explore_loss_gradients(family), monkeypatch, **values)
 
 
 def test_the_crowd_is_as_wrong_about_itself_as_it_is_said_to_be():
@@ -330,9 +330,9 @@ def test_images_that_are_not_there_are_told(looks, monkeypatch):
 def test_figures_are_shown_after_an_explorer():
     "An explorer that is the first to draw in a kernel leaves pyplot as Jupyter has it"
     code = [("from kdc_nb import explore_reliability\nfrom kdc_nb.explorers import explore_theory, "
-             "explore_method\nimport numpy as np, matplotlib.pyplot as plt"),
+             "explore_loss_gradients\nimport numpy as np, matplotlib.pyplot as plt"),
             ("explore_reliability(np.eye(4)[[0, 1, 2, 3]*5], [0, 1, 2, 0]*5); explore_theory(); "
-             "explore_method('targets');"),
+             "explore_loss_gradients('targets');"),
             "plt.plot([0, 1]);"]
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in code])
     NotebookClient(nb, kernel_name="python3").execute()

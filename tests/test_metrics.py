@@ -18,7 +18,7 @@ from kdc_nb.calibration.predictions import binned_error
 from kdc_nb.calibration.truth import kl_to_truth, true_calibration_error
 from kdc_nb.calibration.null_bands import null_band
 from kdc_nb.calibration.posthoc import (
-    Calibrator, _find_temperature, _nll_derivatives, cross_fit_temperature, estimate_temperature,
+    Calibrator, _find_temperature, _nll_derivatives, cross_fitted_temperatures, estimate_temperature,
     fit_temperature,
 )
 from kdc_nb.calibration.outputs import check_outputs_and_labels, softmax64
@@ -475,7 +475,7 @@ def test_the_temperatures_interval_covers():
 @pytest.mark.parametrize("n, c", [(5, 2), (40, 3), (3000, 50)])
 def test_cross_fitted_temperatures_are_those_of_the_other_four_fifths(n, c):
     z, y, _ = made(n, c, 2., seed=3)
-    T = cross_fit_temperature(z, y, 1, 2.)
+    T = cross_fitted_temperatures(z, y, 1, 2.)
     fold = np.random.default_rng(1).permutation(n) % 5
     for k in range(5):
         rest = torch.from_numpy(fold != k)

@@ -32,7 +32,9 @@ from kdc_nb.analysis.views import extract_features
 from kdc_nb.paper.claims import (
     _contributions_of_row, paper_progress_table, published_values, row_differences, table_claims,
 )
-from kdc_nb.paper.selection import as_hyperparameters, candidate_specs, candidates_table, select_on_validation
+from kdc_nb.paper.selection import (
+    as_hyperparameters, candidate_specs, candidates_table, select_by_validation_nll,
+)
 from kdc_nb.explorers import _trace_first_teacher, explore_classes
 from kdc_nb.paper.commands import main
 from tests.conftest import patch_name
@@ -411,7 +413,7 @@ def test_the_lowest_validation_nll_chooses_whatever_the_test_images_say(table, d
     nlls = data.draw(st.lists(st.integers(1, 10**6), min_size=len(specs), max_size=len(specs), unique=True))
     by = dict(zip(specs, nlls))
     results = {s: replace(any_result, spec=s, valid={"nll": v, "top1": .5, "ece": .1}) for s, v in by.items()}
-    best = select_on_validation(offered, results)
+    best = select_by_validation_nll(offered, results)
     assert best == {m: min(several, key=by.get) for m, several in offered.items()}
     assert ([f"{by[s]:.3f}" for s in best.values()]
             == [nll.removesuffix(" *")
@@ -434,7 +436,7 @@ def test_an_unfinished_or_older_choice_is_none(table):
     for got in ({}, short, short | {first: replace(results[first], valid={})}):
         with pytest.raises(ValueError,
                            match="results: got none with a validation NLL of .*mdca beta=1 gamma=0"):
-            select_on_validation(offered, got)
+            select_by_validation_nll(offered, got)
     body = candidates_table(offered, short).rows
     assert body[0][2] == "to do" and {row[0] for row in body if row[2].endswith("*")} == {"KD"}
 

@@ -13,7 +13,7 @@ from kdc_nb.experiments.specs import RunSpec
 from kdc_nb.experiments.store import Store
 from kdc_nb.analysis.geometry import (
     _centroid_distances, _distance_ratio, _one_hot_float, _summarise_merging, class_geometry,
-    measure_merging, similar_classes, similar_triples,
+    measure_merging, similar_classes, similar_pair_and_other,
 )
 from kdc_nb.analysis.projections import _class_space_basis
 from kdc_nb.analysis.views import (
@@ -90,7 +90,7 @@ def test_classes_that_are_one_overlap_by_half():
 
 def test_intervals_hold_the_truth():
     "The ratio of clouds whose centres are known lies in 95% of the intervals."
-    true = float(_distance_ratio(torch.cdist(CENTRES, CENTRES), similar_triples(SIMILAR)))
+    true = float(_distance_ratio(torch.cdist(CENTRES, CENTRES), similar_pair_and_other(SIMILAR)))
     found = [measure_merging(*clouds(40, seed), SIMILAR, n_boot=100, seed=seed)["ratio"]
              for seed in range(100)]
     assert sum(e.low <= true <= e.high for e in found) >= 88
@@ -110,7 +110,7 @@ def test_classes_that_are_one_give_numbers():
     y = torch.arange(4).repeat_interleave(5)
     found = measure_merging(torch.randn(20, 64, generator=g), y, SIMILAR, n_boot=50)
     assert all(0 <= v < 10 for e in found.values() for v in (e.value, e.low, e.high))
-    assert _distance_ratio(torch.zeros(4, 4), similar_triples(SIMILAR)) == 1
+    assert _distance_ratio(torch.zeros(4, 4), similar_pair_and_other(SIMILAR)) == 1
 
 
 @pytest.mark.parametrize("spoil, message", [

@@ -28,7 +28,7 @@ from kdc_nb.experiments.specs import Distil, RunSpec
 from kdc_nb.experiments.store import Store
 from kdc_nb.experiments.tables import metric_lines, results_frame, results_table, seed_means
 from kdc_nb.experiments.teachers import TemperatureScaled
-from kdc_nb.experiments.transfer import direct_and_distilled_frame, plot_temperature_grid
+from kdc_nb.experiments.transfer import direct_and_distilled_frame, plot_metric_by_temperature
 from kdc_nb.analysis.agreement import (
     _ConfidenceShift, plot_class_matrix, plot_confidence_shift, prepare_agreement,
     prepare_class_similarity, prepare_confidence_shift,
@@ -340,7 +340,7 @@ def test_a_grid_has_a_line_for_each_weight_in_the_order_of_t(store):
     runs = {s: run(s, store, "cpu", progress=False) for s in [*teachers, *specs]}
     frame = results_frame(runs.values())
     for metric in ("ece", "nll"):
-        (ax,) = plot_temperature_grid(frame, metric)
+        (ax,) = plot_metric_by_temperature(frame, metric)
         lines = {line.get_label(): line for line in ax.lines if line.get_marker() == "o"}
         assert list(lines) == ["alpha = 0.5", "alpha = 1"] and ax.get_xscale() == "log"
         for a, line in zip((.5, 1.), lines.values()):

@@ -29,7 +29,7 @@ from kdc_nb.experiments.results import (
 from kdc_nb.experiments.agenda import write_specs
 from kdc_nb.experiments.runs import RunContext, run, teacher_train_logits
 from kdc_nb.experiments.specs import Distil, RunSpec, lineage, run_id, run_label
-from kdc_nb.experiments.store import Store, all_results, clean_store
+from kdc_nb.experiments.store import Store, all_results, remove_unfinished_runs
 from kdc_nb.experiments.teachers import TemperatureScaled, TemperedPosterior
 from tests.conftest import patch_name
 
@@ -208,7 +208,8 @@ def test_a_light_file_with_a_pickle_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError): read_results(tmp_path/"none.npz")
 
 
-def test_cleaning_an_empty_store_is_no_error(tmp_path): assert clean_store(Store(tmp_path/"none")) == []
+def test_cleaning_an_empty_store_is_no_error(tmp_path):
+    assert remove_unfinished_runs(Store(tmp_path/"none")) == []
 
 
 def test_a_teacher_of_other_data_is_refused():

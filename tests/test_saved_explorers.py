@@ -19,7 +19,7 @@ from kdc_nb.calibration.students import compare_groups
 from kdc_nb.calibration.null_bands import simulate_calibrated
 from kdc_nb.calibration.reliability import reliability_bins
 from kdc_nb.analysis.theorems import prepare_linear_view
-from kdc_nb.explorers import explore_method, explore_reliability, explore_theory
+from kdc_nb.explorers import explore_loss_gradients, explore_reliability, explore_theory
 from kdc_nb.reports import write_report
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -49,7 +49,7 @@ def files(tmp_path_factory, outputs):
     folder = tmp_path_factory.mktemp("saved")
     made = {"reliability": (explore_reliability(*outputs), {"T": [.5, 1, 2, 4], "n_bins": [5, 15]}),
             "theory": (explore_theory(), {"T": [1, 2, 4], "alpha": [0, .5, 1], "angle": []}),
-            "logits": (explore_method("logits"), {"beta": [0, .1, 1], "margin": [0, 6]})}
+            "logits": (explore_loss_gradients("logits"), {"beta": [0, .1, 1], "margin": [0, 6]})}
     return {name: e.save(folder/f"{name}.html", values) for name, (e, values) in made.items()}
 
 

@@ -16,7 +16,7 @@ from kdc_nb.calibration.differences import estimate_difference
 from kdc_nb.calibration.estimates import Estimate
 from kdc_nb.calibration.evaluation import evaluate
 from kdc_nb.calibration.null_bands import simulate_calibrated
-from kdc_nb.calibration.students import compare_groups, compare_images, judge_kept, share_passed
+from kdc_nb.calibration.students import compare_groups, compare_images, judge_kept, fraction_passed
 from kdc_nb.reports import main, write_report
 from kdc_nb.student_explorer import explore_students
 
@@ -102,7 +102,7 @@ def test_a_share_does_not_depend_on_the_unit_and_turns_over(share, seed):
     rng = np.random.default_rng(seed)
     t = rng.normal(.5, 1, (1, 60))
     s = share*t + rng.normal(0, .1, t.shape)
-    e, scaled = share_passed(t, s), share_passed(10*t, 10*s)
+    e, scaled = fraction_passed(t, s), fraction_passed(10*t, 10*s)
     assert scaled.value == pytest.approx(e.value)
     if e.low is None: return
     assert e.low <= e.value <= e.high and scaled.low == pytest.approx(e.low, abs=1e-9)
@@ -117,16 +117,16 @@ def test_shares_are_held_95_times_in_100(runs):
         rng = np.random.default_rng(seed)
         t = .12 + rng.normal(0, .03, (runs, 1))*(runs > 1) + rng.normal(0, .4, (1, 300))
         s = .6*t + rng.normal(0, .01, (runs, 1))*(runs > 1) + rng.normal(0, .3, (runs, 300))
-        e = share_passed(t, s)
+        e = fraction_passed(t, s)
         return e.low is None or e.low <= .6 <= e.high
     assert sum(map(holds, range(600))) >= 555 # 570 expected, less three standard deviations
 
 
 def test_no_gap_no_share():
     x = np.zeros((1, 10))
-    assert share_passed(x, x) == Estimate(None)
+    assert fraction_passed(x, x) == Estimate(None)
     noise = np.random.default_rng(0).normal(0, 1, (1, 100))
-    assert share_passed(noise, noise + .1).low is None
+    assert fraction_passed(noise, noise + .1).low is None
 
 
 # -- verdicts -----------------------------------------------------------------

@@ -31,7 +31,7 @@ from kdc_nb.experiments.clusters import cluster_pool
 from kdc_nb.experiments.results import read_results
 from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.specs import Distil, RunSpec, lineage, run_label
-from kdc_nb.experiments.store import Store, all_results, clean_store
+from kdc_nb.experiments.store import Store, all_results, remove_unfinished_runs
 from kdc_nb.experiments.sweeps import default_jobs, sweep
 from kdc_nb.experiments.teachers import TemperatureScaled
 from kdc_nb.paper.commands import main
@@ -293,7 +293,7 @@ def test_killed_thirty_times_at_random(tmp_path):
         if p.exitcode == 0: kept = {}; finished += 1; [f.unlink() for f in store.folder.iterdir()]
     results = go(runs, store)
     same(results, go(runs, Store(tmp_path/"whole")))
-    clean_store(store)
+    remove_unfinished_runs(store)
     assert {f.suffix for f in store.folder.iterdir()} == {".run", ".net"} and finished
 
 

@@ -16,7 +16,7 @@ from kdc_nb.analysis.linear_model import (
     _grad_logits, _gradient_descent, _total_loss, fit_linear_student, tempered_probs,
 )
 from kdc_nb.analysis.theorems import (
-    calibration_gap, draw_linear_problem, fit_intercept, project_to_span, theorem1_weights,
+    calibration_gap, draw_linear_problem, fit_intercept, project_to_span, theorem1_student_weights,
 )
 
 
@@ -102,7 +102,7 @@ def test_the_students_place(problem, seed):
     np.testing.assert_allclose(project_to_span(X, W), W, rtol=1e-7, atol=1e-9*abs(W).max())
     np.testing.assert_allclose(fit_linear_student(X, y, X.T@W_t, T, 1.).W,
                                project_to_span(X, W_t), rtol=1e-5, atol=1e-7*abs(W_t).max())
-    np.testing.assert_allclose(theorem1_weights(X, y, W_t, 1.), W_t)
+    np.testing.assert_allclose(theorem1_student_weights(X, y, W_t, 1.), W_t)
 
 
 @given(problems())

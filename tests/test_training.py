@@ -32,7 +32,7 @@ from kdc_nb.training.steps import (
 from kdc_nb.training.trainer import OutOfTime, Trainer, fit
 from kdc_nb.experiments.specs import Distil, RunSpec, run_id, self_distillation_chain
 from kdc_nb.experiments.runs import run
-from kdc_nb.experiments.store import Store, build_net, clean_store
+from kdc_nb.experiments.store import Store, build_net, remove_unfinished_runs
 from kdc_nb.experiments.sweeps import sweep
 from kdc_nb.experiments.teachers import TemperedPosterior
 from tests.conftest import patch_name
@@ -84,7 +84,7 @@ def check_killed(tmp_path, kills, seed):
     assert {
         p.suffix for p in broken.folder.iterdir() if not p.name.startswith(".tmp")
     } <= {".run", ".net", ".part"}, "but for what safetensors was writing"
-    clean_store(broken)
+    remove_unfinished_runs(broken)
     assert {p.name for p in broken.folder.iterdir()} == {f"{run_id(SPEC)}.{k}" for k in ("run", "net")}
 
 

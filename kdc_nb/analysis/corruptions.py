@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ..core import Registry, check, lookup
 from kdc_nb.analysis.filters import (
-    decompose_hsv, defocus_kernel, gaussian_smooth, map_pil_images, motion_filter, pixel_grid,
-    plasma_fractal, random_affine, resample_bilinear, zoom_centre,
+    decompose_hsv, defocus_kernel, gaussian_smooth, map_pil_images, motion_filter, pixel_coordinates,
+    plasma_fractal, random_affine_coordinates, resample_bilinear, zoom_centre,
 )
 
 # %% ../../nbs/analysis/07_corruptions.ipynb #0347bf1d
@@ -89,11 +89,11 @@ def corrupt_images(
 @register_corruption(.04, .06, .08, .09, .10)
 def gaussian_noise(
     x: np.ndarray, # (N, C, H, W) from 0 to 1
-    spread: float, # standard deviation of the noise
+    std: float, # standard deviation of the noise
     rng: np.random.Generator, # of the noise
 ) -> np.ndarray: # of the same shape, clipped later
     "Normal noise, independent in every channel of every pixel"
-    return x + np.float32(spread)*rng.standard_normal(x.shape, np.float32)
+    return x + np.float32(std)*rng.standard_normal(x.shape, np.float32)
 
 
 @register_corruption(500, 250, 100, 75, 50)
@@ -109,12 +109,12 @@ def shot_noise(
 @register_corruption(.01, .02, .03, .05, .07)
 def impulse_noise(
     x: np.ndarray, # (N, C, H, W) from 0 to 1
-    share: float, # of the values that change, 0 to 1
+    fraction: float, # of the values that change, 0 to 1
     rng: np.random.Generator, # of the noise
 ) -> np.ndarray: # of the same shape, clipped later
     "A share of the values is set to 0 or 1, either equally often"
     u = rng.random(x.shape, np.float32)
-    return np.where(u < share, u < share/2, x)
+    return np.where(u < fraction, u < fraction/2, x)
 
 # %% ../../nbs/analysis/07_corruptions.ipynb #299d77ba
 @register_corruption((.3, .4), (.4, .5), (.5, .6), (1, .2), (1.5, .1))
@@ -158,11 +158,11 @@ def motion_blur(
 @register_corruption(1.06, 1.11, 1.16, 1.21, 1.26)
 def zoom_blur(
     x: np.ndarray, # (N, C, H, W) from 0 to 1
-    end: float, # largest enlargement, which is not reached, above 1
+    max_zoom: float, # largest enlargement, which is not reached, above 1
     rng: np.random.Generator, # not used
 ) -> np.ndarray: # of the same shape, clipped later
     "The mean of the image and of its enlargements in steps of 0.01"
-    factors = np.arange(1, end, .01)
+    factors = np.arange(1, max_zoom, .01)
     return (x + sum(zoom_centre(x, f) for f in factors))/(len(factors) + 1)
 
 # %% ../../nbs/analysis/07_corruptions.ipynb #9bfbd5f1
@@ -201,23 +201,23 @@ def fog(
 @register_corruption(.05, .1, .15, .2, .3)
 def brightness(
     x: np.ndarray, # (N, C, H, W) from 0 to 1
-    more: float, # what is added, 0 to 1
+    added: float, # what is added, 0 to 1
     rng: np.random.Generator, # not used
 ) -> np.ndarray: # of the same shape, clipped later
     "An increase of the value in HSV"
     h, s, v = decompose_hsv(x)
-    return np.minimum(v + more, 1)*(1 - s*h)
+    return np.minimum(v + added, 1)*(1 - s*h)
 
 # %% ../../nbs/analysis/07_corruptions.ipynb #c6b72219
 @register_corruption(.75, .5, .4, .3, .15)
 def contrast(
     x: np.ndarray, # (N, C, H, W) from 0 to 1
-    share: float, # of the distance from the mean that remains, 0 to 1
+    factor: float, # of the distance from the mean that remains, 0 to 1
     rng: np.random.Generator, # not used
 ) -> np.ndarray: # of the same shape, clipped later
     "A decrease of each channel's distance from its mean over the image"
     mean = x.mean((2, 3), keepdims=True)
-    return mean + share*(x - mean)
+    return mean + factor*(x - mean)
 
 # %% ../../nbs/analysis/07_corruptions.ipynb #936700f5
 @register_corruption((0, 0, .08), (.05, .2, .07), (.08, .06, .06), (.1, .04, .05), (.1, .03, .03))
@@ -229,21 +229,21 @@ def elastic_transform(
     "A random affine map, then a move of each pixel by a smooth random field"
     n, _, h, w = x.shape
     far, sigma, lean = (share*min(h, w) for share in strength)
-    x = resample_bilinear(x, random_affine(n, h, w, lean, rng), "pixels")
+    x = resample_bilinear(x, random_affine_coordinates(n, h, w, lean, rng), "pixels")
     field = far*gaussian_smooth(rng.uniform(-1, 1, (n, 2, h, w)), sigma, "reflect", 3)
-    return resample_bilinear(x, pixel_grid(h, w) + np.moveaxis(field, 1, -1), "edges")
+    return resample_bilinear(x, pixel_coordinates(h, w) + np.moveaxis(field, 1, -1), "edges")
 
 # %% ../../nbs/analysis/07_corruptions.ipynb #a1b4fe47
 @register_corruption(.95, .9, .85, .75, .65)
 def pixelate(
     x: np.ndarray, # (N, C, H, W) from 0 to 1
-    share: float, # of the image's side that remains, 0 to 1
+    scale: float, # of the image's side that remains, 0 to 1
     rng: np.random.Generator, # not used
 ) -> np.ndarray: # of the same shape, clipped later
     "A smaller image, each pixel the mean of a box, enlarged again"
     from PIL.Image import BOX
     return map_pil_images(x, lambda p:
-                                 p.resize((int(p.width*share), int(p.height*share)), BOX).resize(p.size, BOX))
+                                 p.resize((int(p.width*scale), int(p.height*scale)), BOX).resize(p.size, BOX))
 
 
 @register_corruption(80, 65, 58, 50, 40)
@@ -263,11 +263,11 @@ def jpeg_compression(
 @register_corruption(.06, .1, .12, .16, .2)
 def speckle_noise(
     x: np.ndarray, # (N, C, H, W) from 0 to 1
-    spread: float, # standard deviation of the noise of a value of 1
+    std: float, # standard deviation of the noise of a value of 1
     rng: np.random.Generator, # of the noise
 ) -> np.ndarray: # of the same shape, clipped later
     "Normal noise, proportional to the value"
-    return x + np.float32(spread)*x*rng.standard_normal(x.shape, np.float32)
+    return x + np.float32(std)*x*rng.standard_normal(x.shape, np.float32)
 
 
 @register_corruption(.4, .6, .7, .8, 1)

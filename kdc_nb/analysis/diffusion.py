@@ -16,7 +16,7 @@ from ..core import check
 from ..calibration.metrics import DERIVED, Metric
 from ..calibration.estimates import Estimate
 from ..calibration.diagrams import COLORS, GREY
-from ..calibration.students import mean_estimate
+from ..calibration.students import estimate_mean
 from kdc_nb.experiments.specs import (
     Distil, RunSpec, describe_run, method_label, run_label, self_distillation_chain, trace_generation,
 )
@@ -75,7 +75,7 @@ def generations_frame(
 
 def _mean(values: Tensor, limits: tuple[float, float]) -> Estimate: # (N,) of the images
     "The mean of a network, with its interval"
-    return mean_estimate(values.double().numpy()[None], limits)
+    return estimate_mean(values.double().numpy()[None], limits)
 
 
 _Chain = tuple[RunSpec, float, float] # generation zero, T and alpha

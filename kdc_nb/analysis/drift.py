@@ -111,7 +111,7 @@ class DriftResult:
 def evaluate_drift(
     spec: RunSpec, # a finished run
     store: Store | None = None, # None: the one in the cache folder
-    names: Sequence[str] | None = None, # corruptions, or names of published files; None: all corruptions
+    corruptions: Sequence[str] | None = None, # their names, or those of published files; None: all
     severities: Sequence[int] = (1, 2, 3, 4, 5), # any of 1 to 5, from weak to strong
     n: int | None = None, # the first so many test images; None: all
     folder: Path | str | None = None, # of the published .npy files; None: the corruptions are made here
@@ -122,7 +122,7 @@ def evaluate_drift(
 
     Results of different n are of different noise, also on the images that they share.
     """
-    store, names = store or Store(), tuple(CORRUPTIONS) if names is None else names
+    store, corruptions = store or Store(), tuple(CORRUPTIONS) if corruptions is None else corruptions
     result, data = store.get(spec), load_data(spec.data)
     check(result is not None, "spec", f"{run_label(spec)}, which is not in {store.folder}",
           "a finished run: `run` it first")
@@ -130,14 +130,14 @@ def evaluate_drift(
     check(isinstance(n, Integral) and 1 <= n <= len(data.test), "n", n, f"1 to {len(data.test)}")
     one, test = (Split(data.test.inputs[:m].to("cpu"), data.test.labels[:m]) for m in (1, n))
     for severity in severities: check_severity(severity)
-    for name in names: _load_corrupted_test(one if folder is None else test, name, 1, folder)
+    for name in corruptions: _load_corrupted_test(one if folder is None else test, name, 1, folder)
     net, T = RunContext(store, device).trained_net(spec).to(best_device(device)), result.evaluation.T
     def ask(inputs):
         logits = predict_logits(net, data, inputs).double()
         return {"raw": _evaluate_with_noise(logits, test.labels),
                 "scaled": _evaluate_with_noise(logits/T, test.labels)}
     rows = {"clean": ask(test.inputs)} | {f"{k}/{s}": ask(_load_corrupted_test(test, k, s, folder))
-                                          for k in names for s in severities}
+                                          for k in corruptions for s in severities}
     return DriftResult(spec, n, T, rows, folder is not None)
 
 # %% ../../nbs/analysis/08_drift.ipynb #5843350e

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['gaussian_smooth', 'defocus_kernel', 'motion_filter', 'zoom_centre', 'plasma_fractal', 'decompose_hsv',
-           'resample_bilinear', 'pixel_grid', 'random_affine', 'map_pil_images']
+           'resample_bilinear', 'pixel_coordinates', 'random_affine_coordinates', 'map_pil_images']
 
 # %% ../../nbs/analysis/06_filters.ipynb #9bc0a1a9
 from collections.abc import Callable
@@ -109,18 +109,18 @@ def decompose_hsv(
 # %% ../../nbs/analysis/06_filters.ipynb #0c5aed0a
 def resample_bilinear(
     x: np.ndarray, # (N, C, H, W)
-    at: np.ndarray, # (N, H, W, 2) where each pixel is read: to the right and down, in pixels
+    coordinates: np.ndarray, # (N, H, W, 2) where each pixel is read: to the right and down, in pixels
     mirror: str, # about what images are mirrored beyond the border: outermost "pixels", or their "edges"
 ) -> np.ndarray: # of the shape of `x`, float32
     "Images read at any places between their pixels, by bilinear interpolation"
     size = np.array(x.shape[:1:-1])
-    grid = 2*at/(size - 1) - 1 if mirror == "pixels" else (2*at + 1)/size - 1
+    grid = 2*coordinates/(size - 1) - 1 if mirror == "pixels" else (2*coordinates + 1)/size - 1
     x, grid = (torch.from_numpy(a.astype(np.float32)) for a in (x, grid))
     return torch.nn.functional.grid_sample(x, grid, "bilinear", "reflection",
                                            align_corners=mirror == "pixels").numpy()
 
 # %% ../../nbs/analysis/06_filters.ipynb #62a90722
-def pixel_grid(
+def pixel_coordinates(
     h: int, # number of rows
     w: int, # number of columns
 ) -> np.ndarray: # (h, w, 2) integers
@@ -128,19 +128,19 @@ def pixel_grid(
     return np.stack(np.meshgrid(np.arange(w), np.arange(h)), -1)
 
 # %% ../../nbs/analysis/06_filters.ipynb #ab6391b6
-def random_affine(
+def random_affine_coordinates(
     n: int, # number of images
     h: int, # number of rows
     w: int, # number of columns
-    far: float, # by how much each of three points may move along each axis, in pixels
+    max_shift: float, # by how much each of three points may move along each axis, in pixels
     rng: np.random.Generator, # of the moves
 ) -> np.ndarray: # (n, h, w, 2) where each pixel is read: to the right and down, in pixels
     "Random affine maps near the identity, given by how three points move"
     three = np.array([w//2, h//2]) + min(h, w)//3*np.array([[1, 1], [1, -1], [-1, -1]])
-    moved = three + rng.uniform(-far, far, (n, 3, 2))
+    moved = three + rng.uniform(-max_shift, max_shift, (n, 3, 2))
     # (n, 3, 2): takes the moved points to the three
     back = np.linalg.inv(np.concatenate([moved, np.ones((n, 3, 1))], 2)) @ three
-    return (pixel_grid(h, w).reshape(-1, 2) @ back[:, :2] + back[:, 2:]).reshape(n, h, w, 2)
+    return (pixel_coordinates(h, w).reshape(-1, 2) @ back[:, :2] + back[:, 2:]).reshape(n, h, w, 2)
 
 # %% ../../nbs/analysis/06_filters.ipynb #6e79198e
 def map_pil_images(

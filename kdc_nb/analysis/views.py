@@ -22,11 +22,11 @@ from ..training.data import load_data
 from ..training.devices import best_device
 from ..training.steps import predict_logits
 from ..experiments.specs import RunSpec
-from ..experiments.results import Result, compact_json, result_from_json, without_logits
+from ..experiments.results import Result, rounded_json, result_from_json, without_logits
 from ..experiments.store import Store
 from ..experiments.runs import RunContext, run
 from .features import FeatureExtractor, head_weights
-from .geometry import class_geometry, measure_merging, similar_classes, similar_triples
+from .geometry import class_geometry, measure_merging, similar_classes, similar_pair_and_other
 
 # %% ../../nbs/analysis/02_views.ipynb #eafe30f1
 @dataclass(frozen=True, eq=False)
@@ -104,7 +104,7 @@ def most_confused_triple(
 ) -> tuple[int, int, int]: # 0, 1, 2 if there are no super-classes
     "The two similar classes that overlap most, and the class of another super-class that overlaps them least"
     similar = similar_classes(view) if view.superclass else torch.zeros_like(view.class_overlaps).bool()
-    if not similar_triples(similar).any(): return 0, 1, 2
+    if not similar_pair_and_other(similar).any(): return 0, 1, 2
     a, b = divmod(int((view.class_overlaps - 9*(~similar).float()).argmax()), len(similar))
     far = (view.class_overlaps[a] + view.class_overlaps[b] + 9*(similar[a] | similar[b])).index_fill(
         0, torch.tensor([a, b]), 9
@@ -164,7 +164,7 @@ def write_features(
                for v in views for k in v.feature_index)
     check(same, "views", "features of different images", "views with the same per_class")
     save_npz(path, _compress_views(views),
-             runs=[{"result": compact_json(v.result), "merging": round_numbers(encode(v.merging))}
+             runs=[{"result": rounded_json(v.result), "merging": round_numbers(encode(v.merging))}
                    for v in views],
              classes=views[0].classes, superclass=views[0].superclass)
 

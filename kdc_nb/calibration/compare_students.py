@@ -17,7 +17,7 @@ from .outputs import check_same_tables, to_log_probs
 from .evaluation import evaluate
 from .comparisons import Comparison, check_seeds, compare, split_by_seed
 from kdc_nb.calibration.students import (
-    METRICS_SHOWN, ImageRows, compare_images, judge_kept, mean_estimate, pool_evaluations, share_passed,
+    METRICS_SHOWN, ImageRows, compare_images, judge_kept, estimate_mean, pool_evaluations, fraction_passed,
 )
 from .student_report import Student, StudentReport
 
@@ -87,7 +87,7 @@ def compare_students(
     rows = {name: compare_images(*_in_pairs(log_probs["teacher"], log_probs[name]), y) for name in named}
     found = _describe_students({name: pair(name, "teacher") for name in named}, rows)
     beside = {name: pair(name, direct) for name in named if name != direct} if direct else {}
-    gap = mean_estimate(next(iter(rows.values())).teacher_gap, (-1, 1))
+    gap = estimate_mean(next(iter(rows.values())).teacher_gap, (-1, 1))
     return StudentReport(y, log_probs, evaluations, pooled, gap, found, direct, beside)
 
 
@@ -129,8 +129,8 @@ def _describe_students(
     verdicts = judge_kept(differences)
     def described(name, c):
         r = rows[name]
-        return Student(c, mean_estimate(r.student_gap, (-1, 1)), share_passed(r.teacher_gap, r.student_gap),
-                       mean_estimate(r.agreement, (0, 1)), mean_estimate(r.kl, (0, float("inf"))),
-                       mean_estimate(r.bold_error, (0, 1)),
+        return Student(c, estimate_mean(r.student_gap, (-1, 1)),
+                       fraction_passed(r.teacher_gap, r.student_gap), estimate_mean(r.agreement, (0, 1)),
+                       estimate_mean(r.kl, (0, float("inf"))), estimate_mean(r.bold_error, (0, 1)),
                        {which: v for (k, which), v in verdicts.items() if k == name})
     return {name: described(name, c) for name, c in comparisons.items()}

@@ -23,7 +23,7 @@ from kdc_nb.calibration.metric_labels import (
     format_metric, metric_label, metric_name, metric_unit, table_order, to_display_unit,
 )
 from .contributions import PairedContributions, pair_contributions
-from .differences import Difference, difference_of_contributions, holm
+from .differences import Difference, difference_from_contributions, holm
 
 # %% ../../nbs/calibration/13_comparisons.ipynb #7d65c1f1
 EQUIVALENCE_MARGINS = {"ece": .005, "ace": .005, "ks": .005,
@@ -197,7 +197,7 @@ def _compare_metrics(
     pairs: Mapping[tuple[str, str], PairedContributions], # by output and metric
 ) -> dict[tuple[str, str], _ComparedMetric]:
     "All comparisons, corrected for their number"
-    found = {k: difference_of_contributions(pair, k[1]) for k, pair in pairs.items()
+    found = {k: difference_from_contributions(pair, k[1]) for k, pair in pairs.items()
              if np.isfinite(pair.a + pair.b).all()}
     p = dict(zip(found, holm([d.p for d in found.values()]).tolist()))
     def compared(k, pair):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['contributions_per_image', 'signed_gaps', 'debiased_contributions', 'shift_to_debiased', 'PairedContributions',
-           'pair_contributions', 'paired_fractions_interval', 'mcnemar_p', 'debiased_difference_error']
+           'pair_contributions', 'paired_fractions_interval', 'mcnemar_exact_p', 'debiased_difference_se']
 
 # %% ../../nbs/calibration/11_contributions.ipynb #1193c5cf
 from collections.abc import Callable, Sequence
@@ -26,13 +26,14 @@ from .metric_labels import table_order
 
 # %% ../../nbs/calibration/11_contributions.ipynb #b4db779a
 def contributions_per_image(
-    o: Outcomes, # of one model
+    outcomes: Outcomes, # of one model
     metric: str, # "top1", "nll", or a paired calibration error of the top label, of 15 bins
 ) -> Tensor: # (N,) numbers whose mean is the metric
     "What each image contributes to a metric"
-    known = [k for k in table_order(METRICS) if k in o.per_sample or METRICS[k].norm and METRICS[k].paired]
+    values = outcomes.per_sample
+    known = [k for k in table_order(METRICS) if k in values or METRICS[k].norm and METRICS[k].paired]
     check(metric in known, "metric", repr(metric), f"{', '.join(known)}: what is known of each image")
-    return o.per_sample[metric] if metric in o.per_sample else signed_gaps(o.predictions, metric)
+    return values[metric] if metric in values else signed_gaps(outcomes.predictions, metric)
 
 
 def signed_gaps(
@@ -63,12 +64,13 @@ def debiased_contributions(
 
 
 def shift_to_debiased(
-    row: Tensor, # (N,) contributions to a calibration error, as `signed_gaps` gives them
+    contributions: Tensor, # (N,) contributions to a calibration error, as `signed_gaps` gives them
     predictions: BinaryPredictions, # (N, 1) of the top label
     metric: str, # name of the calibration error
 ) -> Tensor: # (N,)
     "Contributions shifted so that their mean is the debiased estimate (200 draws) of the calibration error"
-    return row + top_label_estimates([metric], predictions, n_boot=200)[metric].debiased - row.mean()
+    debiased = top_label_estimates([metric], predictions, n_boot=200)[metric].debiased
+    return contributions + debiased - contributions.mean()
 
 # %% ../../nbs/calibration/11_contributions.ipynb #5893add8
 class PairedContributions(NamedTuple):
@@ -129,13 +131,13 @@ def paired_fractions_interval(
     return a - b - side(a - low_a, high_b - b), a - b + side(high_a - a, b - low_b)
 
 
-def mcnemar_p(
+def mcnemar_exact_p(
     only_a: int, # on how many images the first model alone is correct
     only_b: int, # on how many the second alone
 ) -> float: # two-sided, 0 to 1
     """The exact p value of two models that are equally often correct (McNemar 1947).
 
-    >>> mcnemar_p(0, 2), mcnemar_p(0, 6)
+    >>> mcnemar_exact_p(0, 2), mcnemar_exact_p(0, 6)
     (0.5, 0.03125)
     """
     from scipy.stats import binomtest
@@ -203,11 +205,11 @@ def _draw_both(
 # %% ../../nbs/calibration/11_contributions.ipynb #8a349a4f
 _DRAWS, _REFUTED = 200, 3 # draws of labels for a law; standard deviations at which it is refuted
 
-def debiased_difference_error(
+def debiased_difference_se(
     metric: str, # name of a calibration error of the top label
     a: BinaryPredictions, # (N, 1) of the first model's top labels
     b: BinaryPredictions, # (N, 1) of the second's, on the same images
-    alike: Tensor, # (N,) whether both predict the same class
+    agree: Tensor, # (N,) whether both predict the same class
     difference: float, # of the debiased errors, the first less the second
     n_bins: int = 15, # bins of the metric
 ) -> float: # in the unit of the metric
@@ -219,9 +221,9 @@ def debiased_difference_error(
         one, other = (f(x) for f, x in zip(errors, correct))
         return torch.stack([one, other, one - other])
     seen = both((a.correct, b.correct))[:, 0]
-    for k, law in enumerate(_common_laws(a, b, alike)):
-        g, at_once = torch.Generator().manual_seed(0), max(1, min(_DRAWS, 2**22//len(alike)))
-        drawn = torch.cat([both(_draw_both(law, alike, at_once, g)) for _ in range(0, _DRAWS, at_once)], 1)
+    for k, law in enumerate(_common_laws(a, b, agree)):
+        g, at_once = torch.Generator().manual_seed(0), max(1, min(_DRAWS, 2**22//len(agree)))
+        drawn = torch.cat([both(_draw_both(law, agree, at_once, g)) for _ in range(0, _DRAWS, at_once)], 1)
         mean, spread = drawn.mean(1), drawn.std(1)
         if k < 2 and ((seen - mean).abs() > _REFUTED*spread + 1e-12).any(): continue
         corrected = (seen - mean + both([q[:, None] for q in law])[:, 0])[2]

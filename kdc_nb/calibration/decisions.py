@@ -22,7 +22,7 @@ from .bins import exact_interval
 from .null_bands import central_range
 from .estimates import Estimate
 from kdc_nb.calibration.differences import (
-    Difference, check_paired_outcomes, estimate_difference, t_quantile,
+    Difference, check_paired_outcomes, estimate_difference, t_upper_quantile,
 )
 
 # %% ../../nbs/calibration/19_decisions.ipynb #9e59e38a
@@ -39,29 +39,29 @@ def _errors_by_confidence(o: Outcomes) -> tuple[Tensor, Tensor, Tensor]: # (N,),
 
 
 def risk_coverage(
-    o: Outcomes, # of one model
+    outcomes: Outcomes, # of one model
 ) -> RiskCoverage:
     "The risk at each coverage that can be had"
-    _, count, wrong = _errors_by_confidence(o)
+    _, count, wrong = _errors_by_confidence(outcomes)
     answered = count.cumsum(0).double()
-    return RiskCoverage(answered/len(o.correct), wrong.cumsum(0)/answered)
+    return RiskCoverage(answered/len(outcomes.correct), wrong.cumsum(0)/answered)
 
 # %% ../../nbs/calibration/19_decisions.ipynb #16d99ed1
 def aurc_contributions(
-    o: Outcomes, # of one model
+    outcomes: Outcomes, # of one model
 ) -> Tensor: # (N,) float64, whose mean is the AURC
     "What each image contributes to the area under the curve of risk and coverage"
-    group, count, wrong = _errors_by_confidence(o)
+    group, count, wrong = _errors_by_confidence(outcomes)
     rank, place = torch.arange(1, len(group) + 1).double(), torch.arange(len(count)).repeat_interleave(count)
     def group_means(x): # of the sums over all ranks from each one on, over a group's ranks
         return torch.bincount(place, x.flip(0).cumsum(0).flip(0), len(count))/count
     at_rank = (wrong/count).repeat_interleave(count) # in random order within a group
     own, dilutes = group_means(1/rank), group_means(at_rank/rank)
-    return (1 - o.correct)*own[group] - dilutes[group] + (1 - o.correct).mean()
+    return (1 - outcomes.correct)*own[group] - dilutes[group] + (1 - outcomes.correct).mean()
 
 # %% ../../nbs/calibration/19_decisions.ipynb #e74ef5e4
 def estimate_aurc(
-    o: Outcomes, # of one model, two images or more
+    outcomes: Outcomes, # of one model, two images or more
     n_boot: int = 1000, # draws for the null band, 2 or more
     level: float = .95, # of the interval and the band, between 0 and 1
     seed: int = 0, # of the draws
@@ -70,14 +70,14 @@ def estimate_aurc(
     `ValueError` names what is wrong with a number
     """
     check_bins_and_draws(1, n_boot, seed)
-    check((n := len(o.correct)) > 1, "outcomes", f"{n} images", "two or more")
-    each, errors = aurc_contributions(o).numpy(), n - float(o.correct.sum())
+    check((n := len(outcomes.correct)) > 1, "outcomes", f"{n} images", "two or more")
+    each, errors = aurc_contributions(outcomes).numpy(), n - float(outcomes.correct.sum())
     value, (least, most) = each.mean(), exact_interval(errors, n, level)
     low, high = least + (1 - least)*math.log1p(-least) if least < 1 else 1., most*(1 - math.log(most))
     if 0 < errors < n:
-        reach = math.exp(min(t_quantile((1 - level)/2, n - 1)*each.std(ddof=1)/n**.5/value, 700.))
+        reach = math.exp(min(t_upper_quantile((1 - level)/2, n - 1)*each.std(ddof=1)/n**.5/value, 700.))
         low, high = max(low, value/reach), min(high, value*reach)
-    null_low, null_high = central_range(_aurc_null_draws(o, n_boot, seed), level)
+    null_low, null_high = central_range(_aurc_null_draws(outcomes, n_boot, seed), level)
     return Estimate(float(value), low, high, None, null_low, min(null_high, 1.))
 
 
@@ -201,6 +201,6 @@ def evaluate_sets(
     check_bins_and_draws(1, level=level)
     held, size, n = sets.member.gather(1, y[:, None]).sum(), sets.member.double().sum(1), len(y)
     mean = float(size.mean())
-    reach = t_quantile((1 - level)/2, n - 1)*float(size.std())/n**.5 if n > 1 else math.inf
+    reach = t_upper_quantile((1 - level)/2, n - 1)*float(size.std())/n**.5 if n > 1 else math.inf
     return {"coverage": Estimate(float(held)/n, *exact_interval(float(held), n, level)),
             "size": Estimate(mean, max(mean - reach, 0.), min(mean + reach, sets.member.shape[1]))}

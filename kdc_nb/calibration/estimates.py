@@ -25,7 +25,7 @@ from kdc_nb.calibration.null_bands import (
     NullDraws, central_range, check_value, classwise_null_scores, split_metric_names, top_label_null_draws,
 )
 from kdc_nb.calibration.intervals import (
-    debiased_error, invert_test, mean_correct, pooled_limit, safe_directions, trial_lengths,
+    debiased_error, invert_test, expected_correct, pooled_limit, safe_directions, trial_errors,
 )
 
 # %% ../../nbs/calibration/08_estimates.ipynb #3de8b758
@@ -104,8 +104,8 @@ def _classwise_ends(
     widening = max(widening, dependence)
     seen = contents.correct*(1 - contents.correct/contents.count) # variance that the outcomes show
     def scores(direction): # true sums, and mean and deviation of the scores there
-        mean = torch.stack([mean_correct(contents, direction, float(t), total)
-                            for t in trial_lengths(contents, total)])
+        mean = torch.stack([expected_correct(contents, direction, float(t), total)
+                            for t in trial_errors(contents, total)])
         m, v = absolute_gap_moments(contents, mean.numpy())
         more = torch.where(direction == 0, (seen - contents.variance).clamp(min=0), 0.).sum()
         true = total(contents.confidence - mean).numpy()

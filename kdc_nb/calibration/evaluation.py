@@ -28,10 +28,10 @@ from kdc_nb.calibration.metric_labels import (
 )
 from .bins import split_rows
 from kdc_nb.calibration.posthoc import (
-    FittedTemperature, cross_fit_temperature, estimate_temperature, to_logits,
+    FittedTemperature, cross_fitted_temperatures, estimate_temperature, to_logits,
 )
-from .null_bands import check_value, null_band_of_mean
-from .intervals import FEW_ERRORS, mean_interval, unseen_errors
+from .null_bands import check_value, per_sample_null_band
+from .intervals import FEW_ERRORS, skew_corrected_interval, unseen_errors
 from .estimates import Estimate, calibration_estimates
 
 # %% ../../nbs/calibration/10_evaluation.ipynb #d4a31c69
@@ -39,12 +39,13 @@ def _per_sample_estimate(name: str, x: Tensor, y: Tensor, from_logits: bool, lev
     "A metric that is a mean over images, with its interval and null band"
     m, parts = METRICS[name], split_rows(x)
     each = torch.cat([m.per_sample(*part, from_logits) for part in zip(parts, y.split(len(parts[0])))])
-    null, promised = null_band_of_mean(m, x, from_logits, level)
+    null, promised = per_sample_null_band(m, x, from_logits, level)
     value = float(each.mean())
     check_value(name, value)
     if not math.isfinite(value): return Estimate(null_low=null.low, null_high=null.high)
     if m.interval: return Estimate(value, *m.interval(each, level), None, null.low, null.high)
-    unseen, (low, high) = unseen_errors(m, x, y, from_logits, level), mean_interval(each, promised, level)
+    unseen = unseen_errors(m, x, y, from_logits, level)
+    low, high = skew_corrected_interval(each, promised, level)
     if not math.isfinite(unseen): return Estimate(value, null_low=null.low, null_high=null.high)
     low, high = m.clip(min(low, value + unseen)), m.clip(max(high, value + unseen))
     return Estimate(value, low, high, None, null.low, null.high)
@@ -200,7 +201,7 @@ def evaluate(
                         n_wrong=int((x.argmax(1) != y).sum()))
     if not valid and len(y) < 5: return result
     z, fitted = to_logits(x, from_logits), estimate_temperature(*(valid or (x, y)), from_logits)
-    z = z/(fitted.T if valid else cross_fit_temperature(z, y, seed, fitted.T)[:, None])
+    z = z/(fitted.T if valid else cross_fitted_temperatures(z, y, seed, fitted.T)[:, None])
     scaled = _estimates(z, y, True, names, **draws)
     if not valid and fitted.high: scaled = _widen_for_temperature(scaled, z, fitted.high/fitted.T, n_bins)
     return replace(result, scaled=scaled, T=fitted.T, cross_fitted=not valid,

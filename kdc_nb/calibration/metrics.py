@@ -136,14 +136,14 @@ def _check_metric(argument: str, m: Metric) -> None:
 
 
 def label_moments(
-    m: Metric, # with `per_sample`
-    x: Tensor, # (N, C) outputs that were checked
+    metric: Metric, # with `per_sample`
+    outputs: Tensor, # (N, C) outputs that were checked
     from_logits: bool, # whether they are logits; False: they are probabilities
 ) -> tuple[Tensor, Tensor]: # mean (N,), variance (N,)
     "Mean and variance of each image's value if its label were drawn from the model's own probabilities"
-    p = to_probs(x, from_logits)
-    if m.moments: return m.moments(p)
-    each = [m.per_sample(x, torch.full((len(x),), c), from_logits) for c in range(p.shape[1])]
+    p = to_probs(outputs, from_logits)
+    if metric.moments: return metric.moments(p)
+    each = [metric.per_sample(outputs, torch.full((len(p),), c), from_logits) for c in range(p.shape[1])]
     each = torch.where(p > 0, torch.stack(each, 1), 0.)
     mean = (p*each).sum(1)
     return mean, (p*(each - mean[:, None]).square()).sum(1)
@@ -168,10 +168,10 @@ METRICS.built_in = frozenset(BUILT_IN + ON_REQUEST)
 # %% ../../nbs/calibration/02_metrics.ipynb #82063c42
 def select_metrics(
     names: str | Sequence[str] | None = None, # of metrics; None: the built-in ones
-    fits: Callable[[Metric], Any] = bool, # whether a metric can be asked for; `bool`: all can
+    where: Callable[[Metric], Any] = bool, # whether a metric can be asked for; `bool`: all can
 ) -> dict[str, Metric]: # by name, in the order asked for
     "Metrics by name; a `ValueError` lists those that can be asked for"
-    known = {k: m for k, m in METRICS.items() if fits(m)}
+    known = {k: m for k, m in METRICS.items() if where(m)}
     names = [*filter(known.get, BUILT_IN)] if names is None else [names] if isinstance(names, str) else names
     check(isinstance(names, Collection) and names and all(isinstance(k, str) for k in names),
           "metrics", repr(names), "a name, a list of names, or None")

@@ -16,11 +16,11 @@ from .metrics import METRICS, Metric
 
 # %% ../../nbs/calibration/18_norms.ipynb #85ee4509
 def rms_norm(
-    gaps: Tensor, # (..., K, B) as `bin_gaps` gives them
+    weighted_gaps: Tensor, # (..., K, B) as `bin_gaps` gives them
     share: Tensor, # (K, B) what part of the images each bin holds, 0 to 1
 ) -> Tensor: # (...) 0 to 1
     "Root of the mean squared gap of the bins, weighted by their images, mean over the K columns"
-    return (gaps.square()/share.clamp(min=1e-30)).sum(-1).sqrt().mean(-1)
+    return (weighted_gaps.square()/share.clamp(min=1e-30)).sum(-1).sqrt().mean(-1)
 
 
 METRICS.data.update(rms=Metric("RMS", "%", limits=(0, 1), axis="RMS calibration error", predictions=top_label,

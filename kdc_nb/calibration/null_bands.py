@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIE_TOLERANCE', 'simulate_calibrated', 'NullDraws', 'top_label_null_draws', 'classwise_null_scores',
-           'split_metric_names', 'check_value', 'null_draws', 'NullBand', 'null_band_of_mean', 'central_range',
+           'split_metric_names', 'check_value', 'null_draws', 'NullBand', 'per_sample_null_band', 'central_range',
            'null_band']
 
 # %% ../../nbs/calibration/06_null_bands.ipynb #902b4a3b
@@ -207,19 +207,19 @@ for _name, _f in (("nll", _nll_moments), ("brier", _brier_moments), ("top1", _to
     extend_metric(_name, moments=_f)
 
 # %% ../../nbs/calibration/06_null_bands.ipynb #3fa08291
-def null_band_of_mean(
-    m: Metric, # with `per_sample`
-    x: Tensor, # (N, C) outputs that were checked
+def per_sample_null_band(
+    metric: Metric, # with `per_sample`
+    outputs: Tensor, # (N, C) outputs that were checked
     from_logits: bool, # whether they are logits; False: they are probabilities
     level: float, # of the band, between 0 and 1
 ) -> tuple[NullBand, float]: # the band; the variance of an image's value
     "The null band of a metric that is a mean over images, which needs no draws; a `ValueError` for the level"
     check(0 < level < 1, "level", level, "a number between 0 and 1")
-    parts = [label_moments(m, part, from_logits) for part in split_rows(x)]
+    parts = [label_moments(metric, part, from_logits) for part in split_rows(outputs)]
     expected, variance = map(torch.cat, zip(*parts))
     variance, centre = variance.clamp(min=0), float(expected.mean())
-    spread = NormalDist().inv_cdf((1 + level)/2)*float(variance.sum())**.5/len(x)
-    band = NullBand(m.clip(centre - spread), centre, m.clip(centre + spread))
+    spread = NormalDist().inv_cdf((1 + level)/2)*float(variance.sum())**.5/len(outputs)
+    band = NullBand(metric.clip(centre - spread), centre, metric.clip(centre + spread))
     return band, float(variance.mean() + expected.var(unbiased=False))
 
 # %% ../../nbs/calibration/06_null_bands.ipynb #1dc20f79
@@ -259,7 +259,7 @@ def null_band(
     binned, x = [k for k, m in chosen.items() if m.norm], check_outputs(outputs, from_logits)
     draws = null_draws(x, binned, n_bins, n_boot, seed, from_logits) if binned else {}
     def band(k, m):
-        if k not in draws: return null_band_of_mean(m, x, from_logits, level)[0]
+        if k not in draws: return per_sample_null_band(m, x, from_logits, level)[0]
         low, high = central_range(draws[k], level)
         return NullBand(low, float(draws[k].mean()), high)
     return {k: band(k, m) for k, m in chosen.items()}

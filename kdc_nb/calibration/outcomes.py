@@ -52,10 +52,10 @@ def compute_outcomes(
 
 # %% ../../nbs/calibration/03_outcomes.ipynb #b9326545
 def metrics_from_outcomes(
-    o: Outcomes, # of one model
+    outcomes: Outcomes, # of one model
 ) -> dict[str, float]: # by name; fractions, NLL in nats
     "The metrics that follow from outcomes: NLL, accuracy, SCE, and all errors of the top label, your own too"
-    top = {k: binned_error(m, o.predictions, 15)
+    top = {k: binned_error(m, outcomes.predictions, 15)
            for k, m in METRICS.items() if m.predictions is top_label and k not in ON_REQUEST}
-    return ({k: float(v.mean()) for k, v in o.per_sample.items()}
-            | top | {"sce": float(l1_norm(o.classwise_gaps, None))})
+    return ({k: float(v.mean()) for k, v in outcomes.per_sample.items()}
+            | top | {"sce": float(l1_norm(outcomes.classwise_gaps, None))})

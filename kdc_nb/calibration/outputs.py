@@ -222,16 +222,16 @@ def softmax64(
 
 
 def to_probs(
-    x: Tensor, # (N, C) outputs that were checked
+    outputs: Tensor, # (N, C) outputs that were checked
     from_logits: bool, # whether they are logits; False: they are probabilities
 ) -> Tensor: # (N, C), 0 to 1
     "Logits or probabilities as probabilities"
-    return x if not from_logits else x.softmax(1)
+    return outputs if not from_logits else outputs.softmax(1)
 
 
 def to_log_probs(
-    x: Tensor, # (N, C) outputs that were checked
+    outputs: Tensor, # (N, C) outputs that were checked
     from_logits: bool, # whether they are logits; False: they are probabilities
 ) -> Tensor: # (N, C), 0 or less, natural logarithm
     "Logits or probabilities as log-probabilities, -inf for a probability of 0"
-    return x.log() if not from_logits else x.log_softmax(1)
+    return outputs.log() if not from_logits else outputs.log_softmax(1)

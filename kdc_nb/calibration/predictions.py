@@ -23,32 +23,34 @@ class BinaryPredictions(NamedTuple):
 
 
 def top_label(
-    x: Tensor, # (N, C) outputs that were checked
-    y: Tensor, # (N,) labels, 0 to C-1
+    outputs: Tensor, # (N, C) outputs that were checked
+    labels: Tensor, # (N,) labels, 0 to C-1
     from_logits: bool, # whether the outputs are logits; False: they are probabilities
 ) -> BinaryPredictions: # (N, 1)
     "The prediction of the top label: its probability (the confidence), and whether the label is the top one"
-    top = x.argmax(1, keepdim=True)
-    return BinaryPredictions(to_probs(x, from_logits).gather(1, top), (top == y[:, None]).double())
+    top = outputs.argmax(1, keepdim=True)
+    return BinaryPredictions(to_probs(outputs, from_logits).gather(1, top), (top == labels[:, None]).double())
 
 
 def classwise(
-    x: Tensor, # (N, C) outputs that were checked
-    y: Tensor, # (N,) labels, 0 to C-1
+    outputs: Tensor, # (N, C) outputs that were checked
+    labels: Tensor, # (N,) labels, 0 to C-1
     from_logits: bool, # whether the outputs are logits; False: they are probabilities
 ) -> BinaryPredictions: # (N, C)
     "The predictions of every class: its probability, and whether it is the label"
-    return BinaryPredictions(to_probs(x, from_logits), torch.nn.functional.one_hot(y, x.shape[1]).double())
+    correct = torch.nn.functional.one_hot(labels, outputs.shape[1]).double()
+    return BinaryPredictions(to_probs(outputs, from_logits), correct)
 
 
 def positive_class(
-    x: Tensor, # (N, 2) outputs that were checked
-    y: Tensor, # (N,) labels, 0 or 1
+    outputs: Tensor, # (N, 2) outputs that were checked
+    labels: Tensor, # (N,) labels, 0 or 1
     from_logits: bool, # whether the outputs are logits; False: they are probabilities
 ) -> BinaryPredictions: # (N, 1)
     "The prediction of class 1 of two, whatever the top label is; a `ValueError` for more classes"
-    check(x.shape[1] == 2, "outputs", f"{x.shape[1]} classes", "2, of which class 1 is the positive one")
-    return BinaryPredictions(to_probs(x, from_logits)[:, 1:], y[:, None].double())
+    check(outputs.shape[1] == 2, "outputs", f"{outputs.shape[1]} classes",
+          "2, of which class 1 is the positive one")
+    return BinaryPredictions(to_probs(outputs, from_logits)[:, 1:], labels[:, None].double())
 
 # %% ../../nbs/calibration/01_predictions.ipynb #9b59e7b2
 def equal_width_bins(
@@ -126,27 +128,27 @@ def gaps_and_shares(
 
 # %% ../../nbs/calibration/01_predictions.ipynb #d71a1abf
 def l1_norm(
-    gaps: Tensor, # (..., K, B) as `bin_gaps` gives them
+    weighted_gaps: Tensor, # (..., K, B) as `bin_gaps` gives them
     share: Tensor, # (K, B) not used
 ) -> Tensor: # (...) 0 to 1
     "Sum of the absolute gaps over the B bins, mean over the K columns: the norm of ECE, ACE and SCE"
-    return gaps.abs().sum(-1).mean(-1)
+    return weighted_gaps.abs().sum(-1).mean(-1)
 
 
 def max_norm(
-    gaps: Tensor, # (..., K, B) as `bin_gaps` gives them
+    weighted_gaps: Tensor, # (..., K, B) as `bin_gaps` gives them
     share: Tensor, # (K, B) what part of the images each bin holds, 0 to 1
 ) -> Tensor: # (...) 0 to 1
     "The largest absolute difference of confidence and accuracy in any bin: the norm of MCE"
-    return (gaps.abs()/share.clamp(min=1e-30)).amax((-2, -1))
+    return (weighted_gaps.abs()/share.clamp(min=1e-30)).amax((-2, -1))
 
 
 def ks_norm(
-    gaps: Tensor, # (..., K, B) as `bin_gaps` gives them, in ascending order of confidence
+    weighted_gaps: Tensor, # (..., K, B) as `bin_gaps` gives them, in ascending order of confidence
     share: Tensor, # (K, B) not used
 ) -> Tensor: # (...) 0 to 1
     "The largest absolute running sum of the gaps: the norm of the Kolmogorov-Smirnov calibration error"
-    return gaps.cumsum(-1).abs().amax((-2, -1))
+    return weighted_gaps.cumsum(-1).abs().amax((-2, -1))
 
 # %% ../../nbs/calibration/01_predictions.ipynb #85d342d2
 def binned_error(

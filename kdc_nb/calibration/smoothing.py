@@ -53,7 +53,7 @@ def _fixed_point(norm: Callable[[Tensor], Tensor], low: Tensor, high: Tensor) ->
 
 # %% ../../nbs/calibration/15_smoothing.ipynb #799ac949
 def smooth_norm(
-    gaps: Tensor, # (..., K, B) in the first B of 1,000 cells, as `bin_gaps` gives them
+    weighted_gaps: Tensor, # (..., K, B) in the first B of 1,000 cells, as `bin_gaps` gives them
     share: Tensor, # (K, B) not used
 ) -> Tensor: # (...) 0 to 1
     """The L1 norm of the gaps after smoothing by a reflected Gaussian as wide as that norm, mean over the K
@@ -61,7 +61,7 @@ def smooth_norm(
 
     Its slope is that at a fixed width, so that the gaps times their slopes add up to the norm.
     """
-    rows = gaps[..., :_CELLS].flatten(0, -2)
+    rows = weighted_gaps[..., :_CELLS].flatten(0, -2)
     with torch.no_grad():
         low, high = rows.sum(1).abs(), rows.abs().sum(1)
         n_modes = 32
@@ -72,7 +72,7 @@ def smooth_norm(
     size = _smoothed_l1(rows, n_modes)(width)
     known = size.detach().clamp(min=torch.finfo(size.dtype).tiny)
     exact = torch.minimum(torch.maximum(known, low), high)/known # 1 but for kernels narrower than a cell
-    return (size*exact).view(gaps.shape[:-1]).mean(-1)
+    return (size*exact).view(weighted_gaps.shape[:-1]).mean(-1)
 
 
 def fine_bins(

@@ -16,7 +16,7 @@ from .outputs import check_bins_and_draws, check_probs_and_posterior
 from .predictions import BinaryPredictions, bin_sums, binned_error, equal_width_bins
 from .metrics import METRICS
 from .null_bands import central_range
-from .intervals import invert_chances, strongest_gaps
+from .intervals import invert_tail_probs, strongest_gaps
 from .estimates import Estimate
 
 # %% ../../nbs/calibration/16_truth.ipynb #5d0f983d
@@ -86,4 +86,4 @@ def _true_sums(gaps: Tensor, variance: Tensor, noise: Tensor, tail: float) -> tu
     lower = strongest_gaps(gaps, gaps.square()/variance.clamp(min=1e-300))
     t = lengths.numpy()
     same = t, at_most(gaps)
-    return invert_chances((t, 1 - at_most(lower)), same, same, tail)
+    return invert_tail_probs((t, 1 - at_most(lower)), same, same, tail)

@@ -241,7 +241,7 @@ class SideBySideRunner:
     ) -> Future: # never done where there is no pool, or not any more
         "Have a run evaluated by another process"
         inputs = load_evaluation_inputs(trained.spec, trained.logits)
-        try: return self.pool.submit(evaluate_splits, *inputs) if self.pool else Future()
+        try: return self.pool.submit(evaluate_splits, inputs) if self.pool else Future()
         except BrokenExecutor: self.pool = None
         return Future()
 

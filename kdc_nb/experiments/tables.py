@@ -17,7 +17,7 @@ import numpy as np
 from ..core import check
 from ..tables import Table
 from ..calibration.estimates import Estimate
-from ..calibration.differences import t_quantile
+from ..calibration.differences import t_upper_quantile
 from ..calibration.evaluation import DAGGER, OUTSIDE_NOTE, evaluate
 from kdc_nb.calibration.metric_labels import (
     find_metric, format_metric, metric_label, metric_unit, worst_value,
@@ -103,7 +103,7 @@ def _t_interval(values: "pandas.Series") -> np.ndarray: # ends of the 95% interv
     "Student's t"
     x = values.to_numpy()
     if len(x) < 2 or not np.isfinite(x).all(): return np.full(2, np.nan)
-    return x.mean() + np.array([-1, 1])*t_quantile(.025, len(x) - 1)*x.std(ddof=1)/len(x)**.5
+    return x.mean() + np.array([-1, 1])*t_upper_quantile(.025, len(x) - 1)*x.std(ddof=1)/len(x)**.5
 
 
 def _within_limits(means: "pandas.DataFrame") -> "pandas.DataFrame":

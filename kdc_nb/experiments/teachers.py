@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ..core import check
 from ..values import frozen_spec
-from ..files import check_fingerprint, content_hash, load_tensors, runs_folder, save_tensors
+from ..files import check_fingerprint_format, content_hash, load_tensors, runs_folder, save_tensors
 from ..calibration.outputs import as_float64, check_outputs
 from ..calibration.posthoc import fit_temperature, to_logits
 from ..training.data import DataSpec, Dataset, LeaveFoldOut, load_data
 from ..training.methods import Method
 from ..training.devices import best_device
-from ..training.network_checks import as_predictor, check_steady
+from ..training.network_checks import as_predictor, check_deterministic
 from ..training.steps import Predictor
 from .specs import RunSpec, Teacher
 
@@ -222,7 +222,7 @@ class StoredLogits(Teacher):
 
 def _stored_logits_path(teacher: StoredLogits, folder: Path) -> Path:
     "Where a store keeps the logits of a teacher"
-    check_fingerprint(teacher.fingerprint)
+    check_fingerprint_format(teacher.fingerprint)
     return folder/f"{teacher.fingerprint}.said"
 
 # %% ../../nbs/experiments/01_teachers.ipynb #1f89458b
@@ -263,7 +263,7 @@ def _ask_about_all(teacher: Callable, data: Dataset) -> Tensor: # (N, ...) float
             check(len(answer) == len(x) and answer.shape[1:] in rows,
                   "logits", f"shape {tuple(answer.shape)}",
                   f"({len(x)}, {data.n_classes}), a row for each image")
-            with torch.no_grad(): check_steady(ask, x, index, answer)
+            with torch.no_grad(): check_deterministic(ask, x, index, answer)
         answers.append(answer)
     return torch.cat(answers)
 

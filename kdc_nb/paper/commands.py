@@ -20,7 +20,7 @@ from joblib import cpu_count
 
 from ..core import check
 from ..values import spec_hash
-from ..interrupts import exit_status
+from ..interrupts import run_as_command
 from ..tables import Table
 from ..training.devices import best_device, distributed_session, rank_and_world
 from ..training.recipes import RECIPES
@@ -33,7 +33,9 @@ from ..experiments.clusters import CLUSTER_LIBRARIES, cluster_pool
 from kdc_nb.paper.settings import (
     MINIATURE_DATA, PAPER_EXPERIMENTS, PUBLISHED_HYPERPARAMETERS, order_by_priority, paper_specs,
 )
-from .selection import as_hyperparameters, candidate_specs, candidates_table, select_on_validation
+from kdc_nb.paper.selection import (
+    as_hyperparameters, candidate_specs, candidates_table, select_by_validation_nll,
+)
 from .claims import paper_progress_table, published_values
 from .selfcheck import print_device_check
 
@@ -94,7 +96,7 @@ def main(
         with (distributed_session(a.device),
               redirect_stdout(sys.stdout if rank_and_world()[0] == 0 else io.StringIO())):
             return _run_command(a, store)
-    return exit_status(work, f"Stopped. What is done is kept in {store.folder}; the same command goes on.")
+    return run_as_command(work, f"Stopped. What is done is kept in {store.folder}; the same command goes on.")
 
 # %% ../../nbs/paper/05_commands.ipynb #7c231da0
 def _import_file(path: str) -> None:
@@ -201,7 +203,7 @@ def _parse_specs(a: argparse.Namespace) -> list[dict[str, RunSpec]]:
     if a.chosen:
         check(Path(a.chosen).is_file(), "chosen", a.chosen,
               "a file that is there, of results of --candidates")
-        choice = as_hyperparameters(select_on_validation(offered, read_results(a.chosen)))
+        choice = as_hyperparameters(select_by_validation_nll(offered, read_results(a.chosen)))
     return [paper_specs(a.what, a.recipe, s, a.small, choice) for s in range(a.seeds or 3)]
 
 # %% ../../nbs/paper/05_commands.ipynb #46a914b5

@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from ..core import check
-from ..interrupts import exit_status
+from ..interrupts import run_as_command
 from ..files import atomic_write
 from ..training.data import DataSpec
 from ..training.methods import Method
@@ -226,4 +226,4 @@ def main(
         print(run_demo(a.data, a.seeds, a.folder, a.device))
         print(f"Figures and page: {Path(a.folder).resolve()/'index.html'}")
         return 0
-    return exit_status(work, f"Stopped. What is done is kept in {a.folder}; the same command goes on.")
+    return run_as_command(work, f"Stopped. What is done is kept in {a.folder}; the same command goes on.")

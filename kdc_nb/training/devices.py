@@ -137,11 +137,11 @@ _CUDA_BROKEN = False
 
 
 def mark_cuda_broken(
-    spoilt: bool = True, # False: it can be again
+    broken: bool = True, # False: it can be again
 ) -> None:
     "Note that CUDA can no longer be relied on in this process"
     global _CUDA_BROKEN
-    _CUDA_BROKEN = spoilt
+    _CUDA_BROKEN = broken
 
 # %% ../../nbs/training/12_devices.ipynb #da7d6bf2
 def cuda_is_broken() -> bool:

@@ -215,14 +215,14 @@ def read_images(
 # %% ../../nbs/training/03_images.ipynb #75293dc4
 def open_image(
     path: Path | str, # of a file that PIL can read
-    whole: bool = True, # False: only its head is read
+    load_pixels: bool = True, # False: only its head is read
 ) -> Any: # PIL's Image, in colour; as in torchvision, neither turned nor with what shines through it
     "A picture file; a `ValueError` names one that cannot be read, or has more than 8 bits a channel"
     from PIL import Image
     try:
         with Image.open(path) as image:
             check(image.mode[0] not in "IF", "folder", f"{path} of mode {image.mode}", "8 bits a channel")
-            return image.convert("RGB") if whole else image
+            return image.convert("RGB") if load_pixels else image
     except (OSError, SyntaxError, Image.DecompressionBombError) as e:
         raise ValueError(f"folder: got {path}, which cannot be read ({e}), expected an image") from e
 

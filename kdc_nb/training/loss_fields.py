@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..calibration.diagrams import BLUE, GREY
 from kdc_nb.training.losses import (
-    acls, bdc, bec, crl, cross_entropy, dca, distillation, effective_target, focal, label_prob,
-    label_smoothing, mbls, mdca, mmce,
+    acls, binary_discrimination, binary_exclusion, crl, cross_entropy, dca, distillation,
+    effective_target, focal, label_prob, label_smoothing, mbls, mdca, mmce,
 )
 
 # %% ../../nbs/training/09_loss_fields.ipynb #b8d22a80
@@ -116,7 +116,8 @@ def weight_loss_field(
 
 LOGIT_PENALTIES = {"MbLS": lambda z, y, m: mbls(z, m), "ACLS": lambda z, y, m: acls(z, m),
                    "ACLS, published": lambda z, y, m: acls(z, m, True),
-                   "BDC of CPC": lambda z, y, m: bdc(z, y), "BEC of CPC": lambda z, y, m: bec(z, y)}
+                   "BDC of CPC": lambda z, y, m: binary_discrimination(z, y),
+                   "BEC of CPC": lambda z, y, m: binary_exclusion(z, y)}
 BATCH_PENALTIES = {"MDCA": mdca, "DCA": dca, "MMCE": mmce, "MMCE, as ported": lambda z, y: mmce(z, y, True),
                    "CRL, always right":
                        lambda z, y: crl(z, torch.cat([torch.ones(1), label_prob(z[1:], y[1:])]))}

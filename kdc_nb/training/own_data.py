@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..core import check
-from ..files import cache_dir, check_fingerprint, load_tensors
+from ..files import cache_dir, check_fingerprint_format, load_tensors
 
 # %% ../../nbs/training/02_own_data.ipynb #f0bb5f68
-InputsAndLabels = Any # inputs, or what stands for them, and labels (N,), and perhaps the names of these
+InputsAndLabels = tuple[Any, ...] # inputs, or what stands for them, labels (N,), and perhaps their names
 
 
 def check_labels(
@@ -119,7 +119,7 @@ def registered_data_path(
     fingerprint: str, # of their content, 16 hexadecimal digits
 ) -> Path: # of a .safetensors file, which need not be there
     "Where the cache keeps data of your own; a `ValueError` where `fingerprint` is none"
-    check_fingerprint(fingerprint)
+    check_fingerprint_format(fingerprint)
     return cache_dir()/"data"/f"{fingerprint}.safetensors"
 
 # %% ../../nbs/training/02_own_data.ipynb #540860ce

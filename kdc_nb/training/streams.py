@@ -156,7 +156,7 @@ def register_image_folder(
 # %% ../../nbs/training/04_streams.ipynb #adaebdd0
 def _file_signature(path: Path) -> tuple[int, str]:
     "The bytes of a picture file, and the digest of up to 4,096 in their middle"
-    open_image(path, whole=False)
+    open_image(path, load_pixels=False)
     n = path.stat().st_size
     with open(path, "rb") as f:
         f.seek(max(n//2 - 2048, 0))

@@ -129,14 +129,14 @@ def _topic_word_probs(
 # %% ../../nbs/training/06_text.ipynb #19d8c018
 def draw_topic_texts(
     n: int, # how many
-    world: int, # seed of the world
+    world_seed: int, # seed of the world
     stream_seed: int, # 0 training, 1 validation, 2 test, 3 the tokenizer's: never the same texts
 ) -> tuple[list[str], Tensor, Tensor]: # texts, labels (N,), posterior (N, 12) float32
     "Texts of 8 to 16 words with their exact posterior; the first ones stay the same when `n` grows"
-    words, log_p = _topic_word_probs(world)
+    words, log_p = _topic_word_probs(world_seed)
     texts, labels, posterior = [], [], []
     for k in range(n):
-        r = np.random.default_rng([world, stream_seed, k])
+        r = np.random.default_rng([world_seed, stream_seed, k])
         y, size = r.integers(12), r.integers(8, 17)
         chosen = r.choice(100, size, p=np.exp(log_p[y]))
         texts.append(" ".join(words[chosen])); labels.append(y); posterior.append(log_p[:, chosen].sum(1))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdc_nb.calibration.comparisons import EQUIVALENCE_MARGINS
 from kdc_nb.calibration.contributions import pair_contributions
-from kdc_nb.calibration.differences import Difference, difference_of_contributions, estimate_difference
+from kdc_nb.calibration.differences import Difference, difference_from_contributions, estimate_difference
 from kdc_nb.calibration.metrics import METRICS
 from kdc_nb.calibration.predictions import binned_error
 from kdc_nb.calibration.predictions import BinaryPredictions
@@ -53,7 +53,7 @@ def compare_sets(pair: str, n: int, c: int, sets: int) -> Iterator[dict[str, tup
         a, b, p = draw_models(pair, n, c, g)
         y = p.multinomial(1, generator=g).squeeze(1)
         found = pair_contributions([a], [b], y, True, METRICS_COMPARED)
-        yield {k: (estimate_difference(x.a - x.b), difference_of_contributions(x, k))
+        yield {k: (estimate_difference(x.a - x.b), difference_from_contributions(x, k))
                for k, x in found.items()}
 
 

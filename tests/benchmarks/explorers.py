@@ -18,7 +18,7 @@ from kdc_nb.experiments.results import read_results
 from kdc_nb.analysis.views import read_features
 from kdc_nb.controls import Explorer
 from kdc_nb.explorers import (
-    _METHOD_FAMILIES, explore_classes, explore_method, explore_reliability, explore_theory,
+    _METHOD_FAMILIES, explore_classes, explore_loss_gradients, explore_reliability, explore_theory,
     explore_transfer,
 )
 
@@ -59,7 +59,7 @@ def explorers() -> dict[str, Explorer]:
             "explore_reliability, N = 10,000, C = 10": explore_reliability(*outputs(10_000, 10)),
             "explore_reliability, N = 10,000, C = 100": explore_reliability(*outputs(10_000, 100)),
             "explore_classes": explore_classes(looks),
-            **{f"explore_method, {f}": explore_method(f) for f in _METHOD_FAMILIES}}
+            **{f"explore_loss_gradients, {f}": explore_loss_gradients(f) for f in _METHOD_FAMILIES}}
 
 
 def main() -> None:
