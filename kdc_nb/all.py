@@ -21,11 +21,11 @@ __all__ = ['results_file', 'Table', 'format_html_table', 'compare', 'compare_stu
            'seed_means', 'Ensemble', 'OutOfFold', 'TemperatureScaled', 'TemperedPosterior', 'direct_counterpart',
            'teacher_from_logits', 'direct_and_distilled_frame', 'plot_metric_by_temperature', 'plot_transfer',
            'prepare_transfer', 'plot_class_matrix', 'plot_confidence_shift', 'prepare_agreement',
-           'prepare_confidence_shift', 'corrupt_images', 'register_corruption', 'generations_frame', 'merging_frame',
-           'plot_generations', 'average_by_severity', 'drift_frame', 'evaluate_drift', 'read_drifts', 'write_drifts',
-           'similar_classes', 'fit_linear_student', 'tempered_probs', 'weight_hessian', 'compute_umap',
-           'plot_penultimate', 'plot_umap', 'calibration_gap', 'draw_linear_problem', 'fit_intercept',
-           'null_calibration_gap', 'project_to_span', 'theorem1_cubic_term', 'theorem1_student_weights',
+           'prepare_confidence_shift', 'corrupt_images', 'register_corruption', 'generations_frame',
+           'class_merging_frame', 'plot_generations', 'average_by_severity', 'drift_frame', 'evaluate_drift',
+           'read_drifts', 'write_drifts', 'similar_classes', 'fit_linear_student', 'tempered_probs', 'weight_hessian',
+           'compute_umap', 'plot_penultimate', 'plot_umap', 'calibration_gap', 'draw_linear_problem', 'fit_intercept',
+           'calibration_gap_noise', 'project_to_span', 'theorem1_cubic_correction', 'theorem1_student_weights',
            'extract_features', 'read_features', 'write_features', 'paper_progress_table', 'published_values',
            'row_differences', 'table_claims', 'METHOD_GRID', 'as_hyperparameters', 'candidate_specs',
            'candidates_table', 'select_by_validation_nll', 'PAPER_EXPERIMENTS', 'PAPER_METHODS', 'SETTINGS', 'Setting',
@@ -100,14 +100,14 @@ from kdc_nb.analysis.agreement import (
     plot_class_matrix, plot_confidence_shift, prepare_agreement, prepare_confidence_shift,
 )
 from .analysis.corruptions import corrupt_images, register_corruption
-from .analysis.diffusion import generations_frame, merging_frame, plot_generations
+from .analysis.diffusion import generations_frame, class_merging_frame, plot_generations
 from .analysis.drift import average_by_severity, drift_frame, evaluate_drift, read_drifts, write_drifts
 from .analysis.geometry import similar_classes
 from .analysis.linear_model import fit_linear_student, tempered_probs, weight_hessian
 from .analysis.projections import compute_umap, plot_penultimate, plot_umap
 from kdc_nb.analysis.theorems import (
-    calibration_gap, draw_linear_problem, fit_intercept, null_calibration_gap, project_to_span,
-    theorem1_cubic_term, theorem1_student_weights,
+    calibration_gap, draw_linear_problem, fit_intercept, calibration_gap_noise, project_to_span,
+    theorem1_cubic_correction, theorem1_student_weights,
 )
 from .analysis.views import extract_features, read_features, write_features
 from .paper.claims import paper_progress_table, published_values, row_differences, table_claims
@@ -147,11 +147,11 @@ _all_ = [
     'teacher_from_logits', 'direct_and_distilled_frame', 'plot_metric_by_temperature', 'plot_transfer',
     'prepare_transfer', 'plot_class_matrix', 'plot_confidence_shift', 'prepare_agreement',
     'prepare_confidence_shift', 'corrupt_images', 'register_corruption', 'generations_frame',
-    'merging_frame', 'plot_generations', 'average_by_severity', 'drift_frame', 'evaluate_drift',
+    'class_merging_frame', 'plot_generations', 'average_by_severity', 'drift_frame', 'evaluate_drift',
     'read_drifts', 'write_drifts', 'similar_classes', 'fit_linear_student', 'tempered_probs',
     'weight_hessian', 'compute_umap', 'plot_penultimate', 'plot_umap', 'calibration_gap',
-    'draw_linear_problem', 'fit_intercept', 'null_calibration_gap', 'project_to_span',
-    'theorem1_cubic_term', 'theorem1_student_weights', 'extract_features', 'read_features',
+    'draw_linear_problem', 'fit_intercept', 'calibration_gap_noise', 'project_to_span',
+    'theorem1_cubic_correction', 'theorem1_student_weights', 'extract_features', 'read_features',
     'write_features', 'paper_progress_table', 'published_values', 'row_differences', 'table_claims',
     'METHOD_GRID', 'as_hyperparameters', 'candidate_specs', 'candidates_table',
     'select_by_validation_nll', 'PAPER_EXPERIMENTS', 'PAPER_METHODS', 'SETTINGS', 'Setting', 'kd_label',

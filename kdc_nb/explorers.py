@@ -28,7 +28,7 @@ from kdc_nb.training.loss_fields import (
 from .experiments.specs import Distil, RunSpec, method_label, teacher_label, trace_generation
 from .experiments.results import Result
 from .experiments.transfer import TransferPlot, prepare_transfer
-from .analysis.views import FeatureView, feature_images, most_confused_triple
+from .analysis.views import FeatureView, load_feature_images, confused_pair_and_distant_class
 from .analysis.projections import ClassClusters, format_merging, unit_square_clusters
 from .analysis.theorems import FEATURE_SAMPLERS, LinearPlot, prepare_linear_view
 from .controls import Explorer, NumberControl, checkbox, dropdown, number_slider, value_slider
@@ -219,13 +219,13 @@ def explore_classes(
                  (spec, own, f"Student, T = {spec.method.T:g}, alpha = {spec.method.alpha:g}"))
         for panel, (s, together, role) in zip(panels, roles):
             points, shown = (placed(together, classes, split)[s],
-                             feature_images(views[s], classes, split) if images else None)
+                             load_feature_images(views[s], classes, split) if images else None)
             panel.show(points, [names[k] for k in classes],
                        f"{role}: some {split} samples\n{format_merging(views[s], classes)}", shown)
         diagram.show(views[spec].result.diagram().bins, _format_student(views[spec].result))
 
     controls = {**_student_controls(students),
-                **_class_controls(names, most_confused_triple(views[found[0].method.teacher]))}
+                **_class_controls(names, confused_pair_and_distant_class(views[found[0].method.teacher]))}
     grid = {"a": (), "b": (), "c": (), "images": ()} # as they are: all triples would be too many
     return Explorer(figure, show, controls, "classes", grid=grid)
 

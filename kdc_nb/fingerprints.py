@@ -22,17 +22,18 @@ KNOWN_FINGERPRINTS: dict[str, str] = {}
 
 # %% ../nbs/fingerprints.ipynb #b14e7b22
 def source_fingerprint(
-    made: Any, # a function or class
+    function_or_class: Any, # a function or class
 ) -> str: # 16 hexadecimal digits
     """A hash of the source of a function or class, and of all that it uses of its own files.
 
     That is functions and classes, numbers and texts, lists and dicts of them, arrays, and objects of one's
     own classes; not what an installed package does, nor an object of one of its classes.
     """
-    if known := KNOWN_FINGERPRINTS.get(f"{made.__module__}.{made.__qualname__}"): return known
+    name = f"{function_or_class.__module__}.{function_or_class.__qualname__}"
+    if known := KNOWN_FINGERPRINTS.get(name): return known
     seen: dict[int, str] = {}
-    _note_source(made, seen)
-    parts = sorted(seen.values()) or [_source(made)] # of an installed package: itself alone
+    _note_source(function_or_class, seen)
+    parts = sorted(seen.values()) or [_source(function_or_class)] # of an installed package: itself alone
     return _hash("\n".join(parts))
 
 # %% ../nbs/fingerprints.ipynb #fc6c76b5

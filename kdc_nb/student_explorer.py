@@ -96,7 +96,7 @@ def explore_students(
     """
     y, names, logits = report.labels, [*report.students], {k: z[0] for k, z in report.log_probs.items()}
     tenths = equal_mass_bins(logits["teacher"].exp().amax(1, keepdim=True), 10)[:, 0]
-    figure, ((left, right), (below, corner)) = create_panels(2, 7.4, rows=2)
+    figure, ((left, right), (below, corner)) = create_panels(2, 7.4, n_rows=2)
     diagrams = [ReliabilityDiagram(ax, animated=True) for ax in (left, right)]
     at = lru_cache(256)(lambda name, T: evaluate_at_temperature(logits[name], y, T))
     curve = lru_cache(256)(lambda name, T: _thin_curve(logits[name]/T, y))

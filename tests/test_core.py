@@ -13,7 +13,7 @@ from kdc_nb.files import DamagedFile, atomic_write, load_tensors, save_tensors
 from kdc_nb.training.data import DataSpec
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
-from kdc_nb.experiments.specs import Distil, RunSpec, Teacher, _walk_specs, with_seed
+from kdc_nb.experiments.specs import Distil, RunSpec, Teacher, _walk_specs, reseed_lineage
 from kdc_nb.training.data import full_data
 from kdc_nb.experiments.teachers import (
     Ensemble, OutOfFold, StoredLogits, TemperatureScaled, TemperedPosterior,
@@ -106,5 +106,5 @@ def test_runs_in_a_tuple_are_part_of_a_description():
     first, second = (RunSpec("known", model) for model in ("resnet8", "resnet14"))
     student = RunSpec(first.data, "resnet8", Distil(Committee((first, second))))
     assert [p for p in _walk_specs(student) if isinstance(p, RunSpec)] == [student, first, second]
-    seeds = {r.seed for r in (with_seed(student, 5), *with_seed(student, 5).teacher_runs())}
+    seeds = {r.seed for r in (reseed_lineage(student, 5), *reseed_lineage(student, 5).teacher_runs())}
     assert seeds == {5}

@@ -16,7 +16,7 @@ from kdc_nb.training.losses import cross_entropy, distillation
 from kdc_nb.training.methods import Method, TrainingStep
 from kdc_nb.training.recipes import Recipe, training_fingerprint
 from kdc_nb.experiments.runs import run
-from kdc_nb.experiments.specs import Distil, RunSpec, describe_run, method_label, row_label, run_id
+from kdc_nb.experiments.specs import Distil, RunSpec, describe_run, method_label, training_label, run_id
 from kdc_nb.experiments.store import Store
 
 
@@ -206,7 +206,7 @@ def test_descriptions():
     assert decode(encode(own)) == own and spec_hash(own) != spec_hash(plain)
     assert Distil(TEACHER, loss="dkd") == Distil(TEACHER, loss=DistilLoss("dkd"))
     student = RunSpec(DATA, "resnet8", own, RECIPE)
-    assert row_label(student) == "KD(T=4, alpha=0.5, dkd beta=2) from nll"
+    assert training_label(student) == "KD(T=4, alpha=0.5, dkd beta=2) from nll"
     assert describe_run(student)["method"] == "KD, dkd beta=2"
     assert method_label(plain).startswith("KD(T=4, alpha=0.5) from [")
     assert describe_run(replace(student, method=plain))["method"] == "KD"

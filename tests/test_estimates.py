@@ -12,7 +12,7 @@ from scipy.stats import binom, binomtest
 
 from kdc_nb.values import decode, encode
 from kdc_nb.calibration.bins import (
-    absolute_gap_moments, bin_contents, chernoff_interval, draw_correct, wilson_interval,
+    absolute_gap_moments, bin_contents, chernoff_interval, draw_correct_counts, wilson_interval,
 )
 from kdc_nb.calibration.estimates import Estimate, calibration_estimates
 from kdc_nb.calibration.evaluation import Evaluation, _per_sample_estimate, evaluate
@@ -301,7 +301,7 @@ def test_one_class_off_among_a_hundred():
 @given(st.integers(1, 300), st.floats(0, 1), st.lists(st.floats(1e-6, 1 - 1e-6), min_size=1, max_size=9))
 def test_draws_are_quantiles_of_the_binomial(n, p, quantiles):
     u = torch.tensor([quantiles], dtype=torch.float64)
-    drawn = draw_correct(torch.tensor([float(n)]).double(), torch.tensor([n*p]).double(), u)
+    drawn = draw_correct_counts(torch.tensor([float(n)]).double(), torch.tensor([n*p]).double(), u)
     below, at = (binom.cdf(drawn[0].numpy() - k, n, n*p/n) for k in (1, 0))
     assert (below <= u[0].numpy() + 1e-7).all() and (at >= u[0].numpy() - 1e-7).all()
 

@@ -12,12 +12,12 @@ from kdc_nb.training.trainer import Trainer
 from kdc_nb.experiments.specs import RunSpec
 from kdc_nb.experiments.store import Store
 from kdc_nb.analysis.geometry import (
-    _centroid_distances, _distance_ratio, _one_hot_float, _summarise_merging, class_geometry,
-    measure_merging, similar_classes, similar_pair_and_other,
+    _centroid_distances, _distance_ratio, _one_hot_float, _summarise_merging, distances_and_overlaps,
+    measure_class_merging, similar_classes, triples_with_similar_pair,
 )
 from kdc_nb.analysis.projections import _class_space_basis
 from kdc_nb.analysis.views import (
-    _first_per_class, extract_features, feature_images, most_confused_triple, read_features,
+    _first_per_class, extract_features, load_feature_images, confused_pair_and_distant_class, read_features,
     write_features,
 )
 
@@ -54,7 +54,8 @@ def test_geometry_is_what_loops_give(seed, sizes):
     rng = np.random.default_rng(seed)
     y = np.repeat(np.arange(len(sizes)), sizes)
     x = rng.normal(size=(len(y), 4)) + y[:, None]
-    for ours, slow in zip(class_geometry(torch.tensor(x), torch.tensor(y)), slow_geometry(x, y, len(sizes))):
+    found = distances_and_overlaps(torch.tensor(x), torch.tensor(y))
+    for ours, slow in zip(found, slow_geometry(x, y, len(sizes))):
         np.testing.assert_allclose(ours.numpy(), slow, atol=1e-9)
 
 
@@ -64,7 +65,8 @@ def test_stretching_turning_and_shifting_changes_no_ratio(seed, scale, shift):
     x = x.double()
     turn, _ = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(seed),
                                           dtype=torch.float64))
-    before, after = (_summarise_merging(*class_geometry(f, y), SIMILAR) for f in (x, scale*(x + shift)@turn))
+    before, after = (_summarise_merging(*distances_and_overlaps(f, y), SIMILAR)
+                     for f in (x, scale*(x + shift)@turn))
     assert torch.allclose(before, after, rtol=1e-6)
 
 
@@ -84,14 +86,14 @@ def test_distances_of_a_drawn_sample_are_corrected_twice():
 def test_classes_that_are_one_overlap_by_half():
     g = torch.Generator().manual_seed(0)
     y = torch.arange(2).repeat_interleave(40)
-    overlaps = [class_geometry(torch.randn(80, 20, generator=g), y)[1][0, 1] for _ in range(400)]
+    overlaps = [distances_and_overlaps(torch.randn(80, 20, generator=g), y)[1][0, 1] for _ in range(400)]
     assert float(torch.stack(overlaps).mean()) == pytest.approx(.5, abs=.01)
 
 
 def test_intervals_hold_the_truth():
     "The ratio of clouds whose centres are known lies in 95% of the intervals."
-    true = float(_distance_ratio(torch.cdist(CENTRES, CENTRES), similar_pair_and_other(SIMILAR)))
-    found = [measure_merging(*clouds(40, seed), SIMILAR, n_boot=100, seed=seed)["ratio"]
+    true = float(_distance_ratio(torch.cdist(CENTRES, CENTRES), triples_with_similar_pair(SIMILAR)))
+    found = [measure_class_merging(*clouds(40, seed), SIMILAR, n_boot=100, seed=seed)["ratio"]
              for seed in range(100)]
     assert sum(e.low <= true <= e.high for e in found) >= 88
     assert np.mean([e.value for e in found]) == pytest.approx(true, rel=.02)
@@ -101,16 +103,17 @@ def test_an_interval_holds_its_own_estimate_with_many_features_too():
     for seed in range(10):
         x, y = clouds(60, seed)
         wide = torch.cat([x, torch.randn(240, 60, generator=torch.Generator().manual_seed(seed))], 1)
-        assert all(e.low <= e.value <= e.high for e in measure_merging(wide, y, SIMILAR, n_boot=100).values())
+        found = measure_class_merging(wide, y, SIMILAR, n_boot=100)
+        assert all(e.low <= e.value <= e.high for e in found.values())
 
 
 def test_classes_that_are_one_give_numbers():
     "Centroids that cannot be told apart are at distance 0, and no ratio explodes."
     g = torch.Generator().manual_seed(0)
     y = torch.arange(4).repeat_interleave(5)
-    found = measure_merging(torch.randn(20, 64, generator=g), y, SIMILAR, n_boot=50)
+    found = measure_class_merging(torch.randn(20, 64, generator=g), y, SIMILAR, n_boot=50)
     assert all(0 <= v < 10 for e in found.values() for v in (e.value, e.low, e.high))
-    assert _distance_ratio(torch.zeros(4, 4), similar_pair_and_other(SIMILAR)) == 1
+    assert _distance_ratio(torch.zeros(4, 4), triples_with_similar_pair(SIMILAR)) == 1
 
 
 @pytest.mark.parametrize("spoil, message", [
@@ -120,13 +123,14 @@ def test_classes_that_are_one_give_numbers():
     (lambda x, y, s: (x, y, s[:3, :3]), "similar_mask: got a matrix without a triple"),
 ])
 def test_what_cannot_be_measured_is_told(spoil, message):
-    with pytest.raises(ValueError, match=message): measure_merging(*spoil(*clouds(4), SIMILAR), n_boot=2)
+    with pytest.raises(ValueError, match=message):
+        measure_class_merging(*spoil(*clouds(4), SIMILAR), n_boot=2)
 
 
 def test_half_precision_and_small_labels_will_do():
     x, y = clouds(20)
-    assert torch.allclose(class_geometry(x.half(), y.int())[0],
-                          class_geometry(x.half().double(), y)[0].float(), atol=1e-4)
+    assert torch.allclose(distances_and_overlaps(x.half(), y.int())[0],
+                          distances_and_overlaps(x.half().double(), y)[0].float(), atol=1e-4)
 
 
 def test_a_plane_of_dependent_rows_is_refused():
@@ -201,12 +205,12 @@ def test_looks_at_different_images_are_not_mixed(seen, tmp_path):
 
 def test_where_an_explorer_begins(seen):
     _, (known, digits) = seen
-    a, b, c = most_confused_triple(known)
+    a, b, c = confused_pair_and_distant_class(known)
     assert known.superclass[a] == known.superclass[b] != known.superclass[c]
     assert known.class_overlaps[a, b] == known.class_overlaps[similar_classes(known)].max()
-    assert most_confused_triple(digits) == (0, 1, 2)
+    assert confused_pair_and_distant_class(digits) == (0, 1, 2)
     data = load_data(known.result.spec.data)
-    assert torch.equal(feature_images(known, (c, a), "train")[:3],
+    assert torch.equal(load_feature_images(known, (c, a), "train")[:3],
                        data.train.inputs[known.feature_index["train"][known.feature_labels["train"] == c]])
 
 

@@ -26,14 +26,14 @@ from kdc_nb.experiments.panels import plot_metric, plot_panels, plot_tradeoff, p
 from kdc_nb.experiments.runs import run
 from kdc_nb.experiments.specs import Distil, RunSpec
 from kdc_nb.experiments.store import Store
-from kdc_nb.experiments.tables import metric_lines, results_frame, results_table, seed_means
+from kdc_nb.experiments.tables import metric_records, results_frame, results_table, seed_means
 from kdc_nb.experiments.teachers import TemperatureScaled
 from kdc_nb.experiments.transfer import direct_and_distilled_frame, plot_metric_by_temperature
 from kdc_nb.analysis.agreement import (
     _ConfidenceShift, plot_class_matrix, plot_confidence_shift, prepare_agreement,
     prepare_class_similarity, prepare_confidence_shift,
 )
-from kdc_nb.analysis.diffusion import merging_frame
+from kdc_nb.analysis.diffusion import class_merging_frame
 from kdc_nb.analysis.drift import drift_frame, evaluate_drift
 from kdc_nb.analysis.projections import _axis_limits, _prepare_penultimate, compute_umap, plot_penultimate
 from kdc_nb.analysis.views import extract_features
@@ -191,7 +191,7 @@ def test_seeds_are_averaged_and_an_infinite_nll_stays_one(results):
         if metric != "ece": assert (means.loc[output, metric][["low", "high"]].tolist()
                                     == pytest.approx(ttest_1samp(values, 0).confidence_interval()))
     assert set(means.seeds) == {2} and set(seed_means(results_frame(own[:1]))["std"]) == {0}
-    lines = metric_lines({}, {"nll": Estimate(null_low=1., null_high=2.), "top1": Estimate()}, 9)
+    lines = metric_records({}, {"nll": Estimate(null_low=1., null_high=2.), "top1": Estimate()}, 9)
     assert [line["value"] for line in lines] == [np.inf, -np.inf] and np.isnan(lines[0]["low"])
 
 
@@ -288,7 +288,7 @@ def test_merging_is_drawn_as_measured(looks, results):
     "A line for each teacher, through the mean over seeds of what was measured, and its intervals"
     (teacher, t), (student, l) = looks.items()
     scaled = replace(student, method=Distil(TemperatureScaled(teacher)))
-    frame = merging_frame({teacher: t, student: l, scaled: l})
+    frame = class_merging_frame({teacher: t, student: l, scaled: l})
     assert (list(dict.fromkeys(zip(frame.teacher, frame["T"], frame.seed)))
             == [("nll", 1., 0), ("nll after TS", 1., 0)])
     axs = plot_panels(frame, ("ratio", "ece"), "T", "teacher")
@@ -303,9 +303,10 @@ def test_merging_is_drawn_as_measured(looks, results):
 
 def test_merging_needs_groups_and_one_kind_of_student(looks):
     teacher, student = looks
-    with pytest.raises(ValueError, match="views: got no students"): merging_frame({teacher: looks[teacher]})
+    with pytest.raises(ValueError, match="views: got no students"):
+        class_merging_frame({teacher: looks[teacher]})
     with pytest.raises(ValueError, match="views: got a data set without super-classes"):
-        merging_frame({student: replace(looks[student], merging=None)})
+        class_merging_frame({student: replace(looks[student], merging=None)})
 
 
 def test_confidence_shift_of_looks(looks):

@@ -12,10 +12,10 @@ from typing import Any
 import nbformat
 import pytest
 
-from kdc_nb.core import Registry, own_entries
+from kdc_nb.core import Registry, user_entries
 from kdc_nb.values import decode, encode
 from kdc_nb.files import load_npz
-from kdc_nb.training.processes import call_with_own_code, pack_own_code
+from kdc_nb.training.processes import call_with_user_code, pack_user_code
 from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import RECIPES, Recipe
 from kdc_nb.experiments.results import Result, read_results
@@ -94,7 +94,7 @@ def test_a_recipe_of_ones_own():
     RECIPES["own"] = OWN
     RECIPES["own"] = Recipe(1, 20, .02) # the cell was run again
     assert RunSpec("known", "resnet8", recipe="own") == RunSpec("known", "resnet8", recipe=OWN)
-    assert own_entries() == [("recipe", "own", OWN)] and RECIPES.is_own("own") and not RECIPES.is_own("cpu")
+    assert user_entries() == [("recipe", "own", OWN)] and RECIPES.is_own("own") and not RECIPES.is_own("cpu")
     for name in ("own", "cpu"):
         with pytest.raises(ValueError, match=f"recipe: got '{name}', expected a name that is not taken yet"):
             RECIPES[name] = Recipe(2)
@@ -103,16 +103,16 @@ def test_a_recipe_of_ones_own():
         RunSpec("known", "resnet8", recipe="own")
 
 
-def test_a_test_leaves_no_recipe_behind(): assert {*RECIPES} == RECIPES.built_in and own_entries() == []
+def test_a_test_leaves_no_recipe_behind(): assert {*RECIPES} == RECIPES.built_in and user_entries() == []
 
 
 def test_it_goes_to_other_processes_beside_own_code():
     @Method.register("own_for_recipes")
     def own_for_recipes(): pass
     RECIPES["own"] = OWN
-    _, code = pack_own_code()
+    _, code = pack_user_code()
     del RECIPES["own"]
-    assert call_with_own_code((-1, code), lambda: RECIPES["own"]) == OWN
+    assert call_with_user_code((-1, code), lambda: RECIPES["own"]) == OWN
     assert Registry.by_kind["recipe"] is RECIPES
 
 

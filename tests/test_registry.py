@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kdc_nb.fingerprints import source_fingerprint
-from kdc_nb.core import own_entries
+from kdc_nb.core import user_entries
 from kdc_nb.values import spec_hash
 from kdc_nb.calibration.posthoc import Calibrator
 from kdc_nb.training.data import DataSpec, load_data
@@ -109,7 +109,7 @@ def test_a_parameter_without_default_is_refused_where_it_is_registered():
 
 def test_the_kits_own_runs_have_no_code_in_their_id():
     spec = RunSpec(TINY, "resnet8", Method("crl"))
-    assert (own_entries() == []
+    assert (user_entries() == []
             and run_id(spec) == spec_hash(spec, schema=1, data=[load_data(TINY).fingerprint]))
 
 
@@ -213,7 +213,7 @@ def test_a_corruption_of_ones_own_is_like_the_kits():
     def darkness(x, strength, rng): return x*(1 - strength/10)
     images = torch.full((2, 3, 8, 8), 200, dtype=torch.uint8)
     assert corrupt_images(images, "darkness", 5).unique().tolist() == [100]
-    assert [name for _, name, _ in own_entries()] == ["darkness"]
+    assert [name for _, name, _ in user_entries()] == ["darkness"]
     with pytest.raises(ValueError, match="strengths: got 2 of them"): register_corruption(1, 2)
     with pytest.raises(ValueError, match="corruption: got 'fog', expected a name that is not taken"):
         @register_corruption(1, 2, 3, 4, 5)

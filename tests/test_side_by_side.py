@@ -356,7 +356,7 @@ def test_ctrl_c_keeps_what_is_done(store, alone, monkeypatch):
 
 
 def test_an_answer_is_kept_only_while_somebody_may_ask_and_no_more_than_fits(monkeypatch):
-    specs = [specs_room.with_seed(s, k) for k in range(3) for s in STUDENTS]
+    specs = [specs_room.reseed_lineage(s, k) for k in range(3) for s in STUDENTS]
     caches = TeacherCachePool(specs)
     first = [caches.take(s) for s in specs[::3]]
     assert len(set(map(id, first))) == 3 and not any(map(caches.can_begin, specs))

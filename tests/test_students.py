@@ -16,7 +16,9 @@ from kdc_nb.calibration.differences import estimate_difference
 from kdc_nb.calibration.estimates import Estimate
 from kdc_nb.calibration.evaluation import evaluate
 from kdc_nb.calibration.null_bands import simulate_calibrated
-from kdc_nb.calibration.students import compare_groups, compare_images, judge_kept, fraction_passed
+from kdc_nb.calibration.students import (
+    compare_groups, compare_images, fraction_passed, judge_calibration_kept,
+)
 from kdc_nb.reports import main, write_report
 from kdc_nb.student_explorer import explore_students
 
@@ -142,9 +144,9 @@ def test_a_calibrated_pair_is_seldom_lost_and_a_spoilt_one_is():
 
 def test_kept_needs_the_whole_interval_below_the_margin():
     d = estimate_difference(np.resize([.001, -.001], (1, 1000)))
-    assert judge_kept({"a": d})["a"].word == "kept"
-    assert judge_kept({"a": d}, margin=1e-6)["a"].word == "cannot be told"
-    assert judge_kept({"a": d})["a"].detectable > 0
+    assert judge_calibration_kept({"a": d})["a"].word == "kept"
+    assert judge_calibration_kept({"a": d}, margin=1e-6)["a"].word == "cannot be told"
+    assert judge_calibration_kept({"a": d})["a"].detectable > 0
 
 
 # -- what comes in ------------------------------------------------------------

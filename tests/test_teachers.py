@@ -19,7 +19,7 @@ from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.agenda import read_specs, write_specs
 from kdc_nb.experiments.runs import RunContext, has_live_teacher, run, teacher_train_logits
-from kdc_nb.experiments.specs import Distil, RunSpec, lineage, teacher_label, with_seed
+from kdc_nb.experiments.specs import Distil, RunSpec, lineage, teacher_label, reseed_lineage
 from kdc_nb.experiments.sweeps import sweep
 from kdc_nb.experiments.teachers import (
     Ensemble, OutOfFold, StoredLogits, TemperatureScaled, TemperedPosterior, log_mean_probs,
@@ -201,7 +201,7 @@ def test_descriptions_survive_a_file(tmp_path):
 
 
 def test_another_seed_is_one_all_the_way_down():
-    spec = with_seed(replace(NET, method=Distil(TemperatureScaled(Ensemble(NET, 2)))), 7)
+    spec = reseed_lineage(replace(NET, method=Distil(TemperatureScaled(Ensemble(NET, 2)))), 7)
     assert (spec.seed, [r.seed for r in spec.method.teacher.required_runs()]) == (7, [7, 1007])
 
 

@@ -18,7 +18,7 @@ from scipy import stats
 import kdc_nb.training.text as text_room
 from kdc_nb.values import derive_seed
 from kdc_nb.files import cache_dir
-from kdc_nb.training.data import DataSpec, load_data, pending_file
+from kdc_nb.training.data import DataSpec, load_data, missing_download
 from kdc_nb.training.methods import TrainingMethod
 from kdc_nb.training.models import MODELS, build_model
 from kdc_nb.training.recipes import Recipe, learning_rate
@@ -325,8 +325,8 @@ def test_a_plan_fetches_no_posts(tmp_path, monkeypatch):
     "Neither the archive nor a tokenizer, until the file is there"
     monkeypatch.setattr(text_room, "load_hub_tokenizer", lambda name: pytest.fail("the hub was asked"))
     spec = RunSpec("newsgroups", "bert_1_32")
-    assert pending_file(spec.data) == "20news-bydate.tar.gz"
+    assert missing_download(spec.data) == "20news-bydate.tar.gz"
     assert [p.seconds for p in plan_sweep([spec], Store(tmp_path/"s"), "cpu")] == [None]
     (cache_dir()/"data").mkdir(parents=True)
     (cache_dir()/"data"/"20news-bydate.tar.gz").touch()
-    assert pending_file(spec.data) == ""
+    assert missing_download(spec.data) == ""

@@ -28,7 +28,7 @@ from ..training.steps import predict_logits
 from ..experiments.specs import RunSpec, describe_run, run_label
 from ..experiments.store import Store
 from ..experiments.runs import RunContext
-from ..experiments.tables import metric_lines
+from ..experiments.tables import metric_records
 from .corruptions import CORRUPTIONS, check_severity, corrupt_images
 
 # %% ../../nbs/analysis/08_drift.ipynb #0bb2694d
@@ -185,7 +185,7 @@ def drift_frame(
     check(bool(drifts) and all(drifts.values()), "drifts", "none", "one or more for each row")
     lines = [line for name, own in drifts.items() for d in own for output in ("raw", "scaled")
              for severity, metrics in _estimates_by_severity(d, output)
-             for line in metric_lines({"row": name, **describe_run(d.spec), "severity": severity,
+             for line in metric_records({"row": name, **describe_run(d.spec), "severity": severity,
                                        "output": output}, metrics, d.n)]
     return pd.DataFrame(lines)
 

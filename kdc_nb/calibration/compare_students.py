@@ -17,7 +17,8 @@ from .outputs import check_same_tables, to_log_probs
 from .evaluation import evaluate
 from .comparisons import Comparison, check_seeds, compare, split_by_seed
 from kdc_nb.calibration.students import (
-    METRICS_SHOWN, ImageRows, compare_images, judge_kept, estimate_mean, pool_evaluations, fraction_passed,
+    METRICS_SHOWN, ImageRows, compare_images, estimate_mean, fraction_passed, judge_calibration_kept,
+    pool_evaluations,
 )
 from .student_report import Student, StudentReport
 
@@ -126,7 +127,7 @@ def _describe_students(
     "All students; the verdicts are one family"
     differences = {(name, which): getattr(c, which)["ece"].difference for name, c in comparisons.items()
                    for which in ("raw", "scaled") if "ece" in getattr(c, which)}
-    verdicts = judge_kept(differences)
+    verdicts = judge_calibration_kept(differences)
     def described(name, c):
         r = rows[name]
         return Student(c, estimate_mean(r.student_gap, (-1, 1)),

@@ -221,9 +221,9 @@ SMALL_FONT = {"font.size": 9} # in pictures 840 pixels wide; at 100 pixels per i
 
 
 def create_panels(
-    n: int, # number of panels side by side
+    n_columns: int, # number of panels side by side
     height: float, # of the figure, in inches
-    rows: int = 1, # of so many panels
+    n_rows: int = 1, # of so many panels
     **kw, # for `Figure.subplots`
 ) -> tuple[Figure, Any]: # and its n axes, or (rows, n)
     """A figure, 8.4 inches wide, that pyplot does not manage.
@@ -232,7 +232,7 @@ def create_panels(
     not be shown.
     """
     figure = Figure(figsize=(8.4, height), layout="constrained")
-    return figure, figure.subplots(rows, n, **kw)
+    return figure, figure.subplots(n_rows, n_columns, **kw)
 
 # %% ../../nbs/calibration/14_diagrams.ipynb #8f3aa5b8
 class TemperatureCurves:

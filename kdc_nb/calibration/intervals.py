@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .metrics import Metric, extend_metric
-from .bins import BinContents, chernoff_interval, draw_correct, exact_interval
+from .metrics import Metric, set_metric_fields
+from .bins import BinContents, chernoff_interval, draw_correct_counts, exact_interval
 from .null_bands import TIE_TOLERANCE
 
 # %% ../../nbs/calibration/07_intervals.ipynb #be6bd445
@@ -63,7 +63,7 @@ def _score_chances(
     observed, trials = float(norm(contents.confidence - contents.correct)), trial_errors(contents, norm)
     def row(k): # true error, and both chances
         mean = expected_correct(contents, direction, float(trials[k]), norm)
-        scores = norm(contents.confidence - draw_correct(contents.count, mean, quantiles).T)
+        scores = norm(contents.confidence - draw_correct_counts(contents.count, mean, quantiles).T)
         chances = [float(s.double().mean()) for s in (scores >= observed*(1 - TIE_TOLERANCE),
                                                       scores <= observed*(1 + TIE_TOLERANCE) + 1e-12)]
         return float(norm(contents.confidence - mean)), *chances
@@ -154,7 +154,7 @@ def _mce_interval(contents: BinContents, level: float) -> tuple[float, None, flo
     return float(least), None, float(torch.maximum(high - conf, conf - low).max())
 
 
-extend_metric("mce", interval=_mce_interval)
+set_metric_fields("mce", interval=_mce_interval)
 
 # %% ../../nbs/calibration/07_intervals.ipynb #7097fb60
 def _ks_interval(contents: BinContents, level: float) -> tuple[float, None, float]: # low, -, high
@@ -166,7 +166,7 @@ def _ks_interval(contents: BinContents, level: float) -> tuple[float, None, floa
     return max(0., float(walk.max() - farthest*spread[-1])), None, float((walk + z*spread).max())
 
 
-extend_metric("ks", interval=_ks_interval)
+set_metric_fields("ks", interval=_ks_interval)
 
 # %% ../../nbs/calibration/07_intervals.ipynb #40d2c59c
 def _top1_interval(values: Tensor, level: float) -> tuple[float, float]:
@@ -174,7 +174,7 @@ def _top1_interval(values: Tensor, level: float) -> tuple[float, float]:
     return exact_interval(float(values.sum()), len(values), level)
 
 
-extend_metric("top1", interval=_top1_interval)
+set_metric_fields("top1", interval=_top1_interval)
 
 # %% ../../nbs/calibration/07_intervals.ipynb #1285acc4
 def skew_corrected_interval(

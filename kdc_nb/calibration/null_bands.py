@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core import check
 from .outputs import check_bins_and_draws, check_outputs, to_probs
 from .predictions import BinaryPredictions, classwise, top_label
-from .metrics import METRICS, Metric, extend_metric, label_moments, select_metrics
+from .metrics import METRICS, Metric, set_metric_fields, label_moments, select_metrics
 from .bins import BinContents, bin_contents, classwise_bins, noise_bins, split_rows
 
 # %% ../../nbs/calibration/06_null_bands.ipynb #ca61d7a6
@@ -204,7 +204,7 @@ def _top1_moments(p: Tensor) -> tuple[Tensor, Tensor]:
 
 # %% ../../nbs/calibration/06_null_bands.ipynb #45e3a969
 for _name, _f in (("nll", _nll_moments), ("brier", _brier_moments), ("top1", _top1_moments)):
-    extend_metric(_name, moments=_f)
+    set_metric_fields(_name, moments=_f)
 
 # %% ../../nbs/calibration/06_null_bands.ipynb #3fa08291
 def per_sample_null_band(

@@ -94,37 +94,37 @@ def unique_bins(
 # %% ../../nbs/calibration/01_predictions.ipynb #cedc977c
 def bin_gaps(
     predictions: BinaryPredictions, # (N, K)
-    bins: Tensor, # (N, K) the bin of each prediction, from 0
+    bin_index: Tensor, # (N, K) the bin of each prediction, from 0
     n_bins: int, # how many bins there are
 ) -> Tensor: # (K, n_bins) sum of confidence - correct in each bin, over N; -1 to 1
     "Mean confidence minus accuracy of each bin, times the bin's share of the images"
-    return bin_sums(predictions.confidence - predictions.correct, bins, n_bins)/len(bins)
+    return bin_sums(predictions.confidence - predictions.correct, bin_index, n_bins)/len(bin_index)
 
 
 def bin_sums(
     x: Tensor, # (N, K) what is summed
-    bins: Tensor, # (N, K) the bin of each, from 0
+    bin_index: Tensor, # (N, K) the bin of each, from 0
     n_bins: int, # how many bins there are
 ) -> Tensor: # (K, n_bins)
     "The sum of `x` in each bin of each column"
-    cells = bins + n_bins*torch.arange(bins.shape[1])
-    return (torch.bincount(cells.flatten(), weights=x.flatten(), minlength=n_bins*bins.shape[1])
+    cells = bin_index + n_bins*torch.arange(bin_index.shape[1])
+    return (torch.bincount(cells.flatten(), weights=x.flatten(), minlength=n_bins*bin_index.shape[1])
             .view(-1, n_bins))
 
 # %% ../../nbs/calibration/01_predictions.ipynb #c2e77236
 def gaps_and_shares(
     predictions: BinaryPredictions, # (N, K)
-    bins: Tensor, # (N, K) the bin of each prediction, from 0
+    bin_index: Tensor, # (N, K) the bin of each prediction, from 0
     n_bins: int, # least number B of bins; there are more if `bins` has more
     weight: Tensor | None = None, # (N,) of the images, with mean 1; None: all weigh the same
 ) -> tuple[Tensor, Tensor]: # gaps as `bin_gaps` gives them, and the bins' shares of the images, (K, B) each
     "The gaps of all bins, and what share of the images each bin holds"
-    n_bins = max(n_bins, int(bins.max()) + 1)
+    n_bins = max(n_bins, int(bin_index.max()) + 1)
     one = torch.ones_like(predictions.confidence)
     if weight is not None:
         one, (p, correct) = one*weight[:, None], predictions
         predictions = BinaryPredictions(p*weight[:, None], correct*weight[:, None])
-    return bin_gaps(predictions, bins, n_bins), bin_sums(one, bins, n_bins)/len(bins)
+    return bin_gaps(predictions, bin_index, n_bins), bin_sums(one, bin_index, n_bins)/len(bin_index)
 
 # %% ../../nbs/calibration/01_predictions.ipynb #d71a1abf
 def l1_norm(

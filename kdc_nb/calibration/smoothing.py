@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .predictions import equal_width_bins, top_label
 from .metrics import METRICS, Metric, calibration_error
-from .bins import BinContents, draw_correct
+from .bins import BinContents, draw_correct_counts
 
 # %% ../../nbs/calibration/15_smoothing.ipynb #a8f845dd
 _CELLS, _POINTS = 1000, 250 # cells in which gaps are added up; points at which smoothed gaps are read
@@ -89,7 +89,7 @@ def _smooth_ends(contents: BinContents, level: float) -> tuple[float, float, flo
     """
     count, g = contents.count, torch.Generator().manual_seed(0)
     mean, z = count*(contents.correct + .5)/(count + 1), NormalDist().inv_cdf((1 + level)/2)
-    drawn = draw_correct(count, mean, torch.rand(len(count), 500, generator=g, dtype=torch.float64)).T
+    drawn = draw_correct_counts(count, mean, torch.rand(len(count), 500, generator=g, dtype=torch.float64)).T
     noise, gaps = (mean - drawn)/count.sum(), (contents.confidence - contents.correct)/count.sum()
     value, *scattered = smooth_norm(torch.cat([gaps[None], gaps + noise])[:, None].float(), None).tolist()
     alone = smooth_norm(noise[:, None].float(), None).square()

@@ -24,7 +24,7 @@ import torch
 from ..core import check, warn
 from ..values import decode, encode
 from ..files import DamagedFile, atomic_write, cache_dir, load_meta
-from ..training.data import full_data, pending_file, summarise_data
+from ..training.data import full_data, missing_download, summarise_data
 from ..training.devices import best_device, broadcast_int
 from .specs import RunSpec, lineage, run_label
 from .results import Result
@@ -81,7 +81,7 @@ class _TrainingPace:
         here = describe_environment(best_device(device))["name"], n_parallel
         for spec, facts in _read_facts(store):
             measured = facts["name"], facts.get("at_once", 1)
-            if measured == here and not pending_file(spec.data): self.add(spec, facts["seconds"])
+            if measured == here and not missing_download(spec.data): self.add(spec, facts["seconds"])
 
     def add(self, spec: RunSpec, seconds: float) -> None:
         "Note the pace of a run"
@@ -98,7 +98,7 @@ class _TrainingPace:
 
     def plan_run(self, spec: RunSpec) -> _PlannedRun:
         "The plan for a run that is not done, from its checkpoint or the pace of others"
-        if pending_file(spec.data): return _PlannedRun(spec, spec.recipe.epochs, None)
+        if missing_download(spec.data): return _PlannedRun(spec, spec.recipe.epochs, None)
         try: meta = load_meta(self.store.path(spec, "part"))
         except (FileNotFoundError, DamagedFile): meta = {"epochs_done": 0., "seconds": 0.}
         # not there: a checkpoint of an older version, from which no run goes on
@@ -118,7 +118,7 @@ def plan_sweep(
     "What `sweep` would do, and how long it would take one by one; nothing is downloaded for it"
     pace = _TrainingPace(store or Store(), device, n_parallel)
     def planned(r):
-        fetched = not pending_file(r.data) # before that nobody knows its id
+        fetched = not missing_download(r.data) # before that nobody knows its id
         return _PlannedRun(r, 0, 0.) if fetched and pace.store.path(r, "run").exists() else pace.plan_run(r)
     return [planned(r) for r in lineage(*specs)]
 
@@ -138,7 +138,7 @@ def format_plan(
     known, unknown = sum(p.seconds or 0. for p in planned), sum(p.seconds is None for p in planned)
     total = (f"{sum(p.epochs > 0 for p in planned)} runs to do, one by one {_format_duration(known)}"
              + f" and {unknown} of which nothing is known"*(unknown > 0))
-    files = ", ".join(dict.fromkeys(f for p in planned if (f := pending_file(p.spec.data))))
+    files = ", ".join(dict.fromkeys(f for p in planned if (f := missing_download(p.spec.data))))
     fetched = [f"{files} will be downloaded first, or taken from {cache_dir()/'data'}"] if files else []
     return "\n".join([*(f"{left(p):28}{_format_duration(p.seconds):>18}  {run_label(p.spec)}"
                         for p in planned),

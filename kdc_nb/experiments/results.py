@@ -34,7 +34,7 @@ from ..calibration.evaluation import Evaluation, evaluate
 from ..calibration.metric_labels import format_metric, metric_label
 from ..calibration.truth import estimate_true_error, kl_to_truth
 from ..training.data import load_data
-from .specs import RunSpec, run_label, with_seed
+from .specs import RunSpec, run_label, reseed_lineage
 
 # %% ../../nbs/experiments/02_results.ipynb #ecd54ed3
 class OutputSummary(NamedTuple):
@@ -170,11 +170,11 @@ def make_result(
     logits: dict[str, Tensor], # "valid" and "test", (N, C)
     history: list[dict[str, float]], # a row an epoch: loss, accuracy, ...
     facts: dict[str, Any], # at least "device" and "seconds", as `describe_environment` has them
-    figures: dict[str, Any] | None = None, # what `evaluate_splits` gave; None: it is asked now
+    evaluated: dict[str, Any] | None = None, # what `evaluate_splits` gave; None: it is asked now
 ) -> Result:
     "The result of a trained network"
-    figures = figures or evaluate_splits(load_evaluation_inputs(spec, logits))
-    return Result(spec, history=history, facts=facts, logits=logits, **figures)
+    evaluated = evaluated or evaluate_splits(load_evaluation_inputs(spec, logits))
+    return Result(spec, history=history, facts=facts, logits=logits, **evaluated)
 
 # %% ../../nbs/experiments/02_results.ipynb #8a51e059
 def recalibrate(
@@ -296,5 +296,5 @@ def group_by_seed(
 ) -> dict[RunSpec, list[Result]]: # by the description with seed 0
     "Runs that differ only in their seeds, together"
     out = {}
-    for spec, r in results.items(): out.setdefault(with_seed(spec, 0), []).append(r)
+    for spec, r in results.items(): out.setdefault(reseed_lineage(spec, 0), []).append(r)
     return out

@@ -31,7 +31,7 @@ from ..training.steps import GraphCaptureError, Predictor, TeacherCache, predict
 from ..training.trainer import Trainer
 from ..training.processes import call_in_fresh_process
 from .specs import Distil, RunSpec, Teacher, lineage, run_label
-from .teachers import TemperatureScaled, teacher_temperature
+from .teachers import TemperatureScaled, fit_teacher_temperature
 from .results import Result, make_result
 from .store import Store, build_net
 
@@ -88,7 +88,7 @@ def _build_teacher(
     if has_live_teacher(spec):
         plain = strip_scaling(teacher)
         return (plain.predictor(spec.data, context),
-                1. if plain == teacher else teacher_temperature(plain, context))
+                1. if plain == teacher else fit_teacher_temperature(plain, context))
     logits = _predict_train(teacher.predictor(spec.data, context), data, best_device(context.device))
     return (lambda x, index: logits[index]), 1.
 
@@ -178,11 +178,11 @@ def collect_trained_run(
 def store_result(
     trained: TrainedRun, # from `collect_trained_run`
     store: Store, # where it is kept
-    figures: dict[str, Any] | None = None, # what `evaluate_splits` gave; None: it is asked now
+    evaluated: dict[str, Any] | None = None, # what `evaluate_splits` gave; None: it is asked now
 ) -> Result:
     "Evaluate a trained run and write it to the store"
     spec, net, *rest = trained
-    result = make_result(spec, *rest, figures)
+    result = make_result(spec, *rest, evaluated)
     if rank_and_world()[0] == 0: store.put(result, net)
     if rank_and_world()[1] > 1: distributed.barrier() # nobody looks for it before it is there
     return result

@@ -21,14 +21,14 @@ from tqdm.auto import tqdm
 
 from ..core import check, warn
 from ..interrupts import explain_interrupt
-from ..training.data import pending_file, summarise_data
+from ..training.data import missing_download, summarise_data
 from kdc_nb.training.devices import (
     autocast_off, best_device, cuda_is_broken, free_gpu_memory, list_devices, mark_cuda_broken,
     rank_and_world,
 )
 from ..training.steps import GraphCaptureError
 from ..training.trainer import OutOfTime
-from ..training.processes import call_with_own_code, one_thread, pack_own_code, worker_processes
+from ..training.processes import call_with_user_code, one_thread, pack_user_code, worker_processes
 from .specs import RunSpec, lineage, run_label
 from .results import Result
 from .store import Store
@@ -53,7 +53,7 @@ def _run_parallel(agenda: Scheduler, pool: Executor, on_result: OnResult) -> Non
     while True:
         while len(running) < agenda.context.n_parallel and (run := agenda.next()):
             device = min(devices, key=Counter(d for _, d in running.values()).__getitem__)
-            future = pool.submit(call_with_own_code, pack_own_code(), _run_in_worker, run,
+            future = pool.submit(call_with_user_code, pack_user_code(), _run_in_worker, run,
                                  agenda.context._replace(device=device), agenda.deadline)
             running[future] = run, device
         if not running: return
@@ -99,7 +99,7 @@ def default_jobs(
     "Processes at a time where nobody says: on a CPU one for each core, unless the runs are soon over"
     if best_device(device).type != "cpu" or rank_and_world()[1] > 1: return 1
     runs = lineage(*specs)
-    unknown = any(pending_file(r.data) for r in runs) # before that nobody knows its size
+    unknown = any(missing_download(r.data) for r in runs) # before that nobody knows its size
     left = runs if unknown else [r for r in runs if not store.path(r, "run").exists()]
     per_image = lambda r: math.prod(summarise_data(r.data).input_shape)
     long = unknown or sum(count_training_images(r)*per_image(r) for r in left) > _WORTH_PROCESSES
@@ -141,7 +141,7 @@ def _continue_in_fresh_process(
     free_gpu_memory()
     rows = [row[-1] for row in agenda.rows if not agenda.left_out.keys() & row]
     with worker_processes(1) as pool:
-        rest = pool.submit(call_with_own_code, pack_own_code(), _run_remaining,
+        rest = pool.submit(call_with_user_code, pack_user_code(), _run_remaining,
                            rows, agenda.context, agenda.deadline, agenda.uncaptured)
         while not rest.done():
             wait([rest], timeout=1.)

@@ -21,7 +21,7 @@ from ..calibration.contributions import debiased_contributions
 from ..calibration.differences import Difference, estimate_contrast, bartlett_p
 from ..calibration.comparisons import Verdict
 from ..training.methods import Method
-from ..experiments.specs import Distil, RunSpec, trace_generation, with_seed
+from ..experiments.specs import Distil, RunSpec, trace_generation, reseed_lineage
 from ..experiments.teachers import direct_counterpart
 from ..experiments.results import Result, result_outcomes
 from kdc_nb.experiments.tables import (
@@ -177,7 +177,7 @@ def _rows_to_pool(
 ) -> list[_RowOutput]: # those of the pairs first
     "All rows with the networks of the pairs, in their outputs; a `ValueError` for several data sets"
     compared = list(dict.fromkeys(s for pair in pairs for s in pair))
-    specs = {name: with_seed(r.spec, 0) for name, own in results_by_name.items() for r in own if r}
+    specs = {name: reseed_lineage(r.spec, 0) for name, own in results_by_name.items() for r in own if r}
     own = {specs[name]: name for name, _ in compared}
     data, models = ({getattr(s, k) for s in own} for k in ("data", "model"))
     check(len(data) < 2, "results_by_name", f"rows on {len(data)} data sets", "rows on one")

@@ -136,7 +136,7 @@ def _cifar10(n_train: int = 45_000, n_valid: int = 5000, seed: int = 0) -> Datas
     return _cifar_dataset("cifar10", n_train, n_valid, seed)
 
 
-_cifar10.pending_file = partial(_pending_archive, "cifar10")
+_cifar10.missing_download = partial(_pending_archive, "cifar10")
 
 # %% ../../nbs/training/02_cifar.ipynb #e649798d
 @DataSpec.register("cifar100")
@@ -145,7 +145,7 @@ def _cifar100(n_train: int = 45_000, n_valid: int = 5000, seed: int = 0) -> Data
     return _cifar_dataset("cifar100", n_train, n_valid, seed)
 
 
-_cifar100.pending_file = partial(_pending_archive, "cifar100")
+_cifar100.missing_download = partial(_pending_archive, "cifar100")
 
 # %% ../../nbs/training/02_cifar.ipynb #786bbbfb
 def _read_human_votes(
@@ -178,4 +178,4 @@ def _cifar10h(n_train: int = 5000, n_valid: int = 1000, seed: int = 0) -> Datase
                    **channel_stats(t["test_inputs"]))
 
 
-_cifar10h.pending_file = partial(_pending_archive, "cifar10")
+_cifar10h.missing_download = partial(_pending_archive, "cifar10")

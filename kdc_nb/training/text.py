@@ -248,7 +248,7 @@ def _newsgroups(
                        tuple(group[c.split(".")[0]] for c in classes), tokens=list_vocabulary(cutter))
 
 
-_newsgroups.pending_file = _pending_newsgroups
+_newsgroups.missing_download = _pending_newsgroups
 
 # %% ../../nbs/training/06_text.ipynb #64868ac0
 def _as_texts(what: str, texts: Any) -> list[str]:

@@ -27,7 +27,7 @@ from .methods import TrainingMethod, TrainingStep
 from kdc_nb.training.devices import (
     autocast_off, best_device, broadcast_int, gather_batch, rank_slice, seeded_rng,
 )
-from .network_checks import as_predictor, check_loss, check_network, check_teacher
+from .network_checks import as_predictor, check_loss_value, check_network, check_teacher
 from .recipes import Recipe
 from kdc_nb.training.steps import (
     CheckpointWriter, EpochPlan, TrainerState, capture_graph, draw_epoch_plan, dropout_rng,
@@ -69,7 +69,7 @@ class _TrainerSteps(TrainerState):
             teacher_logits = self.teacher_logits(x, index) if self.teacher else None
             logits = gather_batch(self.ddp_net(x[rank_slice(x)]))
         loss = self.method(TrainingStep(logits, targets, index, self.epoch_counter, teacher_logits))
-        check_loss(loss)
+        check_loss_value(loss)
         self.optimizer.zero_grad()
         (self.world*loss).backward() # DistributedDataParallel divides by the number of processes
         match_grad_strides(self.net)
