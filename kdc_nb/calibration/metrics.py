@@ -226,7 +226,7 @@ def mce(
     from_logits: bool = True, # False: they are probabilities
     sample_weight: Any = None, # (N,) of the images, 0 or more; None: all weigh the same
 ) -> float: # 0 to 1
-    "Maximum calibration error of the top label: the largest gap of any bin of ECE (Naeini et al. 2015)"
+    "Maximum calibration error of the top label: the largest gap of a bin, not weighted (Naeini et al. 2015)"
     return calibration_error("mce", outputs, labels, n_bins, from_logits, sample_weight)
 
 

@@ -254,7 +254,7 @@ def self_distillation_chain(
 # %% ../../nbs/experiments/00_specs.ipynb #034a0fcf
 def trace_generation(
     spec: RunSpec, # any run; a teacher that is no plain run ends the chain
-) -> tuple[RunSpec, int]: # generation zero, and how many students lie between
+) -> tuple[RunSpec, int]: # generation zero, and the run's own generation, from 0
     """Generation zero of a run's chain, and the run's own generation; a run without a teacher is its own
     generation zero
     """
