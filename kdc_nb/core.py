@@ -111,7 +111,7 @@ def is_built_in(
 
 # %% ../nbs/core.ipynb #66a33c23
 def _is_defined_again(old: Any, made: Any) -> bool:
-    "Whether a cell was run again that defined `old`; of the kit's own, and of values, only the same"
+    "Whether the cell that defined `old` was run again; the kit's own and values must be unchanged"
     if not hasattr(made, "__qualname__"): return old == made
     if getattr(old, "__qualname__", "<lambda>") != getattr(made, "__qualname__", None): return False
     if not is_built_in(old): return getattr(old, "__module__", None) == made.__module__

@@ -107,7 +107,7 @@ def plot_generations(
     # chain go; None: that is not drawn
     label_only_gap: float | None = None,
 ) -> np.ndarray: # of Axes, one for each panel
-    """Metrics by generation, and for the gap, dotted, what theory expects.
+    """Metrics by generation; with `label_only_gap` what theory expects of the gap, dotted.
 
     A `ValueError` says which temperatures and weights, or metrics, there are.
     """

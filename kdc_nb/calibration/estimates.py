@@ -35,7 +35,7 @@ class Estimate:
     value: float | None = None # the metric, as observed; None if it is infinite
     low: float | None = None # lower end of the interval for the metric without the noise of the labels
     high: float | None = None # upper end of the interval
-    debiased: float | None = None # the median-unbiased estimate, if the interval is by inversion of a test
+    debiased: float | None = None # the median-unbiased estimate; None where there is none
     null_low: float | None = None # lower end of the null band: the scores of a perfectly calibrated model
     null_high: float | None = None # upper end of the null band
 

@@ -189,7 +189,7 @@ def load_outputs(
     """Outputs and labels from a file; labels of a table may be names or numbers of the columns.
 
     A `ValueError` names the file and what is wrong with it. A warning tells which columns were taken, unless
-    `classes` names them or they are numbered.
+    `classes` names them, or they are numbered and no other is left out.
     """
     found = read_arrays(path, classes)
     try:

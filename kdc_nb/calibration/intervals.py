@@ -204,8 +204,8 @@ def unseen_errors(
     from_logits: bool, # whether the outputs are logits; False: they are probabilities
     level: float, # of the limit
 ) -> float: # infinite if a wrong image costs infinitely much
-    """By how much a mean over images (`per_sample`) changes if as many images more are wrong as the exact
-    limit of their number allows; 0 if ten or more are wrong
+    """By how much a mean over images (`per_sample`) changes if the number of wrong images rises to its
+    exact limit; 0 if ten or more are wrong
     """
     first, second = outputs.argmax(1), outputs.topk(2, 1)[1][:, 1]
     n, n_wrong = len(labels), int((first != labels).sum())

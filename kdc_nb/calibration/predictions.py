@@ -115,7 +115,7 @@ def bin_sums(
 def gaps_and_shares(
     predictions: BinaryPredictions, # (N, K)
     bin_index: Tensor, # (N, K) the bin of each prediction, from 0
-    n_bins: int, # least number B of bins; there are more if `bins` has more
+    n_bins: int, # least number B of bins; there are more if `bin_index` has more
     weight: Tensor | None = None, # (N,) of the images, with mean 1; None: all weigh the same
 ) -> tuple[Tensor, Tensor]: # gaps as `bin_gaps` gives them, and the bins' shares of the images, (K, B) each
     "The gaps of all bins, and what share of the images each bin holds"

@@ -235,8 +235,8 @@ def _images_sentence(name: str, s: "Student") -> str:
     share = lambda e: f"{100*e.value:.1f}% [{100*e.low:.1f} to {100*e.high:.1f}]"
     kl = f"{s.kl.value:.3f} nats" if s.kl.value is not None else "infinite, for a class that it rules out"
     return (f"{name} predicts what the teacher predicts on {share(s.agreement)} of the images (KL from "
-            f"teacher to student: {kl}). On {share(s.bold_errors)} it is wrong, and surer than the teacher "
-            "is of what that predicts.")
+            f"teacher to student: {kl}). On {share(s.bold_errors)} it is wrong, and more confident "
+            "than the teacher is of its own prediction.")
 
 
 def _temperature_sentence(name: str, outputs: dict[str, dict[str, Estimate]], evaluations: list) -> str:

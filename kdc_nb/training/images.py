@@ -216,7 +216,7 @@ def read_images(
 def open_image(
     path: Path | str, # of a file that PIL can read
     load_pixels: bool = True, # False: only its head is read
-) -> Any: # PIL's Image, in colour; as in torchvision, neither turned nor with what shines through it
+) -> Any: # PIL's Image, in colour; as in torchvision, its orientation tag and transparency are ignored
     "A picture file; a `ValueError` names one that cannot be read, or has more than 8 bits a channel"
     from PIL import Image
     try:

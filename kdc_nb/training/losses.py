@@ -32,7 +32,7 @@ def as_logits(
     logits: Any, # (B, C)
     argument: str = "logits", # its name, for the message
 ) -> Tensor: # (B, C)
-    "Logits in float32 at least, -1e20 for -inf, times which 0 is NaN; a `ValueError` unless floats (B, C)"
+    "Logits in float32 at least, -1e20 for -inf (0*-inf is NaN); a `ValueError` unless floats (B, C)"
     z = torch.as_tensor(logits)
     check(z.is_floating_point() and z.ndim == 2 and len(z) > 0 and z.shape[1] > 1, argument,
           f"{z.dtype} of shape {tuple(z.shape)}", "floats of shape (B, C), B above 0 and C above 1")

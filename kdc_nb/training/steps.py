@@ -90,8 +90,8 @@ def match_grad_strides(
 ) -> None:
     """Lay gradients out in memory as their parameters are.
 
-    Fused optimizers require it, and autograd does not promise it (pytorch issue 106951). A stride along one
-    element means nothing, so where only such strides differ nothing is copied.
+    Fused optimizers require it, and autograd does not promise it (pytorch issue 106951). The stride of
+    a dimension of size 1 means nothing, so where only such strides differ nothing is copied.
     """
     for p in net.parameters():
         g = p.grad
