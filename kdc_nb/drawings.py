@@ -268,6 +268,6 @@ def page_html(
     title: str, # of the window
     explorer: str, # from `explorer_html`
 ) -> str:
-    "A file with one explorer, which asks nothing of any network"
+    "A file with one explorer, which needs no internet connection"
     return _PAGE.format(title=escape(title), policy=_POLICY, explorer=explorer,
                         style=read_asset("explorer.css"), script=read_asset("explorer.js"))

@@ -15,7 +15,7 @@ def format_text_table(
     head: Sequence[str], # a text for each column
     rows: Iterable[Sequence[str]], # a text for each column
 ) -> str: # lines, without a line break at the end
-    "A table for a terminal: columns of equal width, two spaces apart"
+    "A table for a terminal: each column as wide as its longest text, two spaces apart"
     lines = [head, *rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(t.ljust(w) for t, w in zip(line, widths)).rstrip() for line in lines)

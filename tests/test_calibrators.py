@@ -2,6 +2,8 @@
 what comes after training.
 """
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -269,6 +271,18 @@ def test_a_class_that_cannot_be_does_not_stop_vector_scaling():
     assert nll(calibrate(z), y) < nll(z, y)
     with pytest.raises(ValueError, match=r"logits: got shape \(5, 2\), expected \(N, 3\), as in the fit"):
         calibrate(z[:5, :2])
+
+
+def test_vector_scaling_warns_of_a_class_that_its_images_tell_apart_perfectly():
+    "Nothing holds its offset; of the same images with one label of another class something does"
+    z, y, _ = made(400, 3)
+    z[:, 2] = torch.where(y == 2, 20., -20.) + z[:, 2]/10
+    with pytest.warns(UserWarning, match="vector scaling: 400 images tell class 2 apart perfectly"):
+        Calibrator("vector").build(z, y)
+    y[(y == 2).nonzero()[0]] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Calibrator("vector").build(z, y)
 
 
 def test_a_calibrator_that_writes_leaves_the_result_as_it_was(tmp_path):

@@ -69,7 +69,8 @@ def corrupt_images(
     seed: int = 0, # of the noise, from 0; each corruption and severity has noise of its own
 ) -> Tensor: # (N, C, H, W) uint8
     """Images under a corruption in the style of CIFAR-C (Hendrycks and Dietterich 2019), the same for
-    the same images and seed; of some corruptions, what becomes of one image depends on how many there are.
+    the same images and seed; for some corruptions, the result for an image
+    depends on how many images there are.
 
     A `ValueError` names the argument that is wrong.
 
@@ -286,7 +287,8 @@ def saturate(
     strength: tuple[float, float], # factor and summand of the saturation
     rng: np.random.Generator, # not used
 ) -> np.ndarray: # of the same shape, clipped later
-    """A change of the saturation in HSV: less at severity 1 and 2, more from 3, where grey turns red from 4.
+    """A change of the saturation in HSV: less at severity 1 and 2, more from 3 on;
+    from 4 on grey turns red.
 
     A `ValueError` for images of one channel.
     """

@@ -145,8 +145,8 @@ def average_by_severity(
     drift: DriftResult, # of one run
     output: str, # "raw" or "scaled"
 ) -> dict[str, np.ndarray]: # (6,) each: clean images first, then severity 1 to 5; NaN where not asked
-    """Metrics averaged over the corruptions at each severity; the ends of intervals and bands too, so they
-    are those of one kind of images. A `ValueError` for an unknown output
+    """Metrics averaged over the corruptions at each severity, and so are the ends of intervals and
+    bands: these are as wide as for one kind of images. A `ValueError` for an unknown output
     """
     check(output in ("raw", "scaled"), "output", repr(output), "'raw' or 'scaled'")
     at = [[row[output] for key, row in drift.rows.items() if key.endswith(end)]

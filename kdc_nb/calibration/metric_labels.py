@@ -17,7 +17,7 @@ def find_metric(
     # its name in the registry, or of a quantity that is derived from a known truth or from features
     metric: str,
 ) -> Metric: # with label, unit and limits
-    "What is called so; a metric with that label and nothing else if none is registered in this process"
+    "The metric of that name; if this process has registered none, one with the name as its label only"
     return METRICS.get(metric) or DERIVED.get(metric) or Metric(metric)
 
 # %% ../../nbs/calibration/03_metric_labels.ipynb #7f348acd

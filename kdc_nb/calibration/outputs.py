@@ -96,8 +96,8 @@ def check_outputs(
     """Check a model's outputs: finite (a masked class has a logit of -inf), and rows
     of probabilities sum to 1.
 
-    A `ValueError` names what is wrong. A warning if logits look like probabilities, or if the sums of
-    probabilities are off by more than 1e-4, as rounded ones are: they are then divided by them.
+    A `ValueError` names what is wrong. There is a warning if logits look like probabilities, or if rows
+    of probabilities, as rounded ones, have sums off by over 1e-4: each row is then divided by its sum.
     """
     check(isinstance(from_logits, (bool, np.bool_)), "from_logits",
           repr(from_logits), "True, or False for probabilities")

@@ -175,7 +175,10 @@ def _temperature_scaling(logits: Any, labels: Any) -> Callable[[Tensor], Tensor]
 
 @Calibrator.register("vector")
 def _vector_scaling(logits: Any, labels: Any) -> Callable[[Tensor], Tensor]:
-    "Vector scaling (Guo et al., 2017); a `ValueError` if a class has no image, and so no finite offset"
+    """Vector scaling (Guo et al., 2017); a `ValueError` if a class has no image, and so no finite offset.
+
+    A warning if the images tell a class apart perfectly: its factor and offset grow until the search ends.
+    """
     from scipy.optimize import minimize
     z, y = check_outputs_and_labels(logits, labels, True)
     C = z.shape[1]
@@ -188,7 +191,17 @@ def _vector_scaling(logits: Any, labels: Any) -> Callable[[Tensor], Tensor]:
     start = np.repeat([1., 0.], C)
     w = torch.from_numpy(minimize(nll_and_slope, start, jac=True, method="L-BFGS-B",
                                   options=dict(maxiter=5000, maxfun=10**5, ftol=0, gtol=1e-7)).x)
+    _warn_of_separated(softmax64(_scale_classes(z, w)))
     return lambda z: _scale_classes(as_float64(z, "logits"), w)
+
+
+def _warn_of_separated(p: Tensor) -> None: # (N, C) probabilities of the images that were fitted
+    "Warn of classes whose offsets the images leave open: the sum of p(1 - p) is the NLL's curvature"
+    separated = ((p*(1 - p)).sum(0) < .1).nonzero().flatten().tolist()
+    if separated:
+        names = ", ".join(map(str, separated))
+        warn(f"vector scaling: {len(p)} images tell class {names} apart perfectly, so nothing limits its "
+             "factor and offset; take a temperature, or more images")
 
 
 def _scale_classes(z: Tensor, w: Tensor) -> Tensor: # (N, C)

@@ -222,9 +222,9 @@ def order_by_priority(
 ) -> list[RunSpec]:
     """The rows of a table or figure, in the order in which to train them.
 
-    First those with the teacher's weight that the table names first, then early generations before late
-    ones, then methods as in `_METHOD_PRIORITY`; of each method the student before what was trained
-    directly, and the student of a scaled teacher last.
+    First the rows with the weight of the teacher that comes first in the table, then early generations
+    before late ones, then methods as in `_METHOD_PRIORITY`; of each method the taught student before
+    what was trained directly, and the student of a scaled teacher last.
     """
     alphas = list(dict.fromkeys(s.method.alpha
                                 for s in specs_by_row.values() if isinstance(s.method, Distil)))

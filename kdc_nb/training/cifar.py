@@ -165,8 +165,8 @@ def _read_human_votes(
 # %% ../../nbs/training/02_cifar.ipynb #bb2cb59b
 @DataSpec.register("cifar10h")
 def _cifar10h(n_train: int = 5000, n_valid: int = 1000, seed: int = 0) -> Dataset:
-    """CIFAR-10's official test images with the votes of people as their posterior; what training and
-    validation leave is the test set
+    """CIFAR-10's official test images with the votes of people as their posterior; the images that
+    training and validation leave are the test set
     """
     check_split_sizes("cifar10h", 9_999, n_train=n_train, n_valid=n_valid)
     t, classes = _load_cifar("cifar10", cache_dir()/"data")

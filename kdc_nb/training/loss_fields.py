@@ -137,6 +137,6 @@ def batch_loss_field(
     beta: float, # weight of the penalty, 0 or more
     overconfidence: float, # factor by which the logits of the others are too large, above 0
 ) -> _LossField:
-    "The NLL and one of `BATCH_PENALTIES`, in a batch of others of whom the network is overconfident"
+    "The NLL and one of `BATCH_PENALTIES`, in a batch of images that the network is overconfident of"
     return prepare_loss_field(lambda z, y: cross_entropy(z, y) + beta*BATCH_PENALTIES[penalty](z, y),
                               _batch_context(overconfidence))

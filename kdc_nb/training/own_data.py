@@ -103,7 +103,7 @@ def stratified_split(
     fractions: Sequence[float] = (.6, .2, .2), # of each class, for training, validation and test
     seed: int = 0, # of the order within each class
 ) -> list[tuple[Tensor, Tensor]]: # a pair for each part
-    "One set in several, each with its share of every class; a `ValueError` where the shares are none"
+    "One set in several, each with its share of every class; a `ValueError` if `fractions` are none"
     check(abs(sum(fractions) - 1) < 1e-9 and min(fractions) > 0,
           "fractions", tuple(fractions), "positive shares of sum 1")
     labels = check_labels("labels", labels, len(inputs))
@@ -118,7 +118,7 @@ def stratified_split(
 def registered_data_path(
     fingerprint: str, # of their content, 16 hexadecimal digits
 ) -> Path: # of a .safetensors file, which need not be there
-    "Where the cache keeps data of your own; a `ValueError` where `fingerprint` is none"
+    "Where the cache keeps data of your own; a `ValueError` if `fingerprint` is not a valid one"
     check_fingerprint_format(fingerprint)
     return cache_dir()/"data"/f"{fingerprint}.safetensors"
 

@@ -24,7 +24,7 @@ from .devices import free_gpu_memory
 
 # %% ../../nbs/training/17_processes.ipynb #f1f46f7a
 class _UninterruptedPool(loky.ProcessPoolExecutor):
-    "One that starts its processes, which it does when it is given something to do, without an ear for Ctrl-C"
+    "A pool whose processes, which are started when it is given something to do, do not react to Ctrl-C"
     def submit(self, *args, **kw):
         with hold_ctrl_c(): return super().submit(*args, **kw)
 

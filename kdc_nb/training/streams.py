@@ -155,7 +155,7 @@ def register_image_folder(
 
 # %% ../../nbs/training/04_streams.ipynb #adaebdd0
 def _file_signature(path: Path) -> tuple[int, str]:
-    "The bytes of a picture file, and the digest of up to 4,096 in their middle"
+    "The size of a picture file in bytes, and the digest of up to 4,096 bytes in its middle"
     open_image(path, load_pixels=False)
     n = path.stat().st_size
     with open(path, "rb") as f:
