@@ -21,7 +21,7 @@ __all__ = ['results_file', 'Table', 'format_html_table', 'compare', 'compare_stu
            'seed_means', 'Ensemble', 'OutOfFold', 'TemperatureScaled', 'TemperedPosterior', 'direct_counterpart',
            'teacher_from_logits', 'direct_and_distilled_frame', 'plot_metric_by_temperature', 'plot_transfer',
            'prepare_transfer', 'plot_class_matrix', 'plot_confidence_shift', 'prepare_agreement',
-           'prepare_confidence_shift', 'corrupt_images', 'register_corruption', 'generations_frame',
+           'prepare_confidence_shift', 'corrupt_images', 'register_corruption', 'metrics_by_generation',
            'class_merging_frame', 'plot_generations', 'average_by_severity', 'drift_frame', 'evaluate_drift',
            'read_drifts', 'write_drifts', 'similar_classes', 'fit_linear_student', 'tempered_probs', 'weight_hessian',
            'compute_umap', 'plot_penultimate', 'plot_umap', 'calibration_gap', 'draw_linear_problem', 'fit_intercept',
@@ -29,10 +29,10 @@ __all__ = ['results_file', 'Table', 'format_html_table', 'compare', 'compare_stu
            'extract_features', 'read_features', 'write_features', 'paper_progress_table', 'published_values',
            'row_differences', 'table_claims', 'METHOD_GRID', 'as_hyperparameters', 'candidate_specs',
            'candidates_table', 'select_by_validation_nll', 'PAPER_EXPERIMENTS', 'PAPER_METHODS', 'SETTINGS', 'Setting',
-           'kd_label', 'paper_specs', 'table_specs', 'explore_bin_images', 'explore_classes', 'explore_loss_gradients',
-           'explore_reliability', 'explore_theory', 'explore_transfer', 'aurc_difference', 'conformal_sets',
-           'deferral_curve', 'estimate_aurc', 'evaluate_sets', 'risk_coverage', 'share_to_defer', 'Calibrated',
-           'load_calibrated', 'explore_students', 'write_report']
+           'kd_label', 'paper_specs', 'table_specs', 'explore_bin_images', 'explore_penultimate',
+           'explore_loss_gradients', 'explore_reliability', 'explore_theory', 'explore_transfer', 'aurc_difference',
+           'conformal_sets', 'deferral_curve', 'estimate_aurc', 'evaluate_sets', 'risk_coverage', 'share_to_defer',
+           'Calibrated', 'load_calibrated', 'explore_students', 'write_report']
 
 # %% ../nbs/all.ipynb #492b7cbd
 from .files import results_file
@@ -100,7 +100,7 @@ from kdc_nb.analysis.agreement import (
     plot_class_matrix, plot_confidence_shift, prepare_agreement, prepare_confidence_shift,
 )
 from .analysis.corruptions import corrupt_images, register_corruption
-from .analysis.diffusion import generations_frame, class_merging_frame, plot_generations
+from .analysis.diffusion import metrics_by_generation, class_merging_frame, plot_generations
 from .analysis.drift import average_by_severity, drift_frame, evaluate_drift, read_drifts, write_drifts
 from .analysis.geometry import similar_classes
 from .analysis.linear_model import fit_linear_student, tempered_probs, weight_hessian
@@ -120,7 +120,7 @@ from kdc_nb.paper.settings import (
 from .experiments.deployment import Calibrated, load_calibrated
 from .bin_images import explore_bin_images
 from kdc_nb.explorers import (
-    explore_classes, explore_loss_gradients, explore_reliability, explore_theory, explore_transfer,
+    explore_penultimate, explore_loss_gradients, explore_reliability, explore_theory, explore_transfer,
 )
 from .student_explorer import explore_students
 from .reports import write_report
@@ -146,7 +146,7 @@ _all_ = [
     'seed_means', 'Ensemble', 'OutOfFold', 'TemperatureScaled', 'TemperedPosterior', 'direct_counterpart',
     'teacher_from_logits', 'direct_and_distilled_frame', 'plot_metric_by_temperature', 'plot_transfer',
     'prepare_transfer', 'plot_class_matrix', 'plot_confidence_shift', 'prepare_agreement',
-    'prepare_confidence_shift', 'corrupt_images', 'register_corruption', 'generations_frame',
+    'prepare_confidence_shift', 'corrupt_images', 'register_corruption', 'metrics_by_generation',
     'class_merging_frame', 'plot_generations', 'average_by_severity', 'drift_frame', 'evaluate_drift',
     'read_drifts', 'write_drifts', 'similar_classes', 'fit_linear_student', 'tempered_probs',
     'weight_hessian', 'compute_umap', 'plot_penultimate', 'plot_umap', 'calibration_gap',
@@ -155,7 +155,7 @@ _all_ = [
     'write_features', 'paper_progress_table', 'published_values', 'row_differences', 'table_claims',
     'METHOD_GRID', 'as_hyperparameters', 'candidate_specs', 'candidates_table',
     'select_by_validation_nll', 'PAPER_EXPERIMENTS', 'PAPER_METHODS', 'SETTINGS', 'Setting', 'kd_label',
-    'paper_specs', 'table_specs', 'explore_bin_images', 'explore_classes', 'explore_loss_gradients',
+    'paper_specs', 'table_specs', 'explore_bin_images', 'explore_penultimate', 'explore_loss_gradients',
     'explore_reliability', 'explore_theory', 'explore_transfer', 'aurc_difference', 'conformal_sets',
     'deferral_curve', 'estimate_aurc', 'evaluate_sets', 'risk_coverage', 'share_to_defer', 'Calibrated',
     'load_calibrated', 'explore_students', 'write_report',

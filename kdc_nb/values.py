@@ -27,7 +27,7 @@ WRITTEN_NAMES = { # the names in files and ids of classes that have another name
 }
 WRITTEN_FIELDS = { # the same of fields, and of the parameters of named values
     "Recipe": {"milestones": "drops", "select": "keep"}, "WithoutFold": {"fold": "k", "n_folds": "K"},
-    "OutOfFold": {"n_folds": "K"}, "Ensemble": {"n_networks": "n"},
+    "OutOfFold": {"n_folds": "K"}, "Ensemble": {"n_networks": "n"}, "Evaluation": {"n_draws": "n_boot"},
     "Method ls": {"exclude_target": "others"}, "Method mmce": {"double_normalised": "ported"},
     "Method acls": {"as_published": "published"},
 }

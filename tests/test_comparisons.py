@@ -112,7 +112,7 @@ def test_compare_is_paired_metric_by_metric():
     for k in ("top1", "nll", "ece", "ace", "ks"):
         theirs = paired_difference([compute_outcomes(a, y)], [compute_outcomes(b, y)], k)
         assert c.raw[k].difference[:4] == pytest.approx(theirs[:4], rel=1e-6, abs=1e-12), k
-    assert c.raw["ece"].a == pytest.approx(calibration_estimates(a, y, "ece", n_boot=200)["ece"].debiased)
+    assert c.raw["ece"].a == pytest.approx(calibration_estimates(a, y, "ece", n_draws=200)["ece"].debiased)
     assert [m.p_holm for m in c.raw.values()] == holm([m.difference.p for m in c.raw.values()]).tolist()
 
 
@@ -445,13 +445,13 @@ def test_spreads_of_rows_that_vary_very_differently_are_covered():
 def test_a_split_adds_up_and_a_temperature_changes_only_calibration():
     z = torch.randn(400, 4, dtype=torch.float64)
     e = [evaluate(k*z, z.softmax(1).multinomial(1, generator=torch.Generator().manual_seed(0)).squeeze(1),
-                  n_boot=2) for k in (.2, 3.)]
+                  n_draws=2) for k in (.2, 3.)]
     for metric in ("nll", "brier"):
         a, b = (decompose_score(x, metric) for x in e)
         assert (sum(a) == pytest.approx(e[0].raw[metric].value)
                 and a.refinement == pytest.approx(b.refinement, abs=1e-3))
     with pytest.raises(ValueError, match="evaluation: got one without temperature scaling"):
-        decompose_score(evaluate(z[:3], [0, 1, 2], n_boot=2))
+        decompose_score(evaluate(z[:3], [0, 1, 2], n_draws=2))
 
 
 # -- seeds, pooled over rows ------------------------------------------------

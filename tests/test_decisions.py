@@ -213,7 +213,7 @@ O = compute_outcomes(Z, Y)
 
 @pytest.mark.parametrize("do, message", [
     (lambda: estimate_aurc(outcomes([.9], [1])), "outcomes: got 1 images, expected two or more"),
-    (lambda: estimate_aurc(O, n_boot=1), "n_boot: got 1"),
+    (lambda: estimate_aurc(O, n_draws=1), "n_draws: got 1"),
     (lambda: estimate_aurc(O, level=95), "level: got 95"),
     (lambda: aurc_difference([O], []), "b: got 0 seeds"),
     (lambda: aurc_difference([O], [Z]), "a, b: got Tensor in place of Outcomes"),

@@ -39,7 +39,7 @@ def test_null_draws_are_what_the_metrics_score():
     """
     z, _, p = made(150, 4, sharpness=1.)
     g = torch.Generator().manual_seed(1)
-    fast = null_draws(z, n_boot=2000, seed=2)
+    fast = null_draws(z, n_draws=2000, seed=2)
     slow = [p.multinomial(1, generator=g).squeeze(1) for _ in range(150)]
     for name in BINNED:
         scores = torch.tensor([getattr(metrics, name)(z, y) for y in slow])
@@ -51,7 +51,7 @@ def test_null_band_has_its_level():
     inside = dict.fromkeys(BINNED, 0)
     for seed in range(60):
         z, y, _ = made(300, 4, seed=seed)
-        for k, b in null_band(z, n_boot=200, seed=seed).items():
+        for k, b in null_band(z, n_draws=200, seed=seed).items():
             inside[k] += b.low <= getattr(metrics, k)(z, y) <= b.high
     assert min(inside.values()) >= 50, inside
 
@@ -64,33 +64,33 @@ def test_noise_floor_of_a_usual_network():
     follows the confidences, not the accuracy alone.
     """
     z = made(10_000, 100, sharpness=7.8)[0]
-    b = null_band(z, "ece", n_boot=300)["ece"]
+    b = null_band(z, "ece", n_draws=300)["ece"]
     assert float(z.softmax(1).amax(1).mean()) == pytest.approx(.77, abs=.02)
     assert .005 < b.low < .007 and .0085 < b.mean < .0105 and .012 < b.high < .0155
     g = torch.Generator().manual_seed(0)
     trained = torch.randn(10_000, 100, generator=g, dtype=torch.float64)
     trained[:, 0] += 2 + 14*torch.rand(10_000, generator=g, dtype=torch.float64)
-    raised = null_band(trained, "ece", n_boot=300)["ece"]
+    raised = null_band(trained, "ece", n_draws=300)["ece"]
     assert float(trained.softmax(1).amax(1).mean()) == pytest.approx(.776, abs=.01)
     assert (raised.low == pytest.approx(.0052, abs=.0005) and raised.mean == pytest.approx(.0080, abs=.0006)
             and raised.high == pytest.approx(.0112, abs=.001))
 
 
 def test_null_band_shrinks_with_the_images_and_widens_with_the_level():
-    means = [null_band(made(n)[0], "ece", n_boot=200)["ece"].mean for n in (100, 1000, 10_000)]
+    means = [null_band(made(n)[0], "ece", n_draws=200)["ece"].mean for n in (100, 1000, 10_000)]
     assert means[0] > 2*means[1] > 4*means[2]
     z = made()[0]
-    narrow, wide = (null_band(z, "ece", n_boot=200, level=level)["ece"] for level in (.5, .99))
+    narrow, wide = (null_band(z, "ece", n_draws=200, level=level)["ece"] for level in (.5, .99))
     assert wide.low < narrow.low < narrow.high < wide.high
 
 
 def test_draws_depend_on_the_seed_only():
     z, y, _ = made(200)
-    assert calibration_estimates(z, y, n_boot=50) == calibration_estimates(z, y, n_boot=50)
-    assert (calibration_estimates(z, y, "ece", n_boot=50)["ece"]
-            == calibration_estimates(z, y, ("ace", "ece"), n_boot=50)["ece"])
-    assert (calibration_estimates(z, y, "ece", n_boot=50)
-            != calibration_estimates(z, y, "ece", n_boot=50, seed=1))
+    assert calibration_estimates(z, y, n_draws=50) == calibration_estimates(z, y, n_draws=50)
+    assert (calibration_estimates(z, y, "ece", n_draws=50)["ece"]
+            == calibration_estimates(z, y, ("ace", "ece"), n_draws=50)["ece"])
+    assert (calibration_estimates(z, y, "ece", n_draws=50)
+            != calibration_estimates(z, y, "ece", n_draws=50, seed=1))
 
 
 @pytest.mark.parametrize("factor, target", [(1., 0), (1.032, .01), (1.137, .04), (1.716, .15)])
@@ -99,7 +99,7 @@ def test_intervals_cover(factor, target):
     names, hits, seen = ("ece", "ace", "ks", "mce", "sce"), {}, []
     for seed in range(40):
         z, y, p = made(1000, 10, factor, 2.5, seed)
-        e = calibration_estimates(z, y, names, n_boot=120, seed=seed)
+        e = calibration_estimates(z, y, names, n_draws=120, seed=seed)
         truth = exact(z, p, names)
         seen.append(truth["ece"])
         for k in names: hits[k] = hits.get(k, 0) + (e[k].low <= truth[k] + 1e-9 and truth[k] <= e[k].high)
@@ -118,11 +118,11 @@ def exact(z, posterior, names):
 
 def test_a_large_error_is_told_from_noise_and_a_perfect_model_is_not():
     z, y, _ = made(3000, 10, 2.)
-    for k, e in calibration_estimates(z, y, n_boot=200).items():
+    for k, e in calibration_estimates(z, y, n_draws=200).items():
         assert e.value > e.null_high and e.low > 0 and e.high < 1, k
         if k != "mce": assert e.low < e.debiased < e.high
     z, y, _ = made(3000, 10)
-    assert all(e.low == 0 < e.high for e in calibration_estimates(z, y, n_boot=200).values())
+    assert all(e.low == 0 < e.high for e in calibration_estimates(z, y, n_draws=200).values())
 
 
 def test_wilson_and_chernoff():
@@ -138,7 +138,7 @@ def test_wilson_and_chernoff():
 
 def test_reliability_bins():
     z, y, _ = made(2000, 5)
-    b = reliability_bins(z, y, n_boot=300)
+    b = reliability_bins(z, y, n_draws=300)
     used = b.count > 0
     assert b.count.sum() == 2000 and np.isnan(b.accuracy[~used]).all()
     assert np.nansum(b.count*abs(b.confidence - b.accuracy))/2000 == pytest.approx(ece(z, y))
@@ -160,7 +160,7 @@ def constant(n, confidence, n_wrong):
     (10_000, .75, 2_500, .0086), (100, .75, 25, .0966), (1_000, .999, 1, .0046), (200, 1., 0, .0183),
     (1, .7, 0, .675)])
 def test_no_interval_ends_below_the_exact_limit(n, confidence, n_wrong, limit):
-    e = evaluate(*constant(n, confidence, n_wrong), n_boot=200, from_logits=False)
+    e = evaluate(*constant(n, confidence, n_wrong), n_draws=200, from_logits=False)
     by_scipy = binomtest(n - n_wrong, n).proportion_ci(.95, "exact")
     exact = max(confidence - by_scipy.low, by_scipy.high - confidence)
     assert exact == pytest.approx(limit, abs=6e-5)
@@ -171,11 +171,12 @@ def test_no_interval_ends_below_the_exact_limit(n, confidence, n_wrong, limit):
 
 
 def test_few_errors_are_said():
-    notes = lambda n_wrong: evaluate(*constant(200, .99, n_wrong), n_boot=20, from_logits=False).table().notes
+    def notes(n_wrong):
+        return evaluate(*constant(200, .99, n_wrong), n_draws=20, from_logits=False).table().notes
     assert any(n.startswith("Only 1 of 200 images is wrong") for n in notes(1))
     assert any("9 of 200 images are wrong" in n for n in notes(9)) and not any("Only" in n for n in notes(10))
     assert any("0 of 200 images are correct" in n for n in notes(200))
-    one = evaluate(*constant(200, .99, 1), n_boot=20, from_logits=False, metrics="nll")
+    one = evaluate(*constant(200, .99, 1), n_draws=20, from_logits=False, metrics="nll")
     # whatever was asked for
     assert any(n.startswith("Only 1 of 200 images is wrong") for n in one.table().notes)
     assert decode(encode(one)).table().notes == one.table().notes
@@ -189,7 +190,7 @@ def test_few_errors_are_said():
     (dict(valid_logits=[[1., 0., 2.]]*6, valid_labels=[0]*6), "valid_logits: got 3 classes, expected 2"),
 ])
 def test_what_is_wrong_with_a_validation_set_is_told_by_its_name(valid, says):
-    with pytest.raises(ValueError, match=f"^{says}"): evaluate([[1., 0.]]*6, [0, 1]*3, n_boot=5, **valid)
+    with pytest.raises(ValueError, match=f"^{says}"): evaluate([[1., 0.]]*6, [0, 1]*3, n_draws=5, **valid)
     with pytest.raises(ValueError, match="^valid_logits: got row 0 with sum"):
         evaluate([[1., 0.]]*6, [0, 1]*3, valid_logits=[[.5, .6]]*6, valid_labels=[0]*6, from_logits=False)
 
@@ -210,7 +211,7 @@ def test_what_was_not_seen_is_in_the_intervals_of_means(n, accuracy):
 
 
 def test_where_a_mistake_would_cost_infinitely_much_there_is_no_interval():
-    sure = evaluate([[1., 0.]]*200, [0]*200, n_boot=20, from_logits=False)
+    sure = evaluate([[1., 0.]]*200, [0]*200, n_draws=20, from_logits=False)
     assert (sure.raw["nll"].value, sure.raw["nll"].low, sure.raw["nll"].high) == (0, None, None)
     limit = binomtest(200, 200).proportion_ci(.95, "exact").low
     assert sure.raw["brier"].low == 0 and sure.raw["brier"].high == pytest.approx(2*(1 - limit))
@@ -244,7 +245,7 @@ def test_class_wise_intervals_of_sure_models_cover(n, error, confidence):
     covered = {"sce": 0, "classwise_ace": 0}
     for seed in range(60):
         p, truth, y = always_sure(n, error, confidence, seed)
-        for k, e in calibration_estimates(p, y, list(covered), n_boot=50, from_logits=False).items():
+        for k, e in calibration_estimates(p, y, list(covered), n_draws=50, from_logits=False).items():
             right = binned_error(METRICS[k], BinaryPredictions(p, truth), 15)
             covered[k] += e.low - 1e-12 <= right <= e.high + 1e-12
     assert min(covered.values()) >= 53, covered # of 60 at 95%, fewer have a chance of 1%
@@ -293,7 +294,7 @@ def test_one_class_off_among_a_hundred():
         posterior = truth.softmax(1)
         y = posterior.multinomial(1, generator=g).squeeze(1)
         right = exact(z, posterior, hits)
-        for k, e in calibration_estimates(z, y, [*hits], n_boot=150, seed=seed).items():
+        for k, e in calibration_estimates(z, y, [*hits], n_draws=150, seed=seed).items():
             hits[k] += e.low <= right[k] + 1e-9 and right[k] <= e.high
     assert min(hits.values()) >= 25, hits # at 95% fewer than 25 of 30 have a chance of .3%
 
@@ -324,10 +325,10 @@ def test_moments_of_a_gap_with_unequal_probabilities(probs, close):
 
 def test_more_classes_than_fit_at_once():
     z, y, _ = made(150, 130, 2., 4.)
-    e = calibration_estimates(z, y, ["sce", "classwise_ace"], n_boot=40)
+    e = calibration_estimates(z, y, ["sce", "classwise_ace"], n_draws=40)
     for k, v in e.items(): assert v.value == pytest.approx(getattr(metrics, k)(z, y), rel=1e-12)
     y = made(20, 1_000)[1]
-    few = evaluate(made(20, 1_000)[0], y, n_boot=20)
+    few = evaluate(made(20, 1_000)[0], y, n_draws=20)
     assert all(v.low <= v.high for v in few.raw.values())
 
 
@@ -346,7 +347,7 @@ def test_a_true_error_has_noise_of_its_own():
 
 def test_evaluate_with_and_without_validation():
     z, y, _ = made(1000, 5, 2.)
-    crossed, held_out = evaluate(z, y, n_boot=50), evaluate(z, y, *made(1000, 5, 2., seed=9)[:2], n_boot=50)
+    crossed, held_out = evaluate(z, y, n_draws=50), evaluate(z, y, *made(1000, 5, 2., seed=9)[:2], n_draws=50)
     assert crossed.cross_fitted and not held_out.cross_fitted
     for e in (crossed, held_out):
         assert list(e.raw) == list(e.scaled) == [*BUILT_IN]
@@ -359,17 +360,17 @@ def test_evaluate_with_and_without_validation():
 
 def test_evaluation_is_a_value():
     z, y, _ = made(100, 3)
-    e = evaluate(z, y, n_boot=30)
+    e = evaluate(z, y, n_draws=30)
     assert decode(json.loads(json.dumps(encode(e), allow_nan=False))) == e
     assert isinstance(e, Evaluation) and isinstance(e.raw["ece"], Estimate)
     daggers = any(v.is_outside_interval() for t in (e.raw, e.scaled) for v in t.values())
     assert "classwise ACE, %" in repr(e) and e._repr_html_().count("<tr>") == 1 + 2*len(BUILT_IN) + daggers
     assert max(map(len, repr(e).splitlines())) <= 80, "a terminal's width"
-    assert evaluate(z[:4], y[:4], n_boot=30).scaled is None
+    assert evaluate(z[:4], y[:4], n_draws=30).scaled is None
 
 
 def test_the_caption_has_the_temperatures_interval_and_old_evaluations_do_without():
-    e = evaluate(*made(1000, 5, 2.)[:2], n_boot=2)
+    e = evaluate(*made(1000, 5, 2.)[:2], n_draws=2)
     assert e.caption().splitlines()[1] == (f"T = {e.T:.4g} [{e.T_low:.3g}, {e.T_high:.3g}], "
                                            "cross-fitted in 5 folds")
     written = {k: v for k, v in encode(e).items() if not k.startswith("T_")}
@@ -381,11 +382,11 @@ def test_the_caption_has_the_temperatures_interval_and_old_evaluations_do_withou
 def test_no_best_temperature_is_one_warning_and_in_the_caption(right, says):
     z, y, _ = made(200, 3)
     y = z.argmax(1) if right else z.argmin(1)
-    with pytest.warns(UserWarning, match=says) as said: e = evaluate(z, y, n_boot=2)
+    with pytest.warns(UserWarning, match=says) as said: e = evaluate(z, y, n_draws=2)
     assert len(said) == 1 and says in e.caption() and says in e.T_note and e.T_high is None
     assert all(np.isfinite(v.value) for v in e.scaled.values())
     other, labels, _ = made(200, 3, 1.5, seed=1)
-    with warnings.catch_warnings(action="error"): assert evaluate(other, labels, n_boot=2).T_note is None
+    with warnings.catch_warnings(action="error"): assert evaluate(other, labels, n_draws=2).T_note is None
 
 
 def test_the_temperatures_uncertainty_widens_what_is_cross_fitted_and_nothing_else():
@@ -395,8 +396,8 @@ def test_the_temperatures_uncertainty_widens_what_is_cross_fitted_and_nothing_el
     def scaled(seed):
         z, y, p = made(500, 10, 1.5, 60., seed)
         T = cross_fitted_temperatures(z, y, 0, 1.5)[:, None]
-        wide = evaluate(z, y, n_boot=100, metrics=["ace", "sce", "nll"]).scaled
-        narrow = calibration_estimates(z/T, y, ["ace", "sce"], n_boot=100)
+        wide = evaluate(z, y, n_draws=100, metrics=["ace", "sce", "nll"]).scaled
+        narrow = calibration_estimates(z/T, y, ["ace", "sce"], n_draws=100)
         for k, f in (("sce", "value"), ("sce", "low"), ("sce", "high"), ("ace", "value")):
             assert getattr(wide[k], f) == pytest.approx(getattr(narrow[k], f), abs=1e-12)
         assert wide["ace"].low <= narrow["ace"].low and narrow["ace"].high < wide["ace"].high
@@ -408,18 +409,18 @@ def test_the_temperatures_uncertainty_widens_what_is_cross_fitted_and_nothing_el
 
 def test_held_out_temperatures_widen_nothing():
     z, y, _ = made(500, 10, 1.5, 60.)
-    e = evaluate(z, y, *made(500, 10, 1.5, 60., 9)[:2], n_boot=50, metrics="ece")
-    assert e.scaled["ece"] == calibration_estimates(z/e.T, y, "ece", n_boot=50)["ece"]
+    e = evaluate(z, y, *made(500, 10, 1.5, 60., 9)[:2], n_draws=50, metrics="ece")
+    assert e.scaled["ece"] == calibration_estimates(z/e.T, y, "ece", n_draws=50)["ece"]
 
 
 def test_a_table_of_one_metric_by_its_name():
-    e = evaluate(*made()[:2], n_boot=20)
+    e = evaluate(*made()[:2], n_draws=20)
     assert e.table("ece") == e.table(["ece"]) and len(e.table("ece").rows) == 2
 
 
 def test_a_table_shows_percent_raw_and_scaled_together():
     z, y, _ = made(400, 10, 2.)
-    e = evaluate(z, y, n_boot=50)
+    e = evaluate(z, y, n_draws=50)
     head, rows = e.table(["ece", "nll"])
     assert head == ("metric", "value", "95% interval", "debiased", "null band")
     assert [r[0] for r in rows] == ["ECE, %", "  after TS", "NLL, nats", "  after TS"]
@@ -435,7 +436,7 @@ def test_a_value_outside_its_interval_has_a_footnote_and_no_other_has():
     interval of the error without it
     """
     z, y, _ = made(200, 10, 1., 3.)
-    e = evaluate(z, y, n_boot=50)
+    e = evaluate(z, y, n_draws=50)
     table = e.table()
     marked = [r[1].endswith("†") for r in table.rows]
     assert marked == [not v.low <= v.value <= v.high for _, _, v in e.estimates()] and any(marked)
@@ -446,7 +447,7 @@ def test_a_value_outside_its_interval_has_a_footnote_and_no_other_has():
 
 def test_a_frame_holds_every_estimate_in_its_unit(tmp_path):
     z, y, _ = made(300, 4, 2.)
-    e = evaluate(z, y, n_boot=50)
+    e = evaluate(z, y, n_draws=50)
     frame = e.to_frame()
     assert list(frame) == ["output", "metric", "unit", "value", "low",
                            "high", "debiased", "null_low", "null_high", "n"]
@@ -464,12 +465,12 @@ def test_a_frame_holds_every_estimate_in_its_unit(tmp_path):
     assert ((tmp_path/"e.csv").read_text().splitlines()[0]
             == "output,metric,unit,value,low,high,debiased,null_low,null_high,n")
     assert r"null\_low" in frame.to_latex(escape=True) and r"\%" in frame.to_latex(escape=True)
-    alone = evaluate(z[:4], y[:4], n_boot=30).to_frame()
+    alone = evaluate(z[:4], y[:4], n_draws=30).to_frame()
     assert set(alone.output) == {"raw"} and len(alone) == len(BUILT_IN)
 
 
 def test_an_infinite_nll_is_shown_as_that():
-    e = evaluate([[1., 0.]]*6, [0, 1]*3, n_boot=5, from_logits=False)
+    e = evaluate([[1., 0.]]*6, [0, 1]*3, n_draws=5, from_logits=False)
     assert (e.table(["nll"]).rows[0][1:3] == ["infinite", ""]
             and e.to_frame().query("metric == 'nll' and output == 'raw'").value.item() == np.inf)
 
@@ -496,7 +497,7 @@ def test_bad_input():
 def test_certain_outputs_and_tiny_sets_are_defined(n):
     p = torch.eye(3, dtype=torch.float64)[:n % 3 + 1].repeat(n, 1)[:n]
     for wrong in (False, True):
-        e = evaluate(p, (p.argmax(1) + wrong) % 3, n_boot=20, from_logits=False)
+        e = evaluate(p, (p.argmax(1) + wrong) % 3, n_draws=20, from_logits=False)
         assert all(v.low <= v.high for v in e.raw.values() if v.low is not None)
         assert "nan" not in repr(e)
         json.dumps(encode(e), allow_nan=False)
@@ -511,12 +512,13 @@ def test_a_level_that_is_none_is_named(level):
 def test_numbers_beyond_measure_are_named():
     "Their squares are infinite; -inf is a class that cannot be"
     with pytest.raises(ValueError, match="logits: got numbers of 1e.308, expected less, or -inf for a class"):
-        evaluate([[1e308, -1e308, 0.], [0., 1., 2.]]*5, [0, 1]*5, n_boot=2)
+        evaluate([[1e308, -1e308, 0.], [0., 1., 2.]]*5, [0, 1]*5, n_draws=2)
 
 
 def test_columns_of_validation_images_in_another_order_are_named():
     z = pd.DataFrame(np.random.default_rng(0).normal(size=(20, 3)), columns=[*"abc"])
     y = [0, 1, 2, 0]*5
-    assert evaluate(z, y, z.iloc[::-1], y[::-1], n_boot=2, metrics="nll").T is not None, "other rows are fine"
+    found = evaluate(z, y, z.iloc[::-1], y[::-1], n_draws=2, metrics="nll")
+    assert found.T is not None, "other rows are fine"
     with pytest.raises(ValueError, match=r"valid_logits: got columns \['b', 'a', 'c'\]"):
-        evaluate(z, y, z[["b", "a", "c"]], y, n_boot=2)
+        evaluate(z, y, z[["b", "a", "c"]], y, n_draws=2)

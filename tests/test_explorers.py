@@ -29,7 +29,9 @@ from kdc_nb.experiments.teachers import TemperedPosterior
 from kdc_nb.experiments.transfer import TransferPlot, prepare_transfer
 from kdc_nb.analysis.views import extract_features
 from kdc_nb.bin_images import explore_bin_images
-from kdc_nb.explorers import explore_classes, explore_loss_gradients, explore_reliability, explore_transfer
+from kdc_nb.explorers import (
+    explore_loss_gradients, explore_penultimate, explore_reliability, explore_transfer,
+)
 from tests.conftest import made, patch_name
 
 DATA, RECIPE = DataSpec("known", n_train=100, n_valid=60, n_test=300), Recipe(1, 32)
@@ -209,14 +211,15 @@ def of_seed(spec, seed):
 
 def test_a_seed_is_chosen_where_there_are_several(results, looks, monkeypatch):
     "Only then; the ring is around the student of that seed"
-    assert "seed" not in explore_transfer(results).controls and "seed" not in explore_classes(looks).controls
+    assert "seed" not in explore_transfer(results).controls
+    assert "seed" not in explore_penultimate(looks).controls
     changed = {of_seed(s, 3): results[STUDENTS[1] if s == STUDENTS[0] else s] for s in (TEACHER, *STUDENTS)}
     two = explore_transfer(results | changed)
     assert two.controls["seed"].options == (0, 3)
     every_control(two, monkeypatch, seed=3, alpha=1.)
     students = {s: l for s, l in looks.items() if s != TEACHER}
     monkeypatch.undo()
-    classes = explore_classes(looks | {
+    classes = explore_penultimate(looks | {
         of_seed(s, 3): l for s, l in zip((TEACHER, *students), (looks[TEACHER], *reversed(students.values())))
     })
     every_control(classes, monkeypatch, seed=3)
@@ -225,7 +228,7 @@ def test_a_seed_is_chosen_where_there_are_several(results, looks, monkeypatch):
 def test_looks_at_several_networks_are_refused(looks):
     other = {replace(s, model="resnet14"): l for s, l in looks.items() if s != TEACHER}
     with pytest.raises(ValueError, match="views: got 2 kinds of students, expected one"):
-        explore_classes({**looks, **other})
+        explore_penultimate({**looks, **other})
 
 
 def test_the_chosen_student_has_a_ring(results):
@@ -312,7 +315,7 @@ def test_the_fallback_is_the_picture(outputs, tmp_path):
 
 
 def test_classes_follow_every_control(looks, monkeypatch):
-    explorer = explore_classes(looks)
+    explorer = explore_penultimate(looks)
     other = next(k for k in range(20) if k not in [explorer.controls[c].value for c in "abc"])
     every_control(explorer, monkeypatch, T=4., alpha=1., a=other,
                   b=other, c=other, split="train", images=True)
@@ -320,7 +323,7 @@ def test_classes_follow_every_control(looks, monkeypatch):
 
 def test_images_that_are_not_there_are_told(looks, monkeypatch):
     def none(data): raise ValueError("known: put it there")
-    explorer = explore_classes(looks)
+    explorer = explore_penultimate(looks)
     patch_name(monkeypatch, "load_data", none)
     before = explorer.picture.value
     explorer.controls["images"].value = True

@@ -197,7 +197,7 @@ def test_a_label_that_was_rounded_to_0_is_told_where_a_temperature_is_fitted():
     assert (p[np.arange(1000), y] == 0).any()
     said = warned(lambda: fit_temperature(p, y, from_logits=False))
     assert any("a label has probability 0" in s for s in said)
-    with pytest.warns(UserWarning): e = evaluate(p, y, n_boot=5, from_logits=False)
+    with pytest.warns(UserWarning): e = evaluate(p, y, n_draws=5, from_logits=False)
     assert "a label has probability 0" in e.caption()
     assert not warned(lambda: fit_temperature(softmax64(z), y, from_logits=False))
 
@@ -219,7 +219,7 @@ def test_shares_of_scores_are_taken_as_they_are(c, seed):
 
 def test_a_warning_points_at_the_callers_line():
     p = softmax64(made(50, 3)[0])
-    for call in (lambda: ece(p, [0]*50), lambda: evaluate(p, [0]*50, n_boot=2), lambda: check_outputs(p)):
+    for call in (lambda: ece(p, [0]*50), lambda: evaluate(p, [0]*50, n_draws=2), lambda: check_outputs(p)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             call()
@@ -232,7 +232,7 @@ def test_a_warning_points_at_the_callers_line():
 def test_numbers_of_numpy_are_numbers():
     z, y, _ = made(100, 3)
     for f in (ece, ace, sce): assert f(z, y, np.int64(5)) == f(z, y, 5)
-    a, b = (evaluate(z, y, n_bins=k(5), n_boot=k(20), seed=k(1)) for k in (np.int32, int))
+    a, b = (evaluate(z, y, n_bins=k(5), n_draws=k(20), seed=k(1)) for k in (np.int32, int))
     assert a == b and decode(encode(a)) == b and spec_hash(a) == spec_hash(b)
     with pytest.raises(ValueError, match="n_bins: got 5.0"): ece(z, y, np.float64(5))
 
@@ -268,7 +268,7 @@ def test_the_positive_class_is_what_other_libraries_measure():
 def test_two_classes_everywhere():
     z, y, _ = made(300, 2, 1.5)
     s = z[:, 1] - z[:, 0]
-    a, b = evaluate(s, y, n_boot=50), evaluate(z, y, n_boot=50)
+    a, b = evaluate(s, y, n_draws=50), evaluate(z, y, n_draws=50)
     assert {k: e.value for k, e in a.raw.items()} == pytest.approx({k: e.value for k, e in b.raw.items()})
     assert a.T == pytest.approx(b.T) and a.n_classes == 2
     assert compare(s, .5*s, y).raw["nll"].a == pytest.approx(nll(z, y))
@@ -297,7 +297,7 @@ def test_a_masked_class_has_probability_0():
     assert sce(wide, y) == pytest.approx(sce(z, y)*4/5) # the masked class is never off
     assert fit_temperature(wide, y) == pytest.approx(fit_temperature(z, y), rel=1e-9)
     assert fit_temperature(1000*wide, y) == pytest.approx(1000*fit_temperature(z, y), rel=1e-9)
-    a, b = evaluate(wide, y, n_boot=50), evaluate(z, y, n_boot=50)
+    a, b = evaluate(wide, y, n_draws=50), evaluate(z, y, n_draws=50)
     assert a.scaled["nll"].value == pytest.approx(b.scaled["nll"].value)
     assert [a.raw["ece"].low, a.raw["ece"].high] == pytest.approx([b.raw["ece"].low, b.raw["ece"].high])
 
@@ -541,7 +541,7 @@ def test_a_network_that_has_learned_nothing_is_evaluated(seed, n, c):
     "Near chance the least NLL lies far off, and with it each fold's"
     r = np.random.default_rng(seed)
     z, y = r.normal(size=(n, c)), r.integers(0, c, n)
-    e = evaluate(z, y, metrics=["nll"], n_boot=2)
+    e = evaluate(z, y, metrics=["nll"], n_draws=2)
     assert math.isfinite(e.scaled["nll"].value) and e.scaled["nll"].value < e.raw["nll"].value
 
 

@@ -19,11 +19,11 @@ PAGE = "nbs/scratch.ipynb"
 CELLS = ["""import torch
 from kdc_nb.files import results_file
 from kdc_nb.analysis.views import read_features
-from kdc_nb.explorers import explore_classes, explore_loss_gradients, explore_reliability, explore_theory
+from kdc_nb.explorers import explore_penultimate, explore_loss_gradients, explore_reliability, explore_theory
 logits, labels = 3*torch.randn(2000, 10, generator=torch.Generator().manual_seed(0)), torch.arange(2000) % 10
 logits[torch.arange(2000), labels] += 4""",
          "explore_reliability(logits, labels)",
-         "explore_classes(read_features(results_file('self_distillation_0.npz')))",
+         "explore_penultimate(read_features(results_file('self_distillation_0.npz')))",
          "explore_theory()", "explore_loss_gradients('batches')"]
 RELIABILITY, CLASSES, THEORY, METHOD = range(4) # explorers of the page
 DIRTY = "() => jupyterapp.shell.currentWidget.context.model.dirty"

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kdc_nb.calibration.metrics import brier
 from kdc_nb.training.data import DataSpec
 from kdc_nb.training.losses import (
-    acls, binary_discrimination, binary_exclusion, crl, cross_entropy, dca, distillation,
+    acls, cpc_discrimination, cpc_exclusion, crl, cross_entropy, dca, distillation,
     effective_target, flsd, focal, label_smoothing, mbls, mdca, mmce, one_hot, upcast,
 )
 from kdc_nb.training.methods import Method, TrainingMethod, TrainingStep
@@ -143,8 +143,8 @@ CASES = {
     "acls": (lambda z, o: acls(z, o.margin), lambda z, o: slow_acls(z, o.margin, False, o.still)),
     "acls published": (lambda z, o: acls(z, o.margin, as_published=True),
                        lambda z, o: slow_acls(z, o.margin, True, o.still)),
-    "binary_discrimination": (lambda z, o: binary_discrimination(z, o.y), lambda z, o: slow_bdc(z, o.y)),
-    "binary_exclusion": (lambda z, o: binary_exclusion(z, o.y), lambda z, o: slow_bec(z, o.y)),
+    "cpc_discrimination": (lambda z, o: cpc_discrimination(z, o.y), lambda z, o: slow_bdc(z, o.y)),
+    "cpc_exclusion": (lambda z, o: cpc_exclusion(z, o.y), lambda z, o: slow_bec(z, o.y)),
     "crl": (lambda z, o: crl(z, o.q), lambda z, o: slow_crl(z, o.q)),
 }
 each_loss = pytest.mark.parametrize("name", CASES)
@@ -217,12 +217,12 @@ def test_crl_wants_the_confidences_apart_by_the_difference_of_correctness():
 @pytest.mark.parametrize("C", [3, 4, 7])
 def test_the_constraints_of_equal_logits(C):
     z, y = torch.randn(5, C, dtype=torch.float64), torch.arange(5) % C
-    assert binary_discrimination(0*z, y).item() == close(np.log(2))
-    assert binary_exclusion(0*z, y).item() == close(.5*np.log(2))
+    assert cpc_discrimination(0*z, y).item() == close(np.log(2))
+    assert cpc_exclusion(0*z, y).item() == close(.5*np.log(2))
 
 
 def test_bec_of_two_classes_is_zero():
-    assert binary_exclusion(rows(.9, .4), torch.tensor([0, 0])).item() == 0
+    assert cpc_exclusion(rows(.9, .4), torch.tensor([0, 0])).item() == 0
 
 
 def test_dca_is_the_gap_of_the_batch():
@@ -367,7 +367,7 @@ def test_nan_gives_nan(name):
     z, o = problem(7, 6, 4, q=np.arange(6)/5)
     o.y = (z.argmax(1) + np.arange(6) % 2) % 4  # some right and some wrong: else MMCE is 0
     for c in range(4):
-        if name.startswith("binary_exclusion") and c == o.y[0]: continue  # the label's logit is not in it
+        if name.startswith("cpc_exclusion") and c == o.y[0]: continue  # the label's logit is not in it
         broken = z.copy()
         broken[0, c] = np.nan
         assert CASES[name][0](*tensors(broken, o)).isnan()

@@ -26,7 +26,7 @@ from kdc_nb.calibration.predictions import (
     BinaryPredictions, equal_mass_bins, equal_width_bins, gaps_and_shares, top_label,
 )
 from kdc_nb.calibration.reliability import corp_decomposition, reliability_bins
-from kdc_nb.calibration.smoothing import _smoothed_l1, fine_bins, smooth_ece, smooth_norm
+from kdc_nb.calibration.smoothing import _smoothed_l1, fine_bins, smooth_ece, smece_norm
 
 from kdc_nb.calibration.norms import signed_errors
 from .conftest import made
@@ -239,7 +239,7 @@ def test_netcal(n, c):
         p, labels = p.max(1), (p.argmax(1) == labels).astype(int)
     assert ref.ECE(15).measure(p, labels) == pytest.approx(ece(z, y), abs=1e-6)
     assert ref.MCE(15).measure(p, labels) == pytest.approx(mce(z, y), abs=1e-6)
-    b = reliability_bins(z, y, n_boot=2)
+    b = reliability_bins(z, y, n_draws=2)
     assert (ref.ACE(15).measure(p, labels)
             == pytest.approx(np.nanmean(abs(b.confidence - b.accuracy)), abs=1e-6))
 
@@ -342,10 +342,10 @@ def test_the_smooth_errors_interval_and_null_band_hold():
         q, top = z.softmax(1), z.argmax(1, keepdim=True)
         known = BinaryPredictions(q.gather(1, top), p.gather(1, top))
         truth = binned_error(METRICS["smece"], known, 15)
-        e = calibration_estimates(z, y, "smece", n_boot=120, seed=seed)["smece"]
+        e = calibration_estimates(z, y, "smece", n_draws=120, seed=seed)["smece"]
         inside += e.low <= truth <= e.high
         calibrated, labels, _ = made(500, 10, 1., 2.5, seed)
-        null = null_band(calibrated, "smece", n_boot=120, seed=seed)["smece"]
+        null = null_band(calibrated, "smece", n_draws=120, seed=seed)["smece"]
         band += null.low <= smooth_ece(calibrated, labels) <= null.high
     assert min(inside, band) >= 51, (inside, band) # at 95% fewer have a chance of .1%
 
@@ -361,7 +361,7 @@ def test_draws_together_are_draws_alone():
     g = torch.Generator().manual_seed(0)
     gaps = torch.randn(1, 1000, generator=g)*10**torch.linspace(-6, -2, 20).view(-1, 1, 1)
     gaps[3] = 0
-    together, alone = smooth_norm(gaps, None), torch.cat([smooth_norm(g[None], None) for g in gaps])
+    together, alone = smece_norm(gaps, None), torch.cat([smece_norm(g[None], None) for g in gaps])
     assert torch.allclose(together, alone, rtol=1e-3) and together[3] == 0 and (together[4:].diff() > 0).all()
 
 
@@ -571,7 +571,7 @@ def test_the_root_mean_square_covers():
     hits = 0
     for seed in range(60):
         z, y, p = made(1000, 4, 1.3, seed=seed)
-        e = calibration_estimates(z, y, "rms", n_boot=200, seed=seed)["rms"]
+        e = calibration_estimates(z, y, "rms", n_draws=200, seed=seed)["rms"]
         top = z.argmax(1, keepdim=True)
         known = BinaryPredictions(softmax64(z).gather(1, top), p.gather(1, top))
         hits += e.low <= binned_error(METRICS["rms"], known, 15) <= e.high

@@ -119,7 +119,7 @@ for room in {rooms}: __import__(f"kdc_nb.{{room}}")
 gone -= {{"matplotlib"}}
 import kdc_nb.calibration.diagrams
 from kdc_nb.calibration.evaluation import evaluate
-assert "ECE" in repr(evaluate([[2., 0.], [0., 1.]]*20, [0, 1]*20, n_boot=10))
+assert "ECE" in repr(evaluate([[2., 0.], [0., 1.]]*20, [0, 1]*20, n_draws=10))
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

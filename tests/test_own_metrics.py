@@ -60,7 +60,7 @@ def registered():
 def test_own_metrics_are_in_evaluate_its_table_and_its_frame():
     z, y, _ = made(500, 5, 2.)
     names = ["spherical", "l2_ece", "ece", "top1"]
-    e = evaluate(z, y, n_boot=50, metrics=names)
+    e = evaluate(z, y, n_draws=50, metrics=names)
     assert list(e.raw) == list(e.scaled) == names
     assert [r[0] for r in e.table().rows[::2]] == ["Top-1, %", "ECE, %", "l2 ECE, %", "spherical score"]
     frame = e.to_frame().set_index(["metric", "output"])
@@ -71,15 +71,15 @@ def test_own_metrics_are_in_evaluate_its_table_and_its_frame():
     p, hit = (t[:, 0] for t in top_label(z, y, True))
     by_hand = math.sqrt(sum(float((b == k).double().mean()*(p - hit)[b == k].mean()**2) for k in b.unique()))
     assert e.raw["l2_ece"].value == pytest.approx(by_hand)
-    assert e.raw["ece"] == evaluate(z, y, n_boot=50).raw["ece"] # whatever else is asked
+    assert e.raw["ece"] == evaluate(z, y, n_draws=50).raw["ece"] # whatever else is asked
 
 
 def test_what_nobody_asks_for_is_not_reported():
     z, y, _ = made(100)
-    assert tuple(evaluate(z, y, n_boot=2).raw) == BUILT_IN
+    assert tuple(evaluate(z, y, n_draws=2).raw) == BUILT_IN
     assert list(compare(z, 2*z, y).raw) == ["top1", "nll", "brier", "ece", "ace", "ks"]
     binned = ["ece", "ace", "mce", "ks", "sce", "classwise_ace"]
-    assert list(null_band(z, n_boot=2)) == list(calibration_estimates(z, y, n_boot=2)) == binned
+    assert list(null_band(z, n_draws=2)) == list(calibration_estimates(z, y, n_draws=2)) == binned
 
 
 def test_own_metrics_are_compared_and_their_direction_is_known():
@@ -92,7 +92,7 @@ def test_own_metrics_are_compared_and_their_direction_is_known():
     assert list(c.to_frame().unit) == ["%", "%", "", ""]
     assert "l2 ECE is debiased" in repr(c) and "debiased" not in repr(compare(2*z, z, y, metrics="spherical"))
     assert compare(z, 2*z, y, metrics="l2_ece").raw["l2_ece"].better == "a"
-    e = calibration_estimates(2*z, y, "l2_ece", n_boot=200)["l2_ece"]
+    e = calibration_estimates(2*z, y, "l2_ece", n_draws=200)["l2_ece"]
     assert c.raw["l2_ece"].a == pytest.approx(e.debiased)
 
 
@@ -100,7 +100,7 @@ def test_own_metrics_have_ranks_labels_and_a_part_in_outcomes():
     z, y, _ = made(2000, 10)
     o = {str(f): [compute_outcomes(f*z, y)] for f in (1., 1.5, 2.5)}
     assert list(rank_intervals(o, "l2_ece").values()) == [(1, 1), (2, 2), (3, 3)]
-    e = evaluate(2.5*z, y, n_boot=2, metrics="l2_ece").raw["l2_ece"]
+    e = evaluate(2.5*z, y, n_draws=2, metrics="l2_ece").raw["l2_ece"]
     assert metrics_from_outcomes(o["2.5"][0])["l2_ece"] == pytest.approx(e.value)
     assert paired_difference(o["2.5"], o["1.0"], "l2_ece").low > 0
     assert (metric_label("l2_ece"), axis_label("l2_ece")) == ("l2 ECE, %", "l2 ECE")
@@ -113,7 +113,7 @@ def test_own_metrics_have_ranks_labels_and_a_part_in_outcomes():
 def test_a_class_wise_metric_of_ones_own():
     register_metric("l2_sce", **L2 | dict(label="l2 SCE", predictions=classwise))
     z, y, _ = made(1000, 5, 2.)
-    l2, l1 = evaluate(z, y, n_boot=100, metrics=["l2_sce", "sce"]).raw.values()
+    l2, l1 = evaluate(z, y, n_draws=100, metrics=["l2_sce", "sce"]).raw.values()
     assert l2.value >= l1.value and l2.low > 0 and l2.value > l2.null_high
     with pytest.raises(ValueError, match="metrics: got 'l2_sce', expected one of ace, brier, ece"):
         compare(z, z, y, metrics="l2_sce")
@@ -123,12 +123,12 @@ def test_more_bins_than_asked_for_are_all_counted():
     "Each distinct confidence a bin of its own: the noise is drawn in all of them, not in the first 15"
     register_metric("unbinned", **L2 | dict(label="unbinned", bins=unique_bins, norm=l1_norm))
     z, y, _ = made(200, 3)
-    d = null_draws(z, "unbinned", n_boot=200)["unbinned"]
+    d = null_draws(z, "unbinned", n_draws=200)["unbinned"]
     g = torch.Generator().manual_seed(1)
     labels = [z.softmax(1).multinomial(1, generator=g)[:, 0] for _ in range(200)]
     slow = [binned_error(METRICS["unbinned"], top_label(z, y, True), 15) for y in labels]
     assert float(d.mean()) == pytest.approx(np.mean(slow), rel=.03)
-    e = evaluate(z, y, n_boot=100, metrics="unbinned").raw["unbinned"]
+    e = evaluate(z, y, n_draws=100, metrics="unbinned").raw["unbinned"]
     assert e.null_low <= e.value <= e.null_high and e.low <= e.debiased <= e.high
 
 
@@ -137,11 +137,11 @@ def test_a_score_below_zero_keeps_its_ends_in_order():
     def log_score(x, y, from_logits): return to_log_probs(x, from_logits).gather(1, y[:, None])[:, 0]
     register_metric("log_score", label="log score", unit="nats", higher_is_better=True, per_sample=log_score)
     z, y, _ = made(300)
-    own, nll = (evaluate(z, y, n_boot=2, metrics=k).raw[k] for k in ("log_score", "nll"))
+    own, nll = (evaluate(z, y, n_draws=2, metrics=k).raw[k] for k in ("log_score", "nll"))
     assert own.low < own.value < own.high < 0 and own.null_low < own.null_high < 0
     assert [own.value, own.low, own.high] == pytest.approx([-nll.value, -nll.high, -nll.low])
     assert [own.null_low, own.null_high] == pytest.approx([-nll.null_high, -nll.null_low])
-    frame = (evaluate([[1., 0.]]*6, [0, 1]*3, n_boot=2, from_logits=False, metrics=["nll", "log_score"])
+    frame = (evaluate([[1., 0.]]*6, [0, 1]*3, n_draws=2, from_logits=False, metrics=["nll", "log_score"])
              .to_frame())
     assert frame[frame.output == "raw"].value.tolist() == [math.inf, -math.inf]
 
@@ -154,7 +154,7 @@ def test_null_bands_have_their_level():
         z, y, _ = made(300, 4, seed=seed)
         error = binned_error(METRICS["l2_ece"], top_label(z, y, True), 15)
         values = error, spherical(z, y, True).mean()
-        for (k, b), v in zip(null_band(z, list(inside), n_boot=200, seed=seed).items(), values):
+        for (k, b), v in zip(null_band(z, list(inside), n_draws=200, seed=seed).items(), values):
             inside[k] += b.low <= float(v) <= b.high
     assert min(inside.values()) >= 182, inside # at 95% fewer have a chance of 1% each
 
@@ -168,7 +168,7 @@ def test_the_l2_errors_interval_covers_the_truth(factor):
         top = z.argmax(1, keepdim=True)
         known = BinaryPredictions(z.softmax(1).gather(1, top), p.gather(1, top))
         truth = binned_error(METRICS["l2_ece"], known, 15)
-        e = calibration_estimates(z, y, "l2_ece", n_boot=120, seed=seed)["l2_ece"]
+        e = calibration_estimates(z, y, "l2_ece", n_draws=120, seed=seed)["l2_ece"]
         hits += e.low <= truth + 1e-9 and truth <= e.high
     assert hits >= 51, hits # at 95% fewer than 51 of 60 have a chance of .1%
 
@@ -180,7 +180,7 @@ def test_the_spherical_scores_interval_covers_the_truth(factor):
     truth = float((p*values).sum(1).mean()) # of all images there could be
     def found(seed):
         z, y, _ = made(300, 4, factor, seed=seed)
-        return evaluate(z, y, *made(9, 4)[:2], n_boot=2, metrics="spherical").raw["spherical"]
+        return evaluate(z, y, *made(9, 4)[:2], n_draws=2, metrics="spherical").raw["spherical"]
     inside = sum(e.low <= truth <= e.high for e in map(found, range(200)))
     assert inside >= 181, inside # at 95% fewer have a chance of .5%
 
@@ -244,8 +244,8 @@ def test_contributions_where_there_is_no_gap_and_without_gradients():
 def test_metrics_come_in_the_order_asked_for(names):
     z, y, _ = made(40, 3)
     once = list(dict.fromkeys(names))
-    assert list(evaluate(z, y, n_boot=2, metrics=names).raw) == list(select_metrics(names)) == once
-    assert list(null_band(z, names, n_boot=2)) == once
+    assert list(evaluate(z, y, n_draws=2, metrics=names).raw) == list(select_metrics(names)) == once
+    assert list(null_band(z, names, n_draws=2)) == once
 
 
 # -- refusals -----------------------------------------------------------------
@@ -315,11 +315,11 @@ def test_a_value_beyond_its_limits_is_an_error_and_no_odd_interval():
     register_metric("doubled",
                     **SPHERICAL | dict(per_sample=lambda x, y, from_logits: 2*spherical(x, y, from_logits)))
     with pytest.raises(ValueError, match="metric 'doubled': got 1.* within its limits, 0 to 1"):
-        evaluate(*made(50, 2, 9.)[:2], n_boot=2, metrics="doubled")
+        evaluate(*made(50, 2, 9.)[:2], n_draws=2, metrics="doubled")
 
 
 def test_a_file_of_another_who_had_more_metrics_is_read_and_shown_as_it_is():
-    e = evaluate(*made(60)[:2], n_boot=2, metrics=["ece", "l2_ece"])
+    e = evaluate(*made(60)[:2], n_draws=2, metrics=["ece", "l2_ece"])
     unregister_metric("l2_ece")
     row = e.table().rows[2]
     assert row[0] == "l2_ece" and row[1].startswith(f"{e.raw['l2_ece'].value:.3f}")
@@ -339,11 +339,11 @@ def test_unknown_metrics_are_refused(metrics, says):
     with pytest.raises(ValueError, match="metrics: got 'mce', expected one of ace, brier"):
         compare(z, z, y, metrics="mce")
     assert isinstance(METRICS["ece"], Metric)
-    assert ece(z, y) == evaluate(z, y, n_boot=2, metrics="ece").raw["ece"].value
+    assert ece(z, y) == evaluate(z, y, n_draws=2, metrics="ece").raw["ece"].value
 
 
 def test_own_equal_mass_bins_and_bounds_are_used():
     bounds = lambda contents, level: (0., None, .5)
     register_metric("bounded", **L2 | dict(bins=equal_mass_bins, interval=bounds, debiases=False))
-    e = evaluate(*made(60)[:2], n_boot=2, metrics="bounded").raw["bounded"]
+    e = evaluate(*made(60)[:2], n_draws=2, metrics="bounded").raw["bounded"]
     assert (e.low, e.high, e.debiased) == (0., .5, None)

@@ -25,7 +25,7 @@ from kdc_nb.experiments.store import Store
 from kdc_nb.experiments.sweeps import sweep
 from kdc_nb.experiments.tables import collect_by_row, results_table
 from kdc_nb.experiments.teachers import TemperatureScaled, TemperedPosterior, direct_counterpart
-from kdc_nb.analysis.diffusion import generations_frame, plot_generations
+from kdc_nb.analysis.diffusion import metrics_by_generation, plot_generations
 from kdc_nb.analysis.linear_model import fit_linear_student
 from kdc_nb.analysis.theorems import calibration_gap, draw_linear_problem
 from kdc_nb.analysis.views import extract_features
@@ -35,7 +35,7 @@ from kdc_nb.paper.claims import (
 from kdc_nb.paper.selection import (
     as_hyperparameters, candidate_specs, candidates_table, select_by_validation_nll,
 )
-from kdc_nb.explorers import _trace_first_teacher, explore_classes
+from kdc_nb.explorers import _trace_first_teacher, explore_penultimate
 from kdc_nb.paper.commands import main
 from tests.conftest import patch_name
 from kdc_nb.paper.settings import (
@@ -104,7 +104,7 @@ def looks(tmp_path_factory):
 
 def test_generations_are_measured_from_what_they_say(looks):
     found, store = looks
-    frame = generations_frame(found)
+    frame = metrics_by_generation(found)
     assert list(dict.fromkeys(zip(frame.chain, frame.generation))) == [
         (m, k) for m in ("nll", "focal gamma=3") for k in range(3)]
     chain = list(found)[:3]
@@ -120,7 +120,7 @@ def test_generations_are_measured_from_what_they_say(looks):
 
 
 def test_generations_are_drawn_with_what_theory_expects(looks):
-    frame = generations_frame(looks[0])
+    frame = metrics_by_generation(looks[0])
     axs = plot_generations(frame, 1, .9, ("ece", "gap"), label_only_gap=.1)
     first = frame.query("chain == 'nll' and generation == 0 and metric == 'gap'").value.item()
     dotted = [line for line in axs[1].lines if line.get_linestyle() == ":"]
@@ -134,8 +134,8 @@ def test_generations_are_drawn_with_what_theory_expects(looks):
 def test_a_chain_without_its_first_is_refused(looks):
     found = dict(list(looks[0].items())[1:3])
     with pytest.raises(ValueError, match="views: got no known resnet8 nll, seed 0, expected generation zero"):
-        generations_frame(found)
-    with pytest.raises(ValueError, match="views: got no student"): generations_frame({})
+        metrics_by_generation(found)
+    with pytest.raises(ValueError, match="views: got no student"): metrics_by_generation({})
 
 
 def test_only_chains_of_one_kind_are_measured(looks):
@@ -144,16 +144,16 @@ def test_only_chains_of_one_kind_are_measured(looks):
     l = looks[0][second]
     hot = replace(second, method=Distil(second, 4., .9))
     with pytest.raises(ValueError, match="views: got .*expected chains as"):
-        generations_frame({first: l, second: l, hot: l})
+        metrics_by_generation({first: l, second: l, hot: l})
     larger = replace(second, model="resnet14")
-    with pytest.raises(ValueError, match="expected chains as"): generations_frame({first: l, larger: l})
+    with pytest.raises(ValueError, match="expected chains as"): metrics_by_generation({first: l, larger: l})
     other = self_distillation_chain(replace(first, model="resnet14"), 1)
     with pytest.raises(ValueError, match="expected chains of one network"):
-        generations_frame(dict.fromkeys([first, second, *other], l))
+        metrics_by_generation(dict.fromkeys([first, second, *other], l))
 
 
 def test_the_explorer_goes_through_the_generations(looks):
-    explorer = explore_classes(looks[0])
+    explorer = explore_penultimate(looks[0])
     pictures = [explorer.picture.value]
     assert [v for _, v in explorer.controls["generation"].options] == [1, 2]
     for name, v in (("generation", 2), ("teacher", "focal gamma=3"), ("generation", 1)):

@@ -68,7 +68,7 @@ def closed():
 def test_a_moved_diagram_shows_what_a_new_one_shows():
     g = torch.Generator().manual_seed(0)
     y = torch.randint(0, 5, (400,), generator=g)
-    first, second = (reliability_bins(s*torch.randn(400, 5, generator=g), y, n_bins=n, n_boot=50)
+    first, second = (reliability_bins(s*torch.randn(400, 5, generator=g), y, n_bins=n, n_draws=50)
                      for s, n in ((3, 15), (1, 6)))
     moved, new = (ReliabilityDiagram().show(first, "one").show(second, "two"),
                   ReliabilityDiagram().show(second, "two"))

@@ -23,7 +23,7 @@ def fed(metric, sizes=(100, 150, 50)):
 def test_it_is_what_evaluate_says(name, from_logits):
     metric = TorchCalibrationMetric(name, from_logits=from_logits)
     metric.update(Z if from_logits else Z.softmax(1), Y)
-    expected = evaluate(Z, Y, metrics=[name], n_boot=2).raw[name].value
+    expected = evaluate(Z, Y, metrics=[name], n_draws=2).raw[name].value
     assert float(metric.compute()) == pytest.approx(expected, rel=1e-9)
     assert metric.higher_is_better == METRICS[name].higher_is_better
 

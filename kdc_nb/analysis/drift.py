@@ -78,7 +78,7 @@ def _evaluate_with_noise(
 ) -> dict[str, float]: # top1, nll, ece; low and high, the 95% interval of ece; null_low and null_high
     "Accuracy, NLL and ECE with its interval and null band, from 200 draws"
     x, y = check_outputs_and_labels(logits, labels)
-    e = top_label_estimates(["ece"], top_label(x, y, True), n_boot=200)["ece"]
+    e = top_label_estimates(["ece"], top_label(x, y, True), n_draws=200)["ece"]
     return {"top1": top1(x, y), "nll": nll(x, y), "ece": e.value, "low": e.low,
             "high": e.high, "null_low": e.null_low, "null_high": e.null_high}
 

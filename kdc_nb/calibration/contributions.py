@@ -69,7 +69,7 @@ def shift_to_debiased(
     metric: str, # name of the calibration error
 ) -> Tensor: # (N,)
     "Contributions shifted so that their mean is the debiased estimate (200 draws) of the calibration error"
-    debiased = top_label_estimates([metric], predictions, n_boot=200)[metric].debiased
+    debiased = top_label_estimates([metric], predictions, n_draws=200)[metric].debiased
     return contributions + debiased - contributions.mean()
 
 # %% ../../nbs/calibration/11_contributions.ipynb #5893add8

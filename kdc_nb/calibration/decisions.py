@@ -62,14 +62,14 @@ def aurc_contributions(
 # %% ../../nbs/calibration/19_decisions.ipynb #e74ef5e4
 def estimate_aurc(
     outcomes: Outcomes, # of one model, two images or more
-    n_boot: int = 1000, # draws for the null band, 2 or more
+    n_draws: int = 1000, # draws for the null band, 2 or more
     level: float = .95, # of the interval and the band, between 0 and 1
     seed: int = 0, # of the draws
 ) -> Estimate: # fractions
     """The area under the curve of risk and coverage, with interval and null band; a
     `ValueError` names what is wrong with a number
     """
-    check_bins_and_draws(1, n_boot, seed)
+    check_bins_and_draws(1, n_draws, seed)
     check((n := len(outcomes.correct)) > 1, "outcomes", f"{n} images", "two or more")
     each, errors = aurc_contributions(outcomes).numpy(), n - float(outcomes.correct.sum())
     value, (least, most) = each.mean(), exact_interval(errors, n, level)
@@ -77,16 +77,16 @@ def estimate_aurc(
     if 0 < errors < n:
         reach = math.exp(min(t_upper_quantile((1 - level)/2, n - 1)*each.std(ddof=1)/n**.5/value, 700.))
         low, high = max(low, value/reach), min(high, value*reach)
-    null_low, null_high = central_range(_aurc_null_draws(outcomes, n_boot, seed), level)
+    null_low, null_high = central_range(_aurc_null_draws(outcomes, n_draws, seed), level)
     return Estimate(float(value), low, high, None, null_low, min(null_high, 1.))
 
 
-def _aurc_null_draws(o: Outcomes, n_boot: int, seed: int) -> Tensor: # (n_boot,)
+def _aurc_null_draws(o: Outcomes, n_draws: int, seed: int) -> Tensor: # (n_draws,)
     "What the AURC would be, if each image were wrong as often as its confidence says"
     confidence, n = o.log_odds.sigmoid().sort(descending=True).values.float(), len(o.correct)
     rng, rank, draws = np.random.default_rng(seed), torch.arange(1, n + 1), []
-    for start in range(0, n_boot, rows := max(1, 2**20//n)):
-        u = torch.from_numpy(rng.random((min(rows, n_boot - start), n), dtype=np.float32))
+    for start in range(0, n_draws, rows := max(1, 2**20//n)):
+        u = torch.from_numpy(rng.random((min(rows, n_draws - start), n), dtype=np.float32))
         draws.append(((u >= confidence).cumsum(1)/rank).mean(1))
     return torch.cat(draws)
 
@@ -130,7 +130,7 @@ def share_to_defer(
     student: Outcomes, # of the small model
     teacher: Outcomes, # of the large model, on the same images
     accuracy: float, # that is wanted, 0 to 1
-    n_boot: int = 1000, # draws of the images, 2 or more
+    n_draws: int = 1000, # draws of the images, 2 or more
     level: float = .95, # of the interval, between 0 and 1
     seed: int = 0, # of the draws
 ) -> Estimate: # fractions; infinite where no share is enough
@@ -138,7 +138,7 @@ def share_to_defer(
     bootstrap; a `ValueError` for outcomes of other images, or a number that is wrong
     """
     check(0 <= accuracy <= 1, "accuracy", accuracy, "a share from 0 to 1")
-    check_bins_and_draws(1, n_boot, seed, level)
+    check_bins_and_draws(1, n_draws, seed, level)
     check_paired_outcomes([student], [teacher])
     gain, n = teacher.correct - student.correct, len(student.correct)
     def least(at): # the images of a draw
@@ -146,8 +146,8 @@ def share_to_defer(
         enough = share[reached >= accuracy - 1e-9]
         return float(enough[0]) if len(enough) else math.inf
     rng = np.random.default_rng(seed)
-    draws = np.sort([least(torch.from_numpy(rng.integers(n, size=n))) for _ in range(n_boot)])
-    ends = (draws[round(q*(n_boot - 1))] for q in ((1 - level)/2, (1 + level)/2))
+    draws = np.sort([least(torch.from_numpy(rng.integers(n, size=n))) for _ in range(n_draws)])
+    ends = (draws[round(q*(n_draws - 1))] for q in ((1 - level)/2, (1 + level)/2))
     return Estimate(least(torch.arange(n)), *map(float, ends))
 
 # %% ../../nbs/calibration/19_decisions.ipynb #cd9f8ef4

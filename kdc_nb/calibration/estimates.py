@@ -22,10 +22,11 @@ from kdc_nb.calibration.bins import (
     BinContents, absolute_gap_moments, bin_contents, classwise_bins, noise_bins,
 )
 from kdc_nb.calibration.null_bands import (
-    NullDraws, central_range, check_value, classwise_null_scores, split_metric_names, top_label_null_draws,
+    NullDraws, central_range, check_value, classwise_null_scores, split_top_label_classwise,
+    top_label_null_draws,
 )
 from kdc_nb.calibration.intervals import (
-    debiased_error, invert_test, expected_correct, pooled_limit, safe_directions, trial_errors,
+    debiased_error, invert_test, expected_correct, pooled_limit, gap_directions, trial_errors,
 )
 
 # %% ../../nbs/calibration/08_estimates.ipynb #3de8b758
@@ -44,9 +45,9 @@ class Estimate:
         return self.low is not None and not self.low <= self.value <= self.high
 
 # %% ../../nbs/calibration/08_estimates.ipynb #9d537c8c
-def _quantiles(contents: BinContents, n_boot: int, seed: int) -> Tensor: # (B, n_boot)
+def _quantiles(contents: BinContents, n_draws: int, seed: int) -> Tensor: # (B, n_draws)
     "Uniform numbers for the bins that hold images"
-    return torch.from_numpy(np.random.default_rng(seed).random((int((contents.count > 0).sum()), n_boot)))
+    return torch.from_numpy(np.random.default_rng(seed).random((int((contents.count > 0).sum()), n_draws)))
 
 # %% ../../nbs/calibration/08_estimates.ipynb #842493a6
 def _length_of(metric: Metric, contents: BinContents, n: int) -> Callable:
@@ -66,7 +67,7 @@ def _top_label_estimate(
     null: NullDraws, # of it
     predictions: BinaryPredictions, # (N, 1)
     n_bins: int, # 1 or more
-    n_boot: int, # draws
+    n_draws: int, # draws
     seed: int, # of the draws
     level: float, # of the interval and the null band
 ) -> Estimate:
@@ -78,7 +79,7 @@ def _top_label_estimate(
     length, filled = _length_of(metric, contents, len(predictions.confidence)), contents.filled()
     own = metric.interval and metric.interval(BinContents(*(t[0] for t in contents)), level)
     if not metric.debiases: return Estimate(value, own[0], own[2], None, *band)
-    noise = _quantiles(contents, n_boot, seed)
+    noise = _quantiles(contents, n_draws, seed)
     low, middle, high = own or invert_test(filled, length, noise, level)
     if middle is None: middle = debiased_error(filled, length, noise)
     observed = float(length(filled.confidence - filled.correct))
@@ -111,7 +112,7 @@ def _classwise_ends(
         true = total(contents.confidence - mean).numpy()
         return true, true + ratio*(m.sum(1) - true), (widening*(v.sum(1) + float(more)))**.5
     chance = (contents.correct + contents.confidence/contents.count)/(contents.count + 1)
-    lower, upper, _ = safe_directions(contents, (contents.count*chance*(1 - chance)).sqrt())
+    lower, upper, _ = gap_directions(contents, (contents.count*chance*(1 - chance)).sqrt())
     (t, mean, spread), (t_upper, mean_upper, spread_upper) = scores(lower), scores(upper)
     curves = [np.maximum.accumulate(c) for c in (mean + z*spread, mean_upper, mean_upper - z*spread_upper)]
     low, middle, high = (0. if observed <= c[0] else float(np.interp(observed, c, x))
@@ -141,7 +142,7 @@ def _classwise_estimates(
     p: Tensor, # (N, C) probabilities
     y: Tensor, # (N,) labels
     n_bins: int, # 1 or more
-    n_boot: int, # draws
+    n_draws: int, # draws
     seed: int, # of the draws
     level: float, # of the interval and the null band
 ) -> dict[str, Estimate]: # by metric
@@ -152,14 +153,14 @@ def _classwise_estimates(
     top = top_label(p, y, False)
     pooled = bin_contents(top, torch.zeros_like(top.confidence, dtype=torch.long), 1)
     least_high, found = 2*len(p)*pooled_limit(pooled, level), {}
-    scores = classwise_null_scores(metrics, p, bins, contents, n_boot, seed)
+    scores = classwise_null_scores(metrics, p, bins, contents, n_draws, seed)
     for k, r, b, c, null in zip(names, metrics, bins, contents, scores):
         value = float(r.norm((c.confidence - c.correct)/len(p), c.count/len(p)))
         check_value(k, value)
         if r.norm is l1_norm:
             ends = (e/size for e in _classwise_ends(c.filled(), size*null.double(), _dependence(y, b, c),
                                                     least_high, level))
-        else: ends = invert_test(c.filled(), _length_of(r, c, len(p)), _quantiles(c, n_boot, seed), level)
+        else: ends = invert_test(c.filled(), _length_of(r, c, len(p)), _quantiles(c, n_draws, seed), level)
         low, middle, high = map(r.clip, ends)
         found[k] = Estimate(value, low, high, middle, *central_range(null, level))
     return found
@@ -170,7 +171,7 @@ def calibration_estimates(
     labels: Any, # (N,) integers from 0 to C-1
     metrics: str | Sequence[str] | None = None, # names of calibration metrics; None: the built-in ones
     n_bins: int = 15, # bins of the metrics
-    n_boot: int = 1000, # draws, 2 or more
+    n_draws: int = 1000, # draws, 2 or more
     level: float = .95, # of the interval and of the null band, between 0 and 1
     seed: int = 0, # of the draws
     from_logits: bool = True, # False: they are probabilities
@@ -179,13 +180,13 @@ def calibration_estimates(
 
     A `ValueError` names the argument that is wrong.
     """
-    check_bins_and_draws(n_bins, n_boot, seed)
-    tops, classes = split_metric_names(metrics)
+    check_bins_and_draws(n_bins, n_draws, seed)
+    tops, classes = split_top_label_classwise(metrics)
     x, y = check_outputs_and_labels(outputs, labels, from_logits)
-    found = (top_label_estimates(tops, top_label(x, y, from_logits), n_bins, n_boot, level, seed)
+    found = (top_label_estimates(tops, top_label(x, y, from_logits), n_bins, n_draws, level, seed)
              if tops else {})
     if classes:
-        found |= _classwise_estimates(classes, to_probs(x, from_logits), y, n_bins, n_boot, seed, level)
+        found |= _classwise_estimates(classes, to_probs(x, from_logits), y, n_bins, n_draws, seed, level)
     return found
 
 # %% ../../nbs/calibration/08_estimates.ipynb #6e87489c
@@ -193,10 +194,10 @@ def top_label_estimates(
     names: Sequence[str], # of calibration metrics of the top label
     predictions: BinaryPredictions, # (N, 1) of the top label
     n_bins: int = 15, # bins of the metrics
-    n_boot: int = 1000, # draws, 2 or more
+    n_draws: int = 1000, # draws, 2 or more
     level: float = .95, # of the interval and the null band, between 0 and 1
     seed: int = 0, # of the draws
 ) -> dict[str, Estimate]: # by metric
     "What `calibration_estimates` gives, from the predictions of the top label alone"
-    draws = top_label_null_draws(names, predictions, n_bins, n_boot, seed)
-    return {k: _top_label_estimate(k, d, predictions, n_bins, n_boot, seed, level) for k, d in draws.items()}
+    draws = top_label_null_draws(names, predictions, n_bins, n_draws, seed)
+    return {k: _top_label_estimate(k, d, predictions, n_bins, n_draws, seed, level) for k, d in draws.items()}

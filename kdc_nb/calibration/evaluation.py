@@ -24,14 +24,14 @@ from kdc_nb.calibration.outputs import (
 from .predictions import BinaryPredictions, binned_error, top_label
 from .metrics import METRICS, select_metrics
 from kdc_nb.calibration.metric_labels import (
-    format_metric, metric_label, metric_unit, table_order, worst_value,
+    format_metric, metric_label, metric_unit, table_order, worst_infinity,
 )
 from .bins import split_rows
 from kdc_nb.calibration.posthoc import (
     FittedTemperature, cross_fitted_temperatures, estimate_temperature, to_logits,
 )
 from .null_bands import check_value, per_sample_null_band
-from .intervals import FEW_ERRORS, skew_corrected_interval, unseen_errors
+from .intervals import FEW_ERRORS, skew_corrected_interval, few_errors_allowance
 from .estimates import Estimate, calibration_estimates
 
 # %% ../../nbs/calibration/10_evaluation.ipynb #d4a31c69
@@ -44,7 +44,7 @@ def _per_sample_estimate(name: str, x: Tensor, y: Tensor, from_logits: bool, lev
     check_value(name, value)
     if not math.isfinite(value): return Estimate(null_low=null.low, null_high=null.high)
     if m.interval: return Estimate(value, *m.interval(each, level), None, null.low, null.high)
-    unseen = unseen_errors(m, x, y, from_logits, level)
+    unseen = few_errors_allowance(m, x, y, from_logits, level)
     low, high = skew_corrected_interval(each, promised, level)
     if not math.isfinite(unseen): return Estimate(value, null_low=null.low, null_high=null.high)
     low, high = m.clip(min(low, value + unseen)), m.clip(max(high, value + unseen))
@@ -53,7 +53,7 @@ def _per_sample_estimate(name: str, x: Tensor, y: Tensor, from_logits: bool, lev
 # %% ../../nbs/calibration/10_evaluation.ipynb #4d153a5f
 def _estimates(x: Tensor, y: Tensor, from_logits: bool,
                names: Sequence[str], **draws: int) -> dict[str, Estimate]:
-    "Estimates of metrics, by name, from outputs that were checked; `draws`: n_bins, n_boot and seed"
+    "Estimates of metrics, by name, from outputs that were checked; `draws`: n_bins, n_draws and seed"
     found = {k: _per_sample_estimate(k, x, y, from_logits, .95) for k in names if METRICS[k].per_sample}
     binned = [k for k in names if k not in found]
     if binned: found |= calibration_estimates(x, y, binned, from_logits=from_logits, **draws)
@@ -69,7 +69,7 @@ class Evaluation:
     n: int # number of images
     n_classes: int # number of classes
     n_bins: int # bins of calibration metrics
-    n_boot: int # draws behind intervals and null bands
+    n_draws: int # draws behind intervals and null bands
     raw: dict # name of the metric -> Estimate, for the outputs as given
     # the same after temperature scaling; None if there are fewer than 5 images and no validation set
     scaled: dict | None = None
@@ -120,7 +120,7 @@ class Evaluation:
         table = pd.DataFrame(keys, columns=["output", "metric", "unit"]).assign(**numbers, n=self.n)
         table = table.astype(dict.fromkeys(numbers, float))
         table.loc[table.unit == "%", [*numbers]] *= 100
-        return table.fillna({"value": table.metric.map(worst_value)})
+        return table.fillna({"value": table.metric.map(worst_infinity)})
 
     def caption(self) -> str:
         "The numbers of images, classes, bins and draws, and the temperature with its 95% interval"
@@ -128,7 +128,7 @@ class Evaluation:
                   else str(FittedTemperature(self.T, self.T_low, self.T_high, self.T_note))
                   + (", cross-fitted in 5 folds" if self.cross_fitted else ""))
         return (f"{self.n:,} images, {self.n_classes} classes, {self.n_bins} bins, "
-                f"{self.n_boot:,} draws\n{scaled}")
+                f"{self.n_draws:,} draws\n{scaled}")
 
     def __repr__(self): return repr(self.table())
     def _repr_html_(self): return self.table()._repr_html_()
@@ -174,7 +174,7 @@ def evaluate(
     valid_logits: Any = None, # (M, C) the same of a validation set, for the temperature
     valid_labels: Any = None, # (M,)
     n_bins: int = 15, # bins of calibration metrics
-    n_boot: int = 1000, # draws behind intervals and null bands, 2 or more
+    n_draws: int = 1000, # draws behind intervals and null bands, 2 or more
     seed: int = 0, # of the draws and folds
     from_logits: bool = True, # False: they are probabilities
     metrics: str | Sequence[str] | None = None, # names in `METRICS`; None: the built-in ones
@@ -192,12 +192,12 @@ def evaluate(
     (5, 0.8, 0.081)
     """
     x, y = check_outputs_and_labels(logits, labels, from_logits)
-    check_bins_and_draws(n_bins, n_boot, seed)
+    check_bins_and_draws(n_bins, n_draws, seed)
     names = [*select_metrics(metrics)]
     valid = _check_validation(valid_logits, valid_labels, x.shape[1], from_logits)
     check_same_tables([("logits", logits), ("valid_logits", valid_logits)], "columns")
-    draws = dict(n_bins=n_bins, n_boot=n_boot, seed=seed)
-    result = Evaluation(len(y), x.shape[1], n_bins, n_boot, _estimates(x, y, from_logits, names, **draws),
+    draws = dict(n_bins=n_bins, n_draws=n_draws, seed=seed)
+    result = Evaluation(len(y), x.shape[1], n_bins, n_draws, _estimates(x, y, from_logits, names, **draws),
                         n_wrong=int((x.argmax(1) != y).sum()))
     if not valid and len(y) < 5: return result
     z, fitted = to_logits(x, from_logits), estimate_temperature(*(valid or (x, y)), from_logits)

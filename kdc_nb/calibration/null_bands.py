@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIE_TOLERANCE', 'simulate_calibrated', 'NullDraws', 'top_label_null_draws', 'classwise_null_scores',
-           'split_metric_names', 'check_value', 'null_draws', 'NullBand', 'per_sample_null_band', 'central_range',
-           'null_band']
+           'split_top_label_classwise', 'check_value', 'null_draws', 'NullBand', 'per_sample_null_band',
+           'central_range', 'null_band']
 
 # %% ../../nbs/calibration/06_null_bands.ipynb #902b4a3b
 from collections.abc import Callable, Iterable, Sequence
@@ -43,15 +43,15 @@ def _simulate_top_label(
     conf: Tensor, # (N,) confidences of the sorted images
     steps: Tensor, # (N,) 1 where the running sum may be read: at the last of equal confidences
     ends: Tensor, # (E,) numbers of images after which it is read
-    n_boot: int, # draws
+    n_draws: int, # draws
     seed: int, # of the draws
     norms: Sequence[Callable] = (), # of running sums (R, N), zero where they may not be read -> (R,)
-) -> tuple[Tensor, list[Tensor]]: # (n_boot, E) correct ones; norms (n_boot,) each
+) -> tuple[Tensor, list[Tensor]]: # (n_draws, E) correct ones; norms (n_draws,) each
     "How many of the first images would be correct, if that were drawn with the confidences as probabilities"
     n, prob, expected = len(conf), conf.float(), conf.cumsum(0).float()
     rng, read, peaks = np.random.default_rng(seed), [], [[] for _ in norms]
-    for start in range(0, n_boot, rows := max(1, 2**19//n)):
-        u = torch.from_numpy(rng.random((min(rows, n_boot - start), n), dtype=np.float32))
+    for start in range(0, n_draws, rows := max(1, 2**19//n)):
+        u = torch.from_numpy(rng.random((min(rows, n_draws - start), n), dtype=np.float32))
         correct = (u < prob).cumsum(1, dtype=torch.float32)
         read.append(correct[:, ends - 1])
         if norms: walks = (expected - correct).mul_(steps)/n
@@ -64,16 +64,16 @@ def _simulate_classwise(
     bins: Sequence[Tensor], # (N, C) tables of bins, one for each metric
     sums: Sequence[Tensor], # (C, B) of the probabilities in each bin
     norms: Sequence[Callable], # of gaps (R, C, B) -> (R,)
-    n_boot: int, # draws
+    n_draws: int, # draws
     seed: int, # of the draws
-) -> list[Tensor]: # (n_boot,) scores of each metric
+) -> list[Tensor]: # (n_draws,) scores of each metric
     "What metrics would score, if the labels were drawn from `probs`"
     n, c = probs.shape
     rng, scores = np.random.default_rng(seed), [[] for _ in bins]
     cdf = torch.cat([p.cumsum(1).float() for p in split_rows(probs)])
     rows = max(1, min(2**20//n, 2**24//max(s.numel() for s in sums)))
-    for start in _with_bar(range(0, n_boot, rows)):
-        u = torch.from_numpy(rng.random((n, min(rows, n_boot - start)), dtype=np.float32))
+    for start in _with_bar(range(0, n_draws, rows)):
+        u = torch.from_numpy(rng.random((n, min(rows, n_draws - start)), dtype=np.float32))
         labels = torch.searchsorted(cdf, u, right=True).clamp_(max=c - 1)
         draw = torch.arange(u.shape[1])
         for b, s, norm, score in zip(bins, sums, norms, scores):
@@ -100,7 +100,7 @@ def top_label_null_draws(
     names: Sequence[str], # of registered metrics of the top label
     predictions: BinaryPredictions, # (N, 1)
     n_bins: int, # 1 or more
-    n_boot: int, # draws
+    n_draws: int, # draws
     seed: int, # of the draws
 ) -> dict[str, NullDraws]: # by metric
     "What metrics of the top label would show, if whether it is correct were drawn with the confidences"
@@ -110,7 +110,7 @@ def top_label_null_draws(
     bins = [(b.squeeze(1)[order].contiguous(), m)
             for b, m in (noise_bins(r, predictions, n_bins) for r in metrics)]
     ends = [torch.searchsorted(b, torch.arange(m), right=True) for b, m in bins]
-    correct, peaks = _simulate_top_label(conf, steps, torch.cat(ends).clamp(min=1), n_boot, seed,
+    correct, peaks = _simulate_top_label(conf, steps, torch.cat(ends).clamp(min=1), n_draws, seed,
                                          [r.walk for r in metrics if r.walk])
     sums, draws = conf.cumsum(0), {}
     for k, r, e, c in zip(names, metrics, ends, correct.split([len(e) for e in ends], -1)):
@@ -126,16 +126,16 @@ def classwise_null_scores(
     probs: Tensor, # (N, C) the model's probabilities
     bins: Sequence[Tensor], # (N, C) of each metric
     contents: Sequence[BinContents], # of these bins
-    n_boot: int, # draws
+    n_draws: int, # draws
     seed: int, # of the draws
-) -> list[Tensor]: # (n_boot,) of each metric
+) -> list[Tensor]: # (n_draws,) of each metric
     "What class-wise metrics would score, if the labels were drawn from the probabilities"
     shares = [c.count/len(probs) for c in contents]
     norms = [lambda gaps, r=r, s=s: r.norm(gaps, s) for r, s in zip(metrics, shares)]
-    return _simulate_classwise(probs, bins, [c.confidence for c in contents], norms, n_boot, seed)
+    return _simulate_classwise(probs, bins, [c.confidence for c in contents], norms, n_draws, seed)
 
 # %% ../../nbs/calibration/06_null_bands.ipynb #b679f7b2
-def split_metric_names(
+def split_top_label_classwise(
     metrics: str | Sequence[str] | None, # names of calibration metrics; None: the built-in ones
 ) -> list[list[str]]: # two lists: metrics of the top label, class-wise metrics
     "Split names of calibration metrics; a `ValueError` lists those that can be asked for"
@@ -157,25 +157,25 @@ def null_draws(
     outputs: Any, # (N, C) logits or probabilities
     metrics: str | Sequence[str] | None = None, # names of calibration metrics; None: the built-in ones
     n_bins: int = 15, # bins of the metrics
-    n_boot: int = 1000, # draws, 2 or more
+    n_draws: int = 1000, # draws, 2 or more
     seed: int = 0, # of the draws
     from_logits: bool = True, # False: they are probabilities
-) -> dict[str, Tensor]: # (n_boot,) scores for each metric
+) -> dict[str, Tensor]: # (n_draws,) scores for each metric
     """Scores of a perfectly calibrated model with these very probabilities: the labels are drawn from them.
 
     A `ValueError` names the argument that is wrong.
     """
-    check_bins_and_draws(n_bins, n_boot, seed)
-    tops, classes = split_metric_names(metrics)
+    check_bins_and_draws(n_bins, n_draws, seed)
+    tops, classes = split_top_label_classwise(metrics)
     p = to_probs(check_outputs(outputs, from_logits), from_logits)
     top = BinaryPredictions(p.amax(1, keepdim=True), None)
-    drawn = top_label_null_draws(tops, top, n_bins, n_boot, seed) if tops else {}
+    drawn = top_label_null_draws(tops, top, n_bins, n_draws, seed) if tops else {}
     found = {k: d.scores for k, d in drawn.items()}
     if classes:
         chosen = [METRICS[k] for k in classes]
         bins, many = zip(*(classwise_bins(r, p, n_bins) for r in chosen))
         contents = [bin_contents(BinaryPredictions(p, p), b, m) for b, m in zip(bins, many)]
-        found |= zip(classes, classwise_null_scores(chosen, p, bins, contents, n_boot, seed))
+        found |= zip(classes, classwise_null_scores(chosen, p, bins, contents, n_draws, seed))
     return {k: s.double() for k, s in found.items()}
 
 # %% ../../nbs/calibration/06_null_bands.ipynb #f15f37ea
@@ -241,7 +241,7 @@ def null_band(
     outputs: Any, # (N, C) logits or probabilities
     metrics: str | Sequence[str] | None = None, # names of metrics; None: the built-in calibration metrics
     n_bins: int = 15, # bins of calibration metrics
-    n_boot: int = 1000, # draws, 2 or more
+    n_draws: int = 1000, # draws, 2 or more
     level: float = .95, # part of the draws inside the band, between 0 and 1
     seed: int = 0, # of the draws
     from_logits: bool = True, # False: they are probabilities
@@ -257,7 +257,7 @@ def null_band(
     """
     chosen = select_metrics(metrics, bool if metrics is not None else lambda m: m.norm)
     binned, x = [k for k, m in chosen.items() if m.norm], check_outputs(outputs, from_logits)
-    draws = null_draws(x, binned, n_bins, n_boot, seed, from_logits) if binned else {}
+    draws = null_draws(x, binned, n_bins, n_draws, seed, from_logits) if binned else {}
     def band(k, m):
         if k not in draws: return per_sample_null_band(m, x, from_logits, level)[0]
         low, high = central_range(draws[k], level)

@@ -188,13 +188,13 @@ def check_probs_and_posterior(
 # %% ../../nbs/calibration/00_outputs.ipynb #5ed12456
 def check_bins_and_draws(
     n_bins: int, # 1 or more
-    n_boot: int = 2, # draws, 2 or more, so that they have a spread
+    n_draws: int = 2, # draws, 2 or more, so that they have a spread
     seed: int = 0, # of the draws
     level: float = .95, # of an interval or band, between 0 and 1
 ) -> None:
     "A `ValueError` unless the numbers are integers and large enough, and the level is between 0 and 1"
     check(isinstance(n_bins, Integral) and n_bins > 0, "n_bins", n_bins, "an integer above 0")
-    check(isinstance(n_boot, Integral) and n_boot > 1, "n_boot", n_boot, "an integer above 1")
+    check(isinstance(n_draws, Integral) and n_draws > 1, "n_draws", n_draws, "an integer above 1")
     check(isinstance(seed, Integral) and seed >= 0, "seed", seed, "an integer from 0")
     check(0 < level < 1, "level", level, "a number between 0 and 1")
 

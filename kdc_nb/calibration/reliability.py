@@ -43,7 +43,7 @@ def reliability_bins(
     outputs: Any, # (N, C) logits or probabilities
     labels: Any, # (N,) integers from 0 to C-1
     n_bins: int = 15, # bins of equal width
-    n_boot: int = 1000, # draws for the null band, 2 or more
+    n_draws: int = 1000, # draws for the null band, 2 or more
     level: float = .95, # of the interval and the band, between 0 and 1
     seed: int = 0, # of the draws
     from_logits: bool = True, # False: they are probabilities
@@ -53,16 +53,16 @@ def reliability_bins(
     """The bins of ECE as a reliability diagram shows them, for `plot_reliability`; a `ValueError` names the
     argument that is wrong
     """
-    check_bins_and_draws(n_bins, n_boot, seed, level)
+    check_bins_and_draws(n_bins, n_draws, seed, level)
     made = predictions(*check_outputs_and_labels(outputs, labels, from_logits), from_logits)
     weight = None if sample_weight is None else check_sample_weight(sample_weight, len(made.correct))
-    return bins_from_predictions(made, n_bins, n_boot, level, seed, weight)
+    return bins_from_predictions(made, n_bins, n_draws, level, seed, weight)
 
 
 def bins_from_predictions(
     predictions: BinaryPredictions, # (N, 1)
     n_bins: int = 15, # bins of equal width
-    n_boot: int = 1000, # draws for the null band, 2 or more
+    n_draws: int = 1000, # draws for the null band, 2 or more
     level: float = .95, # of the interval and the band, between 0 and 1
     seed: int = 0, # of the draws
     weight: Tensor | None = None, # (N,) of the images, with mean 1; None: all weigh the same
@@ -72,8 +72,8 @@ def bins_from_predictions(
     bins = equal_width_bins(predictions.confidence, n_bins)
     count, square, p, correct = (bin_sums(t, bins, n_bins)[0].numpy()
                                  for t in (w, w*w, *(w*t for t in predictions)))
-    gaps = (top_label_null_draws(["ece"], predictions, n_bins, n_boot, seed)["ece"].gaps if weight is None
-            else _weighted_null_gaps(predictions.confidence, weight, bins, n_bins, n_boot, seed))
+    gaps = (top_label_null_draws(["ece"], predictions, n_bins, n_draws, seed)["ece"].gaps if weight is None
+            else _weighted_null_gaps(predictions.confidence, weight, bins, n_bins, n_draws, seed))
     ends = torch.tensor([(1 - level)/2, (1 + level)/2])
     noise = torch.quantile(gaps, ends.to(gaps.dtype), dim=0).double().numpy()*len(bins)
     edges = np.arange(n_bins + 1)/n_bins
@@ -86,11 +86,11 @@ def bins_from_predictions(
 
 
 def _weighted_null_gaps(p: Tensor, weight: Tensor, bins: Tensor,
-                        n_bins: int, n_boot: int, seed: int) -> Tensor:
-    "The gaps (n_boot, n_bins) of a perfect model with confidences (N, 1), as `bin_gaps` gives them"
+                        n_bins: int, n_draws: int, seed: int) -> Tensor:
+    "The gaps (n_draws, n_bins) of a perfect model with confidences (N, 1), as `bin_gaps` gives them"
     g = torch.Generator().manual_seed(seed)
     into = torch.nn.functional.one_hot(bins[:, 0], n_bins).double()*weight[:, None]/len(p)
-    rows = torch.arange(n_boot).split(max(1, 2**22//len(p)))
+    rows = torch.arange(n_draws).split(max(1, 2**22//len(p)))
     return torch.cat([(p.T - (torch.rand(len(r), len(p), generator=g) < p.T).double()) @ into for r in rows])
 
 # %% ../../nbs/calibration/09_reliability.ipynb #5796bb4f

@@ -44,14 +44,14 @@ def estimate_true_error(
     probs: Any, # (N, C) the model's probabilities
     posterior: Any, # (N, C) the true probabilities
     n_bins: int = 15, # bins of equal width
-    n_boot: int = 1000, # draws, 2 or more
+    n_draws: int = 1000, # draws, 2 or more
     level: float = .95, # of the interval and the null band, between 0 and 1
     seed: int = 0, # of the draws
 ) -> Estimate: # for the error on infinitely many such images
     """The true calibration error with interval, debiased value and null band; a
     `ValueError` names what is wrong
     """
-    check_bins_and_draws(n_bins, n_boot, seed)
+    check_bins_and_draws(n_bins, n_draws, seed)
     p, truth = check_probs_and_posterior(probs, posterior)
     top = p.argmax(1, keepdim=True)
     conf, gap = p.gather(1, top), p.gather(1, top) - truth.gather(1, top)
@@ -59,7 +59,7 @@ def estimate_true_error(
     count, total, square = (bin_sums(t, bins, n_bins)[0] for t in (torch.ones_like(gap), gap, gap.square()))
     total, square, count = (t[count > 0] for t in (total, square, count))
     more = gap.var(unbiased=False) # as of one image more
-    draws = torch.from_numpy(np.random.default_rng(seed).standard_normal((n_boot, len(total))))
+    draws = torch.from_numpy(np.random.default_rng(seed).standard_normal((n_draws, len(total))))
     covariance = torch.diag(square + more) - total[:, None]*total/len(p)
     noise, perfect = draws @ _root(covariance), draws*((square - total**2/count).clamp(min=0) + more).sqrt()
     low, middle, high = (e/len(p) for e in _true_sums(total, covariance.diag(), noise, (1 - level)/2))

@@ -140,7 +140,7 @@ class EvaluationInputs(NamedTuple):
     test_labels: Tensor # (N,)
     posterior: Tensor | None # (N, C) of the test images; None: it is not known
 
-
+# %% ../../nbs/experiments/02_results.ipynb #a5bc57b2
 def evaluate_splits(
     inputs: EvaluationInputs, # on the CPU
 ) -> dict[str, Any]: # by the names of `Result`

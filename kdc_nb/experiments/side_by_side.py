@@ -28,7 +28,7 @@ from kdc_nb.experiments.runs import (
     RunContext, TrainedRun, build_trainer, collect_trained_run, has_live_teacher, store_result,
     strip_scaling,
 )
-from .agenda import OnResult, Scheduler, count_training_images
+from .agenda import OnResult, Scheduler, count_samples_seen
 
 # %% ../../nbs/experiments/06_side_by_side.ipynb #c0a7b2d3
 class TeacherCachePool:
@@ -47,7 +47,7 @@ class TeacherCachePool:
         spec: RunSpec, # a student; its data are loaded
     ) -> int: # bytes
         "Memory for a teacher's logits of all epochs, in float32"
-        return 4*count_training_images(spec)*load_data(spec.data).n_classes
+        return 4*count_samples_seen(spec)*load_data(spec.data).n_classes
 
     def key(self,
         spec: RunSpec, # a run of the sweep

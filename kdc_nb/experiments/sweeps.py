@@ -34,7 +34,7 @@ from .results import Result
 from .store import Store
 from .runs import RunContext, train_run
 from kdc_nb.experiments.agenda import (
-    OnResult, Scheduler, count_training_images, parse_duration,
+    OnResult, Scheduler, count_samples_seen, parse_duration,
 )
 from .side_by_side import SideBySideRunner
 
@@ -102,7 +102,7 @@ def default_jobs(
     unknown = any(missing_download(r.data) for r in runs) # before that nobody knows its size
     left = runs if unknown else [r for r in runs if not store.path(r, "run").exists()]
     per_image = lambda r: math.prod(summarise_data(r.data).input_shape)
-    long = unknown or sum(count_training_images(r)*per_image(r) for r in left) > _WORTH_PROCESSES
+    long = unknown or sum(count_samples_seen(r)*per_image(r) for r in left) > _WORTH_PROCESSES
     return max(1, min(cpu_count(), len(left))) if long else 1
 
 # %% ../../nbs/experiments/07_sweeps.ipynb #5e8d44b1

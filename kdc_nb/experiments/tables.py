@@ -20,7 +20,7 @@ from ..calibration.estimates import Estimate
 from ..calibration.differences import t_upper_quantile
 from ..calibration.evaluation import DAGGER, OUTSIDE_NOTE, evaluate
 from kdc_nb.calibration.metric_labels import (
-    find_metric, format_metric, metric_label, metric_unit, worst_value,
+    find_metric, format_metric, metric_label, metric_unit, worst_infinity,
 )
 from ..training.data import load_data
 from .specs import RunSpec, describe_run, training_label, reseed_lineage
@@ -30,12 +30,12 @@ from .results import Result
 def metric_records(
     columns: Mapping[str, Any], # columns that say what was measured, such as `describe_run` gives
     estimates: Mapping[str, Estimate], # by name
-    n: int, # images
+    n_images: int, # images
 ) -> list[dict[str, Any]]: # a line of a frame for each metric
     "Estimates as lines of a tidy frame; NaN where there is none, and infinite where the metric is"
     def number(x): return math.nan if x is None else x
-    return [{**columns, "metric": k, "unit": metric_unit(k), "n": n,
-             "value": worst_value(k) if e.value is None else e.value,
+    return [{**columns, "metric": k, "unit": metric_unit(k), "n": n_images,
+             "value": worst_infinity(k) if e.value is None else e.value,
              **{f: number(getattr(e, f)) for f in ("low", "high", "debiased", "null_low", "null_high")}}
             for k, e in estimates.items()]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..calibration.diagrams import BLUE, GREY
 from kdc_nb.training.losses import (
-    acls, binary_discrimination, binary_exclusion, crl, cross_entropy, dca, distillation,
+    acls, cpc_discrimination, cpc_exclusion, crl, cross_entropy, dca, distillation,
     effective_target, focal, label_prob, label_smoothing, mbls, mdca, mmce,
 )
 
@@ -116,8 +116,8 @@ def weight_loss_field(
 
 LOGIT_PENALTIES = {"MbLS": lambda z, y, m: mbls(z, m), "ACLS": lambda z, y, m: acls(z, m),
                    "ACLS, published": lambda z, y, m: acls(z, m, True),
-                   "BDC of CPC": lambda z, y, m: binary_discrimination(z, y),
-                   "BEC of CPC": lambda z, y, m: binary_exclusion(z, y)}
+                   "BDC of CPC": lambda z, y, m: cpc_discrimination(z, y),
+                   "BEC of CPC": lambda z, y, m: cpc_exclusion(z, y)}
 BATCH_PENALTIES = {"MDCA": mdca, "DCA": dca, "MMCE": mmce, "MMCE, as ported": lambda z, y: mmce(z, y, True),
                    "CRL, always right":
                        lambda z, y: crl(z, torch.cat([torch.ones(1), label_prob(z[1:], y[1:])]))}

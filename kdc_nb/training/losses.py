@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['upcast', 'as_logits', 'cross_entropy', 'label_smoothing', 'check_distillation', 'distillation', 'focal', 'label_prob',
            'flsd', 'one_hot', 'mdca', 'confidence_and_correct', 'dca', 'mmce', 'crl', 'mbls', 'acls',
-           'binary_discrimination', 'binary_exclusion', 'effective_target']
+           'cpc_discrimination', 'cpc_exclusion', 'effective_target']
 
 # %% ../../nbs/training/08_losses.ipynb #2f643f48
 import math
@@ -258,7 +258,7 @@ def acls(
     return (F.relu(winner - margin)**2).mean() + .1*others.sum(1).mean()/(z.shape[1] - 1)
 
 # %% ../../nbs/training/08_losses.ipynb #6002eaff
-def binary_discrimination(
+def cpc_discrimination(
     logits: Tensor, # (B, C)
     labels: Tensor, # (B,)
 ) -> Tensor: # scalar
@@ -270,7 +270,7 @@ def binary_discrimination(
     return torch.where(one_hot(y, z.shape[1]), 0., loss).sum(1).mean()/(z.shape[1] - 1)
 
 
-def binary_exclusion(
+def cpc_exclusion(
     logits: Tensor, # (B, C)
     labels: Tensor, # (B,)
 ) -> Tensor: # scalar

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core import check
 from ..values import NamedSpec
 from kdc_nb.training.losses import (
-    acls, binary_discrimination, binary_exclusion, confidence_and_correct, crl, cross_entropy, dca,
+    acls, cpc_discrimination, cpc_exclusion, confidence_and_correct, crl, cross_entropy, dca,
     flsd, focal, label_prob, label_smoothing, mbls, mdca, mmce, one_hot, upcast,
 )
 
@@ -163,7 +163,7 @@ def _acls_method(beta: float = .1, margin: float = 10., as_published: bool = Fal
 def _cpc_method(discrimination: float = .1, exclusion: float = 1.) -> TrainingMethod:
     "Calibration by pairwise constraints (Cheng and Vasconcelos, 2022): the weights of BDC and BEC"
     _check_not_negative(discrimination=discrimination, exclusion=exclusion)
-    def penalty(z, y): return discrimination*binary_discrimination(z, y) + exclusion*binary_exclusion(z, y)
+    def penalty(z, y): return discrimination*cpc_discrimination(z, y) + exclusion*cpc_exclusion(z, y)
     return with_penalty(penalty, 1.)
 
 # %% ../../nbs/training/10_methods.ipynb #c44a4d84

@@ -88,7 +88,7 @@ def expected_means(draw: Callable, c: int) -> dict[str, float]:
             "brier": float((p.square().sum(1) - 2*(p*q).sum(1) + 1).mean())}
 
 
-def count_cell(case: str, c: int, n: int, repeats: int, n_boot: int) -> dict[str, float]:
+def count_cell(case: str, c: int, n: int, repeats: int, n_draws: int) -> dict[str, float]:
     "The share of intervals that hold the truth, by metric"
     torch.set_num_threads(1)
     draw, held = CASES[case], {k: [] for k in NAMES}
@@ -98,7 +98,7 @@ def count_cell(case: str, c: int, n: int, repeats: int, n_boot: int) -> dict[str
         p, posterior = draw(n, c, g)
         labels = posterior.multinomial(1, generator=g).squeeze(1)
         truth = means | truth_of(p, posterior)
-        found = _estimates(p, labels, False, NAMES, n_bins=15, n_boot=n_boot, seed=seed)
+        found = _estimates(p, labels, False, NAMES, n_bins=15, n_draws=n_draws, seed=seed)
         for k, e in found.items(): held[k].append(e.low - 1e-9 <= truth[k] <= e.high + 1e-9)
     return {k: float(np.mean(v)) for k, v in held.items()}
 

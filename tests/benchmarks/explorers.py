@@ -18,7 +18,7 @@ from kdc_nb.experiments.results import read_results
 from kdc_nb.analysis.views import read_features
 from kdc_nb.controls import Explorer
 from kdc_nb.explorers import (
-    _METHOD_FAMILIES, explore_classes, explore_loss_gradients, explore_reliability, explore_theory,
+    _METHOD_FAMILIES, explore_penultimate, explore_loss_gradients, explore_reliability, explore_theory,
     explore_transfer,
 )
 
@@ -58,7 +58,7 @@ def explorers() -> dict[str, Explorer]:
             "explore_transfer": explore_transfer(read_results(RESULTS/"transfer_curve.npz")),
             "explore_reliability, N = 10,000, C = 10": explore_reliability(*outputs(10_000, 10)),
             "explore_reliability, N = 10,000, C = 100": explore_reliability(*outputs(10_000, 100)),
-            "explore_classes": explore_classes(looks),
+            "explore_penultimate": explore_penultimate(looks),
             **{f"explore_loss_gradients, {f}": explore_loss_gradients(f) for f in _METHOD_FAMILIES}}
 
 

@@ -61,7 +61,7 @@ def metric_tasks() -> dict[str, tuple[Work, dict[str, Work]]]: # ours and the ot
     picks = [torch.randint(N, (N,)) for _ in range(10)]
     for x, t, c in ((z, y, C), (few, own, 10)):
         out[f"all metrics, raw and scaled, with intervals and null bands, {N:,} x {c}"] = (
-            lambda x=x, t=t: evaluate(x, t, n_boot=DRAWS), {
+            lambda x=x, t=t: evaluate(x, t, n_draws=DRAWS), {
             f"a bootstrap of ECE alone, {DRAWS:,} x torchmetrics": lambda x=x, t=t, c=c: [
                 multiclass_calibration_error(x[i], t[i], c, n_bins=15) for i in picks]})
     return out
