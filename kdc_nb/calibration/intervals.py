@@ -45,7 +45,7 @@ def trial_errors(
     contents: BinContents, # of the bins that hold images, (B,) each
     norm: Callable, # of gaps (..., B) in images -> (...) the metric
 ) -> Tensor: # (41,) from 0, the closer the smaller
-    "Lengths of true gaps to try"
+    "True errors to try, in images"
     observed = float(norm(contents.confidence - contents.correct))
     reach = 5*float(contents.deviation.norm()/contents.count.sum()) + 2*float(norm(contents.deviation))
     return (observed + reach)*torch.linspace(0, 1, 41, dtype=torch.float64).square()
@@ -79,10 +79,10 @@ def _score_chances(
 def expected_correct(
     contents: BinContents, # of the bins that hold images, (B,) each
     direction: Tensor, # (B,) of the true gaps
-    true_error: float, # their length
+    true_error: float, # the metric of these gaps, in images
     norm: Callable, # of gaps (..., B) in images -> (...) the metric
 ) -> Tensor: # (B,) 0 to the count
-    "How many of each bin are correct on the mean, if the true gaps have a direction and length `t`"
+    "How many of each bin are correct on the mean, if the true gaps have this direction and size"
     gaps = true_error/float(norm(direction))*direction
     return torch.minimum((contents.confidence - gaps).clamp(min=0), contents.count)
 
