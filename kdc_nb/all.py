@@ -100,13 +100,13 @@ from kdc_nb.analysis.agreement import (
     plot_class_matrix, plot_confidence_shift, prepare_agreement, prepare_confidence_shift,
 )
 from .analysis.corruptions import corrupt_images, register_corruption
-from .analysis.diffusion import metrics_by_generation, class_merging_frame, plot_generations
+from .analysis.diffusion import class_merging_frame, metrics_by_generation, plot_generations
 from .analysis.drift import average_by_severity, drift_frame, evaluate_drift, read_drifts, write_drifts
 from .analysis.geometry import similar_classes
 from .analysis.linear_model import fit_linear_student, tempered_probs, weight_hessian
 from .analysis.projections import compute_umap, plot_penultimate, plot_umap
 from kdc_nb.analysis.theorems import (
-    calibration_gap, draw_linear_problem, fit_intercept, calibration_gap_noise, project_to_span,
+    calibration_gap, calibration_gap_noise, draw_linear_problem, fit_intercept, project_to_span,
     theorem1_cubic_correction, theorem1_student_weights,
 )
 from .analysis.views import extract_features, read_features, write_features
@@ -120,7 +120,7 @@ from kdc_nb.paper.settings import (
 from .experiments.deployment import Calibrated, load_calibrated
 from .bin_images import explore_bin_images
 from kdc_nb.explorers import (
-    explore_penultimate, explore_loss_gradients, explore_reliability, explore_theory, explore_transfer,
+    explore_loss_gradients, explore_penultimate, explore_reliability, explore_theory, explore_transfer,
 )
 from .student_explorer import explore_students
 from .reports import write_report

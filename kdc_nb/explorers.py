@@ -28,7 +28,7 @@ from kdc_nb.training.loss_fields import (
 from .experiments.specs import Distil, RunSpec, method_label, teacher_label, trace_generation
 from .experiments.results import Result
 from .experiments.transfer import TransferPlot, prepare_transfer
-from .analysis.views import FeatureView, load_feature_images, confused_pair_and_distant_class
+from .analysis.views import FeatureView, confused_pair_and_distant_class, load_feature_images
 from .analysis.projections import ClassClusters, format_merging, unit_square_clusters
 from .analysis.theorems import FEATURE_SAMPLERS, LinearPlot, prepare_linear_view
 from .controls import Explorer, NumberControl, checkbox, dropdown, number_slider, value_slider

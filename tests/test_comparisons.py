@@ -14,8 +14,8 @@ from kdc_nb.calibration.contributions import (
     PairedContributions, contributions_per_image, paired_fractions_interval,
 )
 from kdc_nb.calibration.differences import (
-    SeedVariance, contrast_seed_variance, difference_from_contributions, estimate_contrast,
-    estimate_difference, holm, paired_difference, rank_intervals, bartlett_p, spread_log_ratio,
+    SeedVariance, bartlett_p, contrast_seed_variance, difference_from_contributions, estimate_contrast,
+    estimate_difference, holm, paired_difference, rank_intervals, spread_log_ratio,
 )
 from kdc_nb.calibration.estimates import calibration_estimates
 from kdc_nb.calibration.evaluation import evaluate

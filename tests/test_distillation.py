@@ -16,7 +16,7 @@ from kdc_nb.training.losses import cross_entropy, distillation
 from kdc_nb.training.methods import Method, TrainingStep
 from kdc_nb.training.recipes import Recipe, training_fingerprint
 from kdc_nb.experiments.runs import run
-from kdc_nb.experiments.specs import Distil, RunSpec, describe_run, method_label, training_label, run_id
+from kdc_nb.experiments.specs import Distil, RunSpec, describe_run, method_label, run_id, training_label
 from kdc_nb.experiments.store import Store
 
 

@@ -19,7 +19,7 @@ PAGE = "nbs/scratch.ipynb"
 CELLS = ["""import torch
 from kdc_nb.files import results_file
 from kdc_nb.analysis.views import read_features
-from kdc_nb.explorers import explore_penultimate, explore_loss_gradients, explore_reliability, explore_theory
+from kdc_nb.explorers import explore_loss_gradients, explore_penultimate, explore_reliability, explore_theory
 logits, labels = 3*torch.randn(2000, 10, generator=torch.Generator().manual_seed(0)), torch.arange(2000) % 10
 logits[torch.arange(2000), labels] += 4""",
          "explore_reliability(logits, labels)",

@@ -26,7 +26,7 @@ from kdc_nb.calibration.predictions import (
     BinaryPredictions, equal_mass_bins, equal_width_bins, gaps_and_shares, top_label,
 )
 from kdc_nb.calibration.reliability import corp_decomposition, reliability_bins
-from kdc_nb.calibration.smoothing import _smoothed_l1, fine_bins, smooth_ece, smece_norm
+from kdc_nb.calibration.smoothing import _smoothed_l1, fine_bins, smece_norm, smooth_ece
 
 from kdc_nb.calibration.norms import signed_errors
 from .conftest import made

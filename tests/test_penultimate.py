@@ -17,8 +17,8 @@ from kdc_nb.analysis.geometry import (
 )
 from kdc_nb.analysis.projections import _class_space_basis
 from kdc_nb.analysis.views import (
-    _first_per_class, extract_features, load_feature_images, confused_pair_and_distant_class, read_features,
-    write_features,
+    _first_per_class, confused_pair_and_distant_class, extract_features, load_feature_images,
+    read_features, write_features,
 )
 
 SIMILAR = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]], dtype=torch.bool)

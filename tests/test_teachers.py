@@ -19,7 +19,7 @@ from kdc_nb.training.methods import Method
 from kdc_nb.training.recipes import Recipe
 from kdc_nb.experiments.agenda import read_specs, write_specs
 from kdc_nb.experiments.runs import RunContext, has_live_teacher, run, teacher_train_logits
-from kdc_nb.experiments.specs import Distil, RunSpec, lineage, teacher_label, reseed_lineage
+from kdc_nb.experiments.specs import Distil, RunSpec, lineage, reseed_lineage, teacher_label
 from kdc_nb.experiments.sweeps import sweep
 from kdc_nb.experiments.teachers import (
     Ensemble, OutOfFold, StoredLogits, TemperatureScaled, TemperedPosterior, log_mean_probs,

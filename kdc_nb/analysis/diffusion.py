@@ -48,8 +48,9 @@ def class_merging_frame(
     check(all(view.merging for view in students.values()), "views",
           "a data set without super-classes", "one whose similar classes are known")
     return pd.DataFrame([line for s, view in students.items()
-                         for line in metric_records({**describe_run(s), "output": "raw"},
-                                                  view.merging | view.result.raw.metrics, len(view.labels))])
+                         for line in metric_records(describe_run(s) | {"output": "raw"},
+                                                    view.merging | view.result.raw.metrics,
+                                                    len(view.labels))])
 
 # %% ../../nbs/analysis/04_diffusion.ipynb #d0c9193b
 def metrics_by_generation(

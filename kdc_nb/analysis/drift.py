@@ -186,7 +186,7 @@ def drift_frame(
     lines = [line for name, own in drifts.items() for d in own for output in ("raw", "scaled")
              for severity, metrics in _estimates_by_severity(d, output)
              for line in metric_records({"row": name, **describe_run(d.spec), "severity": severity,
-                                       "output": output}, metrics, d.n)]
+                                         "output": output}, metrics, d.n)]
     return pd.DataFrame(lines)
 
 

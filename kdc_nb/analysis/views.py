@@ -23,7 +23,7 @@ from ..training.data import load_data
 from ..training.devices import best_device
 from ..training.steps import predict_logits
 from ..experiments.specs import RunSpec
-from ..experiments.results import Result, rounded_json, result_from_json, without_logits
+from ..experiments.results import Result, result_from_json, rounded_json, without_logits
 from ..experiments.store import Store
 from ..experiments.runs import RunContext, run
 from .features import FeatureExtractor, head_weights

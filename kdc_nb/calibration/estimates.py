@@ -26,7 +26,7 @@ from kdc_nb.calibration.null_bands import (
     top_label_null_draws,
 )
 from kdc_nb.calibration.intervals import (
-    debiased_error, invert_test, expected_correct, pooled_limit, gap_directions, trial_errors,
+    debiased_error, expected_correct, gap_directions, invert_test, pooled_limit, trial_errors,
 )
 
 # %% ../../nbs/calibration/08_estimates.ipynb #3de8b758

@@ -31,7 +31,7 @@ from kdc_nb.calibration.posthoc import (
     FittedTemperature, cross_fitted_temperatures, estimate_temperature, to_logits,
 )
 from .null_bands import check_value, per_sample_null_band
-from .intervals import FEW_ERRORS, skew_corrected_interval, few_errors_allowance
+from .intervals import FEW_ERRORS, few_errors_allowance, skew_corrected_interval
 from .estimates import Estimate, calibration_estimates
 
 # %% ../../nbs/calibration/10_evaluation.ipynb #d4a31c69

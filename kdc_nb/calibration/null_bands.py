@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core import check
 from .outputs import check_bins_and_draws, check_outputs, to_probs
 from .predictions import BinaryPredictions, classwise, top_label
-from .metrics import METRICS, Metric, set_metric_fields, label_moments, select_metrics
+from .metrics import METRICS, Metric, label_moments, select_metrics, set_metric_fields
 from .bins import BinContents, bin_contents, classwise_bins, noise_bins, split_rows
 
 # %% ../../nbs/calibration/06_null_bands.ipynb #ca61d7a6

@@ -197,7 +197,7 @@ def _vector_scaling(logits: Any, labels: Any) -> Callable[[Tensor], Tensor]:
 
 def _warn_of_separated(p: Tensor) -> None: # (N, C) probabilities of the images that were fitted
     "Warn of classes whose offsets the images leave open: the sum of p(1 - p) is the NLL's curvature"
-    separated = ((p*(1 - p)).sum(0) < .1).nonzero().flatten().tolist()
+    separated = ((p*(1 - p)).sum(0) < .1).nonzero().flatten().tolist() # a standard error above 3 nats
     if separated:
         names = ", ".join(map(str, separated))
         warn(f"vector scaling: {len(p)} images tell class {names} apart perfectly, so nothing limits its "

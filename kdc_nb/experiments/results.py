@@ -34,7 +34,7 @@ from ..calibration.evaluation import Evaluation, evaluate
 from ..calibration.metric_labels import format_metric, metric_label
 from ..calibration.truth import estimate_true_error, kl_to_truth
 from ..training.data import load_data
-from .specs import RunSpec, run_label, reseed_lineage
+from .specs import RunSpec, reseed_lineage, run_label
 
 # %% ../../nbs/experiments/02_results.ipynb #ecd54ed3
 class OutputSummary(NamedTuple):

@@ -23,7 +23,7 @@ from kdc_nb.calibration.metric_labels import (
     find_metric, format_metric, metric_label, metric_unit, worst_infinity,
 )
 from ..training.data import load_data
-from .specs import RunSpec, describe_run, training_label, reseed_lineage
+from .specs import RunSpec, describe_run, reseed_lineage, training_label
 from .results import Result
 
 # %% ../../nbs/experiments/08_tables.ipynb #107c2c68
@@ -87,7 +87,7 @@ def results_frame(
             described = {"row": str(name) or training_label(r.spec), **describe_run(r.spec)}
             for output in ("raw", "scaled"):
                 lines += metric_records(described | {"output": output},
-                                      getattr(r, output).metrics, r.evaluation.n)
+                                        getattr(r, output).metrics, r.evaluation.n)
     return pd.DataFrame(lines)
 
 

@@ -18,10 +18,10 @@ from ..core import check, lookup
 from ..tables import Table
 from ..calibration.metric_labels import format_metric, metric_label
 from ..calibration.contributions import debiased_contributions
-from ..calibration.differences import Difference, estimate_contrast, bartlett_p
+from ..calibration.differences import Difference, bartlett_p, estimate_contrast
 from ..calibration.comparisons import Verdict
 from ..training.methods import Method
-from ..experiments.specs import Distil, RunSpec, trace_generation, reseed_lineage
+from ..experiments.specs import Distil, RunSpec, reseed_lineage, trace_generation
 from ..experiments.teachers import direct_counterpart
 from ..experiments.results import Result, result_outcomes
 from kdc_nb.experiments.tables import (

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..core import check
 from ..values import NamedSpec
 from kdc_nb.training.losses import (
-    acls, cpc_discrimination, cpc_exclusion, confidence_and_correct, crl, cross_entropy, dca,
-    flsd, focal, label_prob, label_smoothing, mbls, mdca, mmce, one_hot, upcast,
+    acls, confidence_and_correct, cpc_discrimination, cpc_exclusion, crl, cross_entropy, dca, flsd, focal,
+    label_prob, label_smoothing, mbls, mdca, mmce, one_hot, upcast,
 )
 
 # %% ../../nbs/training/10_methods.ipynb #a5848ee4

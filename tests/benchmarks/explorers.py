@@ -18,7 +18,7 @@ from kdc_nb.experiments.results import read_results
 from kdc_nb.analysis.views import read_features
 from kdc_nb.controls import Explorer
 from kdc_nb.explorers import (
-    _METHOD_FAMILIES, explore_penultimate, explore_loss_gradients, explore_reliability, explore_theory,
+    _METHOD_FAMILIES, explore_loss_gradients, explore_penultimate, explore_reliability, explore_theory,
     explore_transfer,
 )
 
